@@ -1,0 +1,69 @@
+// swift-tools-version: 6.2
+import PackageDescription
+
+// Loads of class fields on the data path must not pay for dynamic exclusivity checks; the sanitizer
+// runs (debug) keep them.
+let releaseFlags: [SwiftSetting] = [
+  .swiftLanguageMode(.v6),
+  .enableUpcomingFeature("ExistentialAny"),
+  .enableUpcomingFeature("MemberImportVisibility"),
+  .treatAllWarnings(as: .error),
+  .unsafeFlags(
+    ["-cross-module-optimization", "-enforce-exclusivity=unchecked"],
+    .when(configuration: .release)),
+]
+
+let exportsMap = "\(Context.packageDirectory)/Sources/MooncakeLibrary/exports.map"
+
+let package = Package(
+  name: "libmooncake",
+  products: [
+    .library(name: "mooncake", type: .dynamic, targets: ["MooncakeLibrary"]),
+    .library(name: "MooncakeEngine", targets: ["MooncakeEngine"]),
+    .executable(name: "mooncake-cli", targets: ["MooncakeCommand"]),
+  ],
+  dependencies: [
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.0"),
+    .package(url: "https://github.com/HdrHistogram/hdrhistogram-swift", from: "0.2.0"),
+  ],
+  targets: [
+    .systemLibrary(name: "CMooncake", path: "include"),
+    .systemLibrary(name: "CLinux", path: "Sources/CLinux"),
+    .systemLibrary(name: "CJSON", path: "Sources/CJSON", pkgConfig: "libcjson"),
+    .target(name: "MooncakeSystem", dependencies: ["CLinux"], swiftSettings: releaseFlags),
+    .target(
+      name: "MooncakeEngine", dependencies: ["MooncakeSystem", "CLinux", "CJSON"],
+      swiftSettings: releaseFlags),
+    .target(
+      name: "MooncakeABI", dependencies: ["MooncakeEngine", "MooncakeSystem", "CMooncake"],
+      swiftSettings: releaseFlags),
+    // Linker settings spread to everything that depends on a target, so this one has no dependents.
+    .target(
+      name: "MooncakeLibrary", dependencies: ["MooncakeABI"], exclude: ["exports.map"],
+      swiftSettings: releaseFlags,
+      linkerSettings: [
+        .unsafeFlags(
+          [
+            "-static-stdlib", "-use-ld=lld",
+            "-Xlinker", "--version-script=\(exportsMap)",
+            "-Xlinker", "-soname=libmooncake.so.0", "-Xlinker", "--gc-sections",
+            "-Xlinker", "-z", "-Xlinker", "defs", "-Xlinker", "-z", "-Xlinker", "nodelete",
+          ], .when(configuration: .release))
+      ]),
+    .executableTarget(
+      name: "MooncakeCommand",
+      dependencies: [
+        "MooncakeEngine", "MooncakeSystem",
+        .product(name: "ArgumentParser", package: "swift-argument-parser"),
+        .product(name: "Histogram", package: "hdrhistogram-swift"),
+      ],
+      path: "Sources/mooncake", swiftSettings: releaseFlags),
+    .testTarget(
+      name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
+      swiftSettings: releaseFlags),
+    .testTarget(
+      name: "MooncakeEngineTests",
+      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON"],
+      swiftSettings: releaseFlags),
+  ]
+)

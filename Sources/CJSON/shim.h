@@ -1,0 +1,2 @@
+// The cJSON library's own header.
+#include <cjson/cJSON.h>

@@ -1,0 +1,35 @@
+import MooncakeSystem
+
+/// Why an operation failed: a code to act on and a sentence naming peer, phase, cause and remedy.
+public struct EngineError: Error, Sendable, CustomStringConvertible {
+  /// Raw values are the `MOONCAKE_ERROR_*` constants of the C header.
+  public enum Code: Int32, Sendable, CaseIterable {
+    case invalidArgument = -1
+    case invalidHandle = -2
+    case notRegistered = -3
+    case overlap = -4
+    case accessDenied = -5
+    case busy = -6
+    case full = -7
+    case outOfMemory = -8
+    case addressInUse = -9
+    case unresolved = -10
+    case unreachable = -11
+    case protocolViolation = -12
+    case notFound = -13
+    case timeout = -14
+    case canceled = -15
+    case unsupported = -16
+    case system = -17
+  }
+
+  public let code: Code
+  public let message: String
+
+  public init(_ code: Code, _ message: String) {
+    self.code = code
+    self.message = message
+  }
+
+  public var description: String { message }
+}

@@ -1,0 +1,54 @@
+/// What peers may do with a buffer.
+public struct Access: OptionSet, Sendable, Hashable {
+  public let rawValue: UInt32
+
+  public init(rawValue: UInt32) { self.rawValue = rawValue }
+
+  public static let remoteRead = Access(rawValue: 1)
+  public static let remoteWrite = Access(rawValue: 2)
+  /// Only the process itself.
+  public static let local: Access = []
+}
+
+/// A buffer as its owner publishes it.
+public struct RemoteBuffer: Equatable, Sendable {
+  public var address: UInt64
+  /// Bytes, never 0; `address + length` does not wrap.
+  public var length: UInt64
+  public var access: Access
+
+  public init(address: UInt64, length: UInt64, access: Access) {
+    self.address = address
+    self.length = length
+    self.access = access
+  }
+}
+
+/// What a process publishes about its segment: where to connect and what is registered.
+public struct SegmentDescriptor: Equatable, Sendable {
+  public var name: String
+  /// "tcp", "rdma", ...: how the existing system routes.
+  public var protocolName: String
+  public var tcpDataHost: String
+  /// 0 when the peer serves no TCP.
+  public var tcpDataPort: UInt16
+  /// 1: bare framing, 2: acknowledged framing.
+  public var tcpProtocolVersion: Int
+  /// Random per engine: tells a restarted process from its former self; 0 when the peer says none.
+  public var incarnation: UInt64
+  /// In order of address.
+  public var buffers: [RemoteBuffer]
+
+  public init(
+    name: String, protocolName: String = "tcp", tcpDataHost: String = "", tcpDataPort: UInt16 = 0,
+    tcpProtocolVersion: Int = 2, incarnation: UInt64 = 0, buffers: [RemoteBuffer] = []
+  ) {
+    self.name = name
+    self.protocolName = protocolName
+    self.tcpDataHost = tcpDataHost
+    self.tcpDataPort = tcpDataPort
+    self.tcpProtocolVersion = tcpProtocolVersion
+    self.incarnation = incarnation
+    self.buffers = buffers
+  }
+}

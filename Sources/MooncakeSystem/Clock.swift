@@ -1,0 +1,61 @@
+import CLinux
+import Glibc
+
+/// Monotonic time.
+package enum Clock {
+  /// Nanoseconds since an arbitrary start; never goes back.
+  @inline(__always)
+  package static func now() -> UInt64 {
+    var time = timespec()
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return UInt64(bitPattern: Int64(time.tv_sec)) &* 1_000_000_000
+      &+ UInt64(bitPattern: Int64(time.tv_nsec))
+  }
+}
+
+/// A point in monotonic time by which an operation must have ended.
+public struct Deadline: Sendable, Comparable {
+  /// Absolute, on `Clock`; `UInt64.max` never comes.
+  public let nanoseconds: UInt64
+
+  @inlinable
+  public init(nanoseconds: UInt64) { self.nanoseconds = nanoseconds }
+
+  public static let never = Deadline(nanoseconds: .max)
+
+  /// The given number of milliseconds from now; too large a number never comes.
+  public static func after(milliseconds: UInt64) -> Deadline {
+    let (span, overflow) = milliseconds.multipliedReportingOverflow(by: 1_000_000)
+    if overflow { return .never }
+    let (end, late) = Clock.now().addingReportingOverflow(span)
+    return late ? .never : Deadline(nanoseconds: end)
+  }
+
+  @inlinable
+  public static func < (left: Deadline, right: Deadline) -> Bool {
+    left.nanoseconds < right.nanoseconds
+  }
+
+  package var hasPassed: Bool { nanoseconds != .max && Clock.now() >= nanoseconds }
+
+  /// Time left, 0 once passed.
+  package var remainingNanoseconds: UInt64 {
+    if nanoseconds == .max { return .max }
+    let now = Clock.now()
+    return now >= nanoseconds ? 0 : nanoseconds - now
+  }
+
+  /// Time left as `poll` and `epoll_wait` want it: rounded up, -1 for never.
+  package var remainingMilliseconds: Int32 {
+    let left = remainingNanoseconds
+    if left == .max { return -1 }
+    return Int32(clamping: (left &+ 999_999) / 1_000_000)
+  }
+
+  /// As an absolute `timespec`; nil for never.
+  package var timespecValue: timespec? {
+    if nanoseconds == .max { return nil }
+    return timespec(
+      tv_sec: Int(nanoseconds / 1_000_000_000), tv_nsec: Int(nanoseconds % 1_000_000_000))
+  }
+}

@@ -1,0 +1,48 @@
+import CLinux
+import Glibc
+
+/// An epoll instance.
+package struct Epoll: ~Copyable, Sendable {
+  private let descriptor: FileDescriptor
+
+  package static let readable = EPOLLIN.rawValue
+  package static let writable = EPOLLOUT.rawValue
+
+  package init() throws(Errno) {
+    descriptor = FileDescriptor(
+      owning: try retryingInterrupts { epoll_create1(Int32(EPOLL_CLOEXEC)) })
+  }
+
+  /// Starts to watch a descriptor, level-triggered; `token` comes back with each event.
+  package func add(_ target: Int32, events: UInt32, token: UInt64) throws(Errno) {
+    try control(EPOLL_CTL_ADD, target, events, token)
+  }
+
+  /// Changes what a watched descriptor waits for.
+  package func modify(_ target: Int32, events: UInt32, token: UInt64) throws(Errno) {
+    try control(EPOLL_CTL_MOD, target, events, token)
+  }
+
+  package func remove(_ target: Int32) {
+    var event = epoll_event()
+    _ = epoll_ctl(descriptor.rawValue, EPOLL_CTL_DEL, target, &event)
+  }
+
+  /// Waits for events; returns how many were written. An interruption counts as none.
+  package func wait(
+    into events: UnsafeMutableBufferPointer<epoll_event>, timeoutMilliseconds: Int32
+  ) -> Int {
+    let count = epoll_wait(
+      descriptor.rawValue, events.baseAddress, Int32(events.count), timeoutMilliseconds)
+    return max(0, Int(count))
+  }
+
+  private func control(
+    _ operation: Int32, _ target: Int32, _ events: UInt32, _ token: UInt64
+  ) throws(Errno) {
+    var event = epoll_event()
+    event.events = events
+    event.data.u64 = token
+    if epoll_ctl(descriptor.rawValue, operation, target, &event) != 0 { throw Errno.current }
+  }
+}

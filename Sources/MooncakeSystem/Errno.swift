@@ -1,0 +1,38 @@
+import CLinux
+import Glibc
+
+/// An error number of the operating system.
+public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
+  public let rawValue: Int32
+
+  public init(_ rawValue: Int32) { self.rawValue = rawValue }
+
+  /// The calling thread's `errno`.
+  package static var current: Errno { Errno(errno) }
+
+  /// The system's text, such as "Connection refused".
+  public var description: String {
+    var text = [CChar](repeating: 0, count: 128)
+    // The GNU variant may return a static text instead of filling the buffer.
+    guard let message = strerror_r(rawValue, &text, text.count) else { return "errno \(rawValue)" }
+    return String(cString: message)
+  }
+
+  package static let interrupted = Errno(EINTR)
+  package static let wouldBlock = Errno(EAGAIN)
+  package static let connectionRefused = Errno(ECONNREFUSED)
+  package static let timedOut = Errno(ETIMEDOUT)
+}
+
+/// Repeats a system call while a signal interrupts it; -1 becomes the thrown error number.
+@inline(__always)
+package func retryingInterrupts<Result: FixedWidthInteger & SignedInteger>(
+  _ call: () -> Result
+) throws(Errno) -> Result {
+  while true {
+    let result = call()
+    if result != -1 { return result }
+    let error = Errno.current
+    if error != .interrupted { throw error }
+  }
+}

@@ -1,0 +1,95 @@
+import CLinux
+import Glibc
+
+/// A nonblocking, close-on-exec TCP socket.
+package struct Socket: ~Copyable, Sendable {
+  private let descriptor: FileDescriptor
+
+  package var rawValue: Int32 { descriptor.rawValue }
+
+  package init(owning descriptor: consuming FileDescriptor) { self.descriptor = descriptor }
+
+  package init(family: Int32) throws(Errno) {
+    let type = Int32(SOCK_STREAM.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
+      | Int32(SOCK_CLOEXEC.rawValue)
+    descriptor = FileDescriptor(owning: try retryingInterrupts { socket(family, type, 0) })
+  }
+
+  /// Listens on an address; port 0 lets the system choose. No address reuse beyond TIME_WAIT: two
+  /// listeners never share a port.
+  package static func listening(
+    on address: SocketAddress, backlog: Int32 = 1024
+  ) throws(Errno) -> Socket {
+    let socket = try Socket(family: address.family)
+    try socket.set(SOL_SOCKET, SO_REUSEADDR, 1)
+    // "::" serves IPv4 too, as peers expect of the any-address.
+    if address.isIPv6 { try socket.set(Int32(IPPROTO_IPV6), IPV6_V6ONLY, address.isAny ? 0 : 1) }
+    if address.withPointer({ bind(socket.rawValue, $0, $1) }) != 0 { throw Errno.current }
+    if listen(socket.rawValue, backlog) != 0 { throw Errno.current }
+    return socket
+  }
+
+  /// Starts a connect; writability tells its end, `takeError` its outcome.
+  package func startConnect(to address: SocketAddress) throws(Errno) {
+    if address.withPointer({ connect(rawValue, $0, $1) }) == 0 { return }
+    let error = Errno.current
+    if error.rawValue != EINPROGRESS && error != .interrupted { throw error }
+  }
+
+  /// Accepts a connection; nil when none is waiting.
+  package func accept() throws(Errno) -> Socket? {
+    let flags = Int32(SOCK_NONBLOCK.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
+    while true {
+      let result = linux_accept(rawValue, flags)
+      if result >= 0 { return Socket(owning: FileDescriptor(owning: result)) }
+      let error = Errno.current
+      switch error.rawValue {
+      case EAGAIN: return nil
+      // The connection died in the queue: look at the next one.
+      case EINTR, ECONNABORTED, EPROTO: continue
+      default: throw error
+      }
+    }
+  }
+
+  /// The pending error of the socket, cleared by this call; nil if none.
+  package func takeError() -> Errno? {
+    var value: Int32 = 0
+    var length = socklen_t(MemoryLayout<Int32>.size)
+    if getsockopt(rawValue, SOL_SOCKET, SO_ERROR, &value, &length) != 0 { return .current }
+    return value == 0 ? nil : Errno(value)
+  }
+
+  package func set(_ level: Int32, _ option: Int32, _ value: Int32) throws(Errno) {
+    var value = value
+    if setsockopt(rawValue, level, option, &value, socklen_t(MemoryLayout<Int32>.size)) != 0 {
+      throw Errno.current
+    }
+  }
+
+  package func setNoDelay() { try? set(Int32(IPPROTO_TCP), TCP_NODELAY, 1) }
+
+  package func localAddress() throws(Errno) -> SocketAddress {
+    try SocketAddress.filled { getsockname(rawValue, $0, $1) }
+  }
+
+  package func peerAddress() throws(Errno) -> SocketAddress {
+    try SocketAddress.filled { getpeername(rawValue, $0, $1) }
+  }
+
+  package func shutdownWrite() { _ = shutdown(rawValue, Int32(SHUT_WR)) }
+
+  /// Waits until the socket has one of `events` (POLLIN, POLLOUT), an error or a hang-up.
+  package func wait(for events: Int32, until deadline: Deadline) throws(Errno) {
+    var item = pollfd(fd: rawValue, events: Int16(events), revents: 0)
+    while true {
+      let count = poll(&item, 1, deadline.remainingMilliseconds)
+      if count > 0 { return }
+      if count == 0 {
+        if deadline.hasPassed { throw Errno.timedOut }
+        continue
+      }
+      if Errno.current != .interrupted { throw Errno.current }
+    }
+  }
+}

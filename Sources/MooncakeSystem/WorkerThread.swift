@@ -1,0 +1,66 @@
+import CLinux
+import Glibc
+
+/// A thread of the library: named, with every signal blocked so that the host's handlers never run
+/// on it.
+package final class WorkerThread: @unchecked Sendable {
+  // Unchecked: `handle` is written once before the object is shared.
+  private var handle = pthread_t()
+  private let body: @Sendable () -> Void
+  private let name: String
+
+  private init(name: String, body: @escaping @Sendable () -> Void) {
+    self.name = name
+    self.body = body
+  }
+
+  /// Starts a thread; end it with `join`, exactly once.
+  package static func start(
+    name: String, _ body: @escaping @Sendable () -> Void
+  ) throws(Errno) -> WorkerThread {
+    let thread = WorkerThread(name: name, body: body)
+    try thread.launch(detached: false)
+    return thread
+  }
+
+  /// Starts a thread that nobody joins.
+  package static func startDetached(
+    name: String, _ body: @escaping @Sendable () -> Void
+  ) throws(Errno) {
+    try WorkerThread(name: name, body: body).launch(detached: true)
+  }
+
+  /// Waits until the thread has ended.
+  package func join() { pthread_join(handle, nil) }
+
+  /// Whether the caller runs on this thread.
+  package var isCurrent: Bool { pthread_equal(handle, pthread_self()) != 0 }
+
+  private func launch(detached: Bool) throws(Errno) {
+    var all = sigset_t()
+    var before = sigset_t()
+    sigfillset(&all)
+    // A new thread inherits the mask; the caller gets its own back below.
+    pthread_sigmask(SIG_SETMASK, &all, &before)
+    defer { pthread_sigmask(SIG_SETMASK, &before, nil) }
+
+    var attributes = pthread_attr_t()
+    pthread_attr_init(&attributes)
+    defer { pthread_attr_destroy(&attributes) }
+    if detached { pthread_attr_setdetachstate(&attributes, Int32(PTHREAD_CREATE_DETACHED)) }
+
+    let context = Unmanaged.passRetained(self)
+    let result = pthread_create(
+      &handle, &attributes,
+      { argument in
+        let thread = Unmanaged<WorkerThread>.fromOpaque(argument!).takeRetainedValue()
+        pthread_setname_np(pthread_self(), String(thread.name.prefix(15)))
+        thread.body()
+        return nil
+      }, context.toOpaque())
+    if result != 0 {
+      context.release()
+      throw Errno(result)
+    }
+  }
+}
