@@ -51,3 +51,8 @@ package struct EventFD: ~Copyable, Sendable {
     _ = read(descriptor.rawValue, &value, 8)
   }
 }
+
+extension EventFD {
+  /// Gives the descriptor to the caller, who must close it.
+  package consuming func keepOpen() -> Int32 { descriptor.release() }
+}

@@ -27,6 +27,9 @@ package struct Futex: ~Copyable, @unchecked Sendable {
   /// Adds one; wraps around.
   package func increment() { word.pointee.wrappingAdd(1, ordering: .acquiringAndReleasing) }
 
+  /// Subtracts one; wraps around.
+  package func decrement() { word.pointee.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+
   @inline(__always)
   package func exchange(_ value: UInt32) -> UInt32 {
     word.pointee.exchange(value, ordering: .acquiringAndReleasing)

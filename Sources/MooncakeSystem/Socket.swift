@@ -67,6 +67,15 @@ package struct Socket: ~Copyable, Sendable {
     }
   }
 
+  /// Fixes the sizes of the kernel's buffers instead of letting it tune them.
+  package func setBuffers(_ byteCount: Int32) {
+    try? set(SOL_SOCKET, SO_SNDBUF, byteCount)
+    try? set(SOL_SOCKET, SO_RCVBUF, byteCount)
+  }
+
+  /// Gives the descriptor to the caller, who must close it.
+  package consuming func release() -> Int32 { descriptor.release() }
+
   package func setNoDelay() { try? set(Int32(IPPROTO_TCP), TCP_NODELAY, 1) }
 
   package func localAddress() throws(Errno) -> SocketAddress {

@@ -6,10 +6,16 @@ public enum Opcode: Int32, Sendable {
   case write = 1
 }
 
+/// Names an opened segment within its engine; 0 is the engine's own.
+public typealias SegmentID = Int32
+
+/// Names a batch within its engine.
+public typealias BatchID = UInt64
+
 /// One range to move between local memory and a buffer of a target segment.
 public struct TransferRequest {
   public var opcode: Opcode
-  public var segment: Int32
+  public var segment: SegmentID
   /// Filled by a read, sent by a write; must stay valid until the request is terminal.
   public var source: UnsafeMutableRawPointer?
   /// Address inside one buffer of the target segment.
@@ -18,7 +24,7 @@ public struct TransferRequest {
   public var length: UInt64
 
   public init(
-    opcode: Opcode, segment: Int32, source: UnsafeMutableRawPointer?, targetOffset: UInt64,
+    opcode: Opcode, segment: SegmentID, source: UnsafeMutableRawPointer?, targetOffset: UInt64,
     length: UInt64
   ) {
     self.opcode = opcode
@@ -26,6 +32,32 @@ public struct TransferRequest {
     self.source = source
     self.targetOffset = targetOffset
     self.length = length
+  }
+}
+
+/// A request as it comes from outside: nothing about it is checked yet.
+package struct RawRequest {
+  package var opcode: Int32
+  package var segment: SegmentID
+  package var source: UInt64
+  package var targetOffset: UInt64
+  package var length: UInt64
+
+  package init(
+    opcode: Int32, segment: SegmentID, source: UInt64, targetOffset: UInt64, length: UInt64
+  ) {
+    self.opcode = opcode
+    self.segment = segment
+    self.source = source
+    self.targetOffset = targetOffset
+    self.length = length
+  }
+
+  package init(_ request: TransferRequest) {
+    self.init(
+      opcode: request.opcode.rawValue, segment: request.segment,
+      source: UInt64(UInt(bitPattern: request.source)), targetOffset: request.targetOffset,
+      length: request.length)
   }
 }
 

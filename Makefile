@@ -1,0 +1,90 @@
+# Builds and installs libmooncake. `make help` lists the targets.
+
+SWIFT ?= swift
+PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+PKGCONFIGDIR ?= $(LIBDIR)/pkgconfig
+BUILD ?= .build
+INSTALL ?= install
+STRIP ?= strip
+
+number = $(shell sed -n 's/^\#define MOONCAKE_VERSION_$(1) //p' include/mooncake.h)
+major := $(call number,MAJOR)
+version := $(major).$(call number,MINOR).$(call number,PATCH)
+
+build := $(BUILD)/release
+library := $(build)/libmooncake.so
+program := $(build)/mooncake
+headers := $(wildcard include/*.h)
+swift_sources := Package.swift Sources Tests examples/swift
+
+# The same flags for both products, so that neither build undoes the other's work. The program gets
+# the Swift runtime inside by them, the library by its own linker flags.
+swift_build := $(SWIFT) build -c release --static-swift-stdlib --scratch-path $(BUILD)
+
+all: ## libmooncake.so and the mooncake program, in .build/release
+	$(swift_build) --product mooncake
+	$(swift_build) --product mooncake-cli
+	ln -sf mooncake-cli $(program)
+
+# Only when missing: `sudo make install` must not build as root what is built already.
+$(library) $(program):
+	$(MAKE) all
+
+examples: ## the C examples, in .build/examples
+	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
+
+install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
+	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(INCLUDEDIR) \
+	  $(DESTDIR)$(PKGCONFIGDIR)
+	$(INSTALL) -m 755 $(library) $(DESTDIR)$(LIBDIR)/libmooncake.so.$(version)
+	$(STRIP) --strip-unneeded $(DESTDIR)$(LIBDIR)/libmooncake.so.$(version)
+	ln -sf libmooncake.so.$(version) $(DESTDIR)$(LIBDIR)/libmooncake.so.$(major)
+	ln -sf libmooncake.so.$(major) $(DESTDIR)$(LIBDIR)/libmooncake.so
+	$(INSTALL) -m 755 $(program) $(DESTDIR)$(BINDIR)/mooncake
+	$(STRIP) $(DESTDIR)$(BINDIR)/mooncake
+	$(INSTALL) -m 644 $(headers) $(DESTDIR)$(INCLUDEDIR)
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' \
+	  -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' -e 's|@VERSION@|$(version)|' \
+	  pkgconfig/mooncake.pc.in > $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc
+	chmod 644 $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc
+
+uninstall: ## removes what install has written; same PREFIX=, DESTDIR=
+	rm -f $(DESTDIR)$(BINDIR)/mooncake $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc \
+	  $(addprefix $(DESTDIR)$(LIBDIR)/libmooncake.so,.$(version) .$(major) '') \
+	  $(addprefix $(DESTDIR)$(INCLUDEDIR)/,$(notdir $(headers)))
+
+demo: ## one trainer and three inferencers on a real model; MODEL=path
+	scripts/demo $(MODEL)
+
+test: ## everything that CI runs
+	scripts/test
+
+test-install: ## make install into a scratch folder, and a program built against it
+	scripts/test-install
+
+bench-stock: ## comparison with the stock Mooncake wheel
+	scripts/bench-stock
+
+fuzz: ## the fuzzers, longer than in CI
+	scripts/fuzz
+
+soak: ## create and destroy cycles, transfers and faults for a long time
+	scripts/soak
+
+format: ## rewrites the Swift sources in the project's format
+	$(SWIFT) format --in-place --recursive $(swift_sources)
+
+lint: ## checks the format of the Swift sources
+	$(SWIFT) format lint --strict --recursive $(swift_sources)
+
+clean: ## removes everything built
+	rm -rf $(BUILD) examples/swift/.build
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
+
+.PHONY: all examples install uninstall demo test test-install bench-stock fuzz soak format lint \
+  clean help

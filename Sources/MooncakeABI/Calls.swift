@@ -1,0 +1,77 @@
+// The frame of every function of the two headers: find the engine, run, turn an error into a code
+// and the thread's message.
+import CMooncake
+import MooncakeEngine
+
+/// Runs `body` and returns `MOONCAKE_OK` or the code of what it threw.
+@inline(__always)
+func nativeCall(
+  function: StaticString = #function, _ body: () throws(EngineError) -> Void
+) -> Int32 {
+  do throws(EngineError) {
+    try body()
+    return 0
+  } catch {
+    return failed(function, error)
+  }
+}
+
+/// As `nativeCall` with the engine behind a handle of mooncake.h.
+@inline(__always)
+func nativeCall(
+  _ handle: OpaquePointer?, function: StaticString = #function,
+  _ body: (TransferEngine) throws(EngineError) -> Void
+) -> Int32 {
+  do throws(EngineError) {
+    try EngineTable.shared.with(number(of: handle), .native) { record throws(EngineError) in
+      try body(record.engine)
+    }
+    return 0
+  } catch {
+    return failed(function, error)
+  }
+}
+
+@inline(never)
+private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
+  ThreadState.setMessage(function, error.message)
+  return error.code.rawValue
+}
+
+/// The number that a handle of mooncake.h stands for.
+@inline(__always)
+func number(of handle: OpaquePointer?) -> UInt64 { UInt64(UInt(bitPattern: handle)) }
+
+/// Checks an array argument and its length in elements.
+@inline(__always)
+func checkArray<Element>(
+  _ pointer: UnsafePointer<Element>?, _ count: UInt64, _ argument: StaticString,
+  limit: Int = 1 << 20
+) throws(EngineError) -> Int {
+  if pointer == nil && count > 0 {
+    throw EngineError(.invalidArgument, "\(argument) is null but count is \(count)")
+  }
+  if count > UInt64(limit) {
+    throw EngineError(.full, "count is \(count), at most \(limit) go into one call")
+  }
+  return Int(count)
+}
+
+/// Checks that there is a place for a result.
+@inline(__always)
+func checkOutput<Value>(
+  _ pointer: UnsafeMutablePointer<Value>?, _ argument: StaticString
+) throws(EngineError) -> UnsafeMutablePointer<Value> {
+  guard let pointer else { throw EngineError(.invalidArgument, "\(argument) is null") }
+  return pointer
+}
+
+/// Access rights as callers give them.
+func checkAccess(_ bits: UInt32) throws(EngineError) -> Access {
+  let all: Access = [.remoteRead, .remoteWrite]
+  if bits & ~all.rawValue != 0 {
+    throw EngineError(
+      .invalidArgument, "access 0x\(String(bits, radix: 16)) has bits that mean nothing")
+  }
+  return Access(rawValue: bits)
+}

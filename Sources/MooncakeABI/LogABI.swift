@@ -1,0 +1,46 @@
+// swift-format-ignore-file: AlwaysUseLowerCamelCase
+// Section "Log" of mooncake.h.
+import CMooncake
+import MooncakeEngine
+
+/// A callback of the host with the pointer that belongs to it.
+private struct HostLogSink: @unchecked Sendable {
+  // Unchecked: the host answers for using its context from any thread.
+  let callback: mooncake_log_callback_t
+  let context: UnsafeMutableRawPointer?
+}
+
+/// Sends log lines to a callback or, without one, to stderr.
+@c @implementation
+package func mooncake_log_set_callback(
+  _ callback: mooncake_log_callback_t?, _ context: UnsafeMutableRawPointer?
+) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    try refuseInsideLogCallback()
+    guard let callback else { return Log.setSink(nil) }
+    let sink = HostLogSink(callback: callback, context: context)
+    Log.setSink { level, line in
+      ThreadState.duringLogCallback {
+        line.withCString { sink.callback(level.rawValue, $0, sink.context) }
+      }
+    }
+  }
+}
+
+/// Drops log lines below a level.
+@c @implementation
+package func mooncake_log_set_level(_ level: Int32) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    guard let level = Log.Level(rawValue: level) else {
+      throw EngineError(.invalidArgument, "level \(level) is not one of MOONCAKE_LOG_*")
+    }
+    Log.setLevel(level)
+  }
+}
+
+/// The log is locked while its callback runs.
+func refuseInsideLogCallback() throws(EngineError) {
+  if ThreadState.isInsideLogCallback {
+    throw EngineError(.invalidArgument, "a log callback must not call the library")
+  }
+}

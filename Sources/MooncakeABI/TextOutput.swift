@@ -1,0 +1,82 @@
+// How texts enter and leave: bounded, valid UTF-8, never beyond the caller's buffer.
+import Glibc
+import MooncakeEngine
+
+/// Longest name, address, URI or location accepted, in bytes.
+let maximumNameBytes = 4096
+
+/// Longest notification text accepted, in bytes; what a peer takes may be less.
+let maximumMessageBytes = 64 << 20
+
+/// Copies a required, non-empty text.
+func requiredText(
+  _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumNameBytes
+) throws(EngineError) -> String {
+  guard let value = try optionalText(text, argument, maximum: maximum) else {
+    throw EngineError(.invalidArgument, "\(argument) is null")
+  }
+  return value
+}
+
+/// Copies a text that may be null but, if given, not empty.
+func optionalText(
+  _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumNameBytes
+) throws(EngineError) -> String? {
+  guard let text else { return nil }
+  let value = try copiedText(text, argument, maximum: maximum)
+  if value.isEmpty { throw EngineError(.invalidArgument, "\(argument) is empty") }
+  return value
+}
+
+/// Copies a required text that may be empty.
+func messageText(
+  _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumMessageBytes
+) throws(EngineError) -> String {
+  guard let text else { throw EngineError(.invalidArgument, "\(argument) is null") }
+  return try copiedText(text, argument, maximum: maximum)
+}
+
+private func copiedText(
+  _ text: UnsafePointer<CChar>, _ argument: StaticString, maximum: Int
+) throws(EngineError) -> String {
+  let count = strnlen(text, maximum + 1)
+  if count > maximum {
+    throw EngineError(.invalidArgument, "\(argument) is longer than \(maximum) bytes")
+  }
+  let bytes = UnsafeRawBufferPointer(start: text, count: count)
+  guard let value = String(validating: bytes, as: UTF8.self) else {
+    throw EngineError(.invalidArgument, "\(argument) is not valid UTF-8")
+  }
+  return value
+}
+
+/// Writes a text by the rule of mooncake.h: cut to fit, full length told, a cut is an error.
+func writeText(
+  _ text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
+  _ length: UnsafeMutablePointer<UInt64>?
+) throws(EngineError) {
+  if buffer == nil && capacity > 0 {
+    throw EngineError(.invalidArgument, "buffer is null but capacity is \(capacity)")
+  }
+  let count = writePrefix(of: text, buffer, Int(clamping: capacity))
+  length?.pointee = UInt64(count)
+  if UInt64(count) >= capacity {
+    throw EngineError(.full, "the text needs \(count + 1) bytes with its NUL, not \(capacity)")
+  }
+}
+
+/// Writes as much as fits and a NUL; returns the length of the whole text.
+@discardableResult
+func writePrefix(
+  of text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: Int
+) -> Int {
+  var text = text
+  return text.withUTF8 { bytes in
+    if let buffer, capacity > 0 {
+      let count = min(bytes.count, capacity - 1)
+      if count > 0, let base = bytes.baseAddress { memcpy(buffer, base, count) }
+      buffer[count] = 0
+    }
+    return bytes.count
+  }
+}

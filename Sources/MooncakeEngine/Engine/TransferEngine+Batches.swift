@@ -1,0 +1,237 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+extension TransferEngine {
+  package static let batchCapacityLimit = 1 << 20
+
+  /// Creates a batch for up to `capacity` requests over its life.
+  public func createBatch(capacity: Int) throws(EngineError) -> BatchID {
+    try checkOpen()
+    guard (1...Self.batchCapacityLimit).contains(capacity) else {
+      throw EngineError(
+        .invalidArgument,
+        "a batch holds 1 to \(Self.batchCapacityLimit) requests, not \(capacity)")
+    }
+    return try batches.insert(Batch(capacity: capacity, pool: pool, announcer: self))
+  }
+
+  /// Appends requests to a batch. Everything is checked before any request starts; a later failure
+  /// lives in the status. With a notification, the segment of the first request gets it once the
+  /// whole batch is completed.
+  public func submit(
+    _ batch: BatchID, _ requests: UnsafeBufferPointer<TransferRequest>,
+    timeoutMilliseconds: UInt64 = 0, notification: Notification? = nil
+  ) throws(EngineError) {
+    try submit(
+      batch, count: requests.count, timeoutMilliseconds: timeoutMilliseconds,
+      notification: notification
+    ) { RawRequest(requests[$0]) }
+  }
+
+  /// As above with unchecked values.
+  @inline(__always)
+  package func submit(
+    _ id: BatchID, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
+    request: (Int) -> RawRequest
+  ) throws(EngineError) {
+    try batches.with(id) { batch throws(EngineError) in
+      try submit(
+        batch, count: count, timeoutMilliseconds: timeoutMilliseconds, notification: notification,
+        isAsynchronous: true, request: request)
+    }
+  }
+
+  /// Reads the status of a whole batch.
+  public func poll(_ id: BatchID) throws(EngineError) -> BatchStatus {
+    try batches.with(id) { batch throws(EngineError) in
+      drivePolled(batch)
+      return batch.status
+    }
+  }
+
+  /// Reads the status of one request.
+  public func poll(_ id: BatchID, request index: Int) throws(EngineError) -> TransferStatus {
+    try batches.with(id) { batch throws(EngineError) in
+      guard index >= 0, index < batch.submittedCount else {
+        throw EngineError(
+          .invalidArgument,
+          "request \(index) does not exist: \(batch.submittedCount) were submitted")
+      }
+      drivePolled(batch)
+      return batch.tasks[index].status
+    }
+  }
+
+  /// Waits until every submitted request is terminal. Throws `.timeout` if they still run after the
+  /// timeout; 0 waits as long as they do.
+  public func wait(
+    _ id: BatchID, timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) -> BatchStatus {
+    try batches.with(id) { batch throws(EngineError) in
+      let deadline = timeoutMilliseconds == 0
+        ? Deadline.never : Deadline.after(milliseconds: timeoutMilliseconds)
+      guard waitUntilTerminal(batch, deadline) else {
+        throw EngineError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
+      }
+      return batch.status
+    }
+  }
+
+  /// Ends every request that is not terminal as canceled, soon.
+  public func cancel(_ id: BatchID) throws(EngineError) {
+    try batches.with(id) { batch throws(EngineError) in
+      if batch.isTerminal { return }
+      batch.requestCancel()
+      for loop in transport.loops { loop.requestSweep() }
+    }
+  }
+
+  /// Frees a batch whose requests are all terminal.
+  public func freeBatch(_ id: BatchID) throws(EngineError) {
+    try batches.remove(id) { $0.isTerminal }
+  }
+
+  /// Why the first request that did not complete failed; empty if none did.
+  package func failureMessage(of id: BatchID) -> String {
+    (try? batches.with(id) { batch throws(EngineError) in batch.failureMessage }) ?? ""
+  }
+
+  /// A descriptor that is readable while every submitted request is terminal. The batch owns it.
+  public func eventDescriptor(of id: BatchID) throws(EngineError) -> Int32 {
+    try batches.with(id) { batch throws(EngineError) in try batch.openEventDescriptor() }
+  }
+
+  /// A descriptor that becomes readable when a batch has become terminal. The engine owns it.
+  public func eventDescriptor() throws(EngineError) -> Int32 {
+    try checkOpen()
+    let existing = engineEvent.load(ordering: .acquiring)
+    if existing >= 0 { return existing }
+    let event: EventFD
+    do throws(Errno) { event = try EventFD() } catch {
+      throw EngineError(.system, "event descriptor: \(error)")
+    }
+    let (stored, current) = engineEvent.compareExchange(
+      expected: -1, desired: event.descriptor.rawValue, ordering: .acquiringAndReleasing)
+    return stored ? event.keepOpen() : current
+  }
+
+  /// Calls back, on a thread of the engine, each time the batch becomes terminal.
+  package func setCallback(
+    _ id: BatchID, _ callback: @escaping @Sendable (BatchID, BatchStatus) -> Void
+  ) throws(EngineError) {
+    try batches.with(id) { batch throws(EngineError) in try batch.setCallback(callback) }
+  }
+
+  /// Submits requests, waits for them, and throws the failure of the first that did not complete.
+  public func transfer(
+    _ requests: UnsafeBufferPointer<TransferRequest>, timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) {
+    try transfer(count: requests.count, timeoutMilliseconds: timeoutMilliseconds) {
+      RawRequest(requests[$0])
+    }
+  }
+
+  /// As above with unchecked values.
+  @inline(__always)
+  package func transfer(
+    count: Int, timeoutMilliseconds: UInt64, request: (Int) -> RawRequest
+  ) throws(EngineError) {
+    let batch = try takeSpareBatch(count)
+    try submit(
+      batch, count: count, timeoutMilliseconds: timeoutMilliseconds, notification: nil,
+      isAsynchronous: false, request: request)
+    _ = waitUntilTerminal(batch, .never)
+    let status = batch.status
+    let message = status.error == nil ? "" : batch.failureMessage
+    giveSpareBatch(batch)
+    if let code = status.error { throw EngineError(code, message) }
+  }
+
+  private static let spareBatchCapacity = 256
+
+  private func takeSpareBatch(_ count: Int) throws(EngineError) -> Batch {
+    guard count <= Self.batchCapacityLimit else {
+      throw EngineError(.invalidArgument, "\(count) requests are more than a batch holds")
+    }
+    if count <= Self.spareBatchCapacity, let batch = spareBatches.withLock({ $0.popLast() }) {
+      return batch
+    }
+    return Batch(
+      capacity: max(count, Self.spareBatchCapacity), pool: pool, announcer: self)
+  }
+
+  private func giveSpareBatch(_ batch: Batch) {
+    batch.waitUntilQuiet()
+    if batch.capacity > Self.spareBatchCapacity { return }
+    batch.reset()
+    spareBatches.withLock { if $0.count < 16 { $0.append(batch) } }
+  }
+}
+
+// MARK: - Waiting
+
+extension TransferEngine {
+  /// A poller of a running batch does the loop's work if nobody else does.
+  private func drivePolled(_ batch: Batch) {
+    if batch.isTerminal { return }
+    batch.drivenLoop?.pollIfFree()
+  }
+
+  /// Drives the loop that carries the batch, or sleeps while another thread does.
+  package func waitUntilTerminal(_ batch: Batch, _ deadline: Deadline) -> Bool {
+    var spinEnd: UInt64 = 0
+    while !batch.isTerminal {
+      if let loop = batch.drivenLoop {
+        if loop.driveIfFree(until: deadline, mayBlock: true, isDone: { batch.isTerminal }) {
+          if batch.isTerminal { return true }
+          if deadline.hasPassed { return false }
+        }
+        loop.kick()
+      }
+      let now = Clock.now()
+      if spinEnd == 0 { spinEnd = now &+ spinNanoseconds }
+      if now < spinEnd && !batch.isBulk {
+        relaxProcessor()
+        continue
+      }
+      return batch.sleep(until: deadline)
+    }
+    return true
+  }
+}
+
+// MARK: - Announcements
+
+extension TransferEngine: BatchAnnouncer {
+  package func announce(_ batch: Batch) {
+    let descriptor = engineEvent.load(ordering: .acquiring)
+    if descriptor < 0 { return }
+    var one: UInt64 = 1
+    _ = write(descriptor, &one, 8)
+  }
+
+  package func run(
+    _ callback: @escaping Batch.Callback, of batch: Batch, status: BatchStatus
+  ) {
+    let id = batch.id
+    _ = callbacks.run { callback(id, status) }
+  }
+
+  package func deliver(_ pending: Batch.PendingNotification, of batch: Batch) {
+    let isRunning = workers.run { [self] in
+      do throws(EngineError) {
+        let name = try segments.segment(pending.segment).name
+        try RPCClient.notify(
+          name, pending.notification, deadline: Deadline(nanoseconds: pending.deadline))
+        batch.endNotification(nil)
+      } catch {
+        batch.endNotification(error)
+      }
+    }
+    if !isRunning {
+      batch.endNotification(EngineError(.canceled, "the engine was destroyed before it notified"))
+    }
+  }
+}

@@ -1,0 +1,86 @@
+import MooncakeSystem
+import Synchronization
+
+extension TransferEngine {
+  /// Delivers a notification to the owner of a segment.
+  public func notify(
+    _ segment: SegmentID, _ notification: Notification, timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) {
+    try checkOpen()
+    let name = try segments.segment(segment).name
+    try RPCClient.notify(name, notification, deadline: deadline(timeoutMilliseconds))
+  }
+
+  /// Takes the oldest notification received.
+  public func receiveNotification() -> Notification? { notifications.takeFirst() }
+
+  /// Where peers reach the data port, "host:port".
+  public var dataAddress: String { transport.server.address.description }
+
+  /// Counters and gauges in the Prometheus text format.
+  public func metrics() -> String {
+    let tcp = transport.counters
+    let rpc = rpcCounters
+    var text = ""
+    func add(_ name: String, _ kind: String, _ help: String, _ value: some BinaryInteger) {
+      text += "# HELP mooncake_\(name) \(help)\n# TYPE mooncake_\(name) \(kind)\n"
+      text += "mooncake_\(name){segment=\"\(escaped(self.name))\"} \(value)\n"
+    }
+    func counter(_ name: String, _ help: String, _ value: UInt64) {
+      add(name + "_total", "counter", help, value)
+    }
+    counter(
+      "read_bytes", "Bytes read from peers.", tcp.readBytes.load(ordering: .relaxed))
+    counter(
+      "written_bytes", "Bytes written to peers.", tcp.writtenBytes.load(ordering: .relaxed))
+    counter(
+      "completed_slices", "Slices completed.", tcp.completedSlices.load(ordering: .relaxed))
+    counter(
+      "failed_slices", "Slices that failed, timed out or were canceled.",
+      tcp.failedSlices.load(ordering: .relaxed))
+    counter("retried_slices", "Slices queued again.", tcp.retries.load(ordering: .relaxed))
+    counter(
+      "connect_failures", "Data connections that could not be made.",
+      tcp.clientConnectFailures.load(ordering: .relaxed))
+    counter(
+      "disconnects", "Data connections lost or taken out of use.",
+      tcp.clientDisconnects.load(ordering: .relaxed))
+    add(
+      "client_connections", "gauge", "Data connections to peers.",
+      tcp.clientConnections.load(ordering: .relaxed))
+    add(
+      "server_connections", "gauge", "Data connections of peers.",
+      tcp.connections.load(ordering: .relaxed))
+    counter(
+      "served_requests", "Requests of peers served.", tcp.servedRequests.load(ordering: .relaxed))
+    counter(
+      "refused_requests", "Requests of peers refused.", tcp.rejections.load(ordering: .relaxed))
+    counter(
+      "served_received_bytes", "Bytes that peers sent to the data port.",
+      tcp.servedReceivedBytes.load(ordering: .relaxed))
+    counter(
+      "served_sent_bytes", "Bytes that the data port sent to peers.",
+      tcp.servedSentBytes.load(ordering: .relaxed))
+    counter("rpc_metadata_requests", "Metadata requests answered.", rpc.metadataRequests)
+    counter("rpc_notify_requests", "Notifications received.", rpc.notifyRequests)
+    counter("rpc_probe_requests", "Probes answered.", rpc.probeRequests)
+    counter("rpc_rejected_connections", "RPC connections rejected.", rpc.rejectedConnections)
+    add("registered_buffers", "gauge", "Buffers registered.", local.buffers.snapshot.buffers.count)
+    add(
+      "registered_bytes", "gauge", "Bytes registered.",
+      local.buffers.snapshot.buffers.reduce(UInt64(0)) { $0 &+ $1.length })
+    add("queued_notifications", "gauge", "Notifications not yet taken.", notifications.count)
+    return text
+  }
+
+  private func escaped(_ label: String) -> String {
+    label.reduce(into: "") { text, character in
+      switch character {
+      case "\\": text += "\\\\"
+      case "\"": text += "\\\""
+      case "\n": text += "\\n"
+      default: text.append(character)
+      }
+    }
+  }
+}

@@ -1,0 +1,201 @@
+import MooncakeSystem
+import Synchronization
+
+extension TransferEngine {
+  /// Finds a peer and fetches its descriptor. A known name keeps its id and gets a fresh descriptor.
+  public func openSegment(
+    _ name: String, timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) -> SegmentID {
+    try checkOpen()
+    let name = String(name.drop { $0 == "/" })
+    if name.isEmpty { throw EngineError(.invalidArgument, "the segment name is empty") }
+    if name == self.name { return 0 }
+    let deadline = deadline(timeoutMilliseconds)
+    if let known = segments.retain(name) {
+      do throws(EngineError) {
+        try refresh(known, deadline: deadline)
+      } catch {
+        _ = try? segments.release(known.id)
+        throw error
+      }
+      return known.id
+    }
+    let descriptor = try fetchDescriptor(name, deadline: deadline)
+    let connections = try transport.connect(
+      to: descriptor, deadline: deadline, handlers: handlers(for: name))
+    return try segments.insert(
+      name, route: SegmentRoute(descriptor: descriptor, connections: connections)
+    ).segment.id
+  }
+
+  /// Gives the id back; connections end when nobody holds it any more and its transfers are over.
+  public func closeSegment(_ id: SegmentID) throws(EngineError) {
+    try checkOpen()
+    if id == 0 { return }
+    guard let segment = try segments.release(id) else { return }
+    segment.route.connections.retire(successor: nil)
+  }
+
+  /// The id of a name that is open.
+  package func cachedSegment(_ name: String) -> SegmentID? {
+    segments.id(of: String(name.drop { $0 == "/" }))
+  }
+
+  /// What is known of a segment.
+  public func descriptor(of id: SegmentID) throws(EngineError) -> SegmentDescriptor {
+    try checkOpen()
+    return id == 0 ? local.descriptor : try segments.segment(id).route.descriptor
+  }
+
+  /// Asks a peer for a sign of life.
+  public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
+    try checkOpen()
+    try RPCClient.probe(name, deadline: deadline(timeoutMilliseconds))
+  }
+
+  /// Fetches every open segment's descriptor anew; what cannot be fetched stays as it is.
+  package func refreshAllSegments() {
+    for segment in segments.all where segment.id != 0 {
+      do throws(EngineError) {
+        try refresh(segment, deadline: deadline(0))
+      } catch {
+        Log.warning("refreshing segment \(segment.name): \(error.message)")
+      }
+    }
+  }
+
+  private func fetchDescriptor(
+    _ name: String, deadline: Deadline
+  ) throws(EngineError) -> SegmentDescriptor {
+    try RPCClient.fetchDescriptor(of: name, own: local.json, deadline: deadline)
+  }
+}
+
+// MARK: - Keeping descriptors true
+
+extension TransferEngine {
+  private static let recoveryMilliseconds: UInt64 = 3_000
+
+  /// What the connections to a segment do when they need its descriptor anew. The engine may be gone
+  /// by then, and with it the loops that call.
+  package func handlers(for name: String) -> TCPPeer.Handlers {
+    TCPPeer.Handlers(
+      trouble: { [weak self] in
+        guard let self, let id = segments.id(of: name), id != 0,
+          let segment = try? segments.segment(id)
+        else { return }
+        recover(segment, nil)
+      },
+      refusal: { [weak self] slice in
+        guard let self else { return }
+        guard let segment = try? segments.segment(slice.pointee.task.pointee.segment) else {
+          return Batch.end(
+            slice, .failed(.notRegistered), reason: "segment \(name) was closed in mid-transfer")
+        }
+        recover(segment, slice)
+      })
+  }
+
+  /// Fetches a descriptor anew in the background and then submits the slice again.
+  package func recover(_ segment: OpenSegment, _ slice: SlicePointer?) {
+    if let slice {
+      if slice.pointee.isRefetched {
+        return Batch.end(
+          slice, .failed(.notRegistered), reason: describeRefusal(segment, slice))
+      }
+      slice.pointee.isRefetched = true
+    }
+    guard segment.enqueueRecovery(slice) else { return }
+    if !workers.run({ [self] in runRecovery(segment) }) { runRecovery(segment) }
+  }
+
+  private func runRecovery(_ segment: OpenSegment) {
+    repeat {
+      var waiting = segment.takeRecovery()
+      var failure: EngineError?
+      if segment.id != 0 && !isClosing {
+        do throws(EngineError) {
+          try refresh(segment, deadline: recoveryDeadline(waiting))
+        } catch {
+          failure = error
+        }
+      }
+      while let slice = waiting.popFirst() { finishRecovery(segment, slice, failure) }
+    } while !segment.endRecovery()
+  }
+
+  private func recoveryDeadline(_ waiting: SliceQueue) -> Deadline {
+    var deadline = Deadline.after(milliseconds: Self.recoveryMilliseconds)
+    var cursor = waiting.first
+    while let slice = cursor {
+      deadline = min(deadline, Deadline(nanoseconds: slice.pointee.deadline))
+      cursor = slice.pointee.next
+    }
+    return deadline
+  }
+
+  private func finishRecovery(
+    _ segment: OpenSegment, _ slice: SlicePointer, _ failure: EngineError?
+  ) {
+    if slice.pointee.batch.isCancelRequested || isClosing {
+      return Batch.end(slice, .canceled, reason: "segment \(segment.name): canceled")
+    }
+    if let failure {
+      let isLate = slice.pointee.deadline <= Clock.now()
+      return Batch.end(
+        slice, isLate ? .timeout : .failed(failure.code),
+        reason: "\(describeRefusal(segment, slice)); asking the peer again: \(failure.message)")
+    }
+    resubmit(segment, slice)
+  }
+
+  /// Queues a slice again on the segment's present route.
+  package func resubmit(_ segment: OpenSegment, _ slice: SlicePointer) {
+    let route = segment.route
+    let table = segment.id == 0 ? local.buffers.snapshot : route.table
+    let verdict = table.check(
+      slice.pointee.remote, UInt64(slice.pointee.length), slice.pointee.opcode.requiredAccess)
+    guard verdict == .allowed else {
+      return Batch.end(
+        slice, .failed(verdict == .accessDenied ? .accessDenied : .notRegistered),
+        reason: describeRefusal(segment, slice))
+    }
+    let endpoint = route.connections.leastBusy()
+    var queue = SliceQueue()
+    queue.append(slice)
+    let byteCount = slice.pointee.length
+    endpoint.push(queue, byteCount: byteCount)
+    endpoint.loop.kick()
+  }
+
+  private func describeRefusal(_ segment: OpenSegment, _ slice: SlicePointer) -> String {
+    let address = String(slice.pointee.remote, radix: 16)
+    return "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
+      + "0x\(address): the range is not inside one buffer that the peer has registered for it"
+  }
+
+  /// Fetches a descriptor and replaces the route; a peer at another place gets new connections.
+  private func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
+    let new = try fetchDescriptor(segment.name, deadline: deadline)
+    let old = segment.route
+    let isSameProcess = new.incarnation == old.descriptor.incarnation
+    let isSamePlace = new.tcpDataHost == old.descriptor.tcpDataHost
+      && new.tcpDataPort == old.descriptor.tcpDataPort && new.name == old.descriptor.name
+      && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
+    if isSamePlace && isSameProcess {
+      _ = segment.replaceRoute(SegmentRoute(descriptor: new, connections: old.connections))
+      return
+    }
+    let connections = try transport.connect(
+      to: new, deadline: deadline, handlers: handlers(for: segment.name))
+    let former = segment.replaceRoute(SegmentRoute(descriptor: new, connections: connections))
+    Log.info("segment \(segment.name): the peer restarted or moved; using its new descriptor")
+    former.connections.retire(
+      successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in
+        guard let self, let segment else {
+          return Batch.end(slice, .canceled, reason: "segment closed in mid-transfer")
+        }
+        resubmit(segment, slice)
+      })
+  }
+}

@@ -1,0 +1,203 @@
+import MooncakeSystem
+import Synchronization
+
+/// How requests are cut and spread over connections.
+private enum Striping {
+  /// Requests below this are chained into few pushes and gathered sends.
+  static let smallBytes = 64 << 10
+  /// Bytes of small requests that go to one connection before the next is chosen.
+  static let chainBytes = 256 << 10
+  /// Larger requests are cut, so that all connections work on one.
+  static let stripeBytes = 1 << 20
+  static let stripeCountLimit = 1024
+  /// Waiters of more than this sleep instead of spinning.
+  static let bulkBytes = 1 << 20
+}
+
+extension TransferEngine {
+  /// Checks, cuts and queues `count` requests. Unless asynchronous, the caller waits for the batch
+  /// next and drives the loop itself.
+  @inline(__always)
+  package func submit(
+    _ batch: Batch, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
+    isAsynchronous: Bool, request: (Int) -> RawRequest
+  ) throws(EngineError) {
+    guard count > 0 else {
+      if count == 0 && notification == nil { return }
+      throw EngineError(.invalidArgument, "there is no request to submit")
+    }
+    try whileOpen { () throws(EngineError) in
+      let deadline = deadline(timeoutMilliseconds).nanoseconds
+      let first = try batch.beginSubmit(count)
+      defer { batch.endSubmit() }
+      var byteCount: UInt64 = 0
+      var checkedSegment: SegmentID = 0
+      for index in 0..<count {
+        let raw = request(index)
+        let slice = try check(raw, index, batch.tasks + (first + index), deadline)
+        if raw.segment != checkedSegment {
+          _ = try segments.segment(raw.segment)
+          checkedSegment = raw.segment
+        }
+        batch.prepare(first + index, segment: raw.segment, slice)
+        byteCount = byteCount.addingReportingOverflow(raw.length).partialValue
+      }
+      batch.publish(
+        count,
+        notification: notification.map {
+          .init(segment: batch.tasks[first].segment, notification: $0, deadline: deadline)
+        })
+      batch.isBulk = byteCount > UInt64(Striping.bulkBytes)
+      dispatch(batch, first, count, isAsynchronous: isAsynchronous)
+    }
+  }
+
+  @inline(__always)
+  private func check(
+    _ raw: RawRequest, _ index: Int, _ task: UnsafeMutablePointer<TransferTask>, _ deadline: UInt64
+  ) throws(EngineError) -> Slice {
+    guard let opcode = Opcode(rawValue: raw.opcode) else {
+      throw EngineError(
+        .invalidArgument, "request \(index): opcode \(raw.opcode) is neither read nor write")
+    }
+    // A request of no bytes never touches its address.
+    let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source))
+    if source == nil && raw.length > 0 {
+      throw EngineError(.invalidArgument, "request \(index): the local address is null")
+    }
+    if raw.length > UInt64(Int.max) || raw.source.addingReportingOverflow(raw.length).overflow
+      || raw.targetOffset.addingReportingOverflow(raw.length).overflow
+    {
+      throw EngineError(
+        .invalidArgument, "request \(index): \(raw.length) bytes wrap around the address space")
+    }
+    return Slice(
+      task: task, local: source ?? UnsafeMutableRawPointer(task), remote: raw.targetOffset,
+      length: Int(raw.length), deadline: deadline, opcode: opcode, isPooled: false)
+  }
+
+  /// Queues published tasks, in runs of the same segment.
+  private func dispatch(_ batch: Batch, _ first: Int, _ count: Int, isAsynchronous: Bool) {
+    var dispatcher = Dispatcher(engine: self)
+    var index = first
+    let end = first + count
+    while index < end {
+      let id = batch.tasks[index].segment
+      var runEnd = index + 1
+      while runEnd < end, batch.tasks[runEnd].segment == id { runEnd += 1 }
+      dispatcher.dispatch(batch, id, index..<runEnd)
+      index = runEnd
+    }
+    batch.drivenLoop = dispatcher.singleLoop
+    if !isAsynchronous && dispatcher.singleLoop != nil { return }
+    if let loop = dispatcher.singleLoop, !batch.isBulk {
+      // Small requests leave at once; the loop's thread then only waits for the answers.
+      loop.pollIfFree()
+    }
+    dispatcher.kickLoops()
+  }
+}
+
+/// Spreads the slices of one submit over connections.
+private struct Dispatcher {
+  private let engine: TransferEngine
+  private var loopMask: UInt64 = 0
+
+  init(engine: TransferEngine) { self.engine = engine }
+
+  /// The only loop that got slices.
+  var singleLoop: TCPClientLoop? {
+    loopMask.nonzeroBitCount == 1
+      ? engine.transport.loops[loopMask.trailingZeroBitCount] : nil
+  }
+
+  func kickLoops() {
+    for loop in engine.transport.loops where loopMask & (1 << UInt64(loop.index)) != 0 {
+      loop.kick()
+    }
+  }
+
+  mutating func dispatch(_ batch: Batch, _ id: SegmentID, _ range: Range<Int>) {
+    guard let segment = try? engine.segments.segment(id) else {
+      for index in range {
+        Batch.end(
+          batch.slices + index, .failed(.invalidHandle),
+          reason: "segment \(id) was closed during the submit")
+      }
+      return
+    }
+    let route = segment.route
+    let table = id == 0 ? engine.local.buffers.snapshot : route.table
+    let connections = route.connections
+    var chain = SliceQueue()
+    var chainBytes = 0
+    for index in range {
+      let slice = batch.slices + index
+      let length = slice.pointee.length
+      if length == 0 {
+        Batch.end(slice, .completed)
+        continue
+      }
+      let verdict = table.check(
+        slice.pointee.remote, UInt64(length), slice.pointee.opcode.requiredAccess)
+      if verdict != .allowed {
+        // The peer may have registered the buffer since its descriptor was fetched.
+        engine.recover(segment, slice)
+        continue
+      }
+      if length < Striping.smallBytes || connections.peer.isOneShot {
+        chain.append(slice)
+        chainBytes += length
+        if chainBytes >= Striping.chainBytes { push(&chain, &chainBytes, connections) }
+      } else if length < 2 * Striping.stripeBytes {
+        var single = SliceQueue()
+        single.append(slice)
+        var byteCount = length
+        push(&single, &byteCount, connections)
+      } else {
+        stripe(slice, connections)
+      }
+    }
+    push(&chain, &chainBytes, connections)
+  }
+
+  private mutating func push(
+    _ queue: inout SliceQueue, _ byteCount: inout Int, _ connections: TCPConnectionGroup
+  ) {
+    if queue.isEmpty { return }
+    let endpoint = connections.leastBusy()
+    endpoint.push(queue, byteCount: byteCount)
+    loopMask |= 1 << UInt64(endpoint.loop.index)
+    queue = SliceQueue()
+    byteCount = 0
+  }
+
+  /// Cuts a large request into slices for all connections.
+  private mutating func stripe(_ first: SlicePointer, _ connections: TCPConnectionGroup) {
+    let whole = first.pointee
+    let piece = max(
+      Striping.stripeBytes, (whole.length / Striping.stripeCountLimit + 4095) & ~4095)
+    let count = (whole.length + piece - 1) / piece
+    whole.task.pointee.start(sliceCount: count)
+    var spare = engine.pool.take(count - 1)
+    for index in 0..<count {
+      let offset = index * piece
+      let slice: SlicePointer
+      if index == 0 {
+        slice = first
+      } else {
+        slice = spare!
+        spare = slice.pointee.next
+      }
+      slice.initialize(
+        to: Slice(
+          task: whole.task, local: whole.local + offset, remote: whole.remote + UInt64(offset),
+          length: min(piece, whole.length - offset), deadline: whole.deadline,
+          opcode: whole.opcode, isPooled: index > 0))
+      var queue = SliceQueue()
+      queue.append(slice)
+      var byteCount = slice.pointee.length
+      push(&queue, &byteCount, connections)
+    }
+  }
+}

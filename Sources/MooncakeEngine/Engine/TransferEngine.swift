@@ -1,0 +1,196 @@
+import MooncakeSystem
+import Synchronization
+
+/// Moves memory between this process and its peers. Owns registrations, connections and threads.
+///
+/// Every method may be called from any thread at any time. After `close` they throw.
+public final class TransferEngine: @unchecked Sendable {
+  // Unchecked: everything is set in `init` or synchronized.
+  public struct Options: Sendable {
+    /// Segment name; default "advertised host:port". Without a metadata service it must be that.
+    public var name: String?
+    /// Numeric address to listen on; default the advertised address if given, else 127.0.0.1.
+    public var bindAddress: String?
+    /// Host that peers connect to; default the bound address.
+    public var advertisedAddress: String?
+    /// RPC port; 0 lets the system choose.
+    public var port: UInt16 = 0
+    public var metadataURI = "P2PHANDSHAKE"
+    /// In order of preference.
+    public var transports = ["tcp"]
+    /// Deadline of an operation that names none.
+    public var defaultTimeoutMilliseconds: UInt64 = 30_000
+    /// Threads per direction; 0 chooses by the number of processors.
+    public var ioThreads = 0
+    /// Data connections to one peer; 0 chooses.
+    public var connectionsPerPeer = 0
+    /// How long waiters and I/O threads spin before they sleep while work is outstanding.
+    public var spinMicroseconds = 50
+    package var listenRules = ListenRules.native
+
+    public init() {}
+  }
+
+  /// How a taken port or a foreign name is dealt with.
+  package enum ListenRules: Sendable {
+    /// As asked or an error.
+    case native
+    /// As programs written for the existing system expect.
+    case dropIn(DropInListenOptions)
+  }
+
+  /// The segment name under which peers open this engine.
+  public let name: String
+  /// Where the RPC daemon listens, with the host that is advertised.
+  public let rpcAddress: HostPort
+  package let local: LocalSegment
+  package let segments = SegmentTable()
+  package let batches = BatchTable()
+  package let pool = SlicePool()
+  package let transport: TCPTransport
+  package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
+  package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
+  package let notifications = NotificationQueue()
+  package let mappings = Mutex<[UInt64: EngineMemory]>([:])
+  package let engineEvent = Atomic<Int32>(-1)
+  package let spareBatches = Mutex<[Batch]>([])
+  package let defaultTimeoutMilliseconds: UInt64
+  package let spinNanoseconds: UInt64
+
+  private let rpc: RPCServer
+  private let closing = Atomic<Bool>(false)
+  private let activeSubmits = Atomic<Int>(0)
+  private let closeLock = Mutex(false)
+
+  public init(_ options: Options = Options()) throws(EngineError) {
+    try Self.validate(options)
+    defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
+    spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
+
+    let opened = try Self.listen(options)
+    let address = opened.address
+    name = address.name
+    rpcAddress = HostPort(host: address.advertisedHost, port: address.port)
+    // The data port listens before anything publishes it.
+    let data = try address.openDataListener()
+    let dataPort: UInt16
+    do throws(Errno) { dataPort = try data.localAddress().port } catch {
+      throw EngineError(.system, "reading the data port: \(error)")
+    }
+    local = LocalSegment(
+      identity: SegmentDescriptor(
+        name: address.name, tcpDataHost: address.advertisedHost, tcpDataPort: dataPort,
+        incarnation: .random(in: 1 ... .max)))
+    transport = try TCPTransport(
+      listener: data, buffers: local.buffers,
+      settings: .init(
+        threadCount: options.ioThreads == 0 ? Self.defaultThreadCount : options.ioThreads,
+        connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
+        spinNanoseconds: spinNanoseconds))
+    let handlers = RPCServer.Handlers(
+      descriptor: { [local] in local.json },
+      notify: { [notifications] in notifications.append($0) })
+    do throws(EngineError) {
+      rpc = try RPCServer(listener: opened.listener, handlers: handlers)
+    } catch {
+      transport.stop()
+      throw error
+    }
+    try openOwnSegment(dataAddress: address)
+  }
+
+  deinit { close() }
+
+  /// Half the processors, so that a host keeps some for its own work; one to four.
+  private static let defaultThreadCount = min(4, max(1, Processors.count / 2))
+
+  private static func validate(_ options: Options) throws(EngineError) {
+    if options.metadataURI != "P2PHANDSHAKE" {
+      throw EngineError(
+        .unsupported,
+        "metadata '\(options.metadataURI)' is not available in this version: use P2PHANDSHAKE")
+    }
+    for transport in options.transports where transport != "tcp" {
+      throw EngineError(
+        .unsupported, "transport '\(transport)' is not available in this version: use tcp")
+    }
+    guard (0...64).contains(options.ioThreads), (0...64).contains(options.connectionsPerPeer) else {
+      throw EngineError(
+        .invalidArgument, "threads and connections per peer are at most 64 each")
+    }
+    guard (0...1_000_000).contains(options.spinMicroseconds) else {
+      throw EngineError(.invalidArgument, "the spin time is at most 1000000 microseconds")
+    }
+    if options.defaultTimeoutMilliseconds == 0 {
+      throw EngineError(.invalidArgument, "the default timeout must not be 0")
+    }
+  }
+
+  private static func listen(_ options: Options) throws(EngineError) -> OpenedListener {
+    switch options.listenRules {
+    case .native:
+      var listen = ListenOptions()
+      listen.bindAddress = options.bindAddress
+      listen.advertisedAddress = options.advertisedAddress
+      listen.port = options.port
+      listen.name = options.name
+      return try ListenAddress.open(listen)
+    case .dropIn(let listen): return try ListenAddress.open(listen)
+    }
+  }
+
+  /// Segment 0 reaches this engine through its own data port, whatever address is advertised.
+  private func openOwnSegment(dataAddress: ListenAddress) throws(EngineError) {
+    var descriptor = local.descriptor
+    descriptor.tcpDataHost = !dataAddress.bound.isAny
+      ? dataAddress.bound.host : dataAddress.bound.isIPv6 ? "::1" : "127.0.0.1"
+    let connections = try transport.connect(
+      to: descriptor, deadline: .after(milliseconds: 5000), handlers: handlers(for: name))
+    _ = try segments.insert(
+      name, route: SegmentRoute(descriptor: descriptor, connections: connections))
+  }
+
+  /// Cancels what is in flight, closes every connection and ends the engine's threads. Idempotent;
+  /// a second caller waits for the first.
+  public func close() {
+    closeLock.withLock { isClosed in
+      if isClosed { return }
+      isClosed = true
+      closing.store(true, ordering: .sequentiallyConsistent)
+      // A submit that passed the check is over in microseconds.
+      while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
+      rpc.stop()
+      batches.forEach { $0.requestCancel() }
+      workers.stop()
+      transport.stop()
+      callbacks.stop()
+      mappings.withLock { $0.removeAll() }
+      let descriptor = engineEvent.exchange(-1, ordering: .acquiringAndReleasing)
+      if descriptor >= 0 { _ = FileDescriptor(owning: descriptor) }
+    }
+  }
+
+  package var isClosing: Bool { closing.load(ordering: .sequentiallyConsistent) }
+
+  package func checkOpen() throws(EngineError) {
+    if isClosing { throw EngineError(.invalidHandle, "the engine was destroyed") }
+  }
+
+  /// Runs a short operation that queues transfers; `close` waits for it.
+  @inline(__always)
+  package func whileOpen<Result>(
+    _ body: () throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    activeSubmits.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    defer { activeSubmits.wrappingSubtract(1, ordering: .releasing) }
+    try checkOpen()
+    return try body()
+  }
+
+  package func deadline(_ timeoutMilliseconds: UInt64) -> Deadline {
+    .after(
+      milliseconds: timeoutMilliseconds == 0 ? defaultTimeoutMilliseconds : timeoutMilliseconds)
+  }
+
+  package var rpcCounters: RPCServer.Counters { rpc.counters }
+}

@@ -1,0 +1,59 @@
+import CLinux
+import Glibc
+
+/// What environment variables say about the RPC side. A value out of its range counts as absent.
+package struct HandshakeSettings: Sendable {
+  /// `MC_HANDSHAKE_PORT`: for names without a port.
+  package var defaultPort: UInt16 = 12_001
+  /// `MC_HANDSHAKE_MAX_LENGTH`: bytes of a message, type byte included.
+  package var maximumLength = 1 << 20
+  /// `MC_HANDSHAKE_CONNECT_TIMEOUT` (seconds): for each address of a peer.
+  package var connectTimeoutMilliseconds: UInt64 = 5000
+  /// `MC_HANDSHAKE_LISTEN_BACKLOG`.
+  package var backlog: Int32 = 128
+  /// `MC_MIN_RPC_PORT` to `MC_MAX_RPC_PORT`: where the drop-in API takes ports from.
+  package var portRange: ClosedRange<UInt16> = 15_000...17_000
+  /// `MC_USE_IPV6`, set at all.
+  package var usesIPv6 = false
+  /// `MC_TCP_BIND_ADDRESS`: the advertised host where a metadata store is used.
+  package var advertisedAddress: String?
+  /// `MC_LEGACY_RPC_PORT_BINDING`, set at all.
+  package var isLegacyPortBinding = false
+
+  package init() {}
+
+  /// Reads the process's environment.
+  package static func fromEnvironment() -> HandshakeSettings {
+    HandshakeSettings { name in getenv(name).map { String(cString: $0) } }
+  }
+
+  /// Reads variables by name.
+  package init(variable: (String) -> String?) {
+    func number(_ name: String, in range: ClosedRange<Int>) -> Int? {
+      variable(name).flatMap { Int($0) }.flatMap { range.contains($0) ? $0 : nil }
+    }
+    if let value = number("MC_HANDSHAKE_PORT", in: 1...65_535) { defaultPort = UInt16(value) }
+    if let value = number("MC_HANDSHAKE_MAX_LENGTH", in: (1 << 20)...(128 << 20)) {
+      maximumLength = value
+    }
+    if let value = number("MC_HANDSHAKE_CONNECT_TIMEOUT", in: 1...3599) {
+      connectTimeoutMilliseconds = UInt64(value) * 1000
+    }
+    if let value = number("MC_HANDSHAKE_LISTEN_BACKLOG", in: 1...65_535) { backlog = Int32(value) }
+    usesIPv6 = variable("MC_USE_IPV6") != nil
+    isLegacyPortBinding = variable("MC_LEGACY_RPC_PORT_BINDING") != nil
+    advertisedAddress = variable("MC_TCP_BIND_ADDRESS").flatMap { $0.isEmpty ? nil : $0 }
+
+    // The second spelling is as old as the first.
+    func port(_ name: String, _ other: String, _ standard: UInt16) -> UInt16? {
+      guard let text = variable(name) ?? variable(other) else { return standard }
+      guard let value = UInt16(text), value >= 1024, !(32_768...60_999).contains(value) else {
+        return nil
+      }
+      return value
+    }
+    let lower = port("MC_MIN_RPC_PORT", "MC_MIN_PRC_PORT", portRange.lowerBound)
+    let upper = port("MC_MAX_RPC_PORT", "MC_MAX_PRC_PORT", portRange.upperBound)
+    if let lower, let upper, lower <= upper { portRange = lower...upper }
+  }
+}

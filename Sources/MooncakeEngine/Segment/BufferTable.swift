@@ -1,0 +1,86 @@
+import Synchronization
+
+/// The buffers registered with one engine.
+package final class BufferTable: Sendable {
+  /// A registered range and what was said about it.
+  package struct Buffer: Sendable {
+    package var range: RemoteBuffer
+    package var location: String
+  }
+
+  /// How many buffers an engine holds at most: its descriptor must fit peers' message limits.
+  package static let capacity = 1 << 20
+
+  private struct State: Sendable {
+    /// In order of address.
+    var buffers: [Buffer] = []
+    var table = RangeTable([])
+  }
+
+  private let state = Mutex(State())
+  /// Grows with every change; lets readers keep a snapshot without locking until it does.
+  private let versionWord = Atomic<UInt64>(1)
+
+  package init() {}
+
+  @inline(__always)
+  package var version: UInt64 { versionWord.load(ordering: .acquiring) }
+
+  /// The current set; `version` read before tells when to ask again.
+  package var snapshot: RangeTable { state.withLock { $0.table } }
+
+  package var buffers: [Buffer] { state.withLock { $0.buffers } }
+
+  /// Adds all buffers or none.
+  package func insert(_ new: [Buffer]) throws(EngineError) {
+    for buffer in new { try Self.validate(buffer.range) }
+    let conflict: EngineError? = state.withLock { state in
+      if state.buffers.count + new.count > Self.capacity {
+        return EngineError(.full, "an engine holds at most \(Self.capacity) buffers")
+      }
+      // One merge keeps a batch of many buffers linear.
+      let merged = (state.buffers + new).sorted { $0.range.address < $1.range.address }
+      for (left, right) in zip(merged, merged.dropFirst())
+      where right.range.address - left.range.address < left.range.length {
+        return EngineError(
+          .overlap,
+          "\(Self.describe(right.range)) overlaps the buffer \(Self.describe(left.range)): "
+            + "unregister that one first")
+      }
+      state.buffers = merged
+      Self.publish(&state)
+      versionWord.wrappingAdd(1, ordering: .releasing)
+      return nil
+    }
+    if let conflict { throw conflict }
+  }
+
+  /// Removes the buffers that begin at the addresses; returns those that were found.
+  package func remove(_ addresses: [UInt64]) -> [Buffer] {
+    let wanted = Set(addresses)
+    return state.withLock { state in
+      let removed = state.buffers.filter { wanted.contains($0.range.address) }
+      if removed.isEmpty { return [] }
+      state.buffers.removeAll { wanted.contains($0.range.address) }
+      Self.publish(&state)
+      versionWord.wrappingAdd(1, ordering: .releasing)
+      return removed
+    }
+  }
+
+  private static func publish(_ state: inout State) {
+    state.table = RangeTable(state.buffers.map(\.range))
+  }
+
+  private static func validate(_ range: RemoteBuffer) throws(EngineError) {
+    if range.address == 0 { throw EngineError(.invalidArgument, "the buffer's address is null") }
+    if range.length == 0 { throw EngineError(.invalidArgument, "the buffer is empty") }
+    if range.address.addingReportingOverflow(range.length).overflow || range.length > Int.max {
+      throw EngineError(.invalidArgument, "the buffer wraps around the end of the address space")
+    }
+  }
+
+  package static func describe(_ range: RemoteBuffer) -> String {
+    "[0x\(String(range.address, radix: 16)), +\(range.length))"
+  }
+}

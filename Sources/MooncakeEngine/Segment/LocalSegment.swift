@@ -1,0 +1,36 @@
+import Synchronization
+
+/// The engine's own segment: what it publishes to peers.
+package final class LocalSegment: Sendable {
+  package let buffers = BufferTable()
+  private let identity: SegmentDescriptor
+
+  private struct Published: Sendable {
+    var version: UInt64 = 0
+    var json = ""
+  }
+  private let published = Mutex(Published())
+
+  /// `identity` is a descriptor without buffers. A segment always starts empty.
+  package init(identity: SegmentDescriptor) { self.identity = identity }
+
+  package var name: String { identity.name }
+
+  /// The descriptor as peers may see it: buffers that grant nothing stay private.
+  package var descriptor: SegmentDescriptor {
+    var descriptor = identity
+    descriptor.buffers = buffers.snapshot.buffers.filter { $0.access != .local }
+    return descriptor
+  }
+
+  /// The descriptor's text, made anew only after a change.
+  package var json: String {
+    published.withLock { published in
+      let version = buffers.version
+      if version != published.version {
+        published = Published(version: version, json: descriptor.json())
+      }
+      return published.json
+    }
+  }
+}

@@ -1,0 +1,154 @@
+import MooncakeSystem
+import Synchronization
+
+/// An immutable view of a peer's segment: what it publishes and the connections to it.
+package final class SegmentRoute: Sendable {
+  package let descriptor: SegmentDescriptor
+  package let table: RangeTable
+  package let connections: TCPConnectionGroup
+
+  package init(descriptor: SegmentDescriptor, connections: TCPConnectionGroup) {
+    self.descriptor = descriptor
+    table = RangeTable(descriptor.buffers)
+    self.connections = connections
+  }
+}
+
+/// A segment opened by name. Its route is replaced whole when the peer's descriptor changes.
+package final class OpenSegment: Sendable {
+  package let id: SegmentID
+  package let name: String
+  private let routeBox: Mutex<SegmentRoute>
+
+  /// Slices that wait for a fresh descriptor.
+  private struct Recovery: @unchecked Sendable {
+    var waiting = SliceQueue()
+    var isRunning = false
+  }
+  private let recovery = Mutex(Recovery())
+
+  package init(id: SegmentID, name: String, route: SegmentRoute) {
+    self.id = id
+    self.name = name
+    routeBox = Mutex(route)
+  }
+
+  /// The current view.
+  package var route: SegmentRoute { routeBox.withLock { $0 } }
+
+  /// Replaces the view; returns the former one.
+  package func replaceRoute(_ new: SegmentRoute) -> SegmentRoute {
+    routeBox.withLock { route in
+      defer { route = new }
+      return route
+    }
+  }
+
+  /// Adds slices to those that wait; returns whether a recovery must be started.
+  package func enqueueRecovery(_ slice: SlicePointer?) -> Bool {
+    recovery.withLock { recovery in
+      if let slice { recovery.waiting.append(slice) }
+      defer { recovery.isRunning = true }
+      return !recovery.isRunning
+    }
+  }
+
+  /// Takes the slices that wait.
+  package func takeRecovery() -> SliceQueue {
+    recovery.withLock { recovery in
+      defer { recovery.waiting = SliceQueue() }
+      return recovery.waiting
+    }
+  }
+
+  /// Ends the running recovery unless more slices have come; returns whether it ended.
+  package func endRecovery() -> Bool {
+    recovery.withLock { recovery in
+      if !recovery.waiting.isEmpty { return false }
+      recovery.isRunning = false
+      return true
+    }
+  }
+}
+
+/// The segments opened by one engine.
+package final class SegmentTable: Sendable {
+  package static let capacity = 65_536
+
+  private struct State: Sendable {
+    /// Index is the id; 0 is the engine's own. Ids are never reused.
+    var segments: [OpenSegment?] = []
+    var ids: [String: SegmentID] = [:]
+    var openCounts: [SegmentID: Int] = [:]
+  }
+
+  private let state = Mutex(State())
+
+  package init() {}
+
+  package func segment(_ id: SegmentID) throws(EngineError) -> OpenSegment {
+    let found = state.withLock { state in
+      id >= 0 && Int(id) < state.segments.count ? state.segments[Int(id)] : nil
+    }
+    guard let found else {
+      throw EngineError(.invalidHandle, "segment \(id) is not open")
+    }
+    return found
+  }
+
+  package func id(of name: String) -> SegmentID? { state.withLock { $0.ids[name] } }
+
+  package var all: [OpenSegment] { state.withLock { $0.segments.compactMap { $0 } } }
+
+  /// Counts one more open of a known name.
+  package func retain(_ name: String) -> OpenSegment? {
+    state.withLock { state in
+      guard let id = state.ids[name], let segment = state.segments[Int(id)] else { return nil }
+      state.openCounts[id, default: 0] += 1
+      return segment
+    }
+  }
+
+  /// Adds a segment, or counts one more open if another thread was faster; then `isNew` is false.
+  package func insert(
+    _ name: String, route: SegmentRoute
+  ) throws(EngineError) -> (segment: OpenSegment, isNew: Bool) {
+    let result: (OpenSegment, Bool)? = state.withLock { state in
+      if let id = state.ids[name], let segment = state.segments[Int(id)] {
+        state.openCounts[id, default: 0] += 1
+        return (segment, false)
+      }
+      if state.ids.count >= Self.capacity || state.segments.count >= Int(SegmentID.max) {
+        return nil
+      }
+      let id = SegmentID(state.segments.count)
+      let segment = OpenSegment(id: id, name: name, route: route)
+      state.segments.append(segment)
+      state.ids[name] = id
+      state.openCounts[id] = 1
+      return (segment, true)
+    }
+    guard let result else {
+      throw EngineError(.full, "\(Self.capacity) segments are open: close some")
+    }
+    return result
+  }
+
+  /// Counts one open less; returns the segment when that was the last.
+  package func release(_ id: SegmentID) throws(EngineError) -> OpenSegment? {
+    _ = try segment(id)
+    return state.withLock { state in
+      guard let count = state.openCounts[id], let segment = state.segments[Int(id)] else {
+        return nil
+      }
+      if count > 1 {
+        state.openCounts[id] = count - 1
+        return nil
+      }
+      state.openCounts[id] = nil
+      state.ids[segment.name] = nil
+      state.segments[Int(id)] = nil
+      return segment
+    }
+  }
+}

@@ -1,0 +1,42 @@
+/// An immutable, sorted set of buffers that finds the one holding a range. Shared by snapshots of
+/// local registrations and of remote descriptors.
+package final class RangeTable: Sendable {
+  package enum Verdict: Equatable, Sendable {
+    case allowed
+    case notRegistered
+    case accessDenied
+  }
+
+  package let buffers: [RemoteBuffer]
+
+  /// `buffers` in order of address, without overlap.
+  package init(_ buffers: [RemoteBuffer]) { self.buffers = buffers }
+
+  /// Whether the whole range lies inside one buffer that grants `right`.
+  @inline(__always)
+  package func check(_ address: UInt64, _ length: UInt64, _ right: Access) -> Verdict {
+    buffers.withUnsafeBufferPointer { buffers in
+      guard length > 0 else { return .notRegistered }
+      // The last buffer that begins at or before the address.
+      var low = 0
+      var high = buffers.count
+      while low < high {
+        let middle = (low + high) >> 1
+        if buffers[middle].address <= address { low = middle + 1 } else { high = middle }
+      }
+      guard low > 0 else { return .notRegistered }
+      let buffer = buffers[low - 1]
+      let offset = address &- buffer.address
+      // Overflow-safe: both sides stay below the buffer's length.
+      guard offset < buffer.length, length <= buffer.length &- offset else {
+        return .notRegistered
+      }
+      return buffer.access.contains(right) ? .allowed : .accessDenied
+    }
+  }
+}
+
+extension Opcode {
+  /// What the target must have granted.
+  package var requiredAccess: Access { self == .read ? .remoteRead : .remoteWrite }
+}

@@ -1,0 +1,304 @@
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// Requests submitted and waited for together.
+///
+/// Life: `beginSubmit`, slices queued, each ended by `Batch.end`; the end that brings `outstanding`
+/// to zero announces the batch. `announcing` keeps `free` away until that announcement has let go.
+package final class Batch: @unchecked Sendable {
+  // Unchecked: tasks are written by one submitter before they are published, then through atomics.
+  package let capacity: Int
+  package let tasks: UnsafeMutablePointer<TransferTask>
+  /// The first, and for most requests only, slice of each task.
+  package let slices: UnsafeMutablePointer<Slice>
+  package var id: UInt64 = 0
+
+  private let isSubmitting = Atomic<Bool>(false)
+  private let submitted = Atomic<Int>(0)
+  private let outstanding = Atomic<Int>(0)
+  private let announcing = Atomic<Int>(0)
+  private let terminal = Atomic<Int>(0)
+  private let completed = Atomic<Int>(0)
+  private let transferredBytes = Atomic<UInt64>(0)
+  private let failureWord = Atomic<UInt32>(0)
+  private let cancelRequested = Atomic<Bool>(false)
+
+  private let doorbell = Futex()
+  private let sleepers = Atomic<Int>(0)
+  private let eventDescriptor = Atomic<Int32>(-1)
+  private let text = Mutex<String>("")
+
+  package typealias Callback = @Sendable (UInt64, BatchStatus) -> Void
+  private let callback = Mutex<Callback?>(nil)
+  /// Sent to the segment of the first request once everything is completed.
+  package struct PendingNotification: Sendable {
+    var segment: SegmentID
+    var notification: Notification
+    var deadline: UInt64
+  }
+  private let notification = Mutex<PendingNotification?>(nil)
+  private let holdsNotification = Atomic<Bool>(false)
+
+  // The engine outlives every use of its batches.
+  package unowned(unsafe) let announcer: (any BatchAnnouncer)?
+  package let pool: SlicePool
+  /// The loop that carries all of the batch's slices, if one does: waiters may drive it.
+  package var drivenLoop: TCPClientLoop?
+  /// Whether the last submit was so large that waiters should sleep instead of spinning.
+  package var isBulk = false
+
+  package init(capacity: Int, pool: SlicePool, announcer: (any BatchAnnouncer)?) {
+    self.capacity = capacity
+    self.pool = pool
+    self.announcer = announcer
+    tasks = .allocate(capacity: capacity)
+    slices = .allocate(capacity: capacity)
+  }
+
+  deinit {
+    tasks.deinitialize(count: initializedTasks)
+    tasks.deallocate()
+    slices.deallocate()
+    let descriptor = eventDescriptor.load(ordering: .relaxed)
+    if descriptor >= 0 { close(descriptor) }
+  }
+
+  private var initializedTasks = 0
+
+  /// Makes a batch that has ended fit for other requests; only its sole user may call it.
+  package func reset() {
+    submitted.store(0, ordering: .relaxed)
+    terminal.store(0, ordering: .relaxed)
+    completed.store(0, ordering: .relaxed)
+    transferredBytes.store(0, ordering: .relaxed)
+    failureWord.store(0, ordering: .relaxed)
+    cancelRequested.store(false, ordering: .relaxed)
+    drivenLoop = nil
+  }
+}
+
+/// What a batch asks of its engine when it becomes terminal.
+package protocol BatchAnnouncer: AnyObject, Sendable {
+  func announce(_ batch: Batch)
+  func deliver(_ notification: Batch.PendingNotification, of batch: Batch)
+  func run(_ callback: @escaping Batch.Callback, of batch: Batch, status: BatchStatus)
+}
+
+// MARK: - Submitting
+
+extension Batch {
+  /// Reserves `count` tasks for the calling thread; `endSubmit` or `abandonSubmit` must follow.
+  package func beginSubmit(_ count: Int) throws(EngineError) -> Int {
+    if isSubmitting.exchange(true, ordering: .acquiring) {
+      throw EngineError(.busy, "another thread is submitting to this batch")
+    }
+    let first = submitted.load(ordering: .relaxed)
+    if count > capacity - first {
+      isSubmitting.store(false, ordering: .releasing)
+      throw EngineError(
+        .full, "batch capacity is \(capacity), \(first) used, \(count) more requested")
+    }
+    return first
+  }
+
+  /// Gives back what `beginSubmit` reserved.
+  package func abandonSubmit() { isSubmitting.store(false, ordering: .releasing) }
+
+  /// Writes the slice of a reserved task.
+  package func prepare(_ index: Int, segment: SegmentID, _ slice: Slice) {
+    let task = tasks + index
+    if index < initializedTasks {
+      task.pointee.segment = segment
+    } else {
+      task.initialize(to: TransferTask(batch: self, segment: segment))
+      initializedTasks = index + 1
+    }
+    (slices + index).initialize(to: slice)
+    task.pointee.start(sliceCount: 1)
+  }
+
+  /// Publishes `count` prepared tasks; from here each must end through `Batch.end`.
+  package func publish(_ count: Int, notification pending: PendingNotification?) {
+    announcing.wrappingAdd(1, ordering: .acquiringAndReleasing)
+    var held = 0
+    if let pending {
+      let replaced = notification.withLock { slot in
+        defer { slot = pending }
+        return slot != nil
+      }
+      held = replaced ? 0 : 1
+      holdsNotification.store(true, ordering: .releasing)
+    }
+    submitted.wrappingAdd(count, ordering: .releasing)
+    let old = outstanding.wrappingAdd(count + held, ordering: .acquiringAndReleasing).oldValue
+    if old != 0 {
+      announcing.wrappingSubtract(1, ordering: .acquiringAndReleasing)
+    } else {
+      waitForAnnouncements(upTo: 1)
+      clearEvent()
+    }
+  }
+
+  package func endSubmit() { isSubmitting.store(false, ordering: .releasing) }
+
+  /// An announcement in progress lasts microseconds: it only signals.
+  private func waitForAnnouncements(upTo limit: Int) {
+    while announcing.load(ordering: .acquiring) > limit { sched_yield() }
+  }
+
+  private func clearEvent() {
+    let descriptor = eventDescriptor.load(ordering: .acquiring)
+    if descriptor < 0 { return }
+    var value: UInt64 = 0
+    _ = read(descriptor, &value, 8)
+  }
+}
+
+// MARK: - Ending
+
+extension Batch {
+  /// Ends a slice: nothing of the engine touches its memory afterwards. `reason` is only evaluated
+  /// for the batch's first failure.
+  @inline(__always)
+  package static func end(
+    _ slice: SlicePointer, _ outcome: Outcome, reason: @autoclosure () -> String = ""
+  ) {
+    let task = slice.pointee.task
+    let batch = task.pointee.batch
+    let length = slice.pointee.length
+    if outcome != .completed { batch.recordFailure(outcome, reason) }
+    // Before the task's end: afterwards the batch, and with it a slice of its own, may be gone.
+    if slice.pointee.isPooled { batch.pool.give(slice) }
+    if task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task) }
+  }
+
+  private func recordFailure(_ outcome: Outcome, _ reason: () -> String) {
+    if failureWord.load(ordering: .relaxed) != 0 { return }
+    let (first, _) = failureWord.compareExchange(
+      expected: 0, desired: outcome.rawValue, ordering: .acquiringAndReleasing)
+    if !first { return }
+    let message = reason()
+    text.withLock { $0 = message }
+    if outcome.state != .canceled { Log.warning(message) }
+  }
+
+  private func endTask(_ task: UnsafeMutablePointer<TransferTask>) {
+    let status = task.pointee.status
+    if status.state == .completed { completed.wrappingAdd(1, ordering: .relaxed) }
+    transferredBytes.wrappingAdd(status.transferredBytes, ordering: .relaxed)
+    terminal.wrappingAdd(1, ordering: .relaxed)
+    releaseOutstanding()
+  }
+
+  /// Ends the hold that an undelivered notification has on the batch.
+  package func endNotification(_ error: EngineError?) {
+    if let error { recordFailure(.failed(error.code)) { error.message } }
+    releaseOutstanding()
+  }
+
+  private func releaseOutstanding() {
+    // A held notification goes out when only it is left.
+    let left = outstanding.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
+    if left == 0 { return announce() }
+    if left == 1, holdsNotification.exchange(false, ordering: .acquiringAndReleasing) {
+      releaseNotification()
+    }
+  }
+
+  private func releaseNotification() {
+    let pending = notification.withLock { slot in
+      defer { slot = nil }
+      return slot
+    }
+    guard let pending else { return }
+    if failureWord.load(ordering: .acquiring) != 0 { return releaseOutstanding() }
+    guard let announcer else { return releaseOutstanding() }
+    announcer.deliver(pending, of: self)
+  }
+
+  private func announce() {
+    let callback = self.callback.withLock { $0 }
+    let announcer = self.announcer
+    let finalStatus = callback == nil ? nil : status
+    doorbell.increment()
+    if sleepers.load(ordering: .sequentiallyConsistent) > 0 { doorbell.wakeAll() }
+    let descriptor = eventDescriptor.load(ordering: .acquiring)
+    if descriptor >= 0 {
+      var one: UInt64 = 1
+      _ = write(descriptor, &one, 8)
+    }
+    announcer?.announce(self)
+    if let callback, let finalStatus {
+      announcer?.run(callback, of: self, status: finalStatus)
+    }
+    // Last: after this the batch may be freed by its owner.
+    announcing.wrappingSubtract(1, ordering: .acquiringAndReleasing)
+  }
+}
+
+// MARK: - Observing
+
+extension Batch {
+  /// Whether every submitted request is terminal.
+  @inline(__always)
+  package var isTerminal: Bool { outstanding.load(ordering: .acquiring) == 0 }
+
+  package var submittedCount: Int { submitted.load(ordering: .acquiring) }
+
+  package var failureMessage: String { text.withLock { $0 } }
+
+  package var isCancelRequested: Bool { cancelRequested.load(ordering: .acquiring) }
+
+  package func requestCancel() { cancelRequested.store(true, ordering: .releasing) }
+
+  package var status: BatchStatus {
+    let isTerminal = self.isTerminal
+    let failure = Outcome(rawValue: failureWord.load(ordering: .acquiring))
+    let state: TransferState = !isTerminal ? .waiting : failure == .waiting ? .completed : failure.state
+    return BatchStatus(
+      state: state, error: isTerminal ? failure.error : nil,
+      submittedCount: UInt64(submitted.load(ordering: .acquiring)),
+      completedCount: UInt64(completed.load(ordering: .acquiring)),
+      terminalCount: UInt64(terminal.load(ordering: .acquiring)),
+      transferredBytes: transferredBytes.load(ordering: .relaxed))
+  }
+
+  /// Sleeps until the batch is terminal or the deadline; returns whether it is terminal.
+  package func sleep(until deadline: Deadline) -> Bool {
+    // Sequentially consistent: either the announcer sees the sleeper or the sleeper sees the end.
+    sleepers.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    defer { sleepers.wrappingSubtract(1, ordering: .relaxed) }
+    while true {
+      let bell = doorbell.value
+      if isTerminal { return true }
+      if deadline.hasPassed { return false }
+      doorbell.wait(while: bell, until: deadline)
+    }
+  }
+
+  /// The descriptor that is readable while the batch is terminal, made at the first call.
+  package func openEventDescriptor() throws(EngineError) -> Int32 {
+    let existing = eventDescriptor.load(ordering: .acquiring)
+    if existing >= 0 { return existing }
+    let event: EventFD
+    do throws(Errno) { event = try EventFD() } catch {
+      throw EngineError(.system, "event descriptor: \(error)")
+    }
+    let (stored, current) = eventDescriptor.compareExchange(
+      expected: -1, desired: event.descriptor.rawValue, ordering: .acquiringAndReleasing)
+    if !stored { return current }
+    if isTerminal && submittedCount > 0 { event.signal() }
+    return event.keepOpen()
+  }
+
+  package func setCallback(_ new: @escaping Callback) throws(EngineError) {
+    if submittedCount > 0 {
+      throw EngineError(.busy, "set the callback before the first submit to the batch")
+    }
+    callback.withLock { $0 = new }
+  }
+
+  /// Waits until no announcement touches the batch any more.
+  package func waitUntilQuiet() { waitForAnnouncements(upTo: 0) }
+}

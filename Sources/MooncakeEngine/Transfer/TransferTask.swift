@@ -1,0 +1,85 @@
+import Synchronization
+
+/// How a request or slice ended, packed into one word so that it can be published atomically.
+package struct Outcome: Equatable, Sendable {
+  package let rawValue: UInt32
+
+  package init(rawValue: UInt32) { self.rawValue = rawValue }
+
+  package static let waiting = Outcome(rawValue: 0)
+  package static let completed = Outcome(.completed, nil)
+  package static let canceled = Outcome(.canceled, .canceled)
+  package static let timeout = Outcome(.timeout, .timeout)
+
+  package static func failed(_ code: EngineError.Code) -> Outcome {
+    switch code {
+    case .canceled: .canceled
+    case .timeout: .timeout
+    default: Outcome(.failed, code)
+    }
+  }
+
+  private init(_ state: TransferState, _ code: EngineError.Code?) {
+    let magnitude = code.map { UInt32(-$0.rawValue) } ?? 0
+    rawValue = UInt32(state.rawValue) | magnitude << 8
+  }
+
+  package var state: TransferState { TransferState(rawValue: Int32(rawValue & 0xFF)) ?? .failed }
+
+  package var error: EngineError.Code? {
+    EngineError.Code(rawValue: -Int32(rawValue >> 8))
+  }
+}
+
+/// One request of a batch.
+package struct TransferTask: ~Copyable {
+  // The batch owns the memory that holds its tasks.
+  package unowned(unsafe) let batch: Batch
+  private let outcomeWord = Atomic<UInt32>(0)
+  private let failureWord = Atomic<UInt32>(0)
+  private let remainingSlices = Atomic<UInt32>(0)
+  private let transferredBytes = Atomic<UInt64>(0)
+  /// The target.
+  package var segment: SegmentID
+
+  package init(batch: Batch, segment: SegmentID) {
+    self.batch = batch
+    self.segment = segment
+  }
+
+  package var outcome: Outcome { Outcome(rawValue: outcomeWord.load(ordering: .acquiring)) }
+
+  package var status: TransferStatus {
+    let outcome = self.outcome
+    return TransferStatus(
+      state: outcome.state, error: outcome.error,
+      transferredBytes: transferredBytes.load(ordering: .relaxed))
+  }
+
+  /// Says into how many slices the request is cut, before any is queued.
+  package func start(sliceCount: Int) {
+    outcomeWord.store(0, ordering: .relaxed)
+    failureWord.store(0, ordering: .relaxed)
+    transferredBytes.store(0, ordering: .relaxed)
+    remainingSlices.store(UInt32(sliceCount), ordering: .relaxed)
+  }
+
+  /// Counts one slice as ended; returns whether the task became terminal by it.
+  @inline(__always)
+  package func endSlice(_ outcome: Outcome, byteCount: Int) -> Bool {
+    if outcome == .completed {
+      transferredBytes.wrappingAdd(UInt64(byteCount), ordering: .relaxed)
+    } else {
+      // The first failure names the task's end.
+      _ = failureWord.compareExchange(
+        expected: 0, desired: outcome.rawValue, ordering: .relaxed)
+    }
+    // Acquire-release: the last slice's end must see what the others' ends wrote.
+    let left = remainingSlices.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
+    if left != 0 { return false }
+    let failure = failureWord.load(ordering: .relaxed)
+    let final = failure == 0 ? Outcome.completed.rawValue : failure
+    outcomeWord.store(final, ordering: .releasing)
+    return true
+  }
+}

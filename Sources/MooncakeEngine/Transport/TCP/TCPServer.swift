@@ -1,0 +1,103 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// Accepts data connections and spreads them over server loops.
+package final class TCPServer: @unchecked Sendable {
+  // Unchecked: threads are written once in `init` and joined under the `isStopped` exchange.
+  package let address: SocketAddress
+  private let listener: Socket
+  private let wakeup: EventFD
+  private let loops: [TCPServerLoop]
+  private var threads: [WorkerThread] = []
+  private let isStopped = Atomic<Bool>(false)
+  private let counters: TCPCounters
+
+  private static let connectionLimit = 65_536
+  /// How long accepting rests when the process is out of descriptors.
+  private static let restMilliseconds: Int32 = 100
+
+  /// Serves connections of a listening socket until `stop`.
+  package init(
+    listener: consuming Socket, buffers: BufferTable, counters: TCPCounters, loopCount: Int,
+    spinNanoseconds: UInt64
+  ) throws(EngineError) {
+    do throws(Errno) {
+      address = try listener.localAddress()
+      self.listener = listener
+      self.counters = counters
+      wakeup = try EventFD()
+      var loops: [TCPServerLoop] = []
+      for _ in 0..<loopCount {
+        loops.append(
+          try TCPServerLoop(buffers: buffers, counters: counters, spinNanoseconds: spinNanoseconds))
+      }
+      self.loops = loops
+    } catch {
+      throw Self.startFailure(error)
+    }
+    do throws(Errno) {
+      for (index, loop) in loops.enumerated() {
+        threads.append(try WorkerThread.start(name: "mc-tcp-srv\(index)") { loop.run() })
+      }
+      threads.append(try WorkerThread.start(name: "mc-tcp-accept") { [unowned self] in accept() })
+    } catch {
+      stop()
+      throw Self.startFailure(error)
+    }
+  }
+
+  private static func startFailure(_ error: Errno) -> EngineError {
+    EngineError(.system, "starting the TCP server: \(error)")
+  }
+
+  /// Ends every connection in the middle of a request on one of the ranges. When it returns, the
+  /// server neither reads nor writes them.
+  package func revoke(_ ranges: [RemoteBuffer]) {
+    if isStopped.load(ordering: .acquiring) { return }
+    let acknowledgment = TCPServerLoop.Acknowledgment(loops.count)
+    for loop in loops { loop.revoke(ranges, acknowledgment) }
+    acknowledgment.wait()
+  }
+
+  /// Closes everything and joins the threads; idempotent.
+  package func stop() {
+    if isStopped.exchange(true, ordering: .acquiringAndReleasing) { return }
+    wakeup.signal()
+    for loop in loops { loop.stop() }
+    for thread in threads { thread.join() }
+    threads.removeAll()
+  }
+
+  private func accept() {
+    var next = 0
+    var items = [
+      pollfd(fd: listener.rawValue, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: wakeup.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
+    ]
+    while !isStopped.load(ordering: .acquiring) {
+      if poll(&items, 2, -1) < 0 { continue }
+      do throws(Errno) {
+        while let socket = try listener.accept() {
+          if counters.connections.load(ordering: .relaxed) >= Self.connectionLimit { continue }
+          admit(socket, to: loops[next % loops.count])
+          next += 1
+        }
+      } catch {
+        Log.warning("tcp server \(address): accept: \(error); resting \(Self.restMilliseconds) ms")
+        _ = poll(&items[1], 1, Self.restMilliseconds)
+      }
+    }
+  }
+
+  private func admit(_ socket: consuming Socket, to loop: TCPServerLoop) {
+    socket.setNoDelay()
+    // A peer that vanished without a word frees its connection within minutes.
+    try? socket.set(SOL_SOCKET, SO_KEEPALIVE, 1)
+    try? socket.set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 60)
+    guard let peer = try? socket.peerAddress() else { return }
+    if peer.isLoopback { socket.setBuffers(TCPWire.localSocketBufferBytes) }
+    loop.adopt(socket, peer: peer.description)
+  }
+}

@@ -1,0 +1,83 @@
+import MooncakeSystem
+
+/// The TCP transport of one engine: its server, its client loops and its totals.
+package final class TCPTransport: @unchecked Sendable {
+  // Unchecked: everything is set in `init`.
+  package struct Settings: Sendable {
+    package var threadCount: Int
+    package var connectionsPerPeer: Int
+    package var spinNanoseconds: UInt64
+  }
+
+  package let counters = TCPCounters()
+  package let loops: [TCPClientLoop]
+  package let server: TCPServer
+  private let settings: Settings
+
+  /// Serves on `listener` and starts the client threads.
+  package init(
+    listener: consuming Socket, buffers: BufferTable, settings: Settings
+  ) throws(EngineError) {
+    self.settings = settings
+    var loops: [TCPClientLoop] = []
+    do throws(Errno) {
+      for index in 0..<settings.threadCount {
+        loops.append(
+          try TCPClientLoop(
+            index: index, counters: counters, spinNanoseconds: settings.spinNanoseconds))
+      }
+    } catch {
+      throw EngineError(.system, "starting the TCP transport: \(error)")
+    }
+    self.loops = loops
+    server = try TCPServer(
+      listener: listener, buffers: buffers, counters: counters, loopCount: settings.threadCount,
+      spinNanoseconds: settings.spinNanoseconds)
+    do throws(Errno) {
+      for loop in loops { try loop.start(name: "mc-tcp-io\(loop.index)") }
+    } catch {
+      stop()
+      throw EngineError(.system, "starting a TCP thread: \(error)")
+    }
+  }
+
+  /// Connections to the data port that a descriptor names; made when first used.
+  package func connect(
+    to descriptor: SegmentDescriptor, deadline: Deadline, handlers: TCPPeer.Handlers
+  ) throws(EngineError) -> TCPConnectionGroup {
+    guard descriptor.tcpDataPort != 0 else {
+      throw EngineError(
+        .unsupported,
+        "segment \(descriptor.name): the peer serves '\(descriptor.protocolName)' and no TCP: "
+          + "start it with TCP, for example with MC_FORCE_TCP=1")
+    }
+    let host = Self.dataHost(of: descriptor)
+    let addresses: [SocketAddress]
+    do throws(ResolveError) {
+      addresses = try Resolver.resolve(host, port: descriptor.tcpDataPort, deadline: deadline)
+    } catch {
+      throw EngineError(
+        error.isTimeout ? .timeout : .unresolved,
+        "segment \(descriptor.name): resolving the data host '\(host)': \(error)")
+    }
+    let peer = TCPPeer(
+      segmentName: descriptor.name, addresses: addresses,
+      usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
+      handlers: handlers)
+    return TCPConnectionGroup(
+      peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops)
+  }
+
+  private static func dataHost(of descriptor: SegmentDescriptor) -> String {
+    if !descriptor.tcpDataHost.isEmpty { return descriptor.tcpDataHost }
+    return (try? HostPort(parsing: descriptor.name))?.host ?? descriptor.name
+  }
+
+  private static let forcesVersion1 = Environment["MC_TCP_PROTO"] == "1"
+
+  /// Ends every transfer and connection; idempotent.
+  package func stop() {
+    for loop in loops { loop.stop() }
+    server.stop()
+  }
+}

@@ -1,0 +1,136 @@
+import CLinux
+import Glibc
+import Synchronization
+
+/// Why a host name gave no address.
+package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible {
+  package let isTimeout: Bool
+  /// The resolver's own words, such as "Name or service not known".
+  package let description: String
+
+  package init(isTimeout: Bool, description: String) {
+    self.isTimeout = isTimeout
+    self.description = description
+  }
+}
+
+/// Turns host names into addresses within a deadline.
+///
+/// `getaddrinfo` cannot be interrupted, so it runs on a thread of its own that is left behind when
+/// the deadline passes first. A fixed number of slots bounds these threads.
+package enum Resolver {
+  /// Lookups that may run at once, those left behind included; others wait for their turn.
+  package static let maximumLookups = 16
+
+  package typealias Lookup =
+    @Sendable (_ host: String, _ port: UInt16) -> Result<[SocketAddress], ResolveError>
+
+  /// Addresses of a host in the system's order of preference, at least one.
+  package static func resolve(
+    _ host: String, port: UInt16, deadline: Deadline
+  ) throws(ResolveError) -> [SocketAddress] {
+    if let address = SocketAddress(numeric: host, port: port) { return [address] }
+    return try resolve(host, port: port, deadline: deadline, lookup: systemLookup)
+  }
+
+  /// As above with another source of addresses.
+  package static func resolve(
+    _ host: String, port: UInt16, deadline: Deadline, lookup: @escaping Lookup
+  ) throws(ResolveError) -> [SocketAddress] {
+    try slots.acquire(until: deadline)
+    let answer = Answer()
+    do {
+      try WorkerThread.startDetached(name: "mc-resolve") {
+        answer.set(lookup(host, port))
+        slots.release()
+      }
+    } catch {
+      slots.release()
+      throw ResolveError(isTimeout: false, description: "cannot start a thread: \(error)")
+    }
+    return try answer.wait(until: deadline).get()
+  }
+
+  private static let slots = LookupSlots(count: maximumLookups)
+
+  private static let systemLookup: Lookup = { host, port in
+    var hints = addrinfo()
+    hints.ai_socktype = Int32(SOCK_STREAM.rawValue)
+    var list: UnsafeMutablePointer<addrinfo>?
+    let result = getaddrinfo(host, String(port), &hints, &list)
+    if result != 0 {
+      let text =
+        result == EAI_SYSTEM ? Errno.current.description : String(cString: gai_strerror(result))
+      return .failure(ResolveError(isTimeout: false, description: text))
+    }
+    defer { freeaddrinfo(list) }
+    var addresses: [SocketAddress] = []
+    var next = list
+    while let entry = next {
+      if let pointer = entry.pointee.ai_addr {
+        let address = SocketAddress(pointer, length: entry.pointee.ai_addrlen)
+        if !addresses.contains(address) { addresses.append(address) }
+      }
+      next = entry.pointee.ai_next
+    }
+    if addresses.isEmpty {
+      return .failure(ResolveError(isTimeout: false, description: "the name has no address"))
+    }
+    return .success(addresses)
+  }
+}
+
+/// Where a lookup thread leaves its result for a caller that may have gone.
+private final class Answer: Sendable {
+  private let result = Mutex<Result<[SocketAddress], ResolveError>?>(nil)
+  private let ready = Futex()
+
+  func set(_ value: Result<[SocketAddress], ResolveError>) {
+    result.withLock { $0 = value }
+    ready.store(1)
+    ready.wakeAll()
+  }
+
+  func wait(until deadline: Deadline) -> Result<[SocketAddress], ResolveError> {
+    while true {
+      if let value = result.withLock({ $0 }) { return value }
+      if deadline.hasPassed {
+        return .failure(
+          ResolveError(isTimeout: true, description: "the name service did not answer in time"))
+      }
+      ready.wait(while: 0, until: deadline)
+    }
+  }
+}
+
+/// A counting semaphore with a deadline.
+private final class LookupSlots: Sendable {
+  private let free: Mutex<Int>
+  private let releases = Futex()
+
+  init(count: Int) { free = Mutex(count) }
+
+  func acquire(until deadline: Deadline) throws(ResolveError) {
+    while true {
+      // Read before the check: a release in between makes the wait below return at once.
+      let seen = releases.value
+      let taken = free.withLock { count in
+        if count == 0 { return false }
+        count -= 1
+        return true
+      }
+      if taken { return }
+      if deadline.hasPassed {
+        throw ResolveError(
+          isTimeout: true, description: "earlier lookups still wait for the name service")
+      }
+      releases.wait(while: seen, until: deadline)
+    }
+  }
+
+  func release() {
+    free.withLock { $0 += 1 }
+    releases.increment()
+    releases.wakeAll()
+  }
+}

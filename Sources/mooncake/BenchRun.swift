@@ -1,0 +1,162 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// What a run has measured.
+struct BenchResult {
+  var workload: Workload
+  var tally: Tally
+  var seconds: Double
+  var processorSeconds: Double
+  var wasInterrupted: Bool
+
+  var bytesPerSecond: Double { seconds > 0 ? Double(tally.bytes) / seconds : 0 }
+  var operationsPerSecond: Double { seconds > 0 ? Double(tally.requests) / seconds : 0 }
+  var processorSecondsPerGigabyte: Double {
+    tally.bytes > 0 ? processorSeconds * 1e9 / Double(tally.bytes) : 0
+  }
+}
+
+/// Runs one workload against one buffer of an open segment.
+struct BenchRun {
+  let engine: TransferEngine
+  let segment: Int32
+  let buffer: RemoteBuffer
+  /// Bytes of local memory to spread transfers over, all threads together.
+  let localBytes: Int
+  let stop: StopRequest
+
+  /// Bytes of the target between the parts of two threads; whole pages where no block is lost to it.
+  private func partBytes(_ workload: Workload) -> UInt64 {
+    let share = buffer.length / UInt64(workload.threadCount)
+    let aligned = share & ~4095
+    let block = UInt64(workload.blockBytes)
+    return aligned / block == share / block ? aligned : share
+  }
+
+  /// Blocks of the target that each thread has to itself.
+  private func blocksPerThread(_ workload: Workload) throws(EngineError) -> UInt64 {
+    let blocks = partBytes(workload) / UInt64(workload.blockBytes)
+    if blocks < UInt64(workload.batchSize) {
+      throw EngineError(
+        .invalidArgument,
+        "the target's buffer of \(buffer.length) bytes is too small for \(workload.threadCount)"
+          + " thread(s) x \(workload.batchSize) block(s) of \(workload.blockBytes) bytes; use a"
+          + " larger target buffer or a smaller --block-size, --batch-size or --threads")
+    }
+    if workload.pattern == .same { return UInt64(workload.batchSize) }
+    if workload.verification == nil { return blocks }
+    // A verified run keeps a counter per block: more than this many would cost too much memory.
+    return min(blocks, max(1 << 24, UInt64(workload.batchSize)))
+  }
+
+  func run(_ workload: Workload) throws(EngineError) -> BenchResult {
+    let blockCount = try blocksPerThread(workload)
+    var areas: [WorkArea] = []
+    defer { for area in areas { release(area) } }
+    for index in 0..<workload.threadCount {
+      areas.append(try makeArea(workload, index: index, blockCount: blockCount))
+    }
+    let workers = areas.map {
+      BenchWorker(engine: engine, workload: workload, area: $0, stop: stop)
+    }
+    let snapshot = try runTogether(workers)
+
+    var tally = Tally()
+    for worker in workers { tally.add(worker.tally) }
+    return BenchResult(
+      workload: workload, tally: tally,
+      seconds: Double(max(tally.end, snapshot.begin) - snapshot.begin) / 1e9,
+      processorSeconds: snapshot.processorEnd - snapshot.processorBegin,
+      wasInterrupted: stop.isRequested)
+  }
+
+  /// Runs every worker on a thread of its own, or none if a thread cannot be started.
+  private func runTogether(_ workers: [BenchWorker]) throws(EngineError) -> Snapshot {
+    let shared = SharedRun(threadCount: workers.count)
+    var threads: [WorkerThread] = []
+    var failure: Errno?
+    for worker in workers where failure == nil {
+      do {
+        threads.append(try WorkerThread.start(name: "bench") { shared.run(worker) })
+      } catch {
+        failure = error
+      }
+    }
+    shared.start(failure == nil)
+    for thread in threads { thread.join() }
+    if let failure { throw EngineError(.system, "cannot start a thread: \(failure)") }
+    return shared.snapshot.withLock { $0 }
+  }
+
+  private func makeArea(
+    _ workload: Workload, index: Int, blockCount: UInt64
+  ) throws(EngineError) -> WorkArea {
+    let wanted = min(
+      UInt64(max(0, localBytes / workload.threadCount)) / UInt64(workload.blockBytes), blockCount)
+    let slots = max(workload.batchSize, Int(wanted))
+    let local = try allocateTouched(slots * workload.blockBytes)
+    var readBack: UnsafeMutableRawPointer?
+    if workload.verification != nil && workload.operation != .read {
+      do {
+        readBack = try allocateTouched(workload.batchBytes)
+      } catch {
+        try? engine.free(local)
+        throw error
+      }
+    }
+    return WorkArea(
+      segment: segment, bufferAddress: buffer.address,
+      targetAddress: buffer.address &+ UInt64(index) &* partBytes(workload), blockCount: blockCount,
+      local: local, localSlots: slots, readBack: readBack)
+  }
+
+  private func allocateTouched(_ byteCount: Int) throws(EngineError) -> UnsafeMutableRawPointer {
+    let memory = try engine.allocate(length: UInt64(byteCount), access: .local)
+    memset(memory, 0xA5, byteCount)
+    return memory
+  }
+
+  private func release(_ area: WorkArea) {
+    try? engine.free(area.local)
+    if let readBack = area.readBack { try? engine.free(readBack) }
+  }
+}
+
+/// When the measured phase began and what the processor had done until then and at its end.
+private struct Snapshot {
+  var begin: UInt64 = 0
+  var processorBegin = 0.0
+  var processorEnd = 0.0
+}
+
+/// What the threads of a run share.
+private final class SharedRun: Sendable {
+  let snapshot = Mutex(Snapshot())
+  private let barrier: PhaseBarrier
+  /// 0: wait, 1: run, 2: end at once.
+  private let gate = Futex()
+
+  init(threadCount: Int) { barrier = PhaseBarrier(count: threadCount) }
+
+  func start(_ isComplete: Bool) {
+    gate.store(isComplete ? 1 : 2)
+    gate.wakeAll()
+  }
+
+  func run(_ worker: BenchWorker) {
+    while gate.value == 0 { gate.wait(while: 0, until: .never) }
+    if gate.value == 2 { return }
+    worker.prepare()
+    worker.warmUp()
+    barrier.wait {
+      snapshot.withLock {
+        $0.processorBegin = ProcessorTime.now().seconds
+        $0.begin = Clock.now()
+      }
+    }
+    worker.measure()
+    barrier.wait { snapshot.withLock { $0.processorEnd = ProcessorTime.now().seconds } }
+  }
+}

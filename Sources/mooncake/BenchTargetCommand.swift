@@ -1,0 +1,99 @@
+import ArgumentParser
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Offers a buffer for a `bench initiator` to read and write.
+struct BenchTargetCommand: ParsableCommand {
+  enum AccessChoice: String, ExpressibleByArgument, CaseIterable {
+    case read
+    case write
+    case all
+
+    var access: Access {
+      switch self {
+      case .read: .remoteRead
+      case .write: .remoteWrite
+      case .all: [.remoteRead, .remoteWrite]
+      }
+    }
+  }
+
+  static let configuration = CommandConfiguration(
+    commandName: "target",
+    abstract: "Offers a buffer to read and write until it is stopped.",
+    discussion: """
+      The first line on stdout is `segment NAME buffer ADDRESS LENGTH`. Ends on SIGINT or SIGTERM \
+      and prints what it served.
+      """)
+
+  @OptionGroup var engine: EngineArguments
+
+  @Option(help: "Size of the buffer, such as 4096, 64MiB or 1GiB.")
+  var bufferSize = ByteCount(1 << 30)
+
+  @Option(help: "What peers may do with the buffer: read, write or all.")
+  var access = AccessChoice.all
+
+  @Option(help: "Fills the buffer with the pattern of this seed, for `initiator --pattern`.")
+  var pattern: UInt64?
+
+  @Option(help: "Fills the buffer with this byte instead of zeros.")
+  var fill: UInt8?
+
+  @Option(help: "Ends after this time, such as 30, 500ms or 10m.")
+  var duration: TimeSpan?
+
+  @Flag(help: "Ends when stdin ends, too.")
+  var untilEof = false
+
+  func validate() throws {
+    if bufferSize.value == 0 || bufferSize.value > UInt64(Int.max) {
+      throw ValidationError("--buffer-size must be at least 1 and fit the address space.")
+    }
+    if pattern != nil && fill != nil {
+      throw ValidationError("--pattern and --fill exclude each other.")
+    }
+  }
+
+  func run() throws {
+    let stop = try StopRequest()
+    try reportingEngineErrors {
+      let engine = try TransferEngine(self.engine.options)
+      defer { engine.close() }
+      let length = bufferSize.value
+      let memory = try engine.allocate(length: length, access: access.access)
+      touch(memory, count: Int(length))
+      printLine("segment \(engine.name) buffer \(hexadecimal(address(memory))) \(length)")
+
+      let begin = Clock.now()
+      let deadline = duration.map { Deadline(nanoseconds: begin &+ $0.nanoseconds) } ?? .never
+      stop.wait(until: deadline, orEndOfInput: untilEof)
+      printTotals(of: engine, seconds: Double(Clock.now() - begin) / 1e9)
+      try engine.free(memory)
+    }
+  }
+
+  /// Writes every page, so that no measurement pays for page faults or reads the shared zero page.
+  private func touch(_ memory: UnsafeMutableRawPointer, count: Int) {
+    if let pattern {
+      BlockPattern(seed: pattern).fill(memory, count: count, offset: 0, generation: 0)
+    } else {
+      memset(memory, Int32(fill ?? 0), count)
+    }
+  }
+
+  private func printTotals(of engine: TransferEngine, seconds: Double) {
+    let cpu = decimal(ProcessorTime.now().seconds, places: 2)
+    printLine("served for \(decimal(seconds, places: 2)) s, CPU time of the process \(cpu) s")
+    for line in engine.metrics().split(separator: "\n") where !line.hasPrefix("#") {
+      if let value = line.split(separator: " ").last.flatMap({ Double($0) }), value != 0 {
+        print(line)
+      }
+    }
+    fflush(nil)
+  }
+}
+
+/// An address as the number that transfer requests count in.
+func address(_ pointer: UnsafeMutableRawPointer) -> UInt64 { UInt64(UInt(bitPattern: pointer)) }

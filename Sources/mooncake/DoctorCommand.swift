@@ -1,0 +1,62 @@
+import ArgumentParser
+import Glibc
+import MooncakeEngine
+
+/// Looks for what keeps this machine, or a peer, from working well.
+struct DoctorCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "doctor",
+    abstract: "Checks this machine and, if named, a peer; says what to do about each finding.",
+    discussion: "Exit code 1 if there is a problem; warnings alone give 0.")
+
+  @Argument(help: "Segment name of a running peer, host:port.")
+  var peer: String?
+
+  @Option(help: "Milliseconds to wait for each answer of the peer.")
+  var timeoutMs: UInt64 = 5000
+
+  @Flag(help: "Prints one JSON object.")
+  var json = false
+
+  func validate() throws { try require(1...600_000, timeoutMs, "--timeout-ms") }
+
+  func run() throws {
+    signal(SIGPIPE, SIG_IGN)
+    // Failures appear as findings; the log would say them a second time.
+    if getenv("MC_LOG_LEVEL") == nil { Log.setLevel(.off) }
+    var groups: [FindingGroup] = []
+    func examine(_ title: String, _ findings: () -> [Finding]) {
+      let group = FindingGroup(title: title, findings: findings())
+      groups.append(group)
+      if !json { printLine(group.text) }
+    }
+    examine("Program and machine", MachineChecks.run)
+    examine("Addresses and ports", NetworkChecks.run)
+    examine("Limits", LimitChecks.run)
+    examine("Optional libraries", LibraryChecks.run)
+    examine("Devices", DeviceChecks.run)
+    examine("Environment variables", EnvironmentChecks.run)
+    examine("Self test", SelfTest.run)
+    if let peer {
+      examine("Peer \(peer)") { PeerChecks(name: peer, timeoutMilliseconds: timeoutMs).run() }
+    }
+    try finish(groups)
+  }
+
+  private func finish(_ groups: [FindingGroup]) throws {
+    let problems = groups.reduce(0) { $0 + $1.count(.problem) }
+    let warnings = groups.reduce(0) { $0 + $1.count(.warning) }
+    if json {
+      var report = JSONObject()
+      report.add("version", programVersion)
+      if let peer { report.add("peer", peer) }
+      report.add("problems", problems)
+      report.add("warnings", warnings)
+      report.add("groups", groups.map(\.json))
+      printLine(report.text)
+    } else {
+      printLine("\(problems) problem(s), \(warnings) warning(s)")
+    }
+    if problems > 0 { throw ExitCode(1) }
+  }
+}

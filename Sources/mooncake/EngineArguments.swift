@@ -1,0 +1,56 @@
+import ArgumentParser
+import MooncakeEngine
+
+/// How an engine is set up; shared by the commands that start one.
+struct EngineArguments: ParsableArguments {
+  @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
+  var bind: String?
+
+  @Option(help: "Host that peers connect to; default: the address listened on.")
+  var advertise: String?
+
+  @Option(help: "RPC port; 0: the system chooses.")
+  var port: UInt16 = 0
+
+  @Option(help: "I/O threads per direction, 1 to 64; 0: the engine chooses.")
+  var ioThreads: Int = TransferEngine.Options().ioThreads
+
+  @Option(help: "Data connections to one peer, 1 to 64; 0: the engine chooses.")
+  var connections: Int = TransferEngine.Options().connectionsPerPeer
+
+  @Option(help: "Microseconds to spin before sleeping while work is outstanding, 1 to 1000000.")
+  var spinUs: Int = TransferEngine.Options().spinMicroseconds
+
+  @Option(help: "Deadline of one transfer or request to a peer in milliseconds.")
+  var timeoutMs: UInt64 = TransferEngine.Options().defaultTimeoutMilliseconds
+
+  func validate() throws {
+    try require(0...64, ioThreads, "--io-threads")
+    try require(0...64, connections, "--connections")
+    try require(1...1_000_000, spinUs, "--spin-us")
+    if timeoutMs == 0 || timeoutMs > 86_400_000 {
+      throw ValidationError("--timeout-ms must be between 1 and 86400000.")
+    }
+  }
+
+  var options: TransferEngine.Options {
+    var options = TransferEngine.Options()
+    options.bindAddress = bind
+    options.advertisedAddress = advertise
+    options.port = port
+    options.ioThreads = ioThreads
+    options.connectionsPerPeer = connections
+    options.spinMicroseconds = spinUs
+    options.defaultTimeoutMilliseconds = timeoutMs
+    return options
+  }
+}
+
+/// Refuses a number outside of a range, naming the option.
+func require<Number: BinaryInteger>(
+  _ range: ClosedRange<Number>, _ value: Number, _ option: String
+) throws {
+  if !range.contains(value) {
+    throw ValidationError("\(option) must be between \(range.lowerBound) and \(range.upperBound).")
+  }
+}

@@ -1,0 +1,108 @@
+import Glibc
+
+/// Environment variables of the existing system, as far as this library reads them.
+enum EnvironmentChecks {
+  private enum Rule {
+    case integer(ClosedRange<Int>)
+    /// Outside of the ports that the system chooses for others.
+    case port
+    case text
+    case oneOf([String])
+    /// Set at all means on.
+    case flag
+    /// Known to the existing system, without effect here.
+    case unused(String)
+  }
+
+  private static let rules: [String: Rule] = [
+    "MC_LOG_LEVEL": .oneOf(["TRACE", "DEBUG", "INFO", "WARNING", "ERROR", "OFF"]),
+    "MC_HANDSHAKE_PORT": .integer(1...65_535),
+    "MC_HANDSHAKE_MAX_LENGTH": .integer((1 << 20)...(128 << 20)),
+    "MC_HANDSHAKE_CONNECT_TIMEOUT": .integer(1...3599),
+    "MC_HANDSHAKE_LISTEN_BACKLOG": .integer(1...65_535),
+    "MC_MIN_RPC_PORT": .port,
+    "MC_MAX_RPC_PORT": .port,
+    "MC_MIN_PRC_PORT": .port,
+    "MC_MAX_PRC_PORT": .port,
+    "MC_USE_IPV6": .flag,
+    "MC_LEGACY_RPC_PORT_BINDING": .flag,
+    "MC_TCP_BIND_ADDRESS": .text,
+    "MC_TCP_PROTO": .integer(1...2),
+    "MC_FORCE_TCP": .unused("TCP is the only transport of this version"),
+    "MC_TCP_SLICE_SIZE": .unused("the engine chooses its own chunks"),
+    "MC_TCP_ENABLE_CONNECTION_POOL": .unused("connections are always kept"),
+    "MC_TCP_LANES_PER_PEER": .unused("the engine's options say how many connections a peer gets"),
+    "MC_LOG_DIR": .unused("lines go to stderr or to the program's callback"),
+  ]
+
+  static func run() -> [Finding] {
+    let findings = variables().map { check(name: $0.name, value: $0.value) }
+    let range = rangeOrder()
+    if findings.isEmpty { return [.ok("MC_*", "none set")] }
+    return findings + range
+  }
+
+  /// Every MC_ variable that is set, sorted by name.
+  private static func variables() -> [(name: String, value: String)] {
+    var result: [(name: String, value: String)] = []
+    var next = environ
+    while let entry = next.pointee {
+      next += 1
+      let text = String(cString: entry)
+      guard text.hasPrefix("MC_"), let equals = text.firstIndex(of: "=") else { continue }
+      result.append(
+        (String(text[..<equals]), String(text[text.index(after: equals)...])))
+    }
+    return result.sorted { $0.name < $1.name }
+  }
+
+  private static func check(name: String, value: String) -> Finding {
+    let shown = name.hasSuffix("PASSWORD") ? "(hidden)" : "\"\(value)\""
+    guard let rule = rules[name] else {
+      return .warning(
+        name, "\(shown) has no effect in this version",
+        advice: "check the spelling; the documentation lists what is read")
+    }
+    switch rule {
+    case .flag: return .ok(name, "on (set at all means on, whatever the value)")
+    case .unused(let reason):
+      return .warning(name, "\(shown) has no effect: \(reason)", advice: "unset \(name)")
+    case .text:
+      return value.isEmpty
+        ? invalid(name, shown, "must not be empty") : .ok(name, shown)
+    case .oneOf(let choices):
+      return choices.contains(value.uppercased())
+        ? .ok(name, shown)
+        : invalid(name, shown, "must be one of " + choices.joined(separator: ", "))
+    case .integer(let range):
+      return Int(value).map(range.contains) == true
+        ? .ok(name, shown)
+        : invalid(name, shown, "must be a number from \(range.lowerBound) to \(range.upperBound)")
+    case .port:
+      let port = Int(value) ?? 0
+      return (1024...65_535).contains(port) && !(32_768...60_999).contains(port)
+        ? .ok(name, shown)
+        : invalid(name, shown, "must be a port from 1024 to 32767 or from 61000 to 65535")
+    }
+  }
+
+  private static func invalid(_ name: String, _ shown: String, _ rule: String) -> Finding {
+    .problem(
+      name, "\(shown) is not valid and is ignored", advice: "\(name) \(rule); correct or unset it")
+  }
+
+  private static func rangeOrder() -> [Finding] {
+    func number(_ names: String...) -> Int? {
+      names.lazy.compactMap { getenv($0) }.first.flatMap { Int(String(cString: $0)) }
+    }
+    let lower = number("MC_MIN_RPC_PORT", "MC_MIN_PRC_PORT") ?? 15_000
+    let upper = number("MC_MAX_RPC_PORT", "MC_MAX_PRC_PORT") ?? 17_000
+    if lower <= upper { return [] }
+    return [
+      .problem(
+        "MC_MIN_RPC_PORT and MC_MAX_RPC_PORT",
+        "\(lower) is above \(upper), so both are ignored",
+        advice: "set both, the smaller one as MC_MIN_RPC_PORT")
+    ]
+  }
+}

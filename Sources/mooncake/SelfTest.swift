@@ -1,0 +1,80 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Two engines in this process that move bytes to each other over the loopback.
+enum SelfTest {
+  private static let sizes = [1, 4096, 65_537, (4 << 20) + 3]
+
+  static func run() -> [Finding] {
+    do throws(EngineError) {
+      return try transfers()
+    } catch {
+      return [
+        .problem(
+          "engine", error.message,
+          advice: "this machine cannot run an engine as it is; see the limits and addresses above")
+      ]
+    }
+  }
+
+  private static func transfers() throws(EngineError) -> [Finding] {
+    var options = TransferEngine.Options()
+    options.defaultTimeoutMilliseconds = 10_000
+    let target = try TransferEngine(options)
+    defer { target.close() }
+    let initiator = try TransferEngine(options)
+    defer { initiator.close() }
+    var findings = [
+      Finding.ok(
+        "engine", "listens for requests on \(target.name), for data on \(target.dataAddress)")
+    ]
+
+    let largest = sizes[sizes.count - 1]
+    let remote = try target.allocate(
+      length: UInt64(largest), access: [.remoteRead, .remoteWrite])
+    let source = try initiator.allocate(length: UInt64(largest), access: .local)
+    let copy = try initiator.allocate(length: UInt64(largest), access: .local)
+    let segment = try initiator.openSegment(target.name)
+    for (number, size) in sizes.enumerated() {
+      BlockPattern(seed: UInt64(number)).fill(source, count: size, offset: 0, generation: 0)
+      memset(copy, 0x55, size)
+      let begin = Clock.now()
+      try move(initiator, .write, segment, source, address(remote), size)
+      try move(initiator, .read, segment, copy, address(remote), size)
+      let span = Double(Clock.now() - begin) / 1e3
+      findings.append(
+        memcmp(source, copy, size) == 0
+          ? .ok("\(size) bytes there and back", "\(decimal(span, places: 0)) µs")
+          : .problem(
+            "\(size) bytes there and back", "came back changed",
+            advice: "check this machine's memory; then report this as a bug"))
+    }
+    return findings
+  }
+
+  private static func move(
+    _ engine: TransferEngine, _ opcode: Opcode, _ segment: Int32,
+    _ memory: UnsafeMutableRawPointer, _ target: UInt64, _ size: Int
+  ) throws(EngineError) {
+    let request = TransferRequest(
+      opcode: opcode, segment: segment, source: memory, targetOffset: target,
+      length: UInt64(size))
+    try engine.transfer(request)
+  }
+}
+
+extension TransferEngine {
+  /// Moves one range and waits for it.
+  func transfer(_ request: TransferRequest) throws(EngineError) {
+    var failure: EngineError?
+    withUnsafePointer(to: request) { pointer in
+      do throws(EngineError) {
+        try transfer(UnsafeBufferPointer(start: pointer, count: 1))
+      } catch {
+        failure = error
+      }
+    }
+    if let failure { throw failure }
+  }
+}

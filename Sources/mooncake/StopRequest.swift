@@ -1,0 +1,54 @@
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// Tells the program that SIGINT or SIGTERM asked it to end. A second signal ends it at once.
+final class StopRequest: Sendable {
+  private let flag = Atomic<Bool>(false)
+  private let event: EventFD
+
+  /// Call before any thread is started: the signals are blocked here and taken by one thread.
+  init() throws {
+    event = try EventFD()
+    signal(SIGPIPE, SIG_IGN)
+    var signals = sigset_t()
+    sigemptyset(&signals)
+    sigaddset(&signals, SIGINT)
+    sigaddset(&signals, SIGTERM)
+    pthread_sigmask(SIG_BLOCK, &signals, nil)
+    try WorkerThread.startDetached(name: "signals") { [self] in watch() }
+  }
+
+  var isRequested: Bool { flag.load(ordering: .relaxed) }
+
+  /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends.
+  func wait(until deadline: Deadline, orEndOfInput: Bool) {
+    var descriptors = [
+      pollfd(fd: event.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: orEndOfInput ? STDIN_FILENO : -1, events: Int16(POLLIN), revents: 0),
+    ]
+    while !isRequested && !deadline.hasPassed {
+      let count = poll(&descriptors, nfds_t(descriptors.count), deadline.remainingMilliseconds)
+      if count > 0 && descriptors[1].revents != 0 && inputHasEnded() { return }
+    }
+  }
+
+  private func inputHasEnded() -> Bool {
+    var bytes: (UInt64, UInt64, UInt64, UInt64) = (0, 0, 0, 0)
+    let count = withUnsafeMutableBytes(of: &bytes) { read(STDIN_FILENO, $0.baseAddress, $0.count) }
+    return count == 0 || (count < 0 && errno != EINTR && errno != EAGAIN)
+  }
+
+  private func watch() {
+    var signals = sigset_t()
+    sigemptyset(&signals)
+    sigaddset(&signals, SIGINT)
+    sigaddset(&signals, SIGTERM)
+    var number: Int32 = 0
+    while true {
+      if sigwait(&signals, &number) != 0 { continue }
+      if flag.exchange(true, ordering: .relaxed) { _exit(128 + number) }
+      event.signal()
+    }
+  }
+}

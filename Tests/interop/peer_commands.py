@@ -1,0 +1,197 @@
+"""What every peer process of the interop tests does, whatever engine is inside.
+
+A peer owns one registered buffer between two guard zones. It prints one JSON line that tells its
+segment name and buffer, then answers one JSON line for each JSON line on stdin until "quit" or end
+of input. The engine adapters (stock_peer.py, native_peer.py, dropin_peer.py) supply:
+
+  segment                          name under which peers open it
+  register(address, length), unregister(address)
+  transfer(peer, operation, pieces, timeout, notify)    pieces: (local address, remote, length)
+  notify(peer, name, message)      without a transfer
+  notifications()                  [(name, message)], drained
+  probe(peer)
+  first_buffer(peer)               address
+  reopen(peer)
+  close()
+
+Those that can fail return (code, text): 0 is success.
+"""
+
+import base64
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import random
+import sys
+import time
+
+GUARD = 1 << 20
+LENGTH = int(os.environ.get("MOONCAKE_PEER_BYTES", 66 << 20))
+
+
+def pattern(seed, length):
+    """Bytes that differ with every seed and position."""
+    return random.Random(seed).randbytes(length)
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def private_stdout():
+    """A stream for the answers; whatever an engine prints on stdout goes to stderr instead."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+class Memory:
+    """The buffer and its guards, all pages touched."""
+
+    def __init__(self, length):
+        self.length = length
+        self.mapping = mmap.mmap(-1, GUARD + length + GUARD)
+        self.view = memoryview(self.mapping)
+        self.view[:GUARD] = pattern("guard before", GUARD)
+        self.view[GUARD + length :] = pattern("guard after", GUARD)
+        for page in range(GUARD, GUARD + length, mmap.PAGESIZE):
+            self.mapping[page] = 1
+        anchor = ctypes.c_char.from_buffer(self.mapping)
+        self.address = ctypes.addressof(anchor) + GUARD
+        self.anchor = anchor
+
+    def span(self, offset, length):
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise ValueError("outside of the buffer")
+        return self.view[GUARD + offset : GUARD + offset + length]
+
+    def guards_intact(self):
+        return self.view[:GUARD] == pattern("guard before", GUARD) and self.view[
+            GUARD + self.length :
+        ] == pattern("guard after", GUARD)
+
+
+class Peer:
+    def __init__(self, engine, memory):
+        self.engine = engine
+        self.memory = memory
+
+    def answer(self, request):
+        return getattr(self, "do_" + request.pop("do"))(**request)
+
+    # Memory
+
+    def do_fill(self, offset, length, seed):
+        self.memory.span(offset, length)[:] = pattern(seed, length)
+        return {}
+
+    def do_read_back(self, offset, length):
+        return {"bytes": base64.b64encode(self.memory.span(offset, length)).decode()}
+
+    def do_digest(self, offset=0, length=None):
+        length = self.memory.length if length is None else length
+        return {"digest": digest(self.memory.span(offset, length))}
+
+    def do_guards(self):
+        return {"intact": self.memory.guards_intact()}
+
+    # Engine
+
+    def do_transfer(self, peer, operation, pieces, timeout=20.0, notify=None):
+        local = [(self.memory.address + offset, remote, n) for offset, remote, n in pieces]
+        begin = time.monotonic()
+        code, text = self.engine.transfer(peer, operation, local, timeout, notify)
+        return {"code": code, "text": text, "seconds": time.monotonic() - begin}
+
+    def do_flood(self, peer, operation, remote, length, count, seconds, timeout):
+        """Repeats a batch of transfers of the same memory until one fails or time is up."""
+        pieces = [(self.memory.address, remote, length)] * count
+        begin = time.monotonic()
+        rounds, code, text = 0, 0, ""
+        while code == 0 and time.monotonic() - begin < seconds:
+            code, text = self.engine.transfer(peer, operation, pieces, timeout, None)
+            rounds += 1
+        return {"code": code, "text": text, "rounds": rounds, "ended": time.time()}
+
+    def do_measure(self, peer, operation, remote, length, seconds):
+        """Repeats one synchronous transfer through fresh offsets; all latencies in microseconds."""
+        span = self.memory.length // length
+        samples, index, code, text = [], 0, 0, ""
+        code, text = self.engine.transfer(
+            peer, operation, [(self.memory.address, remote, length)], 20.0, None
+        )
+        begin = time.perf_counter()
+        end = begin + seconds
+        now = begin
+        while code == 0 and now < end:
+            offset = index % span * length
+            piece = [(self.memory.address + offset, remote + offset, length)]
+            code, text = self.engine.transfer(peer, operation, piece, 20.0, None)
+            after = time.perf_counter()
+            samples.append(after - now)
+            now = after
+            index += 1
+        samples.sort()
+        count = len(samples)
+        if count == 0:
+            return {"code": code or -1, "text": text}
+        return {
+            "code": code,
+            "text": text,
+            "count": count,
+            "bytes_per_second": count * length / (now - begin),
+            "p50_us": samples[count // 2] * 1e6,
+            "p99_us": samples[min(count - 1, count * 99 // 100)] * 1e6,
+        }
+
+    def do_notify(self, peer, name, message):
+        code, text = self.engine.notify(peer, name, message)
+        return {"code": code, "text": text}
+
+    def do_notifications(self):
+        return {"notifications": [list(pair) for pair in self.engine.notifications()]}
+
+    def do_probe(self, peer):
+        begin = time.monotonic()
+        code, text = self.engine.probe(peer)
+        return {"code": code, "text": text, "seconds": time.monotonic() - begin}
+
+    def do_first_buffer(self, peer):
+        return {"address": self.engine.first_buffer(peer)}
+
+    def do_unregister(self):
+        code = self.engine.unregister(self.memory.address)
+        return {"code": code, "text": ""}
+
+    def do_reopen(self, peer):
+        code, text = self.engine.reopen(peer)
+        return {"code": code, "text": text}
+
+
+def serve(make_engine, length=LENGTH):
+    """Runs a peer until its stdin ends. make_engine creates the adapter."""
+    out = private_stdout()
+
+    def say(value):
+        out.write(json.dumps(value) + "\n")
+        out.flush()
+
+    memory = Memory(length)
+    engine = make_engine()
+    code = engine.register(memory.address, memory.length)
+    if code != 0:
+        sys.exit(f"registering the buffer failed: {code}")
+    say({"segment": engine.segment, "address": memory.address, "length": memory.length})
+    peer = Peer(engine, memory)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "quit":
+            break
+        try:
+            say({"ok": True, **peer.answer(request)})
+        except Exception as error:  # the test that asked decides what a failure means
+            say({"ok": False, "error": f"{type(error).__name__}: {error}"})
+    engine.close()
+    say({"ok": True})
