@@ -4,11 +4,11 @@
  * SPDX-License-Identifier: Apache-2.0
  *
  * Rules that hold for every function here, unless it says otherwise:
- *  - It returns MOONCAKE_OK (0) or a negative MOONCAKE_ERROR_*; outputs are written only on success.
+ *  - It returns MOONCAKE_OK (0) or a negative MOONCAKE_ERROR_*; outputs are written on success only.
  *    mooncake_error_message() explains the calling thread's last failure.
- *  - It may be called from any thread at any time. Strings and structs passed in are copied before it
- *    returns; memory named by a transfer request must stay valid until that request is terminal.
- *  - "Blocking" functions return within their timeout; all others return without waiting for a peer.
+ *  - It may be called from any thread at any time. Strings and structs passed in are copied before
+ *    it returns; memory named by a transfer request must stay valid until that request is terminal.
+ *  - "Blocking" functions return within their timeout; others return without waiting for a peer.
  *  - A handle that is null, wrong or already destroyed gives MOONCAKE_ERROR_INVALID_HANDLE.
  *  - A handle created before fork() is invalid in the child.
  *  - Timeouts are milliseconds; 0 means the engine's default.
@@ -111,7 +111,7 @@ int32_t mooncake_log_set_level(int32_t level);
 /* Owns memory registrations, connections and threads. A process may have several. */
 typedef struct mooncake_engine mooncake_engine_t;
 
-/* Fill with mooncake_engine_options_init(), then change what matters. Null or 0 means the default. */
+/* Fill with mooncake_engine_options_init(), then change what matters. Null or 0: the default. */
 typedef struct mooncake_engine_options {
   uint32_t struct_size;           /* sizeof(mooncake_engine_options_t), set by the initialiser */
   uint32_t port;                  /* RPC port; 0: the system chooses. Taken: ADDRESS_IN_USE */
@@ -124,7 +124,8 @@ typedef struct mooncake_engine_options {
   const char *metadata_uri;       /* "P2PHANDSHAKE" (the default): peers ask each other */
   const char *transports;         /* comma list in order of preference; default and so far "tcp" */
   uint64_t default_timeout_ms;    /* deadline of an operation that names none; default 30000 */
-  uint32_t io_threads;            /* threads per direction, 1 to 64; default 2 */
+  uint32_t io_threads;            /* threads per direction, at most 64; default half the
+                                     processors, 1 to 4 */
   uint32_t connections_per_peer;  /* data connections to one peer, 1 to 64; default 2 */
   uint32_t spin_us;               /* how long a waiter or I/O thread spins before it sleeps while
                                      work is outstanding, 1 to 1000000; default 50 */
@@ -138,7 +139,8 @@ int32_t mooncake_engine_options_init(mooncake_engine_options_t *options, uint32_
  * owns *engine and ends it with mooncake_engine_destroy().
  * Errors: INVALID_ARGUMENT, ADDRESS_IN_USE, UNRESOLVED, UNSUPPORTED, FULL (1,024 engines), SYSTEM.
  * Since 0.1. */
-int32_t mooncake_engine_create(const mooncake_engine_options_t *options, mooncake_engine_t **engine);
+int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
+                               mooncake_engine_t **engine);
 
 /* Cancels what is in flight, closes every connection, ends the engine's threads and frees its own
  * memory. Calls of other threads return MOONCAKE_ERROR_CANCELED or INVALID_HANDLE. Afterwards no
@@ -188,8 +190,8 @@ int32_t mooncake_memory_unregister(mooncake_engine_t *engine, void *address);
 int32_t mooncake_memory_register_batch(mooncake_engine_t *engine, const mooncake_buffer_t *buffers,
                                        uint64_t count, const char *location, uint32_t access);
 
-/* As mooncake_memory_unregister() for count addresses: goes on after a failure and returns the first
- * error. Since 0.1. */
+/* As mooncake_memory_unregister() for count addresses: goes on after a failure and returns the
+ * first error. Since 0.1. */
 int32_t mooncake_memory_unregister_batch(mooncake_engine_t *engine, void *const *addresses,
                                          uint64_t count);
 
@@ -279,9 +281,10 @@ typedef struct mooncake_batch_status {
 /* Requests that are submitted and waited for together. */
 typedef uint64_t mooncake_batch_t;
 
-/* Creates a batch for up to capacity requests over its life. Ends with mooncake_batch_free() or with
- * the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches). Since 0.1. */
-int32_t mooncake_batch_create(mooncake_engine_t *engine, uint64_t capacity, mooncake_batch_t *batch);
+/* Creates a batch for up to capacity requests over its life. Ends with mooncake_batch_free() or
+ * with the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches). Since 0.1. */
+int32_t mooncake_batch_create(mooncake_engine_t *engine, uint64_t capacity,
+                              mooncake_batch_t *batch);
 
 /* Appends count requests; indices continue over the submits of a batch. All arguments are checked
  * before any request starts; afterwards a failure lives in the status. Two threads must not submit
@@ -291,8 +294,9 @@ int32_t mooncake_batch_submit(mooncake_engine_t *engine, mooncake_batch_t batch,
                               uint64_t timeout_ms);
 
 /* As mooncake_batch_submit(); once the whole batch is COMPLETED, and only then, the segment of the
- * first request gets the notification. The batch becomes terminal after the peer has acknowledged
- * it or its delivery has failed. Since 0.1. */
+ * first request gets the notification. The batch and its completed requests become terminal
+ * after the peer has acknowledged it or its delivery has failed; a failed delivery is the batch's
+ * error. Since 0.1. */
 int32_t mooncake_batch_submit_notify(mooncake_engine_t *engine, mooncake_batch_t batch,
                                      const mooncake_transfer_request_t *requests, uint64_t count,
                                      uint64_t timeout_ms, const char *name, const char *message);
@@ -344,8 +348,8 @@ typedef struct mooncake_notification {
   const char *message;
 } mooncake_notification_t;
 
-/* Delivers a notification to the owner of segment. Blocking. Errors: as mooncake_segment_open(), and
- * FULL if the peer's queue is. Since 0.1. */
+/* Delivers a notification to the owner of segment. Blocking. Errors: as mooncake_segment_open(),
+ * and FULL if the peer's queue is. Since 0.1. */
 int32_t mooncake_notification_send(mooncake_engine_t *engine, mooncake_segment_t segment,
                                    const char *name, const char *message, uint64_t timeout_ms);
 

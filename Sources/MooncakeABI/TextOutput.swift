@@ -5,8 +5,10 @@ import MooncakeEngine
 /// Longest name, address, URI or location accepted, in bytes.
 let maximumNameBytes = 4096
 
-/// Longest notification text accepted, in bytes; what a peer takes may be less.
-let maximumMessageBytes = 64 << 20
+/// Longest notification text accepted, in bytes: name and JSON around it must fit one RPC message as
+/// well. What a peer takes may be less.
+let maximumMessageBytes =
+  HandshakeSettings.fromEnvironment().maximumLength - 2 * maximumNameBytes
 
 /// Copies a required, non-empty text.
 func requiredText(

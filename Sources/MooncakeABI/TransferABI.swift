@@ -132,7 +132,11 @@ package func mooncake_batch_set_callback(
   _ context: UnsafeMutableRawPointer?
 ) -> Int32 {
   nativeCall(engine) { engine throws(EngineError) in
-    guard let callback else { throw EngineError(.invalidArgument, "callback is null") }
+    guard let callback else {
+      // A batch that does not exist is the graver mistake.
+      _ = try engine.poll(batch)
+      throw EngineError(.invalidArgument, "callback is null")
+    }
     let host = HostBatchCallback(callback: callback, context: context)
     try engine.setCallback(batch) { batch, status in
       var status = mooncake_batch_status_t(status)

@@ -80,7 +80,9 @@ public struct HostPort: Equatable, Hashable, Sendable, CustomStringConvertible {
       throw HostPortError(reason: "the bracket is not closed")
     }
     let host = String(text[text.index(after: text.startIndex)..<close])
-    guard isIPv6(String(host.prefix { $0 != "%" })), host.last != "%", !host.contains("[") else {
+    let address = host.prefix { $0 != "%" }
+    let scope = host.dropFirst(address.count)
+    guard isIPv6(String(address)), scope != "%", !scope.contains("[") else {
       throw HostPortError(reason: "the brackets hold no IPv6 address")
     }
     let rest = text[text.index(after: close)...]

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import select
 import signal
 import socket
@@ -243,6 +244,40 @@ class PeerProcess:
         self.process.stdout.close()
 
 
+class Program:
+    """A program that runs in the background with its output in a file."""
+
+    def __init__(self, command, variables=None):
+        self.output = tempfile.TemporaryFile(prefix="program-")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+        )
+
+    def text(self):
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+    def find(self, pattern, seconds=20):
+        """The first match in its output; an error when none comes."""
+        found = wait_until(
+            lambda: re.search(pattern, self.text()) or self.process.poll() is not None, seconds
+        )
+        if not isinstance(found, re.Match):
+            found = re.search(pattern, self.text())
+        if not found:
+            raise AssertionError(f"'{pattern}' did not appear:\n{self.text()}")
+        return found
+
+    def end(self):
+        end_process(self.process)
+        self.process.stdin.close()
+        self.output.close()
+
+
 def start_stock(version, **variables):
     python = stock_environment(version) / "bin" / "python"
     return PeerProcess(
@@ -288,7 +323,7 @@ class PairTest(unittest.TestCase):
 
 
 def for_each_pair(namespace, mixin, apis=APIS):
-    """Defines mixin's tests once for each release and interface. The mixin is no TestCase itself."""
+    """Defines a mixin's tests once for each release and interface; it is no TestCase itself."""
     for version in releases():
         for api in apis:
             suffix = f"{version.replace('.', '_')}_{api}"

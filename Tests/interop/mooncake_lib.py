@@ -95,7 +95,7 @@ class TransferStatus(Structure):
 
 
 class NotifyMessage(Structure):
-    """struct notify_msg of transfer_engine_c.h; strings to be freed by the library stay pointers."""
+    """struct notify_msg of transfer_engine_c.h."""
 
     _fields_ = [("name", c_char_p), ("msg", c_char_p)]
 

@@ -1,8 +1,8 @@
 """An original engine restarts under the same name while a peer holds its old descriptor.
 
-Arguments: VERSION API. A process of its own because it moves to an empty network namespace, where it
-can keep closed connections from blocking the port of the restarted engine for a minute. Where that
-is not allowed it waits for that minute.
+Arguments: VERSION API. A process of its own because it moves to an empty network namespace, where
+it can keep closed connections from blocking the port of the restarted engine for a minute. Where
+that is not allowed it waits for that minute.
 """
 
 import ctypes

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 import time
 import unittest
 
@@ -49,42 +48,9 @@ def run_stock_initiator(version, segment, operation, block_size=4096, batch_size
     return int(found.group(1))
 
 
-class Program:
-    """A program that runs in the background with its output in a file."""
-
-    def __init__(self, command, variables=None):
-        self.output = tempfile.TemporaryFile(prefix="program-")
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            env=variables,
-        )
-
-    def text(self):
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
-
-    def find(self, pattern, seconds=20):
-        """The first match in its output; an error when none comes."""
-        found = lab.wait_until(
-            lambda: re.search(pattern, self.text()) or self.process.poll() is not None, seconds
-        )
-        if not isinstance(found, re.Match):
-            found = re.search(pattern, self.text())
-        if not found:
-            raise AssertionError(f"'{pattern}' did not appear:\n{self.text()}")
-        return found
-
-    def end(self):
-        lab.end_process(self.process)
-        self.process.stdin.close()
-        self.output.close()
-
-
 def start_stock_target(version):
-    program = Program([lab.stock_bench(version), *common_arguments("target")], lab.stock_variables())
+    command = [lab.stock_bench(version), *common_arguments("target")]
+    program = lab.Program(command, lab.stock_variables())
     try:
         segment = program.find(r"P2P handshake, listening on (127\.0\.0\.1:\d+)").group(1)
         program.find(r"TcpTransport: listen on port")
@@ -160,7 +126,7 @@ class Programs(unittest.TestCase):
                     stock.quit()
 
     def test_stock_initiator_with_our_target(self):
-        target = Program(
+        target = lab.Program(
             [
                 *(self.cli, "bench", "target", "--bind", "127.0.0.1", "--port", "0"),
                 *("--buffer-size", "64MiB", "--duration", "300"),

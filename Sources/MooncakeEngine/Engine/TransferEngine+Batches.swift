@@ -60,7 +60,7 @@ extension TransferEngine {
           "request \(index) does not exist: \(batch.submittedCount) were submitted")
       }
       drivePolled(batch)
-      return batch.tasks[index].status
+      return batch.status(of: index)
     }
   }
 
@@ -184,7 +184,7 @@ extension TransferEngine {
     var spinEnd: UInt64 = 0
     while !batch.isTerminal {
       if let loop = batch.drivenLoop {
-        if loop.driveIfFree(until: deadline, mayBlock: true, isDone: { batch.isTerminal }) {
+        if batch.drive(loop, until: deadline) {
           if batch.isTerminal { return true }
           if deadline.hasPassed { return false }
         }

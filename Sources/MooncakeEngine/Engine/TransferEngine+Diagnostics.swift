@@ -7,8 +7,11 @@ extension TransferEngine {
     _ segment: SegmentID, _ notification: Notification, timeoutMilliseconds: UInt64 = 0
   ) throws(EngineError) {
     try checkOpen()
+    try notification.validate()
     let name = try segments.segment(segment).name
-    try RPCClient.notify(name, notification, deadline: deadline(timeoutMilliseconds))
+    try logged { () throws(EngineError) in
+      try RPCClient.notify(name, notification, deadline: deadline(timeoutMilliseconds))
+    }
   }
 
   /// Takes the oldest notification received.

@@ -10,7 +10,12 @@ extension TransferEngine {
     let name = String(name.drop { $0 == "/" })
     if name.isEmpty { throw EngineError(.invalidArgument, "the segment name is empty") }
     if name == self.name { return 0 }
-    let deadline = deadline(timeoutMilliseconds)
+    return try logged { () throws(EngineError) in
+      try openRemote(name, deadline(timeoutMilliseconds))
+    }
+  }
+
+  private func openRemote(_ name: String, _ deadline: Deadline) throws(EngineError) -> SegmentID {
     if let known = segments.retain(name) {
       do throws(EngineError) {
         try refresh(known, deadline: deadline)
@@ -50,7 +55,9 @@ extension TransferEngine {
   /// Asks a peer for a sign of life.
   public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
     try checkOpen()
-    try RPCClient.probe(name, deadline: deadline(timeoutMilliseconds))
+    try logged { () throws(EngineError) in
+      try RPCClient.probe(name, deadline: deadline(timeoutMilliseconds))
+    }
   }
 
   /// Fetches every open segment's descriptor anew; what cannot be fetched stays as it is.
@@ -61,6 +68,16 @@ extension TransferEngine {
       } catch {
         Log.warning("refreshing segment \(segment.name): \(error.message)")
       }
+    }
+  }
+
+  /// Writes a line for a failure that no transfer's status will tell.
+  package func logged<Result>(
+    _ body: () throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    do throws(EngineError) { return try body() } catch {
+      Log.warning(error.message)
+      throw error
     }
   }
 

@@ -26,6 +26,7 @@ extension TransferEngine {
       if count == 0 && notification == nil { return }
       throw EngineError(.invalidArgument, "there is no request to submit")
     }
+    try notification?.validate()
     try whileOpen { () throws(EngineError) in
       let deadline = deadline(timeoutMilliseconds).nanoseconds
       let first = try batch.beginSubmit(count)

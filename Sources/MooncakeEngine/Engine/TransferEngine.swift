@@ -62,12 +62,23 @@ public final class TransferEngine: @unchecked Sendable {
   private let activeSubmits = Atomic<Int>(0)
   private let closeLock = Mutex(false)
 
-  public init(_ options: Options = Options()) throws(EngineError) {
-    try Self.validate(options)
+  /// Creates an engine whose ports listen when this returns.
+  public convenience init(_ options: Options = Options()) throws(EngineError) {
+    let opened: OpenedListener
+    do throws(EngineError) {
+      try Self.validate(options)
+      opened = try Self.listen(options)
+    } catch {
+      Log.error("creating an engine: \(error.message)")
+      throw error
+    }
+    try self.init(options, opened)
+  }
+
+  private init(_ options: Options, _ opened: consuming OpenedListener) throws(EngineError) {
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
     spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 
-    let opened = try Self.listen(options)
     let address = opened.address
     name = address.name
     rpcAddress = HostPort(host: address.advertisedHost, port: address.port)

@@ -32,6 +32,9 @@ package struct ListenAddress: Sendable {
 package struct OpenedListener: ~Copyable {
   package let listener: Socket
   package let address: ListenAddress
+
+  /// Gives the socket to the caller.
+  package consuming func takeListener() -> Socket { listener }
 }
 
 /// Finds a free port in a range, from a random one on so that processes rarely collide.

@@ -39,12 +39,16 @@ package final class Batch: @unchecked Sendable {
   }
   private let notification = Mutex<PendingNotification?>(nil)
   private let holdsNotification = Atomic<Bool>(false)
+  /// From the submit with a notification until that is delivered or dropped.
+  private let isUndelivered = Atomic<Bool>(false)
 
   // The engine outlives every use of its batches.
   package unowned(unsafe) let announcer: (any BatchAnnouncer)?
   package let pool: SlicePool
   /// The loop that carries all of the batch's slices, if one does: waiters may drive it.
   package var drivenLoop: TCPClientLoop?
+  /// Waiters that drive the loop instead of sleeping on the doorbell.
+  private let drivers = Atomic<Int>(0)
   /// Whether the last submit was so large that waiters should sleep instead of spinning.
   package var isBulk = false
 
@@ -128,6 +132,7 @@ extension Batch {
         return slot != nil
       }
       held = replaced ? 0 : 1
+      isUndelivered.store(true, ordering: .releasing)
       holdsNotification.store(true, ordering: .releasing)
     }
     submitted.wrappingAdd(count, ordering: .releasing)
@@ -194,12 +199,27 @@ extension Batch {
   /// Ends the hold that an undelivered notification has on the batch.
   package func endNotification(_ error: EngineError?) {
     if let error { recordFailure(.failed(error.code)) { error.message } }
+    dropNotificationHold()
+  }
+
+  /// Status of one request. A completed one is held back while the batch owes its notification, so
+  /// that whoever polls requests sees the end only when the peer has been told.
+  package func status(of index: Int) -> TransferStatus {
+    var status = tasks[index].status
+    if status.state == .completed, isUndelivered.load(ordering: .acquiring) {
+      status.state = .waiting
+    }
+    return status
+  }
+
+  private func dropNotificationHold() {
+    isUndelivered.store(false, ordering: .releasing)
     releaseOutstanding()
   }
 
   private func releaseOutstanding() {
     // A held notification goes out when only it is left.
-    let left = outstanding.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
+    let left = outstanding.wrappingSubtract(1, ordering: .sequentiallyConsistent).newValue
     if left == 0 { return announce() }
     if left == 1, holdsNotification.exchange(false, ordering: .acquiringAndReleasing) {
       releaseNotification()
@@ -212,8 +232,8 @@ extension Batch {
       return slot
     }
     guard let pending else { return }
-    if failureWord.load(ordering: .acquiring) != 0 { return releaseOutstanding() }
-    guard let announcer else { return releaseOutstanding() }
+    if failureWord.load(ordering: .acquiring) != 0 { return dropNotificationHold() }
+    guard let announcer else { return dropNotificationHold() }
     announcer.deliver(pending, of: self)
   }
 
@@ -223,6 +243,8 @@ extension Batch {
     let finalStatus = callback == nil ? nil : status
     doorbell.increment()
     if sleepers.load(ordering: .sequentiallyConsistent) > 0 { doorbell.wakeAll() }
+    // A driver may sleep on the loop's sockets while another thread ended the batch.
+    if drivers.load(ordering: .sequentiallyConsistent) > 0 { drivenLoop?.kick() }
     let descriptor = eventDescriptor.load(ordering: .acquiring)
     if descriptor >= 0 {
       var one: UInt64 = 1
@@ -242,7 +264,7 @@ extension Batch {
 extension Batch {
   /// Whether every submitted request is terminal.
   @inline(__always)
-  package var isTerminal: Bool { outstanding.load(ordering: .acquiring) == 0 }
+  package var isTerminal: Bool { outstanding.load(ordering: .sequentiallyConsistent) == 0 }
 
   package var submittedCount: Int { submitted.load(ordering: .acquiring) }
 
@@ -262,6 +284,13 @@ extension Batch {
       completedCount: UInt64(completed.load(ordering: .acquiring)),
       terminalCount: UInt64(terminal.load(ordering: .acquiring)),
       transferredBytes: transferredBytes.load(ordering: .relaxed))
+  }
+
+  /// Drives `loop` until the batch is terminal or the deadline; returns false if another thread does.
+  package func drive(_ loop: TCPClientLoop, until deadline: Deadline) -> Bool {
+    drivers.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    defer { drivers.wrappingSubtract(1, ordering: .relaxed) }
+    return loop.driveIfFree(until: deadline) { isTerminal }
   }
 
   /// Sleeps until the batch is terminal or the deadline; returns whether it is terminal.

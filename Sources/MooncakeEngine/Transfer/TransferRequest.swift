@@ -99,4 +99,16 @@ public struct Notification: Sendable, Equatable {
     self.name = name
     self.message = message
   }
+
+  /// Peers take messages up to 1 MiB by default; escaping may double a text.
+  package static let byteLimit = 512 << 10
+
+  package func validate() throws(EngineError) {
+    let count = name.utf8.count + message.utf8.count
+    if count > Self.byteLimit {
+      throw EngineError(
+        .invalidArgument,
+        "the notification has \(count) bytes, more than the \(Self.byteLimit) that peers take")
+    }
+  }
 }

@@ -142,11 +142,9 @@ extension TCPClientLoop {
   }
 
   /// Drives until `isDone`, if nobody else does. Returns whether it did drive.
-  package func driveIfFree(
-    until deadline: Deadline, mayBlock: Bool, isDone: () -> Bool
-  ) -> Bool {
+  package func driveIfFree(until deadline: Deadline, isDone: () -> Bool) -> Bool {
     guard tryAcquire() else { return false }
-    drive(until: deadline, mayBlock: mayBlock, isDone: isDone)
+    drive(until: deadline, isDone: isDone)
     release()
     return true
   }
@@ -154,7 +152,7 @@ extension TCPClientLoop {
   /// One turn without waiting, if nobody drives.
   package func pollIfFree() {
     guard hasWork, tryAcquire() else { return }
-    _ = turn(direct: true)
+    _ = turn()
     release()
   }
 }
@@ -165,7 +163,7 @@ extension TCPClientLoop {
   private func run() {
     while !isStopping.load(ordering: .sequentiallyConsistent) {
       if hasWork, tryAcquire() {
-        drive(until: .never, mayBlock: true) { [unowned self] in !hasWork }
+        drive(until: .never) { [unowned self] in !hasWork }
         isDriven.store(false, ordering: .sequentiallyConsistent)
         continue
       }
@@ -185,10 +183,10 @@ extension TCPClientLoop {
 // MARK: - The driver
 
 extension TCPClientLoop {
-  private func drive(until deadline: Deadline, mayBlock: Bool, isDone: () -> Bool) {
+  private func drive(until deadline: Deadline, isDone: () -> Bool) {
     var quietSince: UInt64 = 0
     while !isDone(), !isStopping.load(ordering: .relaxed) {
-      if turn(direct: true) {
+      if turn() {
         quietSince = 0
         continue
       }
@@ -199,17 +197,16 @@ extension TCPClientLoop {
         relaxProcessor()
         continue
       }
-      if !mayBlock { return }
-      block(until: deadline)
+      block(until: deadline, isDone: isDone)
       quietSince = 0
     }
   }
 
   /// Sleeps until a socket, a timer, a kick or the deadline.
-  private func block(until deadline: Deadline) {
+  private func block(until deadline: Deadline, isDone: () -> Bool) {
     isPolling.store(true, ordering: .sequentiallyConsistent)
     if ready.load(ordering: .sequentiallyConsistent) == 0,
-      !sweepRequested.load(ordering: .sequentiallyConsistent),
+      !sweepRequested.load(ordering: .sequentiallyConsistent), !isDone(),
       !isStopping.load(ordering: .sequentiallyConsistent)
     {
       var wake = deadline.nanoseconds
@@ -226,10 +223,10 @@ extension TCPClientLoop {
   }
 
   /// Does what can be done without waiting; returns whether that was anything.
-  private func turn(direct: Bool) -> Bool {
+  private func turn() -> Bool {
     var isBusy = takeReady()
     attendTimers()
-    if direct, active.count <= Self.directLimit, watched.count == active.count,
+    if active.count <= Self.directLimit, watched.count == active.count,
       active.allSatisfy({ $0.isConnected })
     {
       for index in active.indices where active[index].progress() { isBusy = true }
