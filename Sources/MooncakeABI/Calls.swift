@@ -34,8 +34,17 @@ func nativeCall(
 
 @inline(never)
 private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
-  ThreadState.setMessage(function, error.message)
+  report(function, error.message)
   return error.code.rawValue
+}
+
+/// Makes a failure the thread's message; who debugs sees it in the log as well.
+@inline(never)
+func report(_ function: StaticString, _ cause: String) {
+  ThreadState.setMessage(function, cause)
+  // The log is locked while its callback runs.
+  if ThreadState.isInsideLogCallback { return }
+  Log.debug(ThreadState.message.map { String(cString: $0) } ?? cause)
 }
 
 /// The number that a handle of mooncake.h stands for.

@@ -48,7 +48,7 @@ package func destroyTransferEngine(_ engine: transfer_engine_t?) {
   do throws(EngineError) {
     try EngineTable.shared.destroy(number(of: engine), .compatible)
   } catch {
-    ThreadState.setMessage(#function, error.message)
+    report(#function, error.message)
   }
 }
 

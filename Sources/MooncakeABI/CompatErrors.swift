@@ -84,7 +84,7 @@ func compatibleValue<Value>(
 private func compatibleFailure(
   _ function: StaticString, _ error: EngineError
 ) -> (error: Int32, batch: Int32) {
-  ThreadState.setMessage(function, error.message)
+  report(function, error.message)
   return error.code.compatible
 }
 

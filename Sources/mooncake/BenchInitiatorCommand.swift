@@ -87,6 +87,7 @@ struct BenchInitiatorCommand: ParsableCommand {
 
   func run() throws {
     let stop = try StopRequest()
+    silenceLog()
     let isClean = try reportingEngineErrors {
       var options = engine.options
       options.transports = [protocolName]

@@ -22,8 +22,7 @@ struct DoctorCommand: ParsableCommand {
 
   func run() throws {
     signal(SIGPIPE, SIG_IGN)
-    // Failures appear as findings; the log would say them a second time.
-    if getenv("MC_LOG_LEVEL") == nil { Log.setLevel(.off) }
+    silenceLog()
     var groups: [FindingGroup] = []
     func examine(_ title: String, _ findings: () -> [Finding]) {
       let group = FindingGroup(title: title, findings: findings())

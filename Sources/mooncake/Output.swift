@@ -15,6 +15,12 @@ func printError(_ text: String) {
   _ = line.withUTF8 { write(STDERR_FILENO, $0.baseAddress, $0.count) }
 }
 
+/// Silences the library's log unless the environment asks for it: the program prints each failure
+/// itself, in the same words.
+func silenceLog() {
+  if getenv("MC_LOG_LEVEL") == nil { Log.setLevel(.off) }
+}
+
 /// Turns an engine's error into the program's: the message, then exit code 1.
 func reportingEngineErrors<Result>(_ body: () throws -> Result) throws -> Result {
   do {

@@ -18,8 +18,17 @@ public enum Log {
   public typealias Sink = @Sendable (Level, String) -> Void
 
   private static let threshold = Atomic<Int32>(levelFromEnvironment().rawValue)
-  // Held while a line is written, so lines never mix and a replaced sink is never called again.
-  private static let sink = Mutex<Sink?>(nil)
+  private final class SinkBox: Sendable {
+    // Held while a line is written: lines never mix and a replaced sink is never called again.
+    let sink = Mutex<Sink?>(nil)
+  }
+
+  // Replaced only in a forked child, before it has a second thread: another thread of the parent may
+  // have held the lock at the fork. The child's lines go to stderr until it sets a sink.
+  private nonisolated(unsafe) static var box: SinkBox = {
+    pthread_atfork(nil, nil) { box = SinkBox() }
+    return SinkBox()
+  }()
 
   /// Drops lines below `level` from now on.
   public static func setLevel(_ level: Level) {
@@ -27,7 +36,7 @@ public enum Log {
   }
 
   /// Replaces the place where lines go; nil means stderr.
-  public static func setSink(_ newSink: Sink?) { sink.withLock { $0 = newSink } }
+  public static func setSink(_ newSink: Sink?) { box.sink.withLock { $0 = newSink } }
 
   package static func debug(_ message: @autoclosure () -> String) { write(.debug, message) }
   package static func info(_ message: @autoclosure () -> String) { write(.info, message) }
@@ -37,7 +46,7 @@ public enum Log {
   private static func write(_ level: Level, _ message: () -> String) {
     if level.rawValue < threshold.load(ordering: .relaxed) { return }
     let line = message()
-    sink.withLock { sink in
+    box.sink.withLock { sink in
       if let sink { return sink(level, line) }
       writeToStandardError(level, line)
     }
