@@ -7,6 +7,7 @@ LIBDIR ?= $(PREFIX)/lib
 INCLUDEDIR ?= $(PREFIX)/include
 PKGCONFIGDIR ?= $(LIBDIR)/pkgconfig
 BUILD ?= .build
+FUZZ_SECONDS ?= 600
 INSTALL ?= install
 STRIP ?= strip
 
@@ -62,14 +63,17 @@ demo: ## one trainer and three inferencers on a real model; MODEL=path
 test: ## everything that CI runs
 	scripts/test
 
+test-program: ## the mooncake program and the C examples
+	scripts/test-program
+
 test-install: ## make install into a scratch folder, and a program built against it
 	scripts/test-install
 
 bench-stock: ## comparison with the stock Mooncake wheel
 	scripts/bench-stock
 
-fuzz: ## the fuzzers, longer than in CI
-	scripts/fuzz
+fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
+	scripts/fuzz $(FUZZ_SECONDS)
 
 soak: ## create and destroy cycles, transfers and faults for a long time
 	scripts/soak
@@ -86,5 +90,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-install bench-stock fuzz soak format lint \
-  clean help
+.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz soak \
+  format lint clean help

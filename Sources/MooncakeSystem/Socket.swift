@@ -10,7 +10,8 @@ package struct Socket: ~Copyable, Sendable {
   package init(owning descriptor: consuming FileDescriptor) { self.descriptor = descriptor }
 
   package init(family: Int32) throws(Errno) {
-    let type = Int32(SOCK_STREAM.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
+    let type =
+      Int32(SOCK_STREAM.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
       | Int32(SOCK_CLOEXEC.rawValue)
     descriptor = FileDescriptor(owning: try retryingInterrupts { socket(family, type, 0) })
   }

@@ -31,14 +31,16 @@ package struct SocketAddress: Equatable, Sendable, CustomStringConvertible {
 
   package var port: UInt16 {
     get { UInt16(bigEndian: portField { $0.pointee }) }
-    set { portField { $0.pointee = newValue.bigEndian } }
+    set { mutablePortField { $0.pointee = newValue.bigEndian } }
   }
 
   // Both families keep the port in bytes 2 and 3.
   private func portField(_ body: (UnsafePointer<UInt16>) -> UInt16) -> UInt16 {
-    withUnsafeBytes(of: storage) { body(($0.baseAddress! + 2).assumingMemoryBound(to: UInt16.self)) }
+    withUnsafeBytes(of: storage) {
+      body(($0.baseAddress! + 2).assumingMemoryBound(to: UInt16.self))
+    }
   }
-  private mutating func portField(_ body: (UnsafeMutablePointer<UInt16>) -> Void) {
+  private mutating func mutablePortField(_ body: (UnsafeMutablePointer<UInt16>) -> Void) {
     withUnsafeMutableBytes(of: &storage) {
       body(($0.baseAddress! + 2).assumingMemoryBound(to: UInt16.self))
     }

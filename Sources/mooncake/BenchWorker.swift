@@ -72,20 +72,21 @@ final class BenchWorker: @unchecked Sendable {
     blocks.deallocate()
   }
 
-  /// Writes the pattern into every block that a verified run will read.
+  /// Writes the pattern into everything that a verified run will read. It depends on the offset
+  /// alone, so the pieces need not be blocks.
   func prepare() {
     guard workload.writesFirst, let contents = workload.verification?.contents else { return }
-    var next: UInt64 = 0
-    while next < area.blockCount && !hasEnded {
-      let count = Int(min(UInt64(workload.batchSize), area.blockCount - next))
-      for index in 0..<count {
-        set(index, opcode: .write, block: next + UInt64(index), memory: slot(index))
-        contents.fill(
-          slot(index), count: workload.blockBytes, offset: offset(next + UInt64(index)),
-          generation: 0)
-      }
-      attempt { () throws(EngineError) in try execute(count) }
-      next += UInt64(count)
+    let total = area.blockCount &* UInt64(workload.blockBytes)
+    let piece = UInt64(area.localSlots * workload.blockBytes)
+    var done: UInt64 = 0
+    while done < total && !hasEnded {
+      let count = min(piece, total - done)
+      contents.fill(area.local, count: Int(count), offset: offset(0) &+ done, generation: 0)
+      requests[0] = TransferRequest(
+        opcode: .write, segment: area.segment, source: area.local,
+        targetOffset: area.targetAddress &+ done, length: count)
+      attempt { () throws(EngineError) in try execute(1) }
+      done += count
     }
   }
 

@@ -28,7 +28,8 @@ enum EnvironmentChecks {
     "MC_LEGACY_RPC_PORT_BINDING": .flag,
     "MC_TCP_BIND_ADDRESS": .text,
     "MC_TCP_PROTO": .integer(1...2),
-    "MC_FORCE_TCP": .unused("TCP is the only transport of this version"),
+    "MC_TRANSFER_TIMEOUT": .integer(1...Int.max),
+    "MC_FORCE_TCP": .flag,
     "MC_TCP_SLICE_SIZE": .unused("the engine chooses its own chunks"),
     "MC_TCP_ENABLE_CONNECTION_POOL": .unused("connections are always kept"),
     "MC_TCP_LANES_PER_PEER": .unused("the engine's options say how many connections a peer gets"),
@@ -75,9 +76,9 @@ enum EnvironmentChecks {
         ? .ok(name, shown)
         : invalid(name, shown, "must be one of " + choices.joined(separator: ", "))
     case .integer(let range):
-      return Int(value).map(range.contains) == true
-        ? .ok(name, shown)
-        : invalid(name, shown, "must be a number from \(range.lowerBound) to \(range.upperBound)")
+      if Int(value).map(range.contains) == true { return .ok(name, shown) }
+      let end = range.upperBound == Int.max ? "up" : "to \(range.upperBound)"
+      return invalid(name, shown, "must be a number from \(range.lowerBound) \(end)")
     case .port:
       let port = Int(value) ?? 0
       return (1024...65_535).contains(port) && !(32_768...60_999).contains(port)

@@ -70,7 +70,8 @@ extension TransferEngine {
     _ id: BatchID, timeoutMilliseconds: UInt64 = 0
   ) throws(EngineError) -> BatchStatus {
     try batches.with(id) { batch throws(EngineError) in
-      let deadline = timeoutMilliseconds == 0
+      let deadline =
+        timeoutMilliseconds == 0
         ? Deadline.never : Deadline.after(milliseconds: timeoutMilliseconds)
       guard waitUntilTerminal(batch, deadline) else {
         throw EngineError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
@@ -187,8 +188,10 @@ extension TransferEngine {
         if batch.drive(loop, until: deadline) {
           if batch.isTerminal { return true }
           if deadline.hasPassed { return false }
+        } else if spinEnd == 0 {
+          // The driver may sleep on its sockets and not know of the submit yet.
+          loop.kick()
         }
-        loop.kick()
       }
       let now = Clock.now()
       if spinEnd == 0 { spinEnd = now &+ spinNanoseconds }

@@ -196,7 +196,8 @@ extension TransferEngine {
     let new = try fetchDescriptor(segment.name, deadline: deadline)
     let old = segment.route
     let isSameProcess = new.incarnation == old.descriptor.incarnation
-    let isSamePlace = new.tcpDataHost == old.descriptor.tcpDataHost
+    let isSamePlace =
+      new.tcpDataHost == old.descriptor.tcpDataHost
       && new.tcpDataPort == old.descriptor.tcpDataPort && new.name == old.descriptor.name
       && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
     if isSamePlace && isSameProcess {

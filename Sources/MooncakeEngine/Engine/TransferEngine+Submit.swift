@@ -92,8 +92,9 @@ extension TransferEngine {
     batch.drivenLoop = dispatcher.singleLoop
     if !isAsynchronous && dispatcher.singleLoop != nil { return }
     if let loop = dispatcher.singleLoop, !batch.isBulk {
-      // Small requests leave at once; the loop's thread then only waits for the answers.
+      // Small requests leave at once; whoever waits or polls next goes on with them.
       loop.pollIfFree()
+      if !batch.hasListener && engineEvent.load(ordering: .relaxed) < 0 { return loop.nudge() }
     }
     dispatcher.kickLoops()
   }

@@ -153,7 +153,8 @@ public final class TransferEngine: @unchecked Sendable {
   /// Segment 0 reaches this engine through its own data port, whatever address is advertised.
   private func openOwnSegment(dataAddress: ListenAddress) throws(EngineError) {
     var descriptor = local.descriptor
-    descriptor.tcpDataHost = !dataAddress.bound.isAny
+    descriptor.tcpDataHost =
+      !dataAddress.bound.isAny
       ? dataAddress.bound.host : dataAddress.bound.isIPv6 ? "::1" : "127.0.0.1"
     let connections = try transport.connect(
       to: descriptor, deadline: .after(milliseconds: 5000), handlers: handlers(for: name))
@@ -171,7 +172,7 @@ public final class TransferEngine: @unchecked Sendable {
       // A submit that passed the check is over in microseconds.
       while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
       rpc.stop()
-      batches.forEach { $0.requestCancel() }
+      batches.withEach { $0.requestCancel() }
       workers.stop()
       transport.stop()
       callbacks.stop()

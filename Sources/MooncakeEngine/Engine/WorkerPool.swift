@@ -84,7 +84,10 @@ package final class WorkerPool: Sendable {
   }
 
   private func nextJob() -> Job? {
-    enum Step { case job(Job), leave, wait }
+    enum Step {
+      case job(Job)
+      case leave, wait
+    }
     var deadline = Deadline.after(milliseconds: Self.idleMilliseconds)
     var isCountedIdle = false
     while true {

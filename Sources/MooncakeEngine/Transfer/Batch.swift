@@ -31,6 +31,8 @@ package final class Batch: @unchecked Sendable {
 
   package typealias Callback = @Sendable (UInt64, BatchStatus) -> Void
   private let callback = Mutex<Callback?>(nil)
+  // Written before the first submit, read after it.
+  private var hasCallback = false
   /// Sent to the segment of the first request once everything is completed.
   package struct PendingNotification: Sendable {
     var segment: SegmentID
@@ -92,7 +94,7 @@ package protocol BatchAnnouncer: AnyObject, Sendable {
 // MARK: - Submitting
 
 extension Batch {
-  /// Reserves `count` tasks for the calling thread; `endSubmit` or `abandonSubmit` must follow.
+  /// Reserves `count` tasks for the calling thread; `endSubmit` must follow.
   package func beginSubmit(_ count: Int) throws(EngineError) -> Int {
     if isSubmitting.exchange(true, ordering: .acquiring) {
       throw EngineError(.busy, "another thread is submitting to this batch")
@@ -105,9 +107,6 @@ extension Batch {
     }
     return first
   }
-
-  /// Gives back what `beginSubmit` reserved.
-  package func abandonSubmit() { isSubmitting.store(false, ordering: .releasing) }
 
   /// Writes the slice of a reserved task.
   package func prepare(_ index: Int, segment: SegmentID, _ slice: Slice) {
@@ -145,6 +144,7 @@ extension Batch {
     }
   }
 
+  /// Ends what `beginSubmit` began; tasks that were not published are given back.
   package func endSubmit() { isSubmitting.store(false, ordering: .releasing) }
 
   /// An announcement in progress lasts microseconds: it only signals.
@@ -266,6 +266,12 @@ extension Batch {
   @inline(__always)
   package var isTerminal: Bool { outstanding.load(ordering: .sequentiallyConsistent) == 0 }
 
+  /// Whether somebody is told of the batch's end who does not wait or poll for it.
+  package var hasListener: Bool {
+    eventDescriptor.load(ordering: .acquiring) >= 0 || hasCallback
+      || isUndelivered.load(ordering: .relaxed)
+  }
+
   package var submittedCount: Int { submitted.load(ordering: .acquiring) }
 
   package var failureMessage: String { text.withLock { $0 } }
@@ -277,7 +283,8 @@ extension Batch {
   package var status: BatchStatus {
     let isTerminal = self.isTerminal
     let failure = Outcome(rawValue: failureWord.load(ordering: .acquiring))
-    let state: TransferState = !isTerminal ? .waiting : failure == .waiting ? .completed : failure.state
+    let state: TransferState =
+      !isTerminal ? .waiting : failure == .waiting ? .completed : failure.state
     return BatchStatus(
       state: state, error: isTerminal ? failure.error : nil,
       submittedCount: UInt64(submitted.load(ordering: .acquiring)),
@@ -326,6 +333,7 @@ extension Batch {
       throw EngineError(.busy, "set the callback before the first submit to the batch")
     }
     callback.withLock { $0 = new }
+    hasCallback = true
   }
 
   /// Waits until no announcement touches the batch any more.

@@ -92,7 +92,7 @@ package final class BatchTable: @unchecked Sendable {
   }
 
   /// Runs `body` with every live batch.
-  package func forEach(_ body: (Batch) -> Void) {
+  package func withEach(_ body: (Batch) -> Void) {
     for index in 0..<used.load(ordering: .acquiring) {
       let word = slots[index].word.load(ordering: .acquiring)
       if word & Self.live == 0 { continue }

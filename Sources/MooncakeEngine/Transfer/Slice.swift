@@ -182,7 +182,8 @@ package final class SlicePool: Sendable {
     // Slices are trivial, so zeroed memory is a valid free one.
     let slab = UnsafeMutableRawPointer.allocate(
       byteCount: slabCount * MemoryLayout<Slice>.stride, alignment: 64)
-    slab.initializeMemory(as: UInt8.self, repeating: 0, count: slabCount * MemoryLayout<Slice>.stride)
+    slab.initializeMemory(
+      as: UInt8.self, repeating: 0, count: slabCount * MemoryLayout<Slice>.stride)
     let slices = slab.bindMemory(to: Slice.self, capacity: slabCount)
     state.slabs.append(slices)
     for index in 0..<slabCount {

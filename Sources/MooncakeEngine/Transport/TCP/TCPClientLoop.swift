@@ -13,9 +13,10 @@ package final class TCPClientLoop: @unchecked Sendable {
   private let isDriven = Atomic<Bool>(false)
   /// Someone sleeps in epoll and must be woken through `wakeup`.
   private let isPolling = Atomic<Bool>(false)
-  /// The loop's own thread sleeps on `doorbell`.
-  private let isParked = Atomic<Bool>(false)
+  /// How the loop's own thread sleeps on `doorbell`, if it does.
+  private let parking = Atomic<UInt8>(Parking.awake)
   private let doorbell = Futex()
+  private let lastActivity = Atomic<UInt64>(0)
   private let activeCount = Atomic<Int>(0)
   private let sweepRequested = Atomic<Bool>(false)
   private let isStopping = Atomic<Bool>(false)
@@ -40,6 +41,19 @@ package final class TCPClientLoop: @unchecked Sendable {
   private var completedSlices = 0
   private var readBytes = 0
   private var writtenBytes = 0
+
+  private enum Parking {
+    static let awake: UInt8 = 0
+    /// Looks for work by itself every `restNanoseconds`.
+    static let resting: UInt8 = 1
+    /// Until it is woken.
+    static let asleep: UInt8 = 2
+  }
+
+  /// While callers are active they drive the loop themselves as a rule; its own thread then only
+  /// looks now and then whether somebody left work behind, which spares a wake-up a submit.
+  private static let restNanoseconds: UInt64 = 500_000
+  private static let activeNanoseconds: UInt64 = 10_000_000
 
   static let receiveLimitBytes = 1 << 20
   private static let wakeupToken: UInt64 = 0
@@ -112,10 +126,20 @@ extension TCPClientLoop {
   package func kick() {
     if isPolling.exchange(false, ordering: .sequentiallyConsistent) { return wakeup.signal() }
     if isDriven.load(ordering: .sequentiallyConsistent) { return }
-    if isParked.exchange(false, ordering: .sequentiallyConsistent) {
+    if parking.exchange(Parking.awake, ordering: .sequentiallyConsistent) != Parking.awake {
       doorbell.increment()
       doorbell.wakeAll()
     }
+  }
+
+  /// As `kick`, but leaves a resting thread alone: for work that its submitter is about to drive.
+  package func nudge() {
+    if parking.load(ordering: .sequentiallyConsistent) == Parking.resting,
+      !isPolling.load(ordering: .sequentiallyConsistent)
+    {
+      return
+    }
+    kick()
   }
 
   /// Makes the driver look at deadlines, cancellations and retirements now.
@@ -152,8 +176,11 @@ extension TCPClientLoop {
   /// One turn without waiting, if nobody drives.
   package func pollIfFree() {
     guard hasWork, tryAcquire() else { return }
-    _ = turn()
-    release()
+    let now = Clock.now()
+    _ = turn(now)
+    lastActivity.store(now, ordering: .relaxed)
+    isDriven.store(false, ordering: .sequentiallyConsistent)
+    if hasWork { nudge() }
   }
 }
 
@@ -168,14 +195,18 @@ extension TCPClientLoop {
         continue
       }
       let bell = doorbell.value
-      isParked.store(true, ordering: .sequentiallyConsistent)
+      let now = Clock.now()
+      let rests = now &- lastActivity.load(ordering: .relaxed) < Self.activeNanoseconds
+      parking.store(
+        rests ? Parking.resting : Parking.asleep, ordering: .sequentiallyConsistent)
       // Work without a driver must not be slept over.
       if !(hasWork && !isDriven.load(ordering: .sequentiallyConsistent))
         && !isStopping.load(ordering: .sequentiallyConsistent)
       {
-        doorbell.wait(while: bell, until: .never)
+        doorbell.wait(
+          while: bell, until: rests ? Deadline(nanoseconds: now + Self.restNanoseconds) : .never)
       }
-      isParked.store(false, ordering: .sequentiallyConsistent)
+      parking.store(Parking.awake, ordering: .sequentiallyConsistent)
     }
   }
 }
@@ -185,13 +216,15 @@ extension TCPClientLoop {
 extension TCPClientLoop {
   private func drive(until deadline: Deadline, isDone: () -> Bool) {
     var quietSince: UInt64 = 0
+    var now = Clock.now()
     while !isDone(), !isStopping.load(ordering: .relaxed) {
-      if turn() {
+      if turn(now) {
         quietSince = 0
+        now = Clock.now()
         continue
       }
-      let now = Clock.now()
-      if now >= deadline.nanoseconds { return }
+      now = Clock.now()
+      if now >= deadline.nanoseconds { break }
       if quietSince == 0 { quietSince = now }
       if turnBytes <= Self.spinLimitBytes, now &- quietSince < spinNanoseconds {
         relaxProcessor()
@@ -199,7 +232,9 @@ extension TCPClientLoop {
       }
       block(until: deadline, isDone: isDone)
       quietSince = 0
+      now = Clock.now()
     }
+    lastActivity.store(now, ordering: .relaxed)
   }
 
   /// Sleeps until a socket, a timer, a kick or the deadline.
@@ -223,12 +258,10 @@ extension TCPClientLoop {
   }
 
   /// Does what can be done without waiting; returns whether that was anything.
-  private func turn() -> Bool {
+  private func turn(_ now: UInt64) -> Bool {
     var isBusy = takeReady()
-    attendTimers()
-    if active.count <= Self.directLimit, watched.count == active.count,
-      active.allSatisfy({ $0.isConnected })
-    {
+    attendTimers(now)
+    if active.count <= Self.directLimit, active.allSatisfy({ $0.isConnected }) {
       for index in active.indices where active[index].progress() { isBusy = true }
     } else if !active.isEmpty {
       let count = epoll.wait(into: events, timeoutMilliseconds: 0)
@@ -251,9 +284,9 @@ extension TCPClientLoop {
     }
   }
 
-  private func attendTimers() {
-    let sweeps = sweepRequested.exchange(false, ordering: .sequentiallyConsistent)
-    let now = Clock.now()
+  private func attendTimers(_ now: UInt64) {
+    let sweeps = sweepRequested.load(ordering: .relaxed)
+      && sweepRequested.exchange(false, ordering: .sequentiallyConsistent)
     // An endpoint may leave the list while it is attended to only through `settle`.
     for index in active.indices where sweeps || now >= active[index].nextTimer {
       active[index].attend(now, sweeps: sweeps)
@@ -265,8 +298,8 @@ extension TCPClientLoop {
 
   @discardableResult
   private func takeReady() -> Bool {
+    if ready.load(ordering: .sequentiallyConsistent) == 0 { return false }
     var cursor = ready.exchange(0, ordering: .sequentiallyConsistent)
-    if cursor == 0 { return false }
     while let pointer = UnsafeRawPointer(bitPattern: cursor) {
       let endpoint = Unmanaged<TCPEndpoint>.fromOpaque(pointer).takeRetainedValue()
       cursor = endpoint.nextReady

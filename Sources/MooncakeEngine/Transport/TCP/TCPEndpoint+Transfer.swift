@@ -93,13 +93,16 @@ extension TCPEndpoint {
       sentCount += 1
       sendSlice = slice.pointee.next
       // The half-close makes a version 1 server close once it has stored the data: its only receipt.
-      if peer.isOneShot && slice.pointee.opcode == .write { _ = shutdown(descriptor, Int32(SHUT_WR)) }
+      if peer.isOneShot && slice.pointee.opcode == .write {
+        _ = shutdown(descriptor, Int32(SHUT_WR))
+      }
     }
   }
 
   private func sendFailed(_ error: Errno) {
     if error.rawValue == EFAULT, let slice = sendSlice {
-      let reason = "\(peer.description): write of \(slice.pointee.length) bytes: "
+      let reason =
+        "\(peer.description): write of \(slice.pointee.length) bytes: "
         + "the source memory is not readable"
       return failSlice(slice, .failed(.invalidArgument), reason)
     }
@@ -228,11 +231,13 @@ extension TCPEndpoint {
   }
 
   private func refused(_ slice: SlicePointer, _ status: TCPWire.Status) {
-    let what = "\(peer.description): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
+    let what =
+      "\(peer.description): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
       + "0x\(String(slice.pointee.remote, radix: 16))"
     switch status {
     case .rejected:
-      disconnect(EngineError(.notRegistered, "\(what): the peer refused the address"), blames: false)
+      disconnect(
+        EngineError(.notRegistered, "\(what): the peer refused the address"), blames: false)
       let refused = queue.removeAll { $0 == slice }
       sendSlice = queue.first
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
@@ -242,7 +247,8 @@ extension TCPEndpoint {
     case .malformed, .ok:
       disconnect(
         EngineError(
-          .protocolViolation, "\(what): the answer is no status frame: the peer speaks another protocol"))
+          .protocolViolation,
+          "\(what): the answer is no status frame: the peer speaks another protocol"))
       peer.reportTrouble()
     }
   }
@@ -255,7 +261,8 @@ extension TCPEndpoint {
 
   private func receiveFailed(_ error: Errno) {
     if error.rawValue == EFAULT, let slice = queue.first {
-      let reason = "\(peer.description): read of \(slice.pointee.length) bytes: "
+      let reason =
+        "\(peer.description): read of \(slice.pointee.length) bytes: "
         + "the destination memory is not writable"
       return failSlice(slice, .failed(.invalidArgument), reason)
     }

@@ -21,7 +21,7 @@ package final class TCPEndpoint: @unchecked Sendable {
 
   let peer: TCPPeer
   // The transport's loops outlive its endpoints' use.
-  package unowned let loop: TCPClientLoop
+  package unowned(unsafe) let loop: TCPClientLoop
   let inbox = SliceInbox()
   let isScheduled = Atomic<Bool>(false)
   /// Link of the loop's ready stack, owned by who set `isScheduled`.

@@ -63,7 +63,9 @@ final class TCPServerConnection {
   /// Whether a request of the connection touches one of the ranges.
   func touches(_ ranges: [RemoteBuffer]) -> Bool {
     func hit(_ address: UInt64, _ length: Int) -> Bool {
-      ranges.contains { $0.address < address &+ UInt64(length) && address < $0.address &+ $0.length }
+      ranges.contains {
+        $0.address < address &+ UInt64(length) && address < $0.address &+ $0.length
+      }
     }
     if writeRemaining > 0 && hit(writeAddress, writeRemaining) { return true }
     return replies[replyIndex...].contains { $0.length > 0 && hit($0.address, $0.length) }
@@ -161,7 +163,8 @@ extension TCPServerConnection {
       try parse(total, loop)
       try loop.input.flush()
     } catch {
-      Log.warning("tcp peer \(peer): storing written data: \(error): registered memory is not writable")
+      Log.warning(
+        "tcp peer \(peer): storing written data: \(error): registered memory is not writable")
       return -Int(EFAULT)
     }
     return count

@@ -153,7 +153,8 @@ final class TCPServerLoop: @unchecked Sendable {
     let now = Clock.now()
     if now < nextRejectionLog { return }
     nextRejectionLog = now + 1_000_000_000
-    let cause = verdict == .accessDenied
+    let cause =
+      verdict == .accessDenied
       ? "the buffer does not grant this" : "not inside one registered buffer"
     Log.warning(
       "tcp peer \(peer): refused \(header.opcode) of \(header.size) bytes at "

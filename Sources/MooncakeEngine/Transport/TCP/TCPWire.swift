@@ -63,7 +63,8 @@ package enum TCPWire {
       } else if word >> 32 != TCPWire.statusMagic >> 32 {
         self = .malformed
       } else {
-        self = UInt32(truncatingIfNeeded: word) == 1
+        self =
+          UInt32(truncatingIfNeeded: word) == 1
           ? .rejected : .failed(UInt32(truncatingIfNeeded: word))
       }
     }

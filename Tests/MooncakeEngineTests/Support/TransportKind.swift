@@ -1,0 +1,126 @@
+import MooncakeEngine
+
+/// A way to move bytes that the conformance suite runs over.
+enum TransportKind: String, CaseIterable, Sendable {
+  case tcp
+}
+
+/// An engine on loopback that uses one transport.
+func makeEngine(
+  _ kind: TransportKind = .tcp, change: (inout TransferEngine.Options) -> Void = { _ in }
+) throws(EngineError) -> TransferEngine {
+  var options = TransferEngine.Options()
+  options.transports = [kind.rawValue]
+  options.defaultTimeoutMilliseconds = 20_000
+  options.ioThreads = 2
+  change(&options)
+  return try TransferEngine(options)
+}
+
+/// An initiator and the target that it has open.
+final class EnginePair: Sendable {
+  let initiator: TransferEngine
+  let target: TransferEngine
+  let segment: SegmentID
+
+  init(
+    _ kind: TransportKind, change: (inout TransferEngine.Options) -> Void = { _ in },
+    register: (TransferEngine) throws -> Void = { _ in }
+  ) throws {
+    target = try makeEngine(kind, change: change)
+    do {
+      try register(target)
+      initiator = try makeEngine(kind, change: change)
+    } catch {
+      target.close()
+      throw error
+    }
+    do {
+      segment = try initiator.openSegment(target.name)
+    } catch {
+      initiator.close()
+      target.close()
+      throw error
+    }
+  }
+
+  func close() {
+    initiator.close()
+    target.close()
+  }
+
+  func read(
+    into local: UnsafeMutableRawPointer?, from remote: UnsafeMutableRawPointer, _ count: Int
+  ) -> TransferRequest {
+    TransferRequest(
+      opcode: .read, segment: segment, source: local, targetOffset: UInt64(UInt(bitPattern: remote)),
+      length: UInt64(count))
+  }
+
+  func write(
+    from local: UnsafeMutableRawPointer?, to remote: UnsafeMutableRawPointer, _ count: Int
+  ) -> TransferRequest {
+    TransferRequest(
+      opcode: .write, segment: segment, source: local,
+      targetOffset: UInt64(UInt(bitPattern: remote)), length: UInt64(count))
+  }
+}
+
+/// Runs `body` with a connected pair whose target has `memory` registered, and closes both engines.
+func withPair(
+  _ kind: TransportKind, registering memory: GuardedMemory? = nil,
+  access: Access = [.remoteRead, .remoteWrite], _ body: (EnginePair) throws -> Void
+) throws {
+  let pair = try EnginePair(kind) { target in
+    guard let memory, memory.count > 0 else { return }
+    try target.register(memory.address, length: UInt64(memory.count), access: access)
+  }
+  defer { pair.close() }
+  try body(pair)
+}
+
+extension TransferEngine {
+  func transfer(
+    _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) {
+    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+      try transfer(requests, timeoutMilliseconds: timeoutMilliseconds)
+    }
+  }
+
+  func submit(
+    _ batch: BatchID, _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0,
+    notification: Notification? = nil
+  ) throws(EngineError) {
+    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+      try submit(
+        batch, requests, timeoutMilliseconds: timeoutMilliseconds, notification: notification)
+    }
+  }
+
+  /// A batch with the requests submitted.
+  func start(
+    _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0
+  ) throws(EngineError) -> BatchID {
+    let batch = try createBatch(capacity: max(1, requests.count))
+    try submit(batch, requests, timeoutMilliseconds: timeoutMilliseconds)
+    return batch
+  }
+
+  /// What each request has come to.
+  func statuses(_ batch: BatchID, count: Int) throws(EngineError) -> [TransferStatus] {
+    var statuses: [TransferStatus] = []
+    for index in 0..<count { statuses.append(try poll(batch, request: index)) }
+    return statuses
+  }
+}
+
+/// The code of the error that `body` throws; nil if it throws none.
+func failureCode(_ body: () throws(EngineError) -> Void) -> EngineError.Code? {
+  do throws(EngineError) {
+    try body()
+    return nil
+  } catch {
+    return error.code
+  }
+}

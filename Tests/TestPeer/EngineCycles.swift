@@ -1,0 +1,79 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Creates, connects, uses and destroys pairs of engines, and counts what the process holds.
+struct EngineCycles {
+  var count: Int
+
+  struct Leak: Error { var what: String }
+
+  func run() throws {
+    // The first cycles load libraries and start what stays for the process.
+    for _ in 0..<5 { try cycle() }
+    let descriptors = Self.entries("/proc/self/fd")
+    let threads = Self.entries("/proc/self/task")
+    let residentKiB = Self.residentKiB()
+    for _ in 0..<count { try cycle() }
+    try check("descriptors", descriptors, Self.entries("/proc/self/fd"))
+    try check("threads", threads, Self.entries("/proc/self/task"))
+    // Allocators keep some; a leak of even 64 KiB a cycle is beyond this.
+    try check("resident KiB", residentKiB, Self.residentKiB(), slack: max(8192, count * 32))
+    say("ok")
+  }
+
+  private func cycle() throws {
+    let target = try TransferEngine()
+    defer { target.close() }
+    let initiator = try TransferEngine()
+    defer { initiator.close() }
+    let memory = try target.allocate(length: 64 << 10, access: [.remoteRead, .remoteWrite])
+    let local = try initiator.allocate(length: 64 << 10, access: .local)
+    let segment = try initiator.openSegment(target.name)
+    var requests: [TransferRequest] = []
+    for opcode in [Opcode.write, .read] {
+      requests.append(
+        TransferRequest(
+          opcode: opcode, segment: segment, source: local,
+          targetOffset: UInt64(UInt(bitPattern: memory)), length: 64 << 10))
+    }
+    let batch = try initiator.createBatch(capacity: 2)
+    _ = try initiator.eventDescriptor(of: batch)
+    _ = try initiator.eventDescriptor()
+    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+      try initiator.submit(
+        batch, requests, notification: Notification(name: "cycle", message: "done"))
+    }
+    let status = try initiator.wait(batch, timeoutMilliseconds: 10_000)
+    if status.state != .completed { throw Leak(what: "a transfer ended \(status.state)") }
+    if target.receiveNotification() == nil { throw Leak(what: "a notification is missing") }
+    // Every other cycle leaves freeing to the engine's end.
+    if UInt(bitPattern: local) >> 12 & 1 == 0 {
+      try initiator.freeBatch(batch)
+      try initiator.closeSegment(segment)
+    }
+  }
+
+  private func check(_ what: String, _ before: Int, _ after: Int, slack: Int = 0) throws {
+    if after > before + slack { throw Leak(what: "\(what): \(before) before, \(after) after") }
+  }
+
+  private static func entries(_ path: String) -> Int {
+    // Threads vanish from the list a moment after they were joined.
+    usleep(20_000)
+    guard let directory = opendir(path) else { return -1 }
+    defer { closedir(directory) }
+    var count = 0
+    while readdir(directory) != nil { count += 1 }
+    return count
+  }
+
+  private static func residentKiB() -> Int {
+    guard let file = fopen("/proc/self/statm", "r") else { return 0 }
+    defer { fclose(file) }
+    var line = [CChar](repeating: 0, count: 128)
+    guard fgets(&line, Int32(line.count), file) != nil else { return 0 }
+    let text = line.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
+    return (text.split(separator: " ").dropFirst().first.flatMap { Int($0) } ?? 0) * 4
+  }
+}

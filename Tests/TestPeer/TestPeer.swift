@@ -1,0 +1,48 @@
+// The peer that tests start in a process of its own:
+//   MooncakeTestPeer serve LENGTH PORT   prints "NAME ADDRESS LENGTH" and serves until stdin closes
+//   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if anything stays behind
+
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+@main
+enum TestPeer {
+  static func main() {
+    let arguments = CommandLine.arguments.dropFirst()
+    do {
+      switch (arguments.first, arguments.dropFirst().map { Int($0) }) {
+      case ("serve", let numbers) where numbers.count == 2:
+        try serve(byteCount: numbers[0] ?? 0, port: UInt16(numbers[1] ?? 0))
+      case ("cycles", let numbers) where numbers.count == 1:
+        try EngineCycles(count: numbers[0] ?? 0).run()
+      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | cycles COUNT")
+      }
+    } catch {
+      fail("\(error)")
+    }
+  }
+
+  private static func serve(byteCount: Int, port: UInt16) throws {
+    var options = TransferEngine.Options()
+    options.port = port
+    let engine = try TransferEngine(options)
+    let memory = try engine.allocate(
+      length: UInt64(byteCount), access: [.remoteRead, .remoteWrite])
+    Pattern(seed: 7).fill(.init(start: memory, count: byteCount))
+    say("\(engine.name) \(UInt(bitPattern: memory)) \(byteCount)")
+    var byte: UInt8 = 0
+    while read(STDIN_FILENO, &byte, 1) > 0 {}
+    engine.close()
+  }
+}
+
+func say(_ line: String) {
+  var text = line + "\n"
+  _ = text.withUTF8 { write(STDOUT_FILENO, $0.baseAddress!, $0.count) }
+}
+
+func fail(_ line: String) -> Never {
+  say(line)
+  exit(1)
+}
