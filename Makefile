@@ -58,7 +58,7 @@ uninstall: ## removes what install has written; same PREFIX=, DESTDIR=
 	  $(addprefix $(DESTDIR)$(INCLUDEDIR)/,$(notdir $(headers)))
 
 demo: ## one trainer and three inferencers on a real model; MODEL=path
-	scripts/demo $(MODEL)
+	scripts/demo $(if $(MODEL),"$(MODEL)")
 
 test: ## everything that CI runs
 	scripts/test
@@ -75,9 +75,6 @@ bench-stock: ## comparison with the stock Mooncake wheel
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
 
-soak: ## create and destroy cycles, transfers and faults for a long time
-	scripts/soak
-
 format: ## rewrites the Swift sources in the project's format
 	$(SWIFT) format --in-place --recursive $(swift_sources)
 
@@ -90,5 +87,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz soak \
-  format lint clean help
+.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz format \
+  lint clean help

@@ -58,12 +58,15 @@ let package = Package(
         .product(name: "Histogram", package: "hdrhistogram-swift"),
       ],
       path: "Sources/mooncake", swiftSettings: releaseFlags),
+    .executableTarget(
+      name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem"],
+      path: "Tests/TestPeer", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeEngineTests",
-      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON"],
+      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON", "MooncakeTestPeer"],
       swiftSettings: releaseFlags),
   ]
 )

@@ -11,8 +11,8 @@ public struct HostPortError: Error, Equatable, Sendable, CustomStringConvertible
 
 /// A host name or numeric address with an optional port.
 ///
-/// Accepted: `host`, `host:port`, `[v6]`, `[v6]:port`, a bare IPv6 address with or without `%scope`,
-/// and `v6%scope:port`. Anything else is split at the last colon.
+/// Accepted: `host`, `host:port`, `[v6]`, `[v6]:port`, a bare IPv6 address with or without
+/// `%scope`, and `v6%scope:port`. Anything else is split at the last colon.
 public struct HostPort: Equatable, Hashable, Sendable, CustomStringConvertible {
   /// Without brackets; may carry `%scope`.
   public var host: String

@@ -1,6 +1,5 @@
 import CLinux
 import Glibc
-import Synchronization
 
 /// Why a host name gave no address.
 package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible {
@@ -82,7 +81,7 @@ package enum Resolver {
 
 /// Where a lookup thread leaves its result for a caller that may have gone.
 private final class Answer: Sendable {
-  private let result = Mutex<Result<[SocketAddress], ResolveError>?>(nil)
+  private let result = Lock<Result<[SocketAddress], ResolveError>?>(nil)
   private let ready = Futex()
 
   func set(_ value: Result<[SocketAddress], ResolveError>) {
@@ -105,10 +104,10 @@ private final class Answer: Sendable {
 
 /// A counting semaphore with a deadline.
 private final class LookupSlots: Sendable {
-  private let free: Mutex<Int>
+  private let free: Lock<Int>
   private let releases = Futex()
 
-  init(count: Int) { free = Mutex(count) }
+  init(count: Int) { free = Lock(count) }
 
   func acquire(until deadline: Deadline) throws(ResolveError) {
     while true {

@@ -27,7 +27,7 @@ struct BenchRun {
   let localBytes: Int
   let stop: StopRequest
 
-  /// Bytes of the target between the parts of two threads; whole pages where no block is lost to it.
+  /// Bytes from one thread's part of the target to the next; whole pages if that costs no block.
   private func partBytes(_ workload: Workload) -> UInt64 {
     let share = buffer.length / UInt64(workload.threadCount)
     let aligned = share & ~4095

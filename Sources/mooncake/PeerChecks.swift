@@ -2,7 +2,7 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 
-/// Follows the way of a transfer to a peer step by step: name, RPC port, descriptor, data port, byte.
+/// Follows a transfer to a peer step by step: name, RPC port, descriptor, data port, one byte.
 struct PeerChecks {
   let name: String
   let timeoutMilliseconds: UInt64

@@ -1,5 +1,6 @@
 // The peer that tests start in a process of its own:
-//   MooncakeTestPeer serve LENGTH PORT   prints "NAME ADDRESS LENGTH" and serves until stdin closes
+//   MooncakeTestPeer serve LENGTH PORT   serves memory full of 0x5A: prints
+//                                        "NAME ADDRESS LENGTH", ends when stdin closes
 //   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if anything stays behind
 
 import Glibc
@@ -29,7 +30,7 @@ enum TestPeer {
     let engine = try TransferEngine(options)
     let memory = try engine.allocate(
       length: UInt64(byteCount), access: [.remoteRead, .remoteWrite])
-    Pattern(seed: 7).fill(.init(start: memory, count: byteCount))
+    memset(memory, 0x5A, byteCount)
     say("\(engine.name) \(UInt(bitPattern: memory)) \(byteCount)")
     var byte: UInt8 = 0
     while read(STDIN_FILENO, &byte, 1) > 0 {}

@@ -1,5 +1,6 @@
-// Feeds arbitrary bytes to everything that reads what a peer of the RPC daemon sends: framing, JSON,
-// descriptors, answers and peer names. A trap, a sanitizer report or a broken round trip is a finding.
+// Feeds arbitrary bytes to everything that reads what a peer of the RPC daemon sends: framing,
+// JSON, descriptors, answers and peer names. A trap, a sanitizer report or a broken round trip is
+// a finding.
 
 import MooncakeEngine
 import MooncakeSystem
@@ -14,8 +15,8 @@ public func initialize(
   return 0
 }
 
-/// A first byte from 0x80 on makes every other byte a word of `vocabulary`. Below, the rest are bytes
-/// from the wire, and the first says in pieces of how many they arrive.
+/// A first byte from 0x80 on makes every other byte a word of `vocabulary`. Below, the rest are
+/// bytes from the wire, and the first says in pieces of how many they arrive.
 @c(LLVMFuzzerTestOneInput)
 public func testOneInput(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
   guard let data, size > 0 else { return 0 }

@@ -222,6 +222,16 @@ class PeerProcess:
     def stop(self):
         """Freezes it: its ports stay open, nobody answers."""
         self.process.send_signal(signal.SIGSTOP)
+        if not wait_until(self.is_stopped, 10, pause=0.005):
+            self.fail("did not stop")
+
+    def is_stopped(self):
+        """Whether every thread has come to a halt, which takes a while on a busy machine."""
+        for status in pathlib.Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            # The command name before the state may contain anything but ends with the last ")".
+            if status.read_text().rpartition(")")[2].split()[0] not in "Tt":
+                return False
+        return True
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)
@@ -322,17 +332,20 @@ class PairTest(unittest.TestCase):
         return answer
 
 
-def for_each_pair(namespace, mixin, apis=APIS):
+def all_pairs():
+    return [(version, api) for version in releases() for api in APIS]
+
+
+def for_each_pair(namespace, mixin, pairs=None):
     """Defines a mixin's tests once for each release and interface; it is no TestCase itself."""
-    for version in releases():
-        for api in apis:
-            suffix = f"{version.replace('.', '_')}_{api}"
-            name = f"{mixin.__name__}_{suffix}"
-            namespace[name] = type(
-                name,
-                (mixin, PairTest),
-                {"version": version, "api": api, "__module__": namespace["__name__"]},
-            )
+    for version, api in all_pairs() if pairs is None else pairs:
+        suffix = f"{version.replace('.', '_')}_{api}"
+        name = f"{mixin.__name__}_{suffix}"
+        namespace[name] = type(
+            name,
+            (mixin, PairTest),
+            {"version": version, "api": api, "__module__": namespace["__name__"]},
+        )
 
 
 def wait_until(condition, seconds, pause=0.02):

@@ -40,7 +40,7 @@ class Rights:
                 if must_fail:
                     self.assertNotEqual(answer["code"], 0, f"{operation} was not refused")
                 self.assertLess(answer["seconds"], 4, answer)
-                if names_peer:
+                if names_peer and what != "wraps around":  # that one is no peer's affair
                     self.assertIn(target.segment, answer["text"])
                 self.check_still_served(initiator, target)
         time.sleep(0.3)  # for a write whose initiator does not wait for the outcome
@@ -126,10 +126,9 @@ class Revoked(unittest.TestCase):
         self.assertEqual(ours.ask("digest", offset=0, length=1 << 20)["digest"], before)
 
     def test_revoked(self):
-        for version in lab.releases():
-            for api in lab.APIS:
-                with self.subTest(version=version, api=api):
-                    self.check(version, api)
+        for version, api in lab.all_pairs():
+            with self.subTest(version=version, api=api):
+                self.check(version, api)
 
 
 lab.for_each_pair(globals(), Rights)

@@ -235,7 +235,9 @@ static int write_output(const inferencer_t *inferencer) {
   char temporary[4096];
   int length = snprintf(temporary, sizeof temporary, "%.*s.%s.%ld.tmp", folder, path,
                         path + folder, (long)getpid());
-  if (length < 0 || (size_t)length >= sizeof temporary) return fail("%s: the path is too long", path);
+  if (length < 0 || (size_t)length >= sizeof temporary) {
+    return fail("%s: the path is too long", path);
+  }
   int file = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
   if (file < 0) return fail("cannot write %s: %s", temporary, strerror(errno));
   int reason = 0;

@@ -41,7 +41,7 @@ int mooncake_library_open(mooncake_library_t *library, const char *path, char *e
       mooncake_library_close(library);
       return -1;
     }
-    /* ISO C has no conversion from an object to a function pointer; POSIX makes their bytes equal. */
+    /* ISO C does not convert object to function pointers; POSIX makes their bytes equal. */
     memcpy((char *)library + entries[i].offset, &function, sizeof function);
   }
   return 0;

@@ -42,7 +42,8 @@ typedef struct mooncake_library {
 } mooncake_library_t;
 
 /* Opens the library at path; null: the path in the environment variable MOONCAKE_LIBRARY, or
- * libmooncake.so.0 wherever the dynamic linker finds it. Returns 0, or -1 with the reason in error. */
+ * libmooncake.so.0 wherever the dynamic linker finds it. Returns 0, or -1 with the reason in
+ * error. */
 int mooncake_library_open(mooncake_library_t *library, const char *path, char *error,
                           size_t capacity);
 

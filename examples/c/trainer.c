@@ -22,7 +22,8 @@
 
 static const char usage[] =
     "usage: trainer [options] MODEL\n"
-    "Serves the file MODEL to inferencers. Prints `segment NAME buffer ADDRESS LENGTH sha256 HASH`.\n"
+    "Serves the file MODEL to inferencers and prints where it is:\n"
+    "`segment NAME buffer ADDRESS LENGTH sha256 HASH`.\n"
     "  --library PATH    libmooncake.so to load (default: $MOONCAKE_LIBRARY or libmooncake.so.0)\n"
     "  --bind ADDRESS    numeric address to listen on (default: 127.0.0.1)\n"
     "  --advertise HOST  host that inferencers connect to (default: the address listened on)\n"
@@ -143,7 +144,9 @@ static int start(trainer_t *trainer) {
 static int write_info(const char *path, const char *line) {
   char temporary[4096];
   int length = snprintf(temporary, sizeof temporary, "%s.%ld.tmp", path, (long)getpid());
-  if (length < 0 || (size_t)length >= sizeof temporary) return fail("%s: the path is too long", path);
+  if (length < 0 || (size_t)length >= sizeof temporary) {
+    return fail("%s: the path is too long", path);
+  }
   FILE *file = fopen(temporary, "w");
   if (file == NULL) return fail("cannot write %s: %s", temporary, strerror(errno));
   int written = fputs(line, file) >= 0;
@@ -164,16 +167,18 @@ static int announce(trainer_t *trainer) {
   if (sha256_text(trainer->model, trainer->model_length, hash) != 0) return fail("SHA-256 failed");
   snprintf(line, sizeof line, "segment %s buffer 0x%" PRIxPTR " %zu sha256 %s\n", name,
            (uintptr_t)trainer->model, trainer->model_length, hash);
+  /* Whoever has seen the line finds the file, too. */
+  if (trainer->info_path != NULL && write_info(trainer->info_path, line) != 0) return -1;
   fputs(line, stdout);
-  fflush(stdout);
-  return trainer->info_path != NULL ? write_info(trainer->info_path, line) : 0;
+  return fflush(stdout) == 0 ? 0 : fail("cannot print: %s", strerror(errno));
 }
 
 /* A service manager or `&` in a script leaves /dev/null there, whose end means nothing. */
 static int input_matters(void) {
   struct stat status;
   if (isatty(STDIN_FILENO)) return 1;
-  return fstat(STDIN_FILENO, &status) == 0 && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode));
+  if (fstat(STDIN_FILENO, &status) != 0) return 0;
+  return S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode);
 }
 
 static void serve(const trainer_t *trainer) {

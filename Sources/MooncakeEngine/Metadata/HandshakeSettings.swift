@@ -1,5 +1,4 @@
-import CLinux
-import Glibc
+import MooncakeSystem
 
 /// What environment variables say about the RPC side. A value out of its range counts as absent.
 package struct HandshakeSettings: Sendable {
@@ -24,7 +23,7 @@ package struct HandshakeSettings: Sendable {
 
   /// Reads the process's environment.
   package static func fromEnvironment() -> HandshakeSettings {
-    HandshakeSettings { name in getenv(name).map { String(cString: $0) } }
+    HandshakeSettings { Environment[$0] }
   }
 
   /// Reads variables by name.

@@ -1,4 +1,4 @@
-import Synchronization
+import MooncakeSystem
 
 /// Notifications received and not yet taken: first in, first out, bounded in number and bytes.
 package final class NotificationQueue: Sendable {
@@ -13,7 +13,7 @@ package final class NotificationQueue: Sendable {
 
   private let maximumCount: Int
   private let maximumBytes: Int
-  private let state = Mutex(State())
+  private let state = Lock(State())
 
   package init(
     maximumCount: Int = NotificationQueue.maximumCount,

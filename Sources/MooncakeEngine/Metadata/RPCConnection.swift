@@ -55,8 +55,8 @@ final class RPCConnection {
     return min(end, Deadline(nanoseconds: lastProgress &+ idle))
   }
 
-  /// Does what the socket permits now. `scratch` is free for its use during the call; `answer` turns
-  /// a request into the bytes of its answer.
+  /// Does what the socket permits now. `scratch` is free for its use during the call; `answer`
+  /// turns a request into the bytes of its answer.
   func advance(
     scratch: UnsafeMutableRawBufferPointer, answer: (RPCMessage) throws(JSONError) -> [UInt8]
   ) -> Outcome {

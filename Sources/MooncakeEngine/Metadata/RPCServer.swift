@@ -1,8 +1,7 @@
 import MooncakeSystem
-import Synchronization
 
-/// The RPC daemon: answers metadata, notify and probe requests of any number of peers on one thread,
-/// `mc-rpc`, which sleeps while nobody is connected.
+/// The RPC daemon: answers metadata, notify and probe requests of any number of peers on one
+/// thread, `mc-rpc`, which sleeps while nobody is connected.
 package final class RPCServer: Sendable {
   /// What the daemon asks its engine; called on the daemon's thread, one call at a time.
   package struct Handlers: Sendable {
@@ -55,7 +54,7 @@ package final class RPCServer: Sendable {
 
   private let loop: RPCServerLoop
   // Holds the thread until it has been joined.
-  private let thread: Mutex<WorkerThread?>
+  private let thread: Lock<WorkerThread?>
 
   /// Starts to serve on a listening socket.
   package init(
@@ -65,7 +64,7 @@ package final class RPCServer: Sendable {
       address = try listener.localAddress()
       let loop = try RPCServerLoop(listener: listener, handlers: handlers, limits: limits)
       self.loop = loop
-      thread = Mutex(try WorkerThread.start(name: "mc-rpc") { loop.run() })
+      thread = Lock(try WorkerThread.start(name: "mc-rpc") { loop.run() })
     } catch {
       throw EngineError(.system, "cannot start the RPC daemon: \(error)")
     }

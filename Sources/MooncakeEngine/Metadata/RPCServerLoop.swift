@@ -5,7 +5,7 @@ import Synchronization
 /// The RPC daemon's event loop; everything but `requestStop` and `counters` belongs to its thread.
 final class RPCServerLoop: @unchecked Sendable {
   // Unchecked: one thread runs the loop; what others use is synchronized by itself.
-  let counters = Mutex(RPCServer.Counters())
+  let counters = Lock(RPCServer.Counters())
 
   private let handlers: RPCServer.Handlers
   private let limits: RPCServer.Limits

@@ -81,8 +81,10 @@ struct SegmentDescriptorJSONTests {
     let rdma = try SegmentDescriptor(
       json: #"""
         {"name":"hostA","protocol":"rdma","tcp_data_port":0,"tcp_proto_version":1,
-        "devices":[{"name":"mlx5_0","lid":0,"gid":"00:00"}],"priority_matrix":{"cpu:0":[["mlx5_0"],[]]},
-        "buffers":[{"name":"cpu:0","addr":139637976793088,"length":1048576,"rkey":[4711],"lkey":[4711]}]}
+        "devices":[{"name":"mlx5_0","lid":0,"gid":"00:00"}],
+        "priority_matrix":{"cpu:0":[["mlx5_0"],[]]},
+        "buffers":[{"name":"cpu:0","addr":139637976793088,"length":1048576,
+        "rkey":[4711],"lkey":[4711]}]}
         """#)
     #expect(rdma.protocolName == "rdma" && rdma.tcpDataPort == 0 && rdma.buffers.count == 1)
     let mixed = try SegmentDescriptor(json: #"{"name":"n","protocol":["rdma","tcp"]}"#)

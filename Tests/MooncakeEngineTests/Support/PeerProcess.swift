@@ -17,7 +17,10 @@ final class PeerProcess: @unchecked Sendable {
   private let output: FileDescriptor
   private var hasEnded = false
 
-  /// Starts a peer that serves a buffer filled with `Pattern(seed: 7)`; port 0 lets the system choose.
+  /// What the peer's buffer holds at first.
+  static let fillByte: UInt8 = 0x5A
+
+  /// Starts a peer that serves a buffer; port 0 lets the system choose.
   static func serving(byteCount: Int, port: UInt16 = 0) throws -> PeerProcess {
     let peer = try PeerProcess(["serve", String(byteCount), String(port)])
     let fields = try peer.readLine().split(separator: " ")
@@ -29,8 +32,6 @@ final class PeerProcess: @unchecked Sendable {
     peer.length = length
     return peer
   }
-
-  static let pattern = Pattern(seed: 7)
 
   init(_ arguments: [String]) throws {
     let stdin = try Self.makePipe()

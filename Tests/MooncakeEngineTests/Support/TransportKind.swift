@@ -53,7 +53,8 @@ final class EnginePair: Sendable {
     into local: UnsafeMutableRawPointer?, from remote: UnsafeMutableRawPointer, _ count: Int
   ) -> TransferRequest {
     TransferRequest(
-      opcode: .read, segment: segment, source: local, targetOffset: UInt64(UInt(bitPattern: remote)),
+      opcode: .read, segment: segment, source: local,
+      targetOffset: UInt64(UInt(bitPattern: remote)),
       length: UInt64(count))
   }
 

@@ -40,12 +40,12 @@ enum Trainer {
     let offer = Offer(
       segmentName: engine.name, address: UInt64(UInt(bitPattern: model.address)),
       length: UInt64(model.length), hash: hash)
-    print(offer)
-    fflush(nil)
     if let path = arguments["--info"] {
       var line = "\(offer)\n"
       try line.withUTF8 { try writeFile(UnsafeRawBufferPointer($0), to: path) }
     }
+    print(offer)
+    fflush(nil)
     waitForEnd(signals)
     print("trainer: served \(model.length) bytes as \(engine.name)")
   }

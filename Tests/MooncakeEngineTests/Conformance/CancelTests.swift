@@ -1,0 +1,145 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+import Testing
+
+/// Canceled requests end soon, say so, and let go of their memory.
+struct CancelTests {
+  @Test(arguments: TransportKind.allCases)
+  func aStoppedPeer(_ kind: TransportKind) throws {
+    let peer = try PeerProcess.serving(byteCount: 8 << 20)
+    defer { peer.kill() }
+    let engine = try makeEngine(kind)
+    defer { engine.close() }
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(8 << 20)
+    func request(_ offset: Int, _ count: Int) -> TransferRequest {
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address + offset,
+        targetOffset: peer.address + UInt64(offset), length: UInt64(count))
+    }
+    try engine.transfer([request(0, 4096)])
+    peer.stop()
+    // Small, striped, and more than one connection has in flight.
+    let requests = [request(0, 8 << 20)] + (0..<1500).map { request($0 * 4096, 4096) }
+    let batch = try engine.start(requests)
+    usleep(20_000)
+    #expect(try engine.poll(batch).state == .waiting)
+    let milliseconds = try elapsedMilliseconds {
+      try engine.cancel(batch)
+      let status = try engine.wait(batch, timeoutMilliseconds: 10_000)
+      #expect(status.state == .canceled && status.error == .canceled)
+      #expect(status.terminalCount == UInt64(requests.count))
+    }
+    #expect(milliseconds < 1000)
+    for status in try engine.statuses(batch, count: requests.count) {
+      #expect(status.state == .canceled || status.state == .completed)
+    }
+    try engine.freeBatch(batch)
+
+    local.fill(0xCC)
+    peer.resume()
+    usleep(200_000)
+    #expect(local.holdsOnly(0xCC), "an answer landed after its request was canceled")
+    try engine.transfer([request(0, 8 << 20)])
+    #expect(local.holdsOnly(PeerProcess.fillByte))
+  }
+
+  @Test(arguments: TransportKind.allCases)
+  func racingCompletion(_ kind: TransportKind) throws {
+    let count = 32
+    let size = 16 << 10
+    let memory = GuardedMemory(count * size)
+    memory.fill(0x01)
+    let local = GuardedMemory(count * size)
+    var outcomes: Set<TransferState> = []
+    try withPair(kind, registering: memory) { pair in
+      let initiator = pair.initiator
+      for round in 0..<200 {
+        local.fill(0x00)
+        let batch = try initiator.start(
+          (0..<count).map { index in
+            pair.read(into: local.address + index * size, from: memory.address + index * size, size)
+          })
+        let end = Clock.now() + UInt64(round * 5000)
+        while Clock.now() < end {}
+        try initiator.cancel(batch)
+        let status = try initiator.wait(batch, timeoutMilliseconds: 10_000)
+        let statuses = try initiator.statuses(batch, count: count)
+        var completed = 0
+        for (index, one) in statuses.enumerated() {
+          #expect(one.state == .completed || one.state == .canceled)
+          #expect((one.state == .completed) == (one.error == nil))
+          guard one.state == .completed else { continue }
+          completed += 1
+          let bytes = UnsafeRawBufferPointer(start: local.address + index * size, count: size)
+          #expect(bytes.first == 0x01 && bytes.last == 0x01, "round \(round), request \(index)")
+        }
+        #expect(status.state == (completed == count ? .completed : .canceled))
+        #expect(status.completedCount == UInt64(completed) && status.terminalCount == UInt64(count))
+        #expect(status.transferredBytes == UInt64(completed * size))
+        outcomes.insert(status.state)
+        try initiator.freeBatch(batch)
+        local.fill(0xCC)
+        if round % 10 == 0 { usleep(2000) }
+        #expect(local.holdsOnly(0xCC), "round \(round): a byte landed after the end")
+      }
+      try initiator.transfer([pair.read(into: local.address, from: memory.address, size)])
+    }
+    #expect(outcomes == [.completed, .canceled], "the race was always won by one side")
+    #expect(local.areGuardsIntact)
+  }
+
+  /// A cancel from another thread, while the requests are being queued.
+  @Test(arguments: TransportKind.allCases)
+  func racingSubmit(_ kind: TransportKind) throws {
+    let peer = try PeerProcess.serving(byteCount: 1 << 20)
+    defer { peer.kill() }
+    let engine = try makeEngine(kind)
+    defer { engine.close() }
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(1 << 20)
+    peer.stop()
+    let requests = (0..<256).map { index in
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address + index * 4096,
+        targetOffset: peer.address + UInt64(index * 4096), length: 4096)
+    }
+    for round in 0..<30 {
+      let batch = try engine.createBatch(capacity: 256)
+      let canceler = try WorkerThread.start(name: "cancel") {
+        // The first sign that the requests exist.
+        while let status = try? engine.poll(batch), status.submittedCount == 0 {}
+        try? engine.cancel(batch)
+      }
+      try engine.submit(batch, requests, timeoutMilliseconds: 5000)
+      canceler.join()
+      let milliseconds = try elapsedMilliseconds {
+        let status = try engine.wait(batch, timeoutMilliseconds: 10_000)
+        #expect(status.state == .canceled, "round \(round)")
+      }
+      #expect(milliseconds < 1000, "round \(round): the cancel was lost")
+      try engine.freeBatch(batch)
+    }
+  }
+
+  /// Canceling what is over, empty or freed.
+  @Test(arguments: TransportKind.allCases)
+  func nothingToCancel(_ kind: TransportKind) throws {
+    let memory = GuardedMemory(4096)
+    try withPair(kind, registering: memory) { pair in
+      let initiator = pair.initiator
+      let empty = try initiator.createBatch(capacity: 1)
+      try initiator.cancel(empty)
+      let local = GuardedMemory(4096)
+      try initiator.submit(empty, [pair.read(into: local.address, from: memory.address, 4096)])
+      #expect(try initiator.wait(empty, timeoutMilliseconds: 5000).state == .completed)
+      try initiator.cancel(empty)
+      #expect(try initiator.poll(empty).state == .completed)
+      try initiator.freeBatch(empty)
+      #expect(
+        failureCode { () throws(EngineError) in try initiator.cancel(empty) } == .invalidHandle)
+    }
+  }
+}

@@ -1,0 +1,272 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+import Testing
+
+/// Destroying an engine ends what it was doing, soon, and lets go of every byte.
+struct DestroyTests {
+  /// A peer that answers only when told to.
+  private static func lazyPeer(_ isReleased: Box<Bool>) throws -> FakePeer {
+    try FakePeer { connection in
+      while let header = connection.header() {
+        if header.opcode == .write { _ = connection.receive(Int(header.size)) }
+        _ = eventually { isReleased.value }
+        connection.sendStatus()
+        if header.opcode == .read {
+          connection.send([UInt8](repeating: 0xEE, count: Int(header.size)))
+        }
+      }
+    }
+  }
+
+  @Test func transfersInFlight() throws {
+    let isReleased = Box(false)
+    let peer = try Self.lazyPeer(isReleased)
+    defer { peer.stop() }
+    let engine = try makeEngine()
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(4 << 20)
+    var requests = [
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address,
+        targetOffset: FakePeer.bufferAddress, length: 4 << 20)
+    ]
+    for index in 0..<500 {
+      requests.append(
+        TransferRequest(
+          opcode: index % 2 == 0 ? .read : .write, segment: segment,
+          source: local.address + index * 4096,
+          targetOffset: FakePeer.bufferAddress + UInt64(index) * 4096, length: 4096))
+    }
+    let batch = try engine.start(requests)
+    let callbackBatch = try engine.createBatch(capacity: 1)
+    let callbackState = Box<TransferState?>(nil)
+    try engine.setCallback(callbackBatch) { _, status in callbackState.value = status.state }
+    try engine.submit(callbackBatch, [requests[1]])
+    // A waiter of every kind.
+    let waiterStates = Box<[TransferState]>([])
+    let waiter = try WorkerThread.start(name: "waiter") {
+      if let status = try? engine.wait(batch) { waiterStates.update { $0.append(status.state) } }
+    }
+    let code = Box<EngineError.Code?>(nil)
+    let request = requests[1]
+    let transferer = try startTransfer(engine, request, code)
+    usleep(50_000)
+
+    let milliseconds = elapsedMilliseconds { engine.close() }
+    #expect(milliseconds < 3000)
+    waiter.join()
+    transferer.join()
+    #expect(waiterStates.value == [.canceled])
+    #expect(code.value == .canceled)
+    #expect(callbackState.value == .canceled)
+    let status = try engine.poll(batch)
+    #expect(status.state == .canceled && status.terminalCount == UInt64(requests.count))
+
+    local.fill(0xCC)
+    isReleased.value = true
+    usleep(100_000)
+    #expect(local.holdsOnly(0xCC), "bytes landed after the engine was destroyed")
+    try engine.freeBatch(batch)
+    engine.close()
+  }
+
+  private func startTransfer(
+    _ engine: TransferEngine, _ request: TransferRequest, _ code: Box<EngineError.Code?>
+  ) throws -> WorkerThread {
+    nonisolated(unsafe) let request = request
+    return try WorkerThread.start(name: "transfer") {
+      code.value = failureCode { () throws(EngineError) in try engine.transfer([request]) }
+    }
+  }
+
+  /// A target that is destroyed while peers read from it.
+  @Test(arguments: TransportKind.allCases)
+  func aTargetInUse(_ kind: TransportKind) throws {
+    let memory = GuardedMemory(16 << 20)
+    memory.fill(0x01)
+    let pair = try EnginePair(kind) { target in
+      try target.register(memory.address, length: 16 << 20, access: [.remoteRead, .remoteWrite])
+    }
+    defer { pair.close() }
+    let complaints = Complaints()
+    let completed = Atomic<Int>(0)
+    let isWriting = [false, true]
+    let threads = try isWriting.map { isWriting in
+      try WorkerThread.start(name: "user") {
+        let local = GuardedMemory(16 << 20)
+        local.fill(0x01)
+        while true {
+          let request =
+            isWriting
+            ? pair.write(from: local.address, to: memory.address, 16 << 20)
+            : pair.read(into: local.address, from: memory.address, 16 << 20)
+          let code = failureCode { () throws(EngineError) in
+            try pair.initiator.transfer([request], timeoutMilliseconds: 15_000)
+          }
+          complaints.require(local.holdsOnly(0x01), "foreign bytes arrived")
+          completed.add(1, ordering: .relaxed)
+          if let code {
+            complaints.require(code == .unreachable, "the transfer failed with \(code)")
+            return
+          }
+        }
+      }
+    }
+    #expect(eventually(within: 10_000) { completed.load(ordering: .relaxed) > 3 })
+    let milliseconds = elapsedMilliseconds { pair.target.close() }
+    #expect(milliseconds < 3000)
+    memory.fill(0xEE)
+    for thread in threads { thread.join() }
+    #expect(complaints.all.isEmpty, "\(complaints.all)")
+    #expect(memory.holdsOnly(0xEE), "a write landed in a destroyed engine's memory")
+  }
+
+  /// A peer that answers nothing, on either port, does not hold up the end.
+  @Test func callsToAStoppedPeer() throws {
+    let peer = try PeerProcess.serving(byteCount: 4096)
+    defer { peer.kill() }
+    let engine = try makeEngine()
+    let segment = try engine.openSegment(peer.name)
+    peer.stop()
+    let complaints = Complaints()
+    let begun = Atomic<Int>(0)
+    let calls: [@Sendable () throws(EngineError) -> Void] = [
+      { () throws(EngineError) in _ = try engine.openSegment(peer.name) },
+      { () throws(EngineError) in try engine.probe(peer.name) },
+      { () throws(EngineError) in
+        try engine.notify(segment, Notification(name: "a", message: "b"))
+      },
+    ]
+    let threads = try calls.map { call in
+      try WorkerThread.start(name: "caller") {
+        begun.add(1, ordering: .relaxed)
+        let code = failureCode(call)
+        complaints.require(
+          code == .canceled || code == .invalidHandle, "\(String(describing: code))")
+      }
+    }
+    // An unknown address makes the engine ask the peer again in the background.
+    let local = GuardedMemory(64)
+    let batch = try engine.start([
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address, targetOffset: 64, length: 64)
+    ])
+    #expect(eventually { begun.load(ordering: .relaxed) == calls.count })
+    usleep(50_000)
+    let milliseconds = elapsedMilliseconds {
+      engine.close()
+      for thread in threads { thread.join() }
+    }
+    #expect(milliseconds < 3000, "\(milliseconds) ms")
+    #expect(try engine.poll(batch).state == .canceled)
+    #expect(complaints.all.isEmpty, "\(complaints.all)")
+  }
+
+  /// A notification on its way to a peer that does not take it.
+  @Test func aNotificationOnItsWay() throws {
+    let stopped = try PeerProcess.serving(byteCount: 4096)
+    defer { stopped.kill() }
+    let engine = try makeEngine()
+    let target = try engine.openSegment(stopped.name)
+    let local = GuardedMemory(64)
+    let batch = try engine.createBatch(capacity: 1)
+    stopped.stop()
+    // No byte needs the peer, so only the notification is left.
+    try engine.submit(
+      batch,
+      [
+        TransferRequest(
+          opcode: .read, segment: target, source: local.address, targetOffset: 0, length: 0)
+      ], notification: Notification(name: "n", message: "m"))
+    usleep(50_000)
+    #expect(try engine.poll(batch).state == .waiting)
+    let milliseconds = elapsedMilliseconds { engine.close() }
+    #expect(milliseconds < 3000, "\(milliseconds) ms")
+    #expect(try engine.poll(batch).state.isTerminal)
+  }
+
+  /// Every call on a destroyed engine is an error; nothing traps.
+  @Test func callsAfterwards() throws {
+    let engine = try makeEngine()
+    let batch = try engine.createBatch(capacity: 1)
+    let memory = GuardedMemory(64)
+    engine.close()
+    func code(_ body: () throws(EngineError) -> Void) -> EngineError.Code? { failureCode(body) }
+    #expect(
+      code { () throws(EngineError) in
+        try engine.register(memory.address, length: 64, access: .local)
+      } == .invalidHandle)
+    #expect(
+      code { () throws(EngineError) in try engine.unregister(memory.address) } == .invalidHandle)
+    #expect(
+      code { () throws(EngineError) in _ = try engine.allocate(length: 64, access: .local) }
+        == .invalidHandle)
+    #expect(
+      code { () throws(EngineError) in _ = try engine.openSegment("127.0.0.1:1") }
+        == .invalidHandle)
+    #expect(
+      code { () throws(EngineError) in _ = try engine.createBatch(capacity: 1) } == .invalidHandle)
+    let request = TransferRequest(
+      opcode: .read, segment: 0, source: memory.address, targetOffset: 64, length: 64)
+    #expect(
+      code { () throws(EngineError) in try engine.submit(batch, [request]) } == .invalidHandle)
+    #expect(code { () throws(EngineError) in try engine.transfer([request]) } == .invalidHandle)
+    #expect(code { () throws(EngineError) in _ = try engine.eventDescriptor() } == .invalidHandle)
+    #expect(engine.receiveNotification() == nil)
+    #expect(!engine.metrics().isEmpty)
+    try engine.freeBatch(batch)
+  }
+
+  /// Threads that submit, poll and open while another destroys.
+  @Test(arguments: TransportKind.allCases)
+  func racingUsers(_ kind: TransportKind) throws {
+    let memory = GuardedMemory(1 << 20)
+    for round in 0..<8 {
+      let pair = try EnginePair(kind) { target in
+        try target.register(memory.address, length: 1 << 20, access: .remoteRead)
+      }
+      defer { pair.close() }
+      let engine = pair.initiator
+      let complaints = Complaints()
+      let threads = try (0..<3).map { index in
+        try WorkerThread.start(name: "user\(index)") {
+          let local = GuardedMemory(1 << 20)
+          let count = index == 0 ? 1 << 20 : 512
+          let request = pair.read(into: local.address, from: memory.address, count)
+          while true {
+            do throws(EngineError) {
+              if index == 1 {
+                try engine.transfer([request])
+              } else {
+                let batch = try engine.start([request])
+                _ = try engine.wait(batch)
+                try engine.freeBatch(batch)
+              }
+            } catch {
+              complaints.require(
+                error.code == .invalidHandle || error.code == .canceled, error.message)
+              return
+            }
+            if engine.isClosing { return }
+          }
+        }
+      }
+      usleep(UInt32(3000 + round * 1000))
+      let milliseconds = elapsedMilliseconds { engine.close() }
+      #expect(milliseconds < 3000)
+      for thread in threads { thread.join() }
+      #expect(complaints.all.isEmpty, "\(complaints.all)")
+    }
+  }
+
+  /// 200 engines come and go; descriptors, threads and memory stay as they were.
+  @Test func cyclesLeaveNothing() throws {
+    let process = try PeerProcess(["cycles", "200"])
+    let line = try process.readLine(within: 60_000)
+    #expect(line == "ok")
+    #expect(process.waitForExit(within: 5000) == 0)
+  }
+}

@@ -1,0 +1,199 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// A peer whose RPC daemon is real and whose data port does what a test says: each connection runs
+/// the script on a thread of its own.
+final class FakePeer: @unchecked Sendable {
+  // Unchecked: the acceptor is written once before the object is shared.
+  typealias Script = @Sendable (FakeConnection) -> Void
+
+  /// What the descriptor says is registered. No memory lies there.
+  static let bufferAddress: UInt64 = 0x10_0000
+  static let bufferLength: UInt64 = 64 << 20
+
+  let name: String
+  private let rpc: RPCServer
+  private let listener: Socket
+  private let publishedVersion: Box<Int>
+  private let state = Mutex(State())
+  private let wakeup: EventFD
+  private var acceptor: WorkerThread?
+  private let script: Script
+
+  private struct State {
+    var threads: [WorkerThread] = []
+    var connections: [FakeConnection] = []
+    var isStopping = false
+  }
+
+  /// `version` is the framing that the descriptor offers, 0 to leave the field out.
+  init(version: Int = 2, script: @escaping Script) throws {
+    self.script = script
+    wakeup = try EventFD()
+    listener = try makeListener()
+    let rpcListener = try makeListener()
+    let name = try rpcListener.localAddress().description
+    let port = try listener.localAddress().port
+    let publishedVersion = Box(version)
+    self.name = name
+    self.publishedVersion = publishedVersion
+    rpc = try RPCServer(
+      listener: rpcListener,
+      handlers: .init(
+        descriptor: { Self.descriptor(name, port, publishedVersion.value) }, notify: { _ in nil }))
+    acceptor = try WorkerThread.start(name: "fake") { [unowned self] in accept() }
+  }
+
+  deinit { stop() }
+
+  /// How many connections have come.
+  var connectionCount: Int { state.withLock { $0.connections.count } }
+
+  /// Offers another framing from now on.
+  func publish(version: Int) { publishedVersion.value = version }
+
+  /// The connection with this number, once it has come.
+  func connection(_ index: Int) -> FakeConnection? {
+    _ = eventually { connectionCount > index }
+    return state.withLock { index < $0.connections.count ? $0.connections[index] : nil }
+  }
+
+  func stop() {
+    guard let acceptor else { return }
+    state.withLock { $0.isStopping = true }
+    wakeup.signal()
+    acceptor.join()
+    self.acceptor = nil
+    rpc.stop()
+    let (threads, connections) = state.withLock { ($0.threads, $0.connections) }
+    for connection in connections { connection.finish() }
+    for thread in threads { thread.join() }
+  }
+
+  private func accept() {
+    while !state.withLock({ $0.isStopping }) {
+      var items = [
+        pollfd(fd: listener.rawValue, events: Int16(POLLIN), revents: 0),
+        pollfd(fd: wakeup.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
+      ]
+      _ = poll(&items, 2, -1)
+      guard let socket = try? listener.accept() else { continue }
+      let index = connectionCount
+      let connection = FakeConnection(socket, index: index)
+      guard
+        let thread = try? WorkerThread.start(
+          name: "fake-conn",
+          { [script] in
+            script(connection)
+            connection.finish()
+          })
+      else { continue }
+      state.withLock {
+        $0.threads.append(thread)
+        $0.connections.append(connection)
+      }
+    }
+  }
+
+  private static func descriptor(_ name: String, _ port: UInt16, _ version: Int) -> String {
+    let field = version == 0 ? "" : #""tcp_proto_version":\#(version),"#
+    return #"{"name":"\#(name)","protocol":"tcp","tcp_data_host":"127.0.0.1","#
+      + #""tcp_data_port":\#(port),\#(field)"buffers":[{"name":"\#(name)","#
+      + #""addr":\#(bufferAddress),"length":\#(bufferLength)}]}"#
+  }
+}
+
+/// A value that threads share.
+final class Box<Value: Sendable>: Sendable {
+  private let box: Mutex<Value>
+
+  init(_ value: Value) { box = Mutex(value) }
+
+  var value: Value {
+    get { box.withLock { $0 } }
+    set { box.withLock { $0 = newValue } }
+  }
+
+  func update(_ body: (inout Value) -> Void) { box.withLock { body(&$0) } }
+}
+
+/// One data connection of a fake peer, with blocking calls that end when the peer stops.
+final class FakeConnection: Sendable {
+  let index: Int
+  private let socket: Socket
+
+  init(_ socket: consuming Socket, index: Int) {
+    self.socket = socket
+    self.index = index
+  }
+
+  /// The next request; nil at the end of the stream.
+  func header() -> TCPWire.Header? {
+    guard let bytes = receive(TCPWire.headerBytes) else { return nil }
+    return bytes.withUnsafeBytes { TCPWire.Header($0.baseAddress!) }
+  }
+
+  /// Exactly `count` bytes; nil when the stream ends before.
+  func receive(_ count: Int) -> [UInt8]? {
+    var bytes = [UInt8](repeating: 0, count: count)
+    var done = 0
+    while done < count {
+      let part = bytes.withUnsafeMutableBytes { bytes in
+        recv(socket.rawValue, bytes.baseAddress! + done, count - done, 0)
+      }
+      if part > 0 {
+        done += part
+      } else if part < 0 && (errno == EAGAIN || errno == EINTR) {
+        try? socket.wait(for: POLLIN, until: .never)
+      } else {
+        return nil
+      }
+    }
+    return bytes
+  }
+
+  /// Sends everything unless the connection breaks.
+  func send(_ bytes: [UInt8]) {
+    var done = 0
+    while done < bytes.count {
+      do throws(Errno) {
+        if let part = try socket.trySend(bytes, from: done) {
+          done += part
+        } else {
+          try socket.wait(for: POLLOUT, until: .never)
+        }
+      } catch {
+        return
+      }
+    }
+  }
+
+  func sendStatus(_ word: UInt64 = TCPWire.statusOK) { send(Self.frame(word)) }
+
+  /// Answers like a good target, reads with `byte`; false at the end of the stream.
+  func serveOne(reading byte: UInt8 = 0x77, framed: Bool = true) -> Bool {
+    guard let header = header() else { return false }
+    let count = Int(header.size)
+    if header.opcode == .write {
+      guard receive(count) != nil else { return false }
+      if framed { sendStatus() }
+    } else {
+      if framed { sendStatus() }
+      send([UInt8](repeating: byte, count: count))
+    }
+    return true
+  }
+
+  /// Waits until the initiator has closed the connection.
+  func awaitClose() { while receive(1) != nil {} }
+
+  /// Closes both directions; the descriptor goes with the object.
+  func finish() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
+
+  static func frame(_ word: UInt64) -> [UInt8] {
+    withUnsafeBytes(of: word.littleEndian) { Array($0) }
+  }
+}

@@ -1,0 +1,295 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+import Testing
+
+/// Counts what a batch asks of its engine.
+private final class CountingAnnouncer: BatchAnnouncer {
+  let announcements = Atomic<Int>(0)
+  let callbacks = Atomic<Int>(0)
+  let delivered = Mutex<[Notification]>([])
+
+  func announce(_ batch: Batch) { announcements.add(1, ordering: .relaxed) }
+
+  func deliver(_ notification: Batch.PendingNotification, of batch: Batch) {
+    delivered.withLock { $0.append(notification.notification) }
+  }
+
+  func run(_ callback: @escaping Batch.Callback, of batch: Batch, status: BatchStatus) {
+    callbacks.add(1, ordering: .relaxed)
+    callback(batch.id, status)
+  }
+}
+
+struct BatchTests {
+  private let announcer = CountingAnnouncer()
+  private let memory = UnsafeMutableRawPointer.allocate(byteCount: 16, alignment: 16)
+
+  private func makeBatch(_ capacity: Int) -> Batch {
+    Batch(capacity: capacity, pool: SlicePool(), announcer: announcer)
+  }
+
+  private func submit(
+    _ batch: Batch, _ count: Int, notification: Notification? = nil
+  ) throws(EngineError) -> Range<Int> {
+    let first = try batch.beginSubmit(count)
+    for index in first..<(first + count) {
+      batch.prepare(
+        index, segment: 1,
+        Slice(
+          task: batch.tasks + index, local: memory, remote: 0, length: 10, deadline: .max,
+          opcode: .read, isPooled: false))
+    }
+    batch.publish(
+      count,
+      notification: notification.map { .init(segment: 1, notification: $0, deadline: .max) })
+    batch.endSubmit()
+    return first..<(first + count)
+  }
+
+  @Test func countsAndFirstFailure() throws {
+    let batch = makeBatch(4)
+    #expect(batch.isTerminal && batch.status.submittedCount == 0)
+    let range = try submit(batch, 4)
+    #expect(!batch.isTerminal && batch.status.state == .waiting)
+    Batch.end(batch.slices + range.lowerBound, .completed)
+    Batch.end(batch.slices + 1, .failed(.unreachable), reason: "first")
+    Batch.end(batch.slices + 2, .failed(.protocolViolation), reason: "second")
+    #expect(batch.status.state == .waiting && batch.status.error == nil)
+    #expect(batch.status.terminalCount == 3)
+    #expect(batch.status(of: 0).state == .completed && batch.status(of: 3).state == .waiting)
+    #expect(announcer.announcements.load(ordering: .relaxed) == 0)
+    Batch.end(batch.slices + 3, .completed)
+    #expect(batch.isTerminal)
+    #expect(
+      batch.status
+        == BatchStatus(
+          state: .failed, error: .unreachable, submittedCount: 4, completedCount: 2,
+          terminalCount: 4, transferredBytes: 20))
+    #expect(batch.failureMessage == "first")
+    #expect(batch.status(of: 2).error == .protocolViolation)
+    #expect(announcer.announcements.load(ordering: .relaxed) == 1)
+    batch.waitUntilQuiet()
+  }
+
+  @Test func oneSubmitterAtATime() throws {
+    let batch = makeBatch(4)
+    #expect(try batch.beginSubmit(2) == 0)
+    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(1) } == .busy)
+    batch.abandonSubmit()
+    #expect(try submit(batch, 3) == 0..<3)
+    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(2) } == .full)
+    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(.max) } == .full)
+    #expect(try submit(batch, 1) == 3..<4)
+    for index in 0..<4 { Batch.end(batch.slices + index, .completed) }
+    #expect(batch.status.completedCount == 4)
+  }
+
+  @Test func striped() throws {
+    let batch = makeBatch(1)
+    _ = try submit(batch, 1)
+    batch.tasks[0].start(sliceCount: 3)
+    var pooled = batch.pool.take(2)
+    let first = pooled!
+    pooled = first.pointee.next
+    let others = [first, pooled!]
+    for slice in others {
+      slice.initialize(
+        to: Slice(
+          task: batch.tasks, local: memory, remote: 0, length: 7, deadline: .max, opcode: .read,
+          isPooled: true))
+    }
+    Batch.end(others[0], .completed)
+    Batch.end(batch.slices, .completed)
+    #expect(batch.status(of: 0).state == .waiting)
+    #expect(batch.status(of: 0).transferredBytes == 17)
+    Batch.end(others[1], .failed(.unreachable), reason: "broken")
+    let status = batch.status(of: 0)
+    #expect(status.state == .failed && status.error == .unreachable)
+    #expect(batch.status.completedCount == 0 && batch.status.transferredBytes == 17)
+  }
+
+  /// The notification goes out when all is completed; only then is the batch terminal.
+  @Test func notificationIsLast() throws {
+    let batch = makeBatch(4)
+    let text = Notification(name: "n", message: "m")
+    _ = try submit(batch, 2, notification: text)
+    Batch.end(batch.slices, .completed)
+    #expect(announcer.delivered.withLock { $0.isEmpty })
+    Batch.end(batch.slices + 1, .completed)
+    #expect(announcer.delivered.withLock { $0 } == [text])
+    #expect(!batch.isTerminal && batch.status(of: 1).state == .waiting)
+    batch.endNotification(nil)
+    #expect(batch.isTerminal && batch.status.state == .completed)
+    #expect(batch.status(of: 1).state == .completed)
+
+    _ = try submit(batch, 2, notification: text)
+    Batch.end(batch.slices + 2, .completed)
+    Batch.end(batch.slices + 3, .failed(.unreachable), reason: "broken")
+    #expect(batch.isTerminal && batch.status.state == .failed)
+    #expect(announcer.delivered.withLock { $0.count } == 1)
+  }
+
+  @Test func undeliverableNotification() throws {
+    let batch = makeBatch(1)
+    _ = try submit(batch, 1, notification: Notification(name: "n", message: "m"))
+    Batch.end(batch.slices, .completed)
+    batch.endNotification(EngineError(.full, "the peer's queue is full"))
+    #expect(batch.isTerminal && batch.status.error == .full)
+    #expect(batch.failureMessage == "the peer's queue is full")
+    #expect(batch.status.completedCount == 1)
+  }
+
+  @Test func callbackAtEachEnd() throws {
+    let batch = makeBatch(4)
+    let states = Box<[TransferState]>([])
+    try batch.setCallback { _, status in states.update { $0.append(status.state) } }
+    for index in 0..<2 {
+      _ = try submit(batch, 1)
+      #expect(states.value.count == index)
+      Batch.end(batch.slices + index, index == 0 ? .completed : .canceled)
+      #expect(states.value.count == index + 1)
+    }
+    #expect(states.value == [.completed, .canceled])
+    #expect(failureCode { () throws(EngineError) in try batch.setCallback { _, _ in } } == .busy)
+  }
+
+  @Test func resetMakesItNew() throws {
+    let batch = makeBatch(2)
+    _ = try submit(batch, 2)
+    for index in 0..<2 { Batch.end(batch.slices + index, .failed(.unreachable), reason: "x") }
+    batch.waitUntilQuiet()
+    batch.reset()
+    #expect(batch.submittedCount == 0)
+    #expect(try submit(batch, 2) == 0..<2)
+    #expect(batch.status(of: 0).state == .waiting)
+    for index in 0..<2 { Batch.end(batch.slices + index, .completed) }
+    #expect(
+      batch.status
+        == BatchStatus(
+          state: .completed, error: nil, submittedCount: 2, completedCount: 2, terminalCount: 2,
+          transferredBytes: 20))
+  }
+
+  /// Sleepers wake at the end; ends come from several threads.
+  @Test func endsOfManyThreads() throws {
+    for _ in 0..<50 {
+      let batch = makeBatch(64)
+      _ = try submit(batch, 64)
+      let complaints = Complaints()
+      let sleeper = try WorkerThread.start(name: "sleeper") {
+        complaints.require(batch.sleep(until: .after(milliseconds: 10_000)), "not woken")
+        complaints.require(batch.status.terminalCount == 64, "woken early")
+      }
+      try onThreads(4) { thread in
+        for index in 0..<16 { Batch.end(batch.slices + (thread * 16 + index), .completed) }
+      }
+      sleeper.join()
+      #expect(complaints.all.isEmpty, "\(complaints.all)")
+      batch.waitUntilQuiet()
+    }
+    #expect(announcer.announcements.load(ordering: .relaxed) == 50)
+  }
+
+  @Test func sleepEndsAtItsDeadline() throws {
+    let batch = makeBatch(1)
+    _ = try submit(batch, 1)
+    #expect(!batch.sleep(until: .after(milliseconds: 30)))
+    Batch.end(batch.slices, .completed)
+    #expect(batch.sleep(until: .after(milliseconds: 30)))
+  }
+}
+
+struct BatchTableTests {
+  private static func makeBatch() -> Batch {
+    Batch(capacity: 1, pool: SlicePool(), announcer: nil)
+  }
+
+  private static func code(_ table: BatchTable, _ id: UInt64) -> EngineError.Code? {
+    failureCode { () throws(EngineError) in try table.with(id) { _ throws(EngineError) in } }
+  }
+
+  @Test func generations() throws {
+    let table = BatchTable()
+    var seen: Set<UInt64> = []
+    for _ in 0..<100 {
+      let batch = Self.makeBatch()
+      let id = try table.insert(batch)
+      #expect(batch.id == id && seen.insert(id).inserted)
+      #expect(Self.code(table, id) == nil)
+      try table.remove(id) { _ in true }
+      for old in seen { #expect(Self.code(table, old) == .invalidHandle) }
+    }
+    for id: UInt64 in [0, 1 << 32, .max, 12_345, 1 << 63 | 1, 0xFFFF_FFFF] {
+      #expect(Self.code(table, id) == .invalidHandle)
+    }
+  }
+
+  @Test func busyBatchesStay() throws {
+    let table = BatchTable()
+    let id = try table.insert(Self.makeBatch())
+    #expect(
+      failureCode { () throws(EngineError) in try table.remove(id) { _ in false } } == .busy)
+    #expect(Self.code(table, id) == nil)
+    var ids: [UInt64] = []
+    table.forEach { ids.append($0.id) }
+    #expect(ids == [id])
+    try table.remove(id) { _ in true }
+    table.forEach { _ in ids.removeAll() }
+    #expect(ids == [id])
+  }
+
+  @Test func full() throws {
+    let table = BatchTable()
+    let batch = Self.makeBatch()
+    var ids: [UInt64] = []
+    for _ in 0..<BatchTable.capacity { ids.append(try table.insert(batch)) }
+    #expect(
+      failureCode { () throws(EngineError) in _ = try table.insert(batch) } == .full)
+    try table.remove(ids[777]) { _ in true }
+    let again = try table.insert(batch)
+    #expect(again != ids[777] && again & 0xFFFF_FFFF == ids[777] & 0xFFFF_FFFF)
+    for id in ids where id != ids[777] { try table.remove(id) { _ in true } }
+    try table.remove(again) { _ in true }
+  }
+
+  /// Users see a live batch or an error, never a batch that is gone; one remover wins.
+  @Test func usersAgainstRemovers() throws {
+    let table = BatchTable()
+    let current = Atomic<UInt64>(0)
+    let removed = Atomic<Int>(0)
+    let isDone = Atomic<Bool>(false)
+    let complaints = Complaints()
+    let rounds = 2000
+    try onThreads(4) { index in
+      if index == 0 {
+        for _ in 0..<rounds {
+          guard let id = try? table.insert(Self.makeBatch()) else {
+            complaints.add("insert")
+            break
+          }
+          current.store(id, ordering: .releasing)
+          while Self.code(table, id) == nil { sched_yield() }
+        }
+        isDone.store(true, ordering: .releasing)
+        return
+      }
+      while !isDone.load(ordering: .acquiring) {
+        let id = current.load(ordering: .acquiring)
+        if index == 1 {
+          try? table.with(id) { batch throws(EngineError) in
+            complaints.require(batch.id == id, "another batch")
+          }
+        } else {
+          let code = failureCode { () throws(EngineError) in try table.remove(id) { _ in true } }
+          if code == nil { removed.add(1, ordering: .relaxed) }
+          complaints.require(code == nil || code == .invalidHandle, "\(String(describing: code))")
+        }
+      }
+    }
+    #expect(removed.load(ordering: .relaxed) == rounds)
+    #expect(complaints.all.isEmpty, "\(complaints.all.prefix(3))")
+  }
+}

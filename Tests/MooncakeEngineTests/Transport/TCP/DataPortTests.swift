@@ -1,0 +1,230 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Testing
+
+/// What arrives at the data port: good requests in odd pieces, and everything else.
+struct DataPortTests {
+  private static func withServer(
+    _ memory: GuardedMemory, access: Access = [.remoteRead, .remoteWrite],
+    _ body: (TransferEngine) throws -> Void
+  ) throws {
+    let engine = try makeEngine()
+    defer { engine.close() }
+    try engine.register(memory.address, length: UInt64(memory.count), access: access)
+    try body(engine)
+    try expectHealthy(engine, memory)
+  }
+
+  /// A good request is still answered.
+  private static func expectHealthy(_ engine: TransferEngine, _ memory: GuardedMemory) throws {
+    #expect(memory.areGuardsIntact)
+    let answer = try exchange(engine, wireHeader(.read, memory, count: 4))
+    #expect(answer == FakeConnection.frame(TCPWire.statusOK) + memory.bytes.prefix(4))
+  }
+
+  /// Everything the server says to these bytes, up to the end of its stream.
+  private static func exchange(
+    _ engine: TransferEngine, _ bytes: [UInt8], closes: Bool = true
+  ) throws -> [UInt8] {
+    let connection = try RPCTestPeer(to: engine.transport.server.address)
+    do { try connection.send(bytes) } catch let error as Errno {
+      // A refusal may reset the connection while the rest is being sent.
+      guard error.rawValue == ECONNRESET || error.rawValue == EPIPE else { throw error }
+    }
+    if closes { connection.socket.shutdownWrite() }
+    return try connection.receiveAll()
+  }
+
+  private static let ok = FakeConnection.frame(TCPWire.statusOK)
+  private static let rejected = FakeConnection.frame(TCPWire.statusRejected)
+
+  /// Requests sent before a half-close are served before the server closes.
+  @Test func pipelinedRequests() throws {
+    let memory = GuardedMemory(1 << 20)
+    memory.fill(Pattern(seed: 1))
+    try Self.withServer(memory) { engine in
+      var bytes: [UInt8] = []
+      var expected: [UInt8] = []
+      for index in 0..<100 {
+        let address = memory.address + index * 1000
+        bytes += wireHeader(.read, address: UInt64(UInt(bitPattern: address)), size: 1000)
+        expected += Self.ok + UnsafeRawBufferPointer(start: address, count: 1000)
+      }
+      let target = memory.address + 500_000
+      bytes += wireHeader(.write, address: UInt64(UInt(bitPattern: target)), size: 3000)
+      bytes += [UInt8](repeating: 0x42, count: 3000)
+      expected += Self.ok
+      #expect(try Self.exchange(engine, bytes) == expected)
+      #expect(UnsafeRawBufferPointer(start: target, count: 3000).allSatisfy { $0 == 0x42 })
+    }
+  }
+
+  /// Both framings on one connection, request by request.
+  @Test func mixedFramings() throws {
+    let memory = GuardedMemory(4096)
+    memory.fill(Pattern(seed: 1))
+    try Self.withServer(memory) { engine in
+      let address = UInt64(UInt(bitPattern: memory.address))
+      func header(_ opcode: Opcode, _ isAcknowledged: Bool) -> [UInt8] {
+        wireHeader(opcode, address: address, size: 8, isAcknowledged: isAcknowledged)
+      }
+      let first = Array(memory.bytes.prefix(8))
+      let second = [UInt8](repeating: 9, count: 8)
+      let answer = try Self.exchange(
+        engine,
+        header(.read, false) + header(.read, true) + header(.write, false) + second
+          + header(.read, false) + header(.write, true) + first + header(.read, true))
+      #expect(answer == first + Self.ok + first + second + Self.ok + Self.ok + first)
+    }
+  }
+
+  /// Requests that come byte by byte.
+  @Test func trickle() throws {
+    let memory = GuardedMemory(64)
+    try Self.withServer(memory) { engine in
+      let connection = try RPCTestPeer(to: engine.transport.server.address)
+      connection.socket.setNoDelay()
+      let bytes =
+        wireHeader(.write, memory, count: 20) + (1...20).map { UInt8($0) }
+        + wireHeader(.read, memory, count: 20)
+      for byte in bytes {
+        try connection.send([byte])
+        usleep(200)
+      }
+      connection.socket.shutdownWrite()
+      #expect(try connection.receiveAll() == Self.ok + Self.ok + (1...20).map { UInt8($0) })
+    }
+  }
+
+  /// Ranges that are not wholly inside one buffer, on either framing.
+  @Test func foreignRanges() throws {
+    let memory = GuardedMemory(8192)
+    memory.fill(0x21)
+    try Self.withServer(memory) { engine in
+      let start = UInt64(UInt(bitPattern: memory.address))
+      let ranges: [(UInt64, UInt64)] = [
+        (0, 8), (start - 1, 8), (start, 8193), (start + 8185, 8), (start + 8192, 1), (start, 0),
+        (start, .max), (.max, 1), (.max, .max), (start, 0 &- start), (start, 1 &- start),
+        (0 &- 8, 16), (start, 1 << 63), (1 << 63, 8), (8, start),
+      ]
+      for (address, size) in ranges {
+        for opcode in [Opcode.read, .write] {
+          let data = [UInt8](repeating: 0xEE, count: 64)
+          let answer = try Self.exchange(
+            engine, wireHeader(opcode, address: address, size: size) + data)
+          #expect(answer == Self.rejected, "\(opcode) of \(size) bytes at \(address)")
+          let silent = try Self.exchange(
+            engine, wireHeader(opcode, address: address, size: size, isAcknowledged: false) + data)
+          #expect(silent.isEmpty, "\(opcode) of \(size) bytes at \(address)")
+        }
+      }
+      #expect(memory.holdsOnly(0x21))
+    }
+  }
+
+  @Test func rightsAreCheckedByTheTarget() throws {
+    let readable = GuardedMemory(64)
+    let writable = GuardedMemory(64)
+    try Self.withServer(readable, access: .remoteRead) { engine in
+      try engine.register(writable.address, length: 64, access: .remoteWrite)
+      let data = [UInt8](repeating: 0xEE, count: 8)
+      #expect(
+        try Self.exchange(engine, wireHeader(.write, readable, count: 8) + data) == Self.rejected)
+      #expect(try Self.exchange(engine, wireHeader(.read, writable, count: 8)) == Self.rejected)
+      #expect(readable.holdsOnly(0))
+    }
+  }
+
+  /// Opcodes other than write read, as peers of every version understand them.
+  @Test func otherOpcodes() throws {
+    let memory = GuardedMemory(64)
+    memory.fill(0x21)
+    try Self.withServer(memory) { engine in
+      for code: UInt8 in [0, 2, 7, 0x7F, 0x80, 0x82, 0xFF] {
+        var bytes = wireHeader(.read, memory, count: 5)
+        bytes[16] = code
+        for index in 17..<24 { bytes[index] = 0xAB }
+        let frame = code & 0x80 == 0 ? [] : Self.ok
+        #expect(try Self.exchange(engine, bytes) == frame + [UInt8](repeating: 0x21, count: 5))
+      }
+    }
+  }
+
+  /// Connections that stop anywhere.
+  @Test func partialRequests() throws {
+    let memory = GuardedMemory(4096)
+    try Self.withServer(memory) { engine in
+      let whole = wireHeader(.write, memory, count: 4096) + [UInt8](repeating: 0x31, count: 4096)
+      for count in Array(0..<24) + [24, 25, 100, 4000, 24 + 4095] {
+        #expect(try Self.exchange(engine, Array(whole.prefix(count))).isEmpty, "\(count) bytes")
+      }
+      #expect(try Self.exchange(engine, whole) == Self.ok)
+    }
+  }
+
+  @Test func garbage() throws {
+    let memory = GuardedMemory(4096)
+    memory.fill(0x21)
+    try Self.withServer(memory) { engine in
+      var generator = SeededGenerator(seed: 77)
+      for _ in 0..<400 {
+        let count = Int.random(in: 1...2000, using: &generator)
+        let bytes = (0..<count).map { _ in UInt8.random(in: 0...255, using: &generator) }
+        _ = try Self.exchange(engine, bytes)
+      }
+      #expect(memory.holdsOnly(0x21))
+    }
+  }
+
+  /// Thousands of connections that begin something and vanish; those that stay open cost nothing.
+  @Test func floodOfConnections() throws {
+    let memory = GuardedMemory(4096)
+    memory.fill(0x21)
+    try Self.withServer(memory) { engine in
+      let half = Array(wireHeader(.write, memory, count: 4096).prefix(13))
+      for round in 0..<20 {
+        var open: [Holder] = []
+        for index in 0..<100 {
+          let holder = Holder(try RPCTestPeer(to: engine.transport.server.address))
+          if index % 3 == 0 { try holder.connection.send(half) }
+          if index % 3 == 1 { try holder.connection.send([UInt8](repeating: 0xFF, count: 24)) }
+          open.append(holder)
+        }
+        if round % 5 == 0 { try Self.expectHealthy(engine, memory) }
+      }
+      #expect(memory.holdsOnly(0x21))
+      #expect(
+        eventually { engine.transport.counters.connections.load(ordering: .relaxed) == 0 })
+    }
+  }
+
+  private final class Holder {
+    let connection: RPCTestPeer
+    init(_ connection: consuming RPCTestPeer) { self.connection = connection }
+  }
+
+  /// A peer that asks for much and takes nothing holds one connection and little memory.
+  @Test func readersThatTakeNothing() throws {
+    let memory = GuardedMemory(8 << 20)
+    memory.fill(0x21)
+    try Self.withServer(memory) { engine in
+      let connection = try RPCTestPeer(to: engine.transport.server.address)
+      let request = wireHeader(.read, memory, count: memory.count)
+      // The server stops to read requests once enough answers wait.
+      var accepted = 0
+      let bytes = (0..<256).flatMap { _ in request }
+      let deadline = Deadline.after(milliseconds: 300)
+      while !deadline.hasPassed {
+        if let count = try connection.socket.trySend(bytes, from: 0) {
+          accepted += count
+        } else {
+          usleep(5000)
+        }
+      }
+      #expect(accepted < 64 << 20)
+      try Self.expectHealthy(engine, memory)
+    }
+  }
+}
