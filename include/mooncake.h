@@ -4,8 +4,8 @@
  * SPDX-License-Identifier: Apache-2.0
  *
  * Rules that hold for every function here, unless it says otherwise:
- *  - It returns MOONCAKE_OK (0) or a negative MOONCAKE_ERROR_*; outputs are written on success only.
- *    mooncake_error_message() explains the calling thread's last failure.
+ *  - It returns MOONCAKE_OK (0) or a negative MOONCAKE_ERROR_*; outputs are written on success
+ *    only. mooncake_error_message() explains the calling thread's last failure.
  *  - It may be called from any thread at any time. Strings and structs passed in are copied before
  *    it returns; memory named by a transfer request must stay valid until that request is terminal.
  *  - "Blocking" functions return within their timeout; others return without waiting for a peer.
@@ -282,7 +282,8 @@ typedef struct mooncake_batch_status {
 typedef uint64_t mooncake_batch_t;
 
 /* Creates a batch for up to capacity requests over its life. Ends with mooncake_batch_free() or
- * with the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches). Since 0.1. */
+ * with the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches).
+ * Since 0.1. */
 int32_t mooncake_batch_create(mooncake_engine_t *engine, uint64_t capacity,
                               mooncake_batch_t *batch);
 

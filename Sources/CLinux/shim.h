@@ -39,8 +39,8 @@
 
 static inline int linux_futex_wait(
   uint32_t *word, uint32_t expected, const struct timespec *absolute_monotonic) {
-  return (int)syscall(SYS_futex, word, FUTEX_WAIT_BITSET_PRIVATE, expected, absolute_monotonic, NULL,
-                      FUTEX_BITSET_MATCH_ANY);
+  return (int)syscall(SYS_futex, word, FUTEX_WAIT_BITSET_PRIVATE, expected, absolute_monotonic,
+                      NULL, FUTEX_BITSET_MATCH_ANY);
 }
 
 static inline int linux_futex_wake(uint32_t *word, int count) {

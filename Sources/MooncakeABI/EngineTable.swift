@@ -22,8 +22,8 @@ final class EngineRecord: Sendable {
 
 /// The engines of the process.
 final class EngineTable: @unchecked Sendable {
-  // Unchecked: a slot's record is written by the thread that holds the slot reserved or closing, and
-  // read only by its counted users.
+  // Unchecked: a slot's record is written by the thread that holds the slot reserved or closing,
+  // and read only by its counted users.
   static let shared = EngineTable()
   static let capacity = 1024
 

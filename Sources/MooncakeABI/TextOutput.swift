@@ -5,8 +5,8 @@ import MooncakeEngine
 /// Longest name, address, URI or location accepted, in bytes.
 let maximumNameBytes = 4096
 
-/// Longest notification text accepted, in bytes: name and JSON around it must fit one RPC message as
-/// well. What a peer takes may be less.
+/// Longest notification text accepted, in bytes: name and JSON around it must fit one RPC message
+/// as well. What a peer takes may be less.
 let maximumMessageBytes =
   HandshakeSettings.fromEnvironment().maximumLength - 2 * maximumNameBytes
 

@@ -3,8 +3,8 @@ import Synchronization
 /// A mutex that holds what it protects.
 ///
 /// The standard library's `Mutex` waits inside a library that the thread sanitizer does not see, so
-/// a contended one looks like a race. The atomic tells the sanitizer the order; elsewhere it costs a
-/// plain load and store.
+/// a contended one looks like a race. The atomic tells the sanitizer the order; elsewhere it costs
+/// a plain load and store.
 package struct Lock<Value: ~Copyable>: ~Copyable, Sendable {
   private let mutex: Mutex<Value>
   private let order = Atomic(false)

@@ -1,7 +1,7 @@
 // The peer that tests start in a process of its own:
 //   MooncakeTestPeer serve LENGTH PORT   serves memory full of 0x5A: prints
 //                                        "NAME ADDRESS LENGTH", ends when stdin closes
-//   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if anything stays behind
+//   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if any trace stays
 
 import Glibc
 import MooncakeEngine

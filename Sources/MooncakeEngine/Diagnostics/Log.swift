@@ -23,8 +23,8 @@ public enum Log {
     let sink = Mutex<Sink?>(nil)
   }
 
-  // Replaced only in a forked child, before it has a second thread: another thread of the parent may
-  // have held the lock at the fork. The child's lines go to stderr until it sets a sink.
+  // Replaced only in a forked child, before it has a second thread: another thread of the parent
+  // may have held the lock at the fork. The child's lines go to stderr until it sets a sink.
   private nonisolated(unsafe) static var box: SinkBox = {
     pthread_atfork(nil, nil) { box = SinkBox() }
     return SinkBox()

@@ -11,8 +11,8 @@ package final class EngineMemory: Sendable {
 }
 
 extension TransferEngine {
-  /// Makes a range a buffer of the local segment. The memory stays the caller's and must stay mapped
-  /// until it is unregistered.
+  /// Makes a range a buffer of the local segment. The memory stays the caller's and must stay
+  /// mapped until it is unregistered.
   public func register(
     _ address: UnsafeMutableRawPointer, length: UInt64, location: String = "*", access: Access
   ) throws(EngineError) {

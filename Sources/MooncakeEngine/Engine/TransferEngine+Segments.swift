@@ -2,7 +2,8 @@ import MooncakeSystem
 import Synchronization
 
 extension TransferEngine {
-  /// Finds a peer and fetches its descriptor. A known name keeps its id and gets a fresh descriptor.
+  /// Finds a peer and fetches its descriptor. A known name keeps its id and gets a fresh
+  /// descriptor.
   public func openSegment(
     _ name: String, timeoutMilliseconds: UInt64 = 0
   ) throws(EngineError) -> SegmentID {
@@ -93,8 +94,8 @@ extension TransferEngine {
 extension TransferEngine {
   private static let recoveryMilliseconds: UInt64 = 3_000
 
-  /// What the connections to a segment do when they need its descriptor anew. The engine may be gone
-  /// by then, and with it the loops that call.
+  /// What the connections to a segment do when they need its descriptor anew. The engine may be
+  /// gone by then, and with it the loops that call.
   package func handlers(for name: String) -> TCPPeer.Handlers {
     TCPPeer.Handlers(
       trouble: { [weak self] in

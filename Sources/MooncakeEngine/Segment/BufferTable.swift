@@ -6,6 +6,11 @@ package final class BufferTable: Sendable {
   package struct Buffer: Sendable {
     package var range: RemoteBuffer
     package var location: String
+
+    package init(range: RemoteBuffer, location: String) {
+      self.range = range
+      self.location = location
+    }
   }
 
   /// How many buffers an engine holds at most: its descriptor must fit peers' message limits.

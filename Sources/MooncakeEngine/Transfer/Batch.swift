@@ -35,9 +35,15 @@ package final class Batch: @unchecked Sendable {
   private var hasCallback = false
   /// Sent to the segment of the first request once everything is completed.
   package struct PendingNotification: Sendable {
-    var segment: SegmentID
-    var notification: Notification
-    var deadline: UInt64
+    package var segment: SegmentID
+    package var notification: Notification
+    package var deadline: UInt64
+
+    package init(segment: SegmentID, notification: Notification, deadline: UInt64) {
+      self.segment = segment
+      self.notification = notification
+      self.deadline = deadline
+    }
   }
   private let notification = Mutex<PendingNotification?>(nil)
   private let holdsNotification = Atomic<Bool>(false)
@@ -293,7 +299,8 @@ extension Batch {
       transferredBytes: transferredBytes.load(ordering: .relaxed))
   }
 
-  /// Drives `loop` until the batch is terminal or the deadline; returns false if another thread does.
+  /// Drives `loop` until the batch is terminal or the deadline; returns false if another thread
+  /// does.
   package func drive(_ loop: TCPClientLoop, until deadline: Deadline) -> Bool {
     drivers.wrappingAdd(1, ordering: .sequentiallyConsistent)
     defer { drivers.wrappingSubtract(1, ordering: .relaxed) }

@@ -134,8 +134,8 @@ package struct SliceInbox: ~Copyable {
   }
 }
 
-/// Slices beyond the one that every task holds. Striping takes them a request at a time, so its lock
-/// is never taken per slice.
+/// Slices beyond the one that every task holds. Striping takes them a request at a time, so its
+/// lock is never taken per slice.
 package final class SlicePool: Sendable {
   private struct State {
     var free: SlicePointer?

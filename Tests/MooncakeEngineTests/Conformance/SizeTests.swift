@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
@@ -115,7 +116,7 @@ struct SizeTests {
 }
 
 /// A huge range of addresses with little memory behind it.
-private struct SparseMemory: ~Copyable {
+private final class SparseMemory {
   private let mapping: MemoryMapping
   private static let fileBytes = 64 << 20
 

@@ -45,7 +45,7 @@ final class PeerProcess: @unchecked Sendable {
     var argv = ([path] + arguments).map { strdup($0) } + [nil]
     defer { for argument in argv { free(argument) } }
     var pid = pid_t()
-    let result = posix_spawn(&pid, path, &actions, nil, &argv, environ)
+    let result = posix_spawn(&pid, path, &actions, nil, &argv, Glibc.environ)
     close(stdin.read)
     close(stdout.write)
     input = FileDescriptor(owning: stdin.write)

@@ -23,14 +23,11 @@ final class EnginePair: Sendable {
   let target: TransferEngine
   let segment: SegmentID
 
-  init(
-    _ kind: TransportKind, change: (inout TransferEngine.Options) -> Void = { _ in },
-    register: (TransferEngine) throws -> Void = { _ in }
-  ) throws {
-    target = try makeEngine(kind, change: change)
+  init(_ kind: TransportKind, register: (TransferEngine) throws -> Void = { _ in }) throws {
+    target = try makeEngine(kind)
     do {
       try register(target)
-      initiator = try makeEngine(kind, change: change)
+      initiator = try makeEngine(kind)
     } catch {
       target.close()
       throw error

@@ -49,6 +49,17 @@ struct BatchTests {
     return first..<(first + count)
   }
 
+  /// Whether a terminal batch says so.
+  private func expect(
+    _ batch: Batch, _ state: TransferState, _ error: EngineError.Code?, submitted: UInt64,
+    completed: UInt64, bytes: UInt64
+  ) {
+    let status = batch.status
+    #expect(status.state == state && status.error == error)
+    #expect(status.submittedCount == submitted && status.terminalCount == submitted)
+    #expect(status.completedCount == completed && status.transferredBytes == bytes)
+  }
+
   @Test func countsAndFirstFailure() throws {
     let batch = makeBatch(4)
     #expect(batch.isTerminal && batch.status.submittedCount == 0)
@@ -63,11 +74,7 @@ struct BatchTests {
     #expect(announcer.announcements.load(ordering: .relaxed) == 0)
     Batch.end(batch.slices + 3, .completed)
     #expect(batch.isTerminal)
-    #expect(
-      batch.status
-        == BatchStatus(
-          state: .failed, error: .unreachable, submittedCount: 4, completedCount: 2,
-          terminalCount: 4, transferredBytes: 20))
+    expect(batch, .failed, .unreachable, submitted: 4, completed: 2, bytes: 20)
     #expect(batch.failureMessage == "first")
     #expect(batch.status(of: 2).error == .protocolViolation)
     #expect(announcer.announcements.load(ordering: .relaxed) == 1)
@@ -78,7 +85,7 @@ struct BatchTests {
     let batch = makeBatch(4)
     #expect(try batch.beginSubmit(2) == 0)
     #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(1) } == .busy)
-    batch.abandonSubmit()
+    batch.endSubmit()
     #expect(try submit(batch, 3) == 0..<3)
     #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(2) } == .full)
     #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(.max) } == .full)
@@ -166,11 +173,7 @@ struct BatchTests {
     #expect(try submit(batch, 2) == 0..<2)
     #expect(batch.status(of: 0).state == .waiting)
     for index in 0..<2 { Batch.end(batch.slices + index, .completed) }
-    #expect(
-      batch.status
-        == BatchStatus(
-          state: .completed, error: nil, submittedCount: 2, completedCount: 2, terminalCount: 2,
-          transferredBytes: 20))
+    expect(batch, .completed, nil, submitted: 2, completed: 2, bytes: 20)
   }
 
   /// Sleepers wake at the end; ends come from several threads.
@@ -234,10 +237,10 @@ struct BatchTableTests {
       failureCode { () throws(EngineError) in try table.remove(id) { _ in false } } == .busy)
     #expect(Self.code(table, id) == nil)
     var ids: [UInt64] = []
-    table.forEach { ids.append($0.id) }
+    table.withEach { ids.append($0.id) }
     #expect(ids == [id])
     try table.remove(id) { _ in true }
-    table.forEach { _ in ids.removeAll() }
+    table.withEach { _ in ids.removeAll() }
     #expect(ids == [id])
   }
 

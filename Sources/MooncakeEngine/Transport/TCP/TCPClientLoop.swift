@@ -285,7 +285,8 @@ extension TCPClientLoop {
   }
 
   private func attendTimers(_ now: UInt64) {
-    let sweeps = sweepRequested.load(ordering: .relaxed)
+    let sweeps =
+      sweepRequested.load(ordering: .relaxed)
       && sweepRequested.exchange(false, ordering: .sequentiallyConsistent)
     // An endpoint may leave the list while it is attended to only through `settle`.
     for index in active.indices where sweeps || now >= active[index].nextTimer {

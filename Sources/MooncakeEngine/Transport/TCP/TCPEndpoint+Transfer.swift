@@ -92,7 +92,8 @@ extension TCPEndpoint {
       sendOffset = 0
       sentCount += 1
       sendSlice = slice.pointee.next
-      // The half-close makes a version 1 server close once it has stored the data: its only receipt.
+      // The half-close makes a version 1 server close once it has stored the data: its only
+      // receipt.
       if peer.isOneShot && slice.pointee.opcode == .write {
         _ = shutdown(descriptor, Int32(SHUT_WR))
       }

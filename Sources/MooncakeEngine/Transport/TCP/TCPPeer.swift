@@ -87,7 +87,8 @@ package final class TCPConnectionGroup: Sendable {
     }
   }
 
-  /// Takes the peer out of use: what is queued goes to the successor, or ends by itself without one.
+  /// Takes the peer out of use: what is queued goes to the successor, or ends by itself without
+  /// one.
   package func retire(successor: TCPPeer.Successor?) {
     peer.markRetired(successor)
     for endpoint in endpoints {

@@ -38,7 +38,8 @@ final class TCPServerConnection {
   private var writeAddress: UInt64 = 0
   private var writeRemaining = 0
   private var writeIsAcknowledged = false
-  /// After a large write the next header is read alone, so that its data goes straight to its place.
+  /// After a large write the next header is read alone, so that its data goes straight to its
+  /// place.
   private var expectsBulk = false
 
   private var replies: [Reply] = []

@@ -1,8 +1,8 @@
 import CLinux
 
-/// The existing system's TCP framing: a 24-byte request header (size, address, opcode, padding) and,
-/// in version 2, an 8-byte status frame (code, magic) before read data and after write data. Numbers
-/// are little-endian.
+/// The existing system's TCP framing: a 24-byte request header (size, address, opcode, padding)
+/// and, in version 2, an 8-byte status frame (code, magic) before read data and after write data.
+/// Numbers are little-endian.
 package enum TCPWire {
   package static let headerBytes = 24
   package static let statusBytes = 8
