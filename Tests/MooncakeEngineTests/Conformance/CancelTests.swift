@@ -124,8 +124,8 @@ struct CancelTests {
     }
   }
 
-  /// Requests that end early leave those behind them on the connection whole: what was asked for one
-  /// is never taken for the other's answer.
+  /// Requests that end early leave those behind them on the connection whole: what was asked for
+  /// one is never taken for the other's answer.
   @Test(arguments: [true, false])
   func neighborsOnOneConnection(_ cancels: Bool) throws {
     let isReleased = Box(false)
