@@ -133,7 +133,7 @@ struct CancelTests {
       while let header = connection.header() {
         _ = eventually(within: 10_000) { isReleased.value }
         // Each request's place decides what it gets.
-        let byte = UInt8(header.address - FakePeer.bufferAddress >> 16) + 1
+        let byte = UInt8((header.address - FakePeer.bufferAddress) >> 16) + 1
         connection.sendStatus()
         connection.send([UInt8](repeating: byte, count: Int(header.size)))
       }
