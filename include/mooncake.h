@@ -283,8 +283,8 @@ typedef struct mooncake_batch_status {
 typedef uint64_t mooncake_batch_t;
 
 /* Creates a batch for up to capacity requests over its life. Ends with mooncake_batch_free() or
- * with the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches).
- * Since 0.1. */
+ * with the engine. Errors: INVALID_ARGUMENT (0 or above 1048576), FULL (65,536 batches or
+ * 16,777,216 requests of all batches together). Since 0.1. */
 int32_t mooncake_batch_create(mooncake_engine_t *engine, uint64_t capacity,
                               mooncake_batch_t *batch);
 

@@ -7,6 +7,8 @@ import Synchronization
 package final class BatchTable: @unchecked Sendable {
   // Unchecked: slots are published through atomics, the rest lies under `free`.
   package static let capacity = 65_536
+  /// Requests of all batches together: what may be queued at once is bounded by it.
+  package static let requestLimit = 1 << 24
 
   /// Word: generation in the high half; bit 31: live; below: users.
   private struct Slot: ~Copyable {
@@ -37,6 +39,17 @@ package final class BatchTable: @unchecked Sendable {
 
   /// Adds a batch and returns its id, which also becomes `batch.id`.
   package func insert(_ batch: Batch) throws(EngineError) -> UInt64 {
+    let sum = requests.wrappingAdd(batch.capacity, ordering: .relaxed).newValue
+    var isInserted = false
+    defer {
+      if !isInserted { requests.wrappingSubtract(batch.capacity, ordering: .relaxed) }
+    }
+    if sum > Self.requestLimit {
+      throw EngineError(
+        .full,
+        "the batches hold \(sum - batch.capacity) requests, \(batch.capacity) more would exceed "
+          + "\(Self.requestLimit): free batches, or create smaller ones")
+    }
     let index: UInt32? = free.withLock { free in
       if let index = free.indices.popLast() { return index }
       if free.nextUnused == UInt32(Self.capacity) { return nil }
@@ -54,10 +67,12 @@ package final class BatchTable: @unchecked Sendable {
     batch.id = generation << 32 | UInt64(index) + 1
     slot.pointee.batch = batch
     slot.pointee.word.store(generation << 32 | Self.live, ordering: .releasing)
+    isInserted = true
     return batch.id
   }
 
   private let used = Atomic<Int>(0)
+  private let requests = Atomic<Int>(0)
 
   /// Runs `body` with the batch, which stays alive meanwhile.
   @inline(__always)
@@ -85,6 +100,7 @@ package final class BatchTable: @unchecked Sendable {
     while slot.pointee.word.load(ordering: .acquiring) & Self.userMask != 1 { sched_yield() }
     let batch = slot.pointee.batch!
     batch.waitUntilQuiet()
+    requests.wrappingSubtract(batch.capacity, ordering: .relaxed)
     slot.pointee.batch = nil
     let generation = ((id >> 32) &+ 1) & 0x7FFF_FFFF
     slot.pointee.word.store(generation << 32, ordering: .releasing)

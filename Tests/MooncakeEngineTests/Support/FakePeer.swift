@@ -136,6 +136,12 @@ final class FakeConnection: Sendable {
     return bytes.withUnsafeBytes { TCPWire.Header($0.baseAddress!) }
   }
 
+  /// Whether more bytes arrive in the time.
+  func hasMore(within milliseconds: Int32) -> Bool {
+    var item = pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)
+    return poll(&item, 1, milliseconds) > 0
+  }
+
   /// Exactly `count` bytes; nil when the stream ends before.
   func receive(_ count: Int) -> [UInt8]? {
     var bytes = [UInt8](repeating: 0, count: count)

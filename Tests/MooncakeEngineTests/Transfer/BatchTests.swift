@@ -245,6 +245,21 @@ struct BatchTableTests {
     #expect(ids == [id])
   }
 
+  /// What can be queued is bounded over all batches, and freeing one makes room.
+  @Test func requestsOfAllBatches() throws {
+    let table = BatchTable()
+    let share = BatchTable.requestLimit / 16
+    func insert(_ capacity: Int) throws(EngineError) -> UInt64 {
+      try table.insert(Batch(capacity: capacity, pool: SlicePool(), announcer: nil))
+    }
+    var ids: [UInt64] = []
+    for _ in 0..<16 { ids.append(try insert(share)) }
+    #expect(failureCode { () throws(EngineError) in _ = try insert(1) } == .full)
+    try table.remove(ids[0]) { _ in true }
+    _ = try insert(share)
+    #expect(failureCode { () throws(EngineError) in _ = try insert(1) } == .full)
+  }
+
   @Test func full() throws {
     let table = BatchTable()
     let batch = Self.makeBatch()

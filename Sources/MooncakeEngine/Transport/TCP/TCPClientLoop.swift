@@ -218,14 +218,14 @@ extension TCPClientLoop {
   private func drive(until deadline: Deadline, isDone: () -> Bool) {
     var quietSince: UInt64 = 0
     var now = Clock.now()
-    while !isDone(), !isStopping.load(ordering: .relaxed) {
+    // Traffic of others must not keep a waiter beyond its deadline.
+    while !isDone(), now < deadline.nanoseconds, !isStopping.load(ordering: .relaxed) {
       if turn(now) {
         quietSince = 0
         now = Clock.now()
         continue
       }
       now = Clock.now()
-      if now >= deadline.nanoseconds { break }
       if quietSince == 0 { quietSince = now }
       if burstBytes <= Self.spinLimitBytes, now &- quietSince < spinNanoseconds {
         relaxProcessor()

@@ -8,11 +8,7 @@ extension TCPEndpoint {
   /// Sends as much as the socket takes; returns whether anything was sent.
   func send() -> Bool {
     var isAny = false
-    while sendSlice != nil, sentCount < Self.inflightLimit {
-      // Version 1 has no acknowledgment: one request a connection, ended by the peer's close.
-      if peer.isOneShot && sentCount > 0 { break }
-      // A reset may have swallowed the refusal of one of several requests: suspects go alone.
-      if sentCount > 0, isSuspect(sendSlice!) { break }
+    while maySend {
       let vectors = loop.vectors
       let count = gather(vectors)
       var message = msghdr()
@@ -39,8 +35,19 @@ extension TCPEndpoint {
       // Answers come back while a long list is sent: give them a turn.
       if sent >= TCPWire.sendChunkBytes / 2, receiveIsDue { break }
     }
-    updateInterest(blocked: sendSlice != nil && sentCount < Self.inflightLimit && !peer.isOneShot)
+    // Armed only for what could go out at once: a writable socket would keep the driver awake.
+    updateInterest(blocked: maySend)
     return isAny
+  }
+
+  /// Whether there is something to send that need not wait for answers first.
+  var maySend: Bool {
+    guard let next = sendSlice, let first = queue.first else { return false }
+    if sentCount == 0 { return true }
+    // Version 1 has no acknowledgment: one request a connection, ended by the peer's close.
+    if peer.isOneShot || sentCount >= Self.inflightLimit { return false }
+    // A reset may have swallowed the refusal of one of several requests: suspects go alone.
+    return !isSuspect(first) && !isSuspect(next)
   }
 
   private var receiveIsDue: Bool { sentCount > 0 }

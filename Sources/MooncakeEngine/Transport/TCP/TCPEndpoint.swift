@@ -154,7 +154,10 @@ extension TCPEndpoint {
     guard case .connected = state else { return }
     // Without requests in flight readability means that the peer closed or talks out of turn.
     if queue.isEmpty { return closeIdle() }
-    if events & ~Epoll.writable != 0 { _ = receive() }
+    if events & ~Epoll.writable == 0 { return }
+    _ = receive()
+    // Answers make room for what waited for them; nothing else would send it.
+    if case .connected = state, !wantsWritable, maySend { _ = send() }
   }
 
   private func startConnect() {
@@ -177,7 +180,9 @@ extension TCPEndpoint {
   private func finishConnect() {
     if let error = socket?.takeError() { return connectFailed(error) }
     // Still in progress: a spurious wake-up.
-    guard (try? socket?.peerAddress()) != nil else { return }
+    guard let remote = try? socket?.peerAddress() else { return }
+    // A port of the ephemeral range that nobody listens on can connect to itself.
+    if remote == (try? socket?.localAddress()) { return connectFailed(.connectionRefused) }
     state = .connected
     failingSince = 0
     restNanoseconds = 0
@@ -320,7 +325,7 @@ extension TCPEndpoint {
     }
     if breaksConnection { disconnect(lastError, blames: false) }
     var due = queue.removeAll(where: isDue)
-    sendSlice = breaksConnection ? queue.first : firstUnsent(sentBound: sentBound)
+    sendSlice = breaksConnection ? queue.first : firstUnsent
     earliestDeadline = .max
     cursor = queue.first
     while let slice = cursor {
@@ -338,7 +343,7 @@ extension TCPEndpoint {
   }
 
   /// The list below the sent bound is unchanged when nothing there was due.
-  private func firstUnsent(sentBound: Int) -> SlicePointer? {
+  private var firstUnsent: SlicePointer? {
     var cursor = queue.first
     var index = 0
     while let slice = cursor, index < sentCount {

@@ -112,8 +112,8 @@ final class TCPServerLoop: @unchecked Sendable {
       let spins = lastActivity != 0 && Clock.now() - lastActivity < spinNanoseconds
       let timeout: Int32 = spins || !againTokens.isEmpty ? 0 : drainTimeout()
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
+      expireDrains()
       if count == 0 && againTokens.isEmpty {
-        expireDrains()
         if spins { relaxProcessor() }
         continue
       }
