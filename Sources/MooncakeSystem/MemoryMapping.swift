@@ -44,7 +44,7 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
   /// The size of a page.
   package static let pageBytes = sysconf(Int32(_SC_PAGESIZE))
 
-  private static func roundedToPages(_ byteCount: Int) throws(Errno) -> Int {
+  static func roundedToPages(_ byteCount: Int) throws(Errno) -> Int {
     let (sum, overflow) = byteCount.addingReportingOverflow(pageBytes - 1)
     if overflow || byteCount <= 0 { throw Errno(ENOMEM) }
     return sum & ~(pageBytes - 1)

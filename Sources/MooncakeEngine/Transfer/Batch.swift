@@ -59,6 +59,8 @@ package final class Batch: @unchecked Sendable {
   private let drivers = Atomic<Int>(0)
   /// Whether the last submit was so large that waiters should sleep instead of spinning.
   package var isBulk = false
+  /// Whether slices of it were queued for shared memory: waiters may copy them.
+  package var usesSharedMemory = false
 
   package init(capacity: Int, pool: SlicePool, announcer: (any BatchAnnouncer)?) {
     self.capacity = capacity
@@ -87,6 +89,7 @@ package final class Batch: @unchecked Sendable {
     failureWord.store(0, ordering: .relaxed)
     cancelRequested.store(false, ordering: .relaxed)
     drivenLoop = nil
+    usesSharedMemory = false
   }
 }
 
