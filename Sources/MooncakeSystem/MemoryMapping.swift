@@ -12,6 +12,13 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
   /// Takes ownership of a range that `munmap` may end.
   package init(owning bytes: UnsafeMutableRawBufferPointer) { self.bytes = bytes }
 
+  /// Gives the range to the caller, who must unmap it.
+  package consuming func release() -> UnsafeMutableRawBufferPointer {
+    let bytes = self.bytes
+    discard self
+    return bytes
+  }
+
   deinit { munmap(bytes.baseAddress!, bytes.count) }
 
   /// Maps zeroed private memory of a whole number of pages; asks for huge pages where they help.
