@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Diagnostics" of transfer_engine_c.h, and what its "Engine" section says about topology
 // and the end of the process.
 import CMooncake

@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Engine" of transfer_engine_c.h: life cycle and transports.
 import CMooncake
 import Glibc

@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Sections "Memory" and "Segments" of transfer_engine_c.h.
 import CMooncake
 import MooncakeEngine

@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Sections "Transfers" and "Notifications" of transfer_engine_c.h.
 import CMooncake
 import Glibc

@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Engine" of mooncake.h.
 import CMooncake
 import MooncakeEngine
@@ -24,7 +25,12 @@ package func mooncake_engine_create(
     try refuseInsideLogCallback()
     let options = try readOptions(options)
     let handle = try EngineTable.shared.insert(.native) { () throws(EngineError) in
-      try TransferEngine(options)
+      do throws(EngineError) {
+        return try TransferEngine(options)
+      } catch {
+        Log.error("mooncake_engine_create: \(error.message)")
+        throw error
+      }
     }
     output.pointee = OpaquePointer(bitPattern: UInt(handle))
   }

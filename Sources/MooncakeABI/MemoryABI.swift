@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Memory" of mooncake.h.
 import CMooncake
 import MooncakeEngine

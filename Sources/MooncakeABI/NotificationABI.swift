@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Notifications" of mooncake.h.
 import CMooncake
 import Glibc

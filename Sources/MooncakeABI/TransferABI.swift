@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Transfers" of mooncake.h. Submit, poll and wait allocate nothing unless they fail.
 import CMooncake
 import MooncakeEngine

@@ -1,4 +1,5 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Section "Version and errors" of mooncake.h.
 import CMooncake
 import Glibc

@@ -87,13 +87,31 @@ package struct Socket: ~Copyable, Sendable {
     try SocketAddress.filled { getpeername(rawValue, $0, $1) }
   }
 
+  /// Makes the close a reset, which the peer cannot take for an orderly end.
+  package func resetOnClose() {
+    var option = linger(l_onoff: 1, l_linger: 0)
+    setsockopt(
+      rawValue, SOL_SOCKET, SO_LINGER, &option, socklen_t(MemoryLayout<linger>.size))
+  }
+
   package func shutdownWrite() { _ = shutdown(rawValue, Int32(SHUT_WR)) }
 
-  /// Waits until the socket has one of `events` (POLLIN, POLLOUT), an error or a hang-up.
-  package func wait(for events: Int32, until deadline: Deadline) throws(Errno) {
-    var item = pollfd(fd: rawValue, events: Int16(events), revents: 0)
+  /// Waits until the socket has one of `events` (POLLIN, POLLOUT), an error or a hang-up. Throws
+  /// ECANCELED as soon as the descriptor `cancellation`, if there is one, is readable.
+  package func wait(
+    for events: Int32, until deadline: Deadline, cancellation: Int32 = -1
+  ) throws(Errno) {
+    // poll ignores a negative descriptor.
+    var items = (
+      pollfd(fd: rawValue, events: Int16(events), revents: 0),
+      pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0)
+    )
     while true {
-      let count = poll(&item, 1, deadline.remainingMilliseconds)
+      let count = withUnsafeMutableBytes(of: &items) {
+        poll(
+          $0.baseAddress!.assumingMemoryBound(to: pollfd.self), 2, deadline.remainingMilliseconds)
+      }
+      if items.1.revents != 0 { throw Errno(ECANCELED) }
       if count > 0 { return }
       if count == 0 {
         if deadline.hasPassed { throw Errno.timedOut }

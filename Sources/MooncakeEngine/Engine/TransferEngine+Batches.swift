@@ -248,7 +248,8 @@ extension TransferEngine: BatchAnnouncer {
       do throws(EngineError) {
         let name = try segments.segment(pending.segment).name
         try RPCClient.notify(
-          name, pending.notification, deadline: Deadline(nanoseconds: pending.deadline))
+          name, pending.notification, deadline: Deadline(nanoseconds: pending.deadline),
+          cancellation: closeEvent.descriptor.rawValue)
         batch.endNotification(nil)
       } catch {
         batch.endNotification(error)

@@ -10,7 +10,9 @@ extension TransferEngine {
     try notification.validate()
     let name = try segments.segment(segment).name
     try logged { () throws(EngineError) in
-      try RPCClient.notify(name, notification, deadline: deadline(timeoutMilliseconds))
+      try RPCClient.notify(
+        name, notification, deadline: deadline(timeoutMilliseconds),
+        cancellation: closeEvent.descriptor.rawValue)
     }
   }
 

@@ -59,7 +59,9 @@ extension TransferEngine {
   public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
     try checkOpen()
     try logged { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: deadline(timeoutMilliseconds))
+      try RPCClient.probe(
+        name, deadline: deadline(timeoutMilliseconds),
+        cancellation: closeEvent.descriptor.rawValue)
     }
   }
 
@@ -87,7 +89,9 @@ extension TransferEngine {
   private func fetchDescriptor(
     _ name: String, deadline: Deadline
   ) throws(EngineError) -> SegmentDescriptor {
-    try RPCClient.fetchDescriptor(of: name, own: local.json, deadline: deadline)
+    try RPCClient.fetchDescriptor(
+      of: name, own: local.json, deadline: deadline,
+      cancellation: closeEvent.descriptor.rawValue)
   }
 }
 

@@ -54,34 +54,32 @@ public final class TransferEngine: @unchecked Sendable {
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
-  package let mappings = Mutex<[UInt64: EngineMemory]>([:])
+  package let mappings = Lock<[UInt64: EngineMemory]>([:])
   package let engineEvent = Atomic<Int32>(-1)
-  package let spareBatches = Mutex<[Batch]>([])
+  package let spareBatches = Lock<[Batch]>([])
   package let defaultTimeoutMilliseconds: UInt64
   package let spinNanoseconds: UInt64
 
+  /// Becomes readable when the engine closes, so that no call waits for a peer any longer.
+  package let closeEvent: EventFD
   private let rpc: RPCServer
   private let closing = Atomic<Bool>(false)
   private let activeSubmits = Atomic<Int>(0)
-  private let closeLock = Mutex(false)
+  private let closeLock = Lock(false)
 
   /// Creates an engine whose ports listen when this returns.
   public convenience init(_ options: Options = Options()) throws(EngineError) {
-    let opened: OpenedListener
-    do throws(EngineError) {
-      try Self.validate(options)
-      opened = try Self.listen(options)
-    } catch {
-      Log.error("creating an engine: \(error.message)")
-      throw error
-    }
-    try self.init(options, opened)
+    try Self.validate(options)
+    try self.init(options, Self.listen(options))
   }
 
   private init(_ options: Options, _ opened: consuming OpenedListener) throws(EngineError) {
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
     spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 
+    do throws(Errno) { closeEvent = try EventFD() } catch {
+      throw EngineError(.system, "creating an engine: \(error)")
+    }
     let address = opened.address
     name = address.name
     rpcAddress = HostPort(host: address.advertisedHost, port: address.port)
@@ -204,6 +202,7 @@ public final class TransferEngine: @unchecked Sendable {
       if isClosed { return }
       isClosed = true
       closing.store(true, ordering: .sequentiallyConsistent)
+      closeEvent.signal()
       // A submit that passed the check is over in microseconds.
       while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
       rpc.stop()

@@ -13,7 +13,7 @@ package final class WorkerPool: Sendable {
     var isStopping = false
   }
 
-  private let state = Mutex(State())
+  private let state = Lock(State())
   private let doorbell = Futex()
   private let departures = Futex()
   private let name: String

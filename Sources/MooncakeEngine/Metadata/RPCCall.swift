@@ -7,6 +7,8 @@ struct RPCCall {
   let type: RPCType
   let deadline: Deadline
   let settings: HandshakeSettings
+  /// A descriptor that becomes readable when the call is to be given up; -1 for none.
+  let cancellation: Int32
 
   private static let chunkBytes = 64 << 10
   private static let hint = "is the process running and is this its RPC port?"
@@ -45,7 +47,7 @@ struct RPCCall {
         return try connect(to: address)
       } catch {
         last = error
-        if deadline.hasPassed { break }
+        if deadline.hasPassed || error.code == .canceled { break }
       }
     }
     throw last ?? failure(.unresolved, "the name has no address", "check the name")
@@ -58,7 +60,7 @@ struct RPCCall {
     do throws(Errno) {
       let socket = try Socket(family: address.family)
       try socket.startConnect(to: address)
-      try socket.wait(for: POLLOUT, until: min(deadline, ownLimit))
+      try socket.wait(for: POLLOUT, until: min(deadline, ownLimit), cancellation: cancellation)
       if let error = socket.takeError() { throw error }
       // A port of the ephemeral range without a listener can connect to itself.
       if try socket.localAddress() == address { throw .connectionRefused }
@@ -66,6 +68,7 @@ struct RPCCall {
       return socket
     } catch {
       switch error.rawValue {
+      case ECANCELED: throw canceled
       case ECONNREFUSED:
         throw failure(.unreachable, "connect\(place) refused", Self.hint)
       case ETIMEDOUT where deadline.hasPassed:
@@ -93,7 +96,7 @@ struct RPCCall {
         if let count = try socket.trySend(bytes, from: sentByteCount) {
           sentByteCount += count
         } else {
-          try socket.wait(for: POLLOUT, until: deadline)
+          try socket.wait(for: POLLOUT, until: deadline, cancellation: cancellation)
         }
       }
     } catch {
@@ -109,7 +112,7 @@ struct RPCCall {
       let count: Int
       do throws(Errno) {
         guard let received = try socket.tryReceive(into: chunk) else {
-          try socket.wait(for: POLLIN, until: deadline)
+          try socket.wait(for: POLLIN, until: deadline, cancellation: cancellation)
           continue
         }
         count = received
@@ -137,7 +140,12 @@ struct RPCCall {
 
   // MARK: Errors
 
+  private var canceled: EngineError {
+    failure(.canceled, "given up", "the engine was destroyed meanwhile")
+  }
+
   private func broken(_ error: Errno, _ moment: String) -> EngineError {
+    if error.rawValue == ECANCELED { return canceled }
     if error == .timedOut && deadline.hasPassed {
       return failure(
         .timeout, "the deadline passed while \(moment)",

@@ -7,23 +7,26 @@ package enum RPCClient {
   /// default one.
   package static func call(
     _ peer: HostPort, type: RPCType, body: String, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment()
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
   ) throws(EngineError) -> String {
     let target = HostPort(host: peer.host, port: peer.port ?? settings.defaultPort)
-    return try RPCCall(peer: target, type: type, deadline: deadline, settings: settings).run(body)
+    return try RPCCall(
+      peer: target, type: type, deadline: deadline, settings: settings, cancellation: cancellation
+    ).run(body)
   }
 
   /// Fetches the segment descriptor of the peer that `name` ("host:port") says. `own` is the
   /// caller's descriptor, which the protocol makes the request.
   package static func fetchDescriptor(
     of name: String, own: String, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment()
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
   ) throws(EngineError) -> SegmentDescriptor {
     let peer = try parse(name)
     // Responders parse the request and then ignore it, so one too long for them may be left out.
     let fits = !own.isEmpty && own.utf8.count < settings.maximumLength
     let answer = try call(
-      peer, type: .metadata, body: fits ? own : "{}", deadline: deadline, settings: settings)
+      peer, type: .metadata, body: fits ? own : "{}", deadline: deadline, settings: settings,
+      cancellation: cancellation)
     do throws(EngineError) {
       return try SegmentDescriptor(json: answer)
     } catch {
@@ -34,7 +37,7 @@ package enum RPCClient {
   /// Delivers a notification; returns once the peer has taken it.
   package static func notify(
     _ name: String, _ notification: Notification, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment()
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
   ) throws(EngineError) {
     let peer = try parse(name)
     var writer = JSONWriter()
@@ -51,7 +54,8 @@ package enum RPCClient {
           + "on both sides")
     }
     let answer = try call(
-      peer, type: .notify, body: body, deadline: deadline, settings: settings)
+      peer, type: .notify, body: body, deadline: deadline, settings: settings,
+      cancellation: cancellation)
     let document = try parse(answer, from: peer, type: .notify)
     let (isTaken, reason) = document.read { value in
       (value["notify_msg"]?.string.map { !$0.isEmpty } ?? false, value["mooncake_error"]?.string)
@@ -67,10 +71,13 @@ package enum RPCClient {
 
   /// Asks the peer for a sign of life.
   package static func probe(
-    _ name: String, deadline: Deadline, settings: HandshakeSettings = .fromEnvironment()
+    _ name: String, deadline: Deadline, settings: HandshakeSettings = .fromEnvironment(),
+    cancellation: Int32 = -1
   ) throws(EngineError) {
     let peer = try parse(name)
-    let answer = try call(peer, type: .probe, body: "{}", deadline: deadline, settings: settings)
+    let answer = try call(
+      peer, type: .probe, body: "{}", deadline: deadline, settings: settings,
+      cancellation: cancellation)
     _ = try parse(answer, from: peer, type: .probe)
   }
 

@@ -1,3 +1,4 @@
+import MooncakeSystem
 import Synchronization
 
 /// The buffers registered with one engine.
@@ -31,7 +32,7 @@ package final class BufferTable: Sendable {
     var table = RangeTable([])
   }
 
-  private let state = Mutex(State())
+  private let state = Lock(State())
   /// Grows with every change; lets readers keep a snapshot without locking until it does.
   private let versionWord = Atomic<UInt64>(1)
 

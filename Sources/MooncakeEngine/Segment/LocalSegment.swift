@@ -1,3 +1,4 @@
+import MooncakeSystem
 import Synchronization
 
 /// The engine's own segment: what it publishes to peers.
@@ -9,7 +10,7 @@ package final class LocalSegment: Sendable {
     var version: UInt64 = 0
     var json = ""
   }
-  private let published = Mutex(Published())
+  private let published = Lock(Published())
 
   /// `identity` is a descriptor without buffers. A segment always starts empty.
   package init(identity: SegmentDescriptor) { self.identity = identity }
@@ -29,8 +30,17 @@ package final class LocalSegment: Sendable {
       let version = buffers.version
       if version != published.version {
         published = Published(version: version, json: descriptor.json())
+        warnIfTooLong(published.json.utf8.count)
       }
       return published.json
     }
+  }
+
+  private func warnIfTooLong(_ byteCount: Int) {
+    let limit = HandshakeSettings.fromEnvironment().maximumLength
+    if byteCount < limit { return }
+    Log.warning(
+      "segment \(name): the descriptor has \(byteCount) bytes, peers take \(limit): register fewer "
+        + "and larger buffers, or raise MC_HANDSHAKE_MAX_LENGTH on both sides")
   }
 }

@@ -24,19 +24,19 @@ package final class SegmentRoute: Sendable {
 package final class OpenSegment: Sendable {
   package let id: SegmentID
   package let name: String
-  private let routeBox: Mutex<SegmentRoute>
+  private let routeBox: Lock<SegmentRoute>
 
   /// Slices that wait for a fresh descriptor.
   private struct Recovery: @unchecked Sendable {
     var waiting = SliceQueue()
     var isRunning = false
   }
-  private let recovery = Mutex(Recovery())
+  private let recovery = Lock(Recovery())
 
   package init(id: SegmentID, name: String, route: SegmentRoute) {
     self.id = id
     self.name = name
-    routeBox = Mutex(route)
+    routeBox = Lock(route)
   }
 
   /// The current view.
@@ -88,7 +88,7 @@ package final class SegmentTable: Sendable {
     var openCounts: [SegmentID: Int] = [:]
   }
 
-  private let state = Mutex(State())
+  private let state = Lock(State())
 
   package init() {}
 

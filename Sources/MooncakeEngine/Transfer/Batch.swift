@@ -27,10 +27,10 @@ package final class Batch: @unchecked Sendable {
   private let doorbell = Futex()
   private let sleepers = Atomic<Int>(0)
   private let eventDescriptor = Atomic<Int32>(-1)
-  private let text = Mutex<String>("")
+  private let text = Lock<String>("")
 
   package typealias Callback = @Sendable (UInt64, BatchStatus) -> Void
-  private let callback = Mutex<Callback?>(nil)
+  private let callback = Lock<Callback?>(nil)
   // Written before the first submit, read after it.
   private var hasCallback = false
   /// Sent to the segment of the first request once everything is completed.
@@ -45,7 +45,7 @@ package final class Batch: @unchecked Sendable {
       self.deadline = deadline
     }
   }
-  private let notification = Mutex<PendingNotification?>(nil)
+  private let notification = Lock<PendingNotification?>(nil)
   private let holdsNotification = Atomic<Bool>(false)
   /// From the submit with a notification until that is delivered or dropped.
   private let isUndelivered = Atomic<Bool>(false)

@@ -22,7 +22,7 @@ package final class BatchTable: @unchecked Sendable {
     var indices: [UInt32] = []
     var nextUnused: UInt32 = 0
   }
-  private let free = Mutex(Free())
+  private let free = Lock(Free())
 
   package init() {
     // Untouched pages of a large allocation cost nothing until a slot is used.

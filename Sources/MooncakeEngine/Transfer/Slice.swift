@@ -1,3 +1,4 @@
+import MooncakeSystem
 import Synchronization
 
 /// What a request is cut into for one connection. Lives in its batch (the first of a request)
@@ -134,8 +135,8 @@ package struct SliceInbox: ~Copyable {
   }
 }
 
-/// Slices beyond the one that every task holds. Striping takes them a request at a time, so its
-/// lock is never taken per slice.
+/// Slices beyond the one that every task holds. Each carries a stripe of a megabyte or more, beside
+/// which a lock is nothing.
 package final class SlicePool: Sendable {
   private struct State {
     var free: SlicePointer?
@@ -145,7 +146,7 @@ package final class SlicePool: Sendable {
 
   // Unchecked pointers inside: only touched under the lock.
   private struct Box: @unchecked Sendable { var state = State() }
-  private let box = Mutex(Box())
+  private let box = Lock(Box())
   private static let slabCount = 1024
 
   package init() {}

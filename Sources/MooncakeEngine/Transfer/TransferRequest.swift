@@ -100,8 +100,8 @@ public struct Notification: Sendable, Equatable {
     self.message = message
   }
 
-  /// Peers take messages up to 1 MiB by default; escaping may double a text.
-  package static let byteLimit = 512 << 10
+  /// What fits one RPC message together with the JSON around it.
+  package static let byteLimit = HandshakeSettings.fromEnvironment().maximumLength - (8 << 10)
 
   package func validate() throws(EngineError) {
     let count = name.utf8.count + message.utf8.count

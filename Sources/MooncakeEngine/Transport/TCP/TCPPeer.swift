@@ -32,7 +32,7 @@ package final class TCPPeer: Sendable {
   private let attempts = Atomic<Int>(0)
   private let handlers: Handlers
   private let retired = Atomic<Bool>(false)
-  private let successorBox = Mutex<Successor?>(nil)
+  private let successorBox = Lock<Successor?>(nil)
   private let lastReport = Atomic<UInt64>(0)
 
   private static let reportNanoseconds: UInt64 = 100_000_000

@@ -20,6 +20,8 @@ final class TCPServerConnection {
     case open
     /// A refusal is queued: send what is due, then tell the end.
     case refusing
+    /// A version 1 refusal: it knows no status, and an orderly end would pass for success.
+    case resetting
     /// Discards what the peer still sends, so that a reset does not overtake the refusal.
     case draining(until: UInt64, byteCount: Int)
   }
@@ -87,6 +89,10 @@ final class TCPServerConnection {
       if case .close = next { return .close }
     }
     if case .close = flush(loop) { return .close }
+    if case .resetting = phase {
+      socket.resetOnClose()
+      return .close
+    }
     if case .refusing = phase, replyIndex == replies.count {
       socket.shutdownWrite()
       phase = .draining(until: Clock.now() + Self.drainNanoseconds, byteCount: 0)
@@ -101,7 +107,7 @@ final class TCPServerConnection {
     let acceptsRequests = replies.count - replyIndex < Self.replyLimit
     switch phase {
     case .open: if acceptsRequests { wanted |= Epoll.readable }
-    case .refusing: break
+    case .refusing, .resetting: break
     case .draining: wanted |= Epoll.readable
     }
     interest = wanted
@@ -164,7 +170,7 @@ extension TCPServerConnection {
       try parse(total, loop)
       try loop.input.flush()
     } catch {
-      Log.warning(
+      loop.faults.warning(
         "tcp peer \(peer): storing written data: \(error): registered memory is not writable")
       return -Int(EFAULT)
     }
@@ -210,9 +216,11 @@ extension TCPServerConnection {
       return true
     }
     loop.countRejection(header, verdict, peer)
-    phase = .refusing
     if header.isAcknowledged {
+      phase = .refusing
       replies.append(Reply(address: 0, length: 0, status: .rejected))
+    } else {
+      phase = .resetting
     }
     return false
   }
@@ -247,7 +255,8 @@ extension TCPServerConnection {
     let error = Errno.current
     if error == .wouldBlock || error == .interrupted { return -Int(EAGAIN) }
     if error.rawValue == EFAULT {
-      Log.warning("tcp peer \(peer): \(action): registered memory is not mapped or not writable")
+      loop.faults.warning(
+        "tcp peer \(peer): \(action): registered memory is not mapped or not writable")
     } else {
       Log.debug("tcp peer \(peer): \(action): \(error)")
     }

@@ -40,7 +40,7 @@ final class TCPServerLoop: @unchecked Sendable {
     var messages: [Message] = []
     var isClosed = false
   }
-  private let mailbox = Mutex(Mailbox())
+  private let mailbox = Lock(Mailbox())
   private let buffers: BufferTable
   private let counters: TCPCounters
   private let spinNanoseconds: UInt64
@@ -53,7 +53,8 @@ final class TCPServerLoop: @unchecked Sendable {
   private var drainingTokens: Set<UInt64> = []
   private var isStopping = false
   private var turnBytes = 0
-  private var nextRejectionLog: UInt64 = 0
+  private var refusals = RateLimitedLog()
+  var faults = RateLimitedLog()
 
   private static let wakeupToken: UInt64 = 0
   private static let eventCount = 128
@@ -147,18 +148,14 @@ final class TCPServerLoop: @unchecked Sendable {
 
   func countRequest() { requestCount += 1 }
 
-  /// Counts a refused request; logs at most one a second.
+  /// Counts and logs a refused request.
   func countRejection(_ header: TCPWire.Header, _ verdict: RangeTable.Verdict, _ peer: String) {
     counters.rejections.wrappingAdd(1, ordering: .relaxed)
-    let now = Clock.now()
-    if now < nextRejectionLog { return }
-    nextRejectionLog = now + 1_000_000_000
-    let cause =
-      verdict == .accessDenied
-      ? "the buffer does not grant this" : "not inside one registered buffer"
-    Log.warning(
+    refusals.warning(
       "tcp peer \(peer): refused \(header.opcode) of \(header.size) bytes at "
-        + "0x\(String(header.address, radix: 16)): \(cause)")
+        + "0x\(String(header.address, radix: 16)): "
+        + (verdict == .accessDenied
+          ? "the buffer does not grant this" : "not inside one registered buffer"))
   }
 
   @inline(__always)
