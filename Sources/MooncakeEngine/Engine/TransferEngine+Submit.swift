@@ -208,22 +208,28 @@ private struct Dispatcher {
       }
       return nil
     }
-    // More than all memory is more than the copies below can be asked for; TCP finds the fault.
+    // A sum beyond all memory has a request that is refused below.
     if byteCount < 0 || byteCount <= SharedMemoryTransport.inlineBytes {
       return shared.copy(peer, totalBytes: byteCount, next: next)
     }
     var queue = SliceQueue()
+    var refused = SliceQueue()
+    let view = peer.currentView()
     while let slice = next() {
-      if slice.pointee.length < 2 * Striping.stripeBytes {
+      if !peer.grants(slice, view) {
+        // Nothing of a range may move before all of it is known to be right.
+        refused.append(slice)
+      } else if slice.pointee.length < 2 * Striping.stripeBytes {
         queue.append(slice)
       } else {
         var pieces = cut(slice)
         queue.append(contentsOf: &pieces)
       }
     }
+    if queue.isEmpty { return refused }
     batch.usesSharedMemory = true
     shared.enqueue(peer, queue, byteCount: byteCount, isAsynchronous: isAsynchronous)
-    return SliceQueue()
+    return refused
   }
 
   private mutating func push(

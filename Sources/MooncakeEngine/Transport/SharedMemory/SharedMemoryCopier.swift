@@ -148,6 +148,10 @@ struct SharedMemoryCopier: ~Copyable {
       let isDone = copyPiece(opcode, slice.pointee.local, slice.pointee.remote, count)
       return isDone ? .done : .refused
     }
+    // Nothing of a range may move before all of it is known to be right.
+    if case .none = way(opcode, slice.pointee.local, slice.pointee.remote, count) {
+      return .refused
+    }
     var offset = 0
     while offset < count {
       if slice.pointee.batch.isCancelRequested { return .canceled }

@@ -20,7 +20,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   }
 
   /// What was registered at the peer as long as the guard has the value seen here.
-  final class View: Sendable {
+  package final class View: Sendable {
     let guardValue: UInt64
     let version: UInt64
     let ranges: RangeTable
@@ -164,7 +164,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
 
   /// What is registered now.
   @inline(__always)
-  func currentView() -> View {
+  package func currentView() -> View {
     let view = viewBox.withLock { $0 }
     return view.guardValue == table.guardValue ? view : refresh()
   }
@@ -172,6 +172,14 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   /// The view after a look-up failed in `view`: what it lacks may be new.
   func viewAfterMiss(_ view: View) -> View {
     table.version == view.version ? view : refresh()
+  }
+
+  /// Whether the peer has registered a slice's range for it.
+  package func grants(_ slice: SlicePointer, _ view: View) -> Bool {
+    let length = UInt64(slice.pointee.length)
+    let right = slice.pointee.opcode.requiredAccess
+    if view.ranges.check(slice.pointee.remote, length, right) == .allowed { return true }
+    return viewAfterMiss(view).ranges.check(slice.pointee.remote, length, right) == .allowed
   }
 
   @discardableResult
