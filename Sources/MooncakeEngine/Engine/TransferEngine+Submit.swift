@@ -66,7 +66,8 @@ extension TransferEngine {
     if source == nil && raw.length > 0 {
       throw EngineError(.invalidArgument, "request \(index): the local address is null")
     }
-    if raw.length > UInt64(Int.max) || raw.source.addingReportingOverflow(raw.length).overflow
+    if raw.length > RemoteBuffer.lengthLimit
+      || raw.source.addingReportingOverflow(raw.length).overflow
       || raw.targetOffset.addingReportingOverflow(raw.length).overflow
     {
       throw EngineError(

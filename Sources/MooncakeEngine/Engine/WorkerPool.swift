@@ -1,3 +1,4 @@
+import Glibc
 import MooncakeSystem
 import Synchronization
 
@@ -9,6 +10,7 @@ package final class WorkerPool: Sendable {
   private struct State: Sendable {
     var jobs: [Job] = []
     var threadCount = 0
+    var threads: Set<pthread_t> = []
     var idleCount = 0
     var isStopping = false
   }
@@ -51,13 +53,17 @@ package final class WorkerPool: Sendable {
     return true
   }
 
-  /// Refuses further jobs and waits until the accepted ones have run.
+  /// Refuses further jobs and waits until the accepted ones have run. Called from a job, when the
+  /// pool's user ends there, it waits for the other threads only.
   package func stop() {
-    state.withLock { $0.isStopping = true }
+    let own = state.withLock { state in
+      state.isStopping = true
+      return state.threads.contains(pthread_self()) ? 1 : 0
+    }
     wake()
     while true {
       let bell = departures.value
-      if state.withLock({ $0.threadCount }) == 0 { return }
+      if state.withLock({ $0.threadCount }) <= own { return }
       departures.wait(while: bell, until: .never)
     }
   }
@@ -78,6 +84,7 @@ package final class WorkerPool: Sendable {
   }
 
   private func work() {
+    state.withLock { _ = $0.threads.insert(pthread_self()) }
     while let job = nextJob() { job() }
     departures.increment()
     departures.wakeAll()
@@ -98,6 +105,7 @@ package final class WorkerPool: Sendable {
         if !state.jobs.isEmpty { return .job(state.jobs.removeFirst()) }
         if state.isStopping || deadline.hasPassed {
           state.threadCount -= 1
+          state.threads.remove(pthread_self())
           return .leave
         }
         state.idleCount += 1

@@ -53,16 +53,8 @@ package final class BufferTable: Sendable {
       if state.buffers.count + new.count > Self.capacity {
         return EngineError(.full, "an engine holds at most \(Self.capacity) buffers")
       }
-      // One merge keeps a batch of many buffers linear.
-      let merged = (state.buffers + new).sorted { $0.range.address < $1.range.address }
-      for (left, right) in zip(merged, merged.dropFirst())
-      where right.range.address - left.range.address < left.range.length {
-        return EngineError(
-          .overlap,
-          "\(Self.describe(right.range)) overlaps the buffer \(Self.describe(left.range)): "
-            + "unregister that one first")
-      }
-      state.buffers = merged
+      let conflict = new.count == 1 ? Self.insertOne(new[0], &state) : Self.merge(new, &state)
+      if let conflict { return conflict }
       Self.publish(&state)
       versionWord.wrappingAdd(1, ordering: .releasing)
       return nil
@@ -70,13 +62,62 @@ package final class BufferTable: Sendable {
     if let conflict { throw conflict }
   }
 
+  /// One sort keeps a call with many buffers nearly linear.
+  private static func merge(_ new: [Buffer], _ state: inout State) -> EngineError? {
+    let merged = (state.buffers + new).sorted { $0.range.address < $1.range.address }
+    for (left, right) in zip(merged, merged.dropFirst()) {
+      if let conflict = conflict(left, right) { return conflict }
+    }
+    state.buffers = merged
+    return nil
+  }
+
+  /// Many calls with one buffer each must not sort every time.
+  private static func insertOne(_ new: Buffer, _ state: inout State) -> EngineError? {
+    let index = position(of: new.range.address, in: state.buffers)
+    if index > 0, let conflict = conflict(state.buffers[index - 1], new) { return conflict }
+    if index < state.buffers.count, let conflict = conflict(new, state.buffers[index]) {
+      return conflict
+    }
+    state.buffers.insert(new, at: index)
+    return nil
+  }
+
+  private static func conflict(_ left: Buffer, _ right: Buffer) -> EngineError? {
+    guard right.range.address - left.range.address < left.range.length else { return nil }
+    return EngineError(
+      .overlap,
+      "\(describe(right.range)) overlaps the buffer \(describe(left.range)): "
+        + "unregister that one first")
+  }
+
+  /// Index of the first buffer that begins at the address or behind it.
+  private static func position(of address: UInt64, in buffers: [Buffer]) -> Int {
+    var low = 0
+    var high = buffers.count
+    while low < high {
+      let middle = (low + high) / 2
+      if buffers[middle].range.address < address { low = middle + 1 } else { high = middle }
+    }
+    return low
+  }
+
   /// Removes the buffers that begin at the addresses; returns those that were found.
   package func remove(_ addresses: [UInt64]) -> [Buffer] {
-    let wanted = Set(addresses)
-    return state.withLock { state in
-      let removed = state.buffers.filter { wanted.contains($0.range.address) }
-      if removed.isEmpty { return [] }
-      state.buffers.removeAll { wanted.contains($0.range.address) }
+    state.withLock { state in
+      let removed: [Buffer]
+      if addresses.count == 1 {
+        let index = Self.position(of: addresses[0], in: state.buffers)
+        guard index < state.buffers.count, state.buffers[index].range.address == addresses[0] else {
+          return []
+        }
+        removed = [state.buffers.remove(at: index)]
+      } else {
+        let wanted = Set(addresses)
+        removed = state.buffers.filter { wanted.contains($0.range.address) }
+        if removed.isEmpty { return [] }
+        state.buffers.removeAll { wanted.contains($0.range.address) }
+      }
       Self.publish(&state)
       versionWord.wrappingAdd(1, ordering: .releasing)
       return removed
@@ -90,7 +131,9 @@ package final class BufferTable: Sendable {
   private static func validate(_ range: RemoteBuffer) throws(EngineError) {
     if range.address == 0 { throw EngineError(.invalidArgument, "the buffer's address is null") }
     if range.length == 0 { throw EngineError(.invalidArgument, "the buffer is empty") }
-    if range.address.addingReportingOverflow(range.length).overflow || range.length > Int.max {
+    if range.address.addingReportingOverflow(range.length).overflow
+      || range.length > RemoteBuffer.lengthLimit
+    {
       throw EngineError(.invalidArgument, "the buffer wraps around the end of the address space")
     }
   }

@@ -17,6 +17,9 @@ public struct RemoteBuffer: Equatable, Sendable {
   public var length: UInt64
   public var access: Access
 
+  /// More than any address space holds, and few enough for sums of many to stay far from overflow.
+  package static let lengthLimit: UInt64 = 1 << 48
+
   public init(address: UInt64, length: UInt64, access: Access) {
     self.address = address
     self.length = length

@@ -54,13 +54,32 @@ package final class Batch: @unchecked Sendable {
   package unowned(unsafe) let announcer: (any BatchAnnouncer)?
   package let pool: SlicePool
   /// The loop that carries all of the batch's slices, if one does: waiters may drive it.
-  package var drivenLoop: TCPClientLoop?
+  package var drivenLoop: TCPClientLoop? {
+    get {
+      let pointer = UnsafeRawPointer(bitPattern: drivenLoopWord.load(ordering: .acquiring))
+      return pointer.map { Unmanaged<TCPClientLoop>.fromOpaque($0).takeUnretainedValue() }
+    }
+    set {
+      let pointer = newValue.map { Unmanaged.passUnretained($0).toOpaque() }
+      drivenLoopWord.store(UInt(bitPattern: pointer), ordering: .releasing)
+    }
+  }
+  // Another thread may poll while one submits, hence atomic; the engine keeps its loops alive.
+  private let drivenLoopWord = Atomic<UInt>(0)
   /// Waiters that drive the loop instead of sleeping on the doorbell.
   private let drivers = Atomic<Int>(0)
   /// Whether the last submit was so large that waiters should sleep instead of spinning.
-  package var isBulk = false
+  package var isBulk: Bool {
+    get { bulkFlag.load(ordering: .relaxed) }
+    set { bulkFlag.store(newValue, ordering: .relaxed) }
+  }
+  private let bulkFlag = Atomic<Bool>(false)
   /// Whether slices of it were queued for shared memory: waiters may copy them.
-  package var usesSharedMemory = false
+  package var usesSharedMemory: Bool {
+    get { sharedMemoryFlag.load(ordering: .relaxed) }
+    set { sharedMemoryFlag.store(newValue, ordering: .relaxed) }
+  }
+  private let sharedMemoryFlag = Atomic<Bool>(false)
 
   package init(capacity: Int, pool: SlicePool, announcer: (any BatchAnnouncer)?) {
     self.capacity = capacity

@@ -55,7 +55,7 @@ struct BufferTests {
   func manyRegistrationsOneByOne(_ kind: TransportKind) throws {
     let engine = try makeEngine(kind)
     defer { engine.close() }
-    let count = 5000
+    let count = 2000
     let memory = GuardedMemory(count * 64)
     let milliseconds = try elapsedMilliseconds {
       for index in 0..<count {

@@ -2,7 +2,6 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
-import Synchronization
 
 /// A peer whose RPC daemon is real and whose data port does what a test says: each connection runs
 /// the script on a thread of its own.
@@ -18,7 +17,7 @@ final class FakePeer: @unchecked Sendable {
   private let rpc: RPCServer
   private let listener: Socket
   private let publishedVersion: Box<Int>
-  private let state = Mutex(State())
+  private let state = Lock(State())
   private let wakeup: EventFD
   private var acceptor: WorkerThread?
   private let script: Script
@@ -108,9 +107,9 @@ final class FakePeer: @unchecked Sendable {
 
 /// A value that threads share.
 final class Box<Value: Sendable>: Sendable {
-  private let box: Mutex<Value>
+  private let box: Lock<Value>
 
-  init(_ value: Value) { box = Mutex(value) }
+  init(_ value: Value) { box = Lock(value) }
 
   var value: Value {
     get { box.withLock { $0 } }
@@ -188,7 +187,7 @@ final class FakeConnection: Sendable {
   }
 
   /// Waits until the initiator has closed the connection.
-  func awaitClose() { while receive(1) != nil {} }
+  func awaitClose() { while receive(65_536) != nil {} }
 
   /// Closes both directions; the descriptor goes with the object.
   func finish() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }

@@ -6,11 +6,21 @@ import MooncakeSystem
 /// neither pages nor chunks of a power of two repeat it in step.
 struct Pattern: Sendable {
   private static let blockBytes = 65_521
+  private static let blocks = Lock<[UInt8: [UInt8]]>([:])
   private let block: [UInt8]
 
   init(seed: UInt8) {
+    block = Self.blocks.withLock { blocks in
+      if let block = blocks[seed] { return block }
+      let block = Self.makeBlock(seed)
+      blocks[seed] = block
+      return block
+    }
+  }
+
+  private static func makeBlock(_ seed: UInt8) -> [UInt8] {
     var state = UInt32(seed) &* 2_654_435_761 &+ 12_345
-    block = (0..<Self.blockBytes).map { _ in
+    return (0..<blockBytes).map { _ in
       state = state &* 1_664_525 &+ 1_013_904_223
       return UInt8(truncatingIfNeeded: state >> 24)
     }

@@ -56,7 +56,12 @@ final class PeerProcess: @unchecked Sendable {
 
   deinit { kill() }
 
-  func stop() { Glibc.kill(pid, SIGSTOP) }
+  /// Returns when every thread of the process has stopped.
+  func stop() {
+    Glibc.kill(pid, SIGSTOP)
+    var status: Int32 = 0
+    while waitpid(pid, &status, WUNTRACED) == -1 && errno == EINTR {}
+  }
 
   func resume() { Glibc.kill(pid, SIGCONT) }
 

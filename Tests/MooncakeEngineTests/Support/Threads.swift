@@ -1,5 +1,4 @@
 import MooncakeSystem
-import Synchronization
 
 /// Runs `body` on threads of their own, all at once, and waits for them.
 func onThreads(_ count: Int, _ body: @escaping @Sendable (Int) -> Void) throws {
@@ -11,7 +10,7 @@ func onThreads(_ count: Int, _ body: @escaping @Sendable (Int) -> Void) throws {
 
 /// Complaints of other threads: the testing library knows a test only by the thread that runs it.
 final class Complaints: Sendable {
-  private let texts = Mutex<[String]>([])
+  private let texts = Lock<[String]>([])
 
   var all: [String] { texts.withLock { $0 } }
 

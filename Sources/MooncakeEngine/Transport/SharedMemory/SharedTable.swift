@@ -23,11 +23,16 @@ struct SharedTable: ~Copyable, @unchecked Sendable {
     version.pointee.wrappingAdd(1, ordering: .sequentiallyConsistent)
     word(SharedMemoryLayout.countOffset).pointee
       .store(UInt64(buffers.count), ordering: .sequentiallyConsistent)
-    for (index, buffer) in buffers.enumerated() {
-      entries[index] = SharedMemoryLayout.Entry(
-        address: buffer.range.address, length: buffer.range.length,
-        memoryOffset: buffer.place?.offset ?? 0, access: buffer.range.access.rawValue,
-        memory: buffer.place?.memory ?? 0)
+    buffers.withUnsafeBufferPointer { buffers in
+      var index = 0
+      while index < buffers.count {
+        entries[index].address = buffers[index].range.address
+        entries[index].length = buffers[index].range.length
+        entries[index].memoryOffset = buffers[index].place?.offset ?? 0
+        entries[index].access = buffers[index].range.access.rawValue
+        entries[index].memory = buffers[index].place?.memory ?? 0
+        index += 1
+      }
     }
     version.pointee.wrappingAdd(1, ordering: .sequentiallyConsistent)
   }

@@ -357,13 +357,13 @@ extension TCPClientLoop {
   @inline(__always)
   func count(_ slice: SlicePointer, _ outcome: Outcome) {
     let length = slice.pointee.length
-    turnBytes += length
+    turnBytes &+= length
     if outcome != .completed {
       counters.failedSlices.wrappingAdd(1, ordering: .relaxed)
       return
     }
     completedSlices += 1
-    if slice.pointee.opcode == .read { readBytes += length } else { writtenBytes += length }
+    if slice.pointee.opcode == .read { readBytes &+= length } else { writtenBytes &+= length }
   }
 
   private func flushCounters() {

@@ -11,6 +11,8 @@ extension TCPEndpoint {
     while sendSlice != nil, sentCount < Self.inflightLimit {
       // Version 1 has no acknowledgment: one request a connection, ended by the peer's close.
       if peer.isOneShot && sentCount > 0 { break }
+      // A reset may have swallowed the refusal of one of several requests: suspects go alone.
+      if sentCount > 0, isSuspect(sendSlice!) { break }
       let vectors = loop.vectors
       let count = gather(vectors)
       var message = msghdr()
@@ -23,6 +25,10 @@ extension TCPEndpoint {
         if error == .wouldBlock {
           updateInterest(blocked: true)
           return isAny
+        }
+        if error.rawValue == EFAULT, !sendsAlone {
+          sendsAlone = true
+          continue
         }
         sendFailed(error)
         return true
@@ -52,7 +58,7 @@ extension TCPEndpoint {
     var skip = sendOffset
     var headerIndex = 0
     var cursor = sendSlice
-    var slicesLeft = peer.isOneShot ? 1 : Self.inflightLimit - sentCount
+    var slicesLeft = peer.isOneShot || sendsAlone ? 1 : Self.inflightLimit - sentCount
     while let slice = cursor, count + 2 <= TCPWire.vectorCount, room > 0, slicesLeft > 0 {
       if skip < TCPWire.headerBytes {
         let header = loop.headers + headerIndex * TCPWire.headerBytes
@@ -75,8 +81,13 @@ extension TCPEndpoint {
       skip = 0
       cursor = slice.pointee.next
       slicesLeft -= 1
+      if isSuspect(slice) || cursor.map(isSuspect) == true { break }
     }
     return count
+  }
+
+  private func isSuspect(_ slice: SlicePointer) -> Bool {
+    slice.pointee.attempts >= Self.suspectAttempts
   }
 
   private func advanceSend(_ byteCount: Int) {
@@ -90,6 +101,7 @@ extension TCPEndpoint {
       }
       left -= due
       sendOffset = 0
+      sendsAlone = false
       sentCount += 1
       sendSlice = slice.pointee.next
       // The half-close makes a version 1 server close once it has stored the data: its only
@@ -138,6 +150,10 @@ extension TCPEndpoint {
         let error = Errno.current
         if error == .interrupted { continue }
         if error == .wouldBlock { break }
+        if error.rawValue == EFAULT, !receivesAlone {
+          receivesAlone = true
+          continue
+        }
         receiveFailed(error)
         return true
       }
@@ -164,7 +180,7 @@ extension TCPEndpoint {
     var skip = receiveOffset
     var statusIndex = 0
     var cursor = queue.first
-    var left = sentCount + (sendOffset > 0 ? 1 : 0)
+    var left = receivesAlone ? 1 : sentCount + (sendOffset > 0 ? 1 : 0)
     let frameBytes = isAcknowledged ? TCPWire.statusBytes : 0
     while let slice = cursor, left > 0, count + 2 <= TCPWire.vectorCount {
       if skip < frameBytes {
@@ -222,6 +238,7 @@ extension TCPEndpoint {
       if receiveOffset < frameBytes + payload { return }
       if sendSlice == slice { return talksOutOfTurn() }
       receiveOffset = 0
+      receivesAlone = false
       endFirst(.completed)
       if peer.isOneShot { return finishOneShot() }
     }

@@ -47,6 +47,9 @@ package final class TCPEndpoint: @unchecked Sendable {
   var receiveOffset = 0
   /// What of a status frame has arrived when it came in two parts.
   var partialStatus: UInt64 = 0
+  /// After a fault one slice goes alone, so that the fault is known to be its own.
+  var sendsAlone = false
+  var receivesAlone = false
   /// A bound below every queued slice's deadline.
   var earliestDeadline = UInt64.max
   var failingSince: UInt64 = 0
@@ -55,7 +58,9 @@ package final class TCPEndpoint: @unchecked Sendable {
   var lastError = EngineError(.unreachable, "")
 
   static let inflightLimit = 1024
-  static let attemptLimit = 4
+  static let attemptLimit = 5
+  /// After so many failed connections a slice is sent alone, so that it harms no other.
+  static let suspectAttempts = 3
   static let connectNanoseconds: UInt64 = 5_000_000_000
   /// How long a peer that refuses or drops connections is tried before its transfers fail.
   static let failureWindowNanoseconds: UInt64 = 3_000_000_000
@@ -87,7 +92,9 @@ package final class TCPEndpoint: @unchecked Sendable {
     guard let first = new.first else { return }
     var slice: SlicePointer? = first
     while let current = slice {
-      earliestDeadline = min(earliestDeadline, current.pointee.deadline)
+      // A batch canceled between its submit and now missed the sweep: another must come.
+      let isCanceled = current.pointee.batch.isCancelRequested
+      earliestDeadline = isCanceled ? 0 : min(earliestDeadline, current.pointee.deadline)
       slice = current.pointee.next
     }
     if sendSlice == nil { sendSlice = first }
@@ -224,6 +231,8 @@ extension TCPEndpoint {
     sendOffset = 0
     receiveOffset = 0
     sentCount = 0
+    sendsAlone = false
+    receivesAlone = false
   }
 
   private func closeIdle() {

@@ -5,9 +5,10 @@ import Synchronization
 
 /// Accepts data connections and spreads them over server loops.
 package final class TCPServer: @unchecked Sendable {
-  // Unchecked: threads are written once in `init` and joined under the `isStopped` exchange.
+  // Unchecked: threads and listener are set in `init` and end under the `isStopped` exchange.
   package let address: SocketAddress
-  private let listener: Socket
+  // Closed by `stop`, so that late peers are refused instead of waiting in its queue.
+  private var listener: Socket?
   private let wakeup: EventFD
   private let loops: [TCPServerLoop]
   private var threads: [WorkerThread] = []
@@ -25,7 +26,7 @@ package final class TCPServer: @unchecked Sendable {
   ) throws(EngineError) {
     do throws(Errno) {
       address = try listener.localAddress()
-      self.listener = listener
+      self.listener = consume listener
       self.counters = counters
       wakeup = try EventFD()
       var loops: [TCPServerLoop] = []
@@ -68,18 +69,20 @@ package final class TCPServer: @unchecked Sendable {
     for loop in loops { loop.stop() }
     for thread in threads { thread.join() }
     threads.removeAll()
+    listener = nil
   }
 
   private func accept() {
+    guard let descriptor = listener?.rawValue else { return }
     var next = 0
     var items = [
-      pollfd(fd: listener.rawValue, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0),
       pollfd(fd: wakeup.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
     ]
     while !isStopped.load(ordering: .acquiring) {
       if poll(&items, 2, -1) < 0 { continue }
       do throws(Errno) {
-        while let socket = try listener.accept() {
+        while let socket = try listener?.accept() {
           if counters.connections.load(ordering: .relaxed) >= Self.connectionLimit { continue }
           admit(socket, to: loops[next % loops.count])
           next += 1

@@ -18,6 +18,8 @@ final class TCPServerConnection {
 
   private enum Phase {
     case open
+    /// The peer has finished sending: answer what it asked, then close.
+    case ending
     /// A refusal is queued: send what is due, then tell the end.
     case refusing
     /// A version 1 refusal: it knows no status, and an orderly end would pass for success.
@@ -93,6 +95,7 @@ final class TCPServerConnection {
       socket.resetOnClose()
       return .close
     }
+    if case .ending = phase, replyIndex == replies.count { return .close }
     if case .refusing = phase, replyIndex == replies.count {
       socket.shutdownWrite()
       phase = .draining(until: Clock.now() + Self.drainNanoseconds, byteCount: 0)
@@ -107,7 +110,7 @@ final class TCPServerConnection {
     let acceptsRequests = replies.count - replyIndex < Self.replyLimit
     switch phase {
     case .open: if acceptsRequests { wanted |= Epoll.readable }
-    case .refusing, .resetting: break
+    case .ending, .refusing, .resetting: break
     case .draining: wanted |= Epoll.readable
     }
     interest = wanted
@@ -122,7 +125,11 @@ extension TCPServerConnection {
     while budget > 0 {
       let count = writeRemaining > 0 ? receiveIntoPlace(loop) : receiveRequests(loop)
       if count == -Int(EAGAIN) { return .keep }
-      if count <= 0 { return .close }
+      if count < 0 { return .close }
+      if count == 0 {
+        phase = .ending
+        return .keep
+      }
       budget -= count
       if replies.count - replyIndex >= Self.replyLimit { return .again }
       guard case .open = phase else { return .keep }

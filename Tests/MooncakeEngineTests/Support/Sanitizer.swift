@@ -1,0 +1,6 @@
+import Glibc
+
+/// What the tests run under.
+enum Sanitizer {
+  static let isThread = dlsym(nil, "__tsan_init") != nil
+}
