@@ -6,6 +6,9 @@ enum TransportKind: String, CaseIterable, Sendable {
   /// TCP stays behind it for what it cannot do.
   case sharedMemory
 
+  /// Those whose transfers wait for a stopped peer.
+  static let needingThePeer: [TransportKind] = [.tcp]
+
   var transports: [String] { self == .tcp ? ["tcp"] : ["shm", "tcp"] }
 }
 

@@ -68,7 +68,8 @@ package final class SharedMemoryServer: @unchecked Sendable {
     }
   }
 
-  var connectionCount: Int { state.withLock { $0.connections.count } }
+  /// Peers that can reach the buffers, this engine among them.
+  package var connectionCount: Int { state.withLock { $0.connections.count } }
 
   // MARK: Registrations
 
