@@ -50,6 +50,9 @@ final class RegisteredMemory: @unchecked Sendable {
     }
   }
 
+  /// The first whole page.
+  var pages: UnsafeMutableRawPointer { address.alignedUp(toMultipleOf: MemoryMapping.pageBytes) }
+
   var bytes: UnsafeMutableRawBufferPointer { .init(start: address, count: count) }
 
   func fill(_ byte: UInt8) { memset(address, Int32(byte), count) }
