@@ -56,10 +56,9 @@ static inline void *linux_rseq_area(void) {
 static inline long linux_guarded_kernel_copy(
   int writes, pid_t process, const struct iovec *local, const struct iovec *remote,
   unsigned long count, const void *guard, uint64_t expected, void *rseq) {
-  long number = writes ? SYS_process_vm_writev : SYS_process_vm_readv;
 #ifdef LINUX_HAS_RSEQ_COPY
   if (rseq) {
-    long result = number;
+    long result = writes ? SYS_process_vm_writev : SYS_process_vm_readv;
     register unsigned long argument4 __asm__("r10") = (unsigned long)remote;
     register unsigned long argument5 __asm__("r8") = count;
     register unsigned long argument6 __asm__("r9") = 0;
@@ -77,7 +76,8 @@ static inline long linux_guarded_kernel_copy(
 #endif
   if (__atomic_load_n((const uint64_t *)guard, __ATOMIC_SEQ_CST) != expected)
     return LINUX_COPY_CHANGED;
-  long result = syscall(number, process, local, count, remote, count, 0);
+  long result = writes ? process_vm_writev(process, local, count, remote, count, 0)
+                       : process_vm_readv(process, local, count, remote, count, 0);
   return result < 0 ? -errno : result;
 }
 

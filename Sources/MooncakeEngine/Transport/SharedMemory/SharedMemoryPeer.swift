@@ -52,7 +52,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   private let memories = Lock<[UInt32: Memory]>([:])
   private let description: String
 
-  private static let greetingMilliseconds: UInt64 = 1_000
+  private static let greetingMilliseconds: UInt64 = 5_000
 
   /// Connects to the server of a descriptor and finds out what the kernel allows.
   init(to name: String, segmentName: String, deadline: Deadline) throws(Errno) {
