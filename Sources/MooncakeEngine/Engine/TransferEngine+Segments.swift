@@ -30,10 +30,16 @@ extension TransferEngine {
     let connections = try transport.connect(
       to: descriptor, deadline: deadline, handlers: handlers(for: name))
     let peer = sharedMemory?.connect(to: descriptor, deadline: deadline)
-    return try segments.insert(
-      name,
-      route: SegmentRoute(descriptor: descriptor, connections: connections, sharedMemory: peer)
-    ).segment.id
+    let route = SegmentRoute(
+      descriptor: descriptor, connections: connections, sharedMemory: peer)
+    do throws(EngineError) {
+      let (segment, isNew) = try segments.insert(name, route: route)
+      if !isNew { sharedMemory?.forget(peer) }
+      return segment.id
+    } catch {
+      sharedMemory?.forget(peer)
+      throw error
+    }
   }
 
   /// Gives the id back; connections end when nobody holds it any more and its transfers are over.
@@ -42,6 +48,7 @@ extension TransferEngine {
     if id == 0 { return }
     guard let segment = try segments.release(id) else { return }
     segment.route.connections.retire(successor: nil)
+    sharedMemory?.forget(segment.route.sharedMemory)
   }
 
   /// The id of a name that is open.
@@ -225,8 +232,9 @@ extension TransferEngine {
       let isLost = old.sharedMemory.map { !$0.isUsable } ?? false
       let peer =
         isLost ? sharedMemory?.connect(to: new, deadline: deadline) : old.sharedMemory
-      _ = segment.replaceRoute(
+      let former = segment.replaceRoute(
         SegmentRoute(descriptor: new, connections: old.connections, sharedMemory: peer))
+      if former.sharedMemory !== peer { sharedMemory?.forget(former.sharedMemory) }
       return
     }
     let connections = try transport.connect(
@@ -235,6 +243,7 @@ extension TransferEngine {
       SegmentRoute(
         descriptor: new, connections: connections,
         sharedMemory: sharedMemory?.connect(to: new, deadline: deadline)))
+    sharedMemory?.forget(former.sharedMemory)
     Log.info("segment \(segment.name): the peer restarted or moved; using its new descriptor")
     former.connections.retire(
       successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in

@@ -11,6 +11,7 @@ import Synchronization
 struct CopySlots: ~Copyable, @unchecked Sendable {
   // Unchecked: the words are atomic.
   private let mapping: MemoryMapping
+  private let base: UnsafeMutableRawPointer
 
   private static let threadMask: UInt64 = 0xFFFF_FFFF
   private static let guarded: UInt64 = 1 << 32
@@ -29,11 +30,14 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
     fileprivate let value: UInt64
   }
 
-  init(_ file: borrowing MemoryFile) throws(Errno) { mapping = try file.map(writable: true) }
+  init(_ file: borrowing MemoryFile) throws(Errno) {
+    mapping = try file.map(writable: true)
+    base = mapping.address
+  }
 
   @inline(__always)
   private func word(_ index: Int) -> UnsafeMutablePointer<Atomic<UInt64>> {
-    (mapping.address + index * SharedMemoryLayout.slotBytes)
+    (base + index * SharedMemoryLayout.slotBytes)
       .assumingMemoryBound(to: Atomic<UInt64>.self)
   }
 

@@ -7,12 +7,7 @@ final class SharedMemoryLoop: @unchecked Sendable {
   // Unchecked: `thread` is written once before the loop is shared.
   private enum Member {
     case connection(SharedMemoryServerConnection)
-    case peer(WeakPeer)
-  }
-
-  /// A peer is kept by its routes alone.
-  private struct WeakPeer: Sendable {
-    weak var peer: SharedMemoryPeer?
+    case peer(SharedMemoryPeer)
   }
 
   private struct State: Sendable {
@@ -49,9 +44,11 @@ final class SharedMemoryLoop: @unchecked Sendable {
     thread?.join()
   }
 
-  /// Watches a peer until its last user lets go of it, which also closes what is watched.
+  /// Watches a peer until it leaves or is forgotten. No weak reference: counting those would make
+  /// every use of the peer slow.
   func watch(_ peer: SharedMemoryPeer) throws(Errno) {
-    let token = add(.peer(WeakPeer(peer: peer)))
+    let token = add(.peer(peer))
+    peer.token.store(token, ordering: .relaxed)
     do throws(Errno) {
       try epoll.add(peer.socket.rawValue, events: Epoll.readable, token: token)
       try epoll.add(peer.process.rawDescriptor, events: Epoll.readable, token: token)
@@ -59,7 +56,13 @@ final class SharedMemoryLoop: @unchecked Sendable {
       remove(token)
       throw error
     }
-    forgetLostPeers()
+  }
+
+  /// Watches a peer no longer; whoever still copies keeps it.
+  func forget(_ peer: SharedMemoryPeer) {
+    remove(peer.token.load(ordering: .relaxed))
+    epoll.remove(peer.socket.rawValue)
+    epoll.remove(peer.process.rawDescriptor)
   }
 
   private func add(_ member: Member) -> UInt64 {
@@ -72,15 +75,6 @@ final class SharedMemoryLoop: @unchecked Sendable {
   }
 
   private func remove(_ token: UInt64) { state.withLock { $0.members[token] = nil } }
-
-  private func forgetLostPeers() {
-    state.withLock { state in
-      state.members = state.members.filter { _, member in
-        if case .peer(let weak) = member { return weak.peer != nil }
-        return true
-      }
-    }
-  }
 
   private func run() {
     let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: Self.eventCount)
@@ -128,13 +122,9 @@ final class SharedMemoryLoop: @unchecked Sendable {
       epoll.remove(connection.socket.rawValue)
       server.drop(token: token)
       remove(token)
-    case .peer(let weak):
-      guard let peer = weak.peer else { return remove(token) }
+    case .peer(let peer):
       if peer.checkAlive() { peer.receiveNotices() }
-      if peer.isUsable { return }
-      epoll.remove(peer.socket.rawValue)
-      epoll.remove(peer.process.rawDescriptor)
-      remove(token)
+      if !peer.isUsable { forget(peer) }
     }
   }
 }

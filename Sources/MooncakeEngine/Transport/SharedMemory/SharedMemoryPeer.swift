@@ -45,6 +45,8 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   let process: ProcessHandle
   let socket: LocalSocket
   let slots: CopySlots
+  /// The loop's name for it.
+  let token = Atomic<UInt64>(0)
   private let table: SharedTableReader
   private let gone = Atomic<Bool>(false)
   private let kernelCopies: Atomic<Bool>
@@ -140,6 +142,8 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   func leave() {
     if gone.exchange(true, ordering: .sequentiallyConsistent) { return }
     Log.debug("\(description): gone")
+    // Wakes the loop, which lets go of the peer.
+    _ = shutdown(socket.rawValue, Int32(SHUT_RDWR))
     memories.withLock { memories in
       memories.removeAll()
       viewBox.withLock { $0 = .empty }

@@ -79,6 +79,11 @@ package final class SharedMemoryTransport: @unchecked Sendable {
     }
   }
 
+  /// Lets go of a peer that no route names any more; copies under way go on.
+  package func forget(_ peer: SharedMemoryPeer?) {
+    if let peer, peer !== own { loop.forget(peer) }
+  }
+
   /// Ends queued copies as canceled, waits for running ones and takes everything back from peers.
   package func stop() {
     let (queue, helpers) = state.withLock { state in

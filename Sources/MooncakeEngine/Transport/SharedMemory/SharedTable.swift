@@ -52,12 +52,14 @@ struct SharedTable: ~Copyable, @unchecked Sendable {
 struct SharedTableReader: ~Copyable, @unchecked Sendable {
   // Unchecked: the words are atomic, entries are checked by the version.
   private let mapping: MemoryMapping
+  private let base: UnsafeMutableRawPointer
 
-  init(_ file: borrowing MemoryFile) throws(Errno) { mapping = try file.map(writable: false) }
-
-  var guardWord: UnsafeRawPointer {
-    UnsafeRawPointer(mapping.address + SharedMemoryLayout.guardOffset)
+  init(_ file: borrowing MemoryFile) throws(Errno) {
+    mapping = try file.map(writable: false)
+    base = mapping.address
   }
+
+  var guardWord: UnsafeRawPointer { UnsafeRawPointer(base + SharedMemoryLayout.guardOffset) }
 
   @inline(__always)
   var guardValue: UInt64 { word(SharedMemoryLayout.guardOffset) }
@@ -82,7 +84,7 @@ struct SharedTableReader: ~Copyable, @unchecked Sendable {
   }
 
   private func copyEntries(_ count: Int) -> [SharedMemoryLayout.Entry] {
-    let source = mapping.address + SharedMemoryLayout.entriesOffset
+    let source = base + SharedMemoryLayout.entriesOffset
     return Array(unsafeUninitializedCapacity: count) { entries, initializedCount in
       UnsafeMutableRawBufferPointer(entries).copyMemory(
         from: UnsafeRawBufferPointer(
@@ -95,7 +97,7 @@ struct SharedTableReader: ~Copyable, @unchecked Sendable {
 
   @inline(__always)
   private func word(_ offset: Int) -> UInt64 {
-    (mapping.address + offset).assumingMemoryBound(to: Atomic<UInt64>.self)
+    (base + offset).assumingMemoryBound(to: Atomic<UInt64>.self)
       .pointee.load(ordering: .sequentiallyConsistent)
   }
 }
