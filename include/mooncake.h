@@ -128,7 +128,8 @@ typedef struct mooncake_engine_options {
                                      processors, 1 to 4 */
   uint32_t connections_per_peer;  /* data connections to one peer, 1 to 64; default 2 */
   uint32_t spin_us;               /* how long a waiter or I/O thread spins before it sleeps while
-                                     work is outstanding, 1 to 1000000; default 50 */
+                                     work is outstanding, 1 to 1000000; default 50; servers
+                                     spin four times as long */
   uint32_t reserved;              /* 0 */
 } mooncake_engine_options_t;
 

@@ -125,6 +125,52 @@ struct CancelTests {
     }
   }
 
+  /// Requests that end early leave those behind them on the connection whole: what was asked for
+  /// one is never taken for the other's answer.
+  @Test(arguments: [true, false])
+  func neighborsOnOneConnection(_ cancels: Bool) throws {
+    let isReleased = Box(false)
+    let peer = try FakePeer { connection in
+      while let header = connection.header() {
+        _ = eventually(within: 10_000) { isReleased.value }
+        // Each request's place decides what it gets.
+        let byte = UInt8((header.address - FakePeer.bufferAddress) >> 16) + 1
+        connection.sendStatus()
+        connection.send([UInt8](repeating: byte, count: Int(header.size)))
+      }
+    }
+    defer { peer.stop() }
+    let engine = try makeEngine { $0.connectionsPerPeer = 1 }
+    defer { engine.close() }
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(4 << 16)
+    let batches = try (0..<4).map { index in
+      try engine.start(
+        [
+          TransferRequest(
+            opcode: .read, segment: segment, source: local.address + (index << 16),
+            targetOffset: FakePeer.bufferAddress + UInt64(index << 16), length: 1 << 16)
+        ], timeoutMilliseconds: !cancels && index % 2 == 0 ? 150 : 10_000)
+    }
+    usleep(50_000)
+    for index in [0, 2] {
+      if cancels { try engine.cancel(batches[index]) }
+      let status = try engine.wait(batches[index], timeoutMilliseconds: 3000)
+      #expect(status.state == (cancels ? .canceled : .timeout), "batch \(index)")
+    }
+    local.fill(0xCC)
+    isReleased.value = true
+    for (index, batch) in batches.enumerated() {
+      let status = try engine.wait(batch, timeoutMilliseconds: 10_000)
+      #expect((status.state == .completed) == (index % 2 == 1), "batch \(index)")
+      let part = UnsafeRawBufferPointer(start: local.address + (index << 16), count: 1 << 16)
+      let byte = index % 2 == 1 ? UInt8(index) + 1 : 0xCC
+      #expect(part.first == byte && memcmp(part.baseAddress!, part.baseAddress! + 1, 65_535) == 0)
+      try engine.freeBatch(batch)
+    }
+    #expect(local.areGuardsIntact)
+  }
+
   /// Canceling what is over, empty or freed.
   @Test(arguments: TransportKind.allCases)
   func nothingToCancel(_ kind: TransportKind) throws {

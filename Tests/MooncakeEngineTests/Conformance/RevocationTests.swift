@@ -21,7 +21,8 @@ struct RevocationTests {
         let completed = Atomic<Int>(0)
         let reader = try WorkerThread.start(name: "reader") {
           let local = GuardedMemory(Self.byteCount)
-          while true {
+          let end = Deadline.after(milliseconds: 20_000)
+          while !end.hasPassed {
             local.fill(0x00)
             let code = failureCode { () throws(EngineError) in
               try pair.initiator.transfer(
@@ -37,6 +38,7 @@ struct RevocationTests {
             complaints.require(code == .notRegistered, "the read failed with \(code!)")
             return
           }
+          complaints.add("reads go on after unregister")
         }
         _ = eventually { completed.load(ordering: .relaxed) > 0 }
         usleep(UInt32(round) * 700)
@@ -60,7 +62,8 @@ struct RevocationTests {
         let writer = try WorkerThread.start(name: "writer") {
           let local = GuardedMemory(Self.byteCount)
           local.fill(0x02)
-          while true {
+          let end = Deadline.after(milliseconds: 20_000)
+          while !end.hasPassed {
             let code = failureCode { () throws(EngineError) in
               try pair.initiator.transfer(
                 [pair.write(from: local.address, to: memory.address, Self.byteCount)],
@@ -71,6 +74,7 @@ struct RevocationTests {
             complaints.require(code == .notRegistered, "the write failed with \(code!)")
             return
           }
+          complaints.add("writes go on after unregister")
         }
         _ = eventually { completed.load(ordering: .relaxed) > 0 }
         usleep(UInt32(round) * 700)

@@ -37,7 +37,8 @@ package final class TCPClientLoop: @unchecked Sendable {
   private var active: [TCPEndpoint] = []
   private var watched: [UInt64: TCPEndpoint] = [:]
   private var nextToken: UInt64 = 1
-  private var turnBytes = 0
+  /// Moved since the driver last waited.
+  var burstBytes = 0
   private var completedSlices = 0
   private var readBytes = 0
   private var writtenBytes = 0
@@ -57,7 +58,7 @@ package final class TCPClientLoop: @unchecked Sendable {
 
   static let receiveLimitBytes = 1 << 20
   private static let wakeupToken: UInt64 = 0
-  /// More bytes than this a turn is bulk: spinning would only take the processor from the peer.
+  /// More bytes than this in a burst is bulk: spinning would only take the processor from the peer.
   private static let spinLimitBytes = 64 << 10
   /// Up to so many busy connections are tried directly while spinning, without asking epoll.
   private static let directLimit = 2
@@ -226,10 +227,11 @@ extension TCPClientLoop {
       now = Clock.now()
       if now >= deadline.nanoseconds { break }
       if quietSince == 0 { quietSince = now }
-      if turnBytes <= Self.spinLimitBytes, now &- quietSince < spinNanoseconds {
+      if burstBytes <= Self.spinLimitBytes, now &- quietSince < spinNanoseconds {
         relaxProcessor()
         continue
       }
+      burstBytes = 0
       block(until: deadline, isDone: isDone)
       quietSince = 0
       now = Clock.now()
@@ -249,7 +251,6 @@ extension TCPClientLoop {
       let timeout = Deadline(nanoseconds: wake).remainingMilliseconds
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       isPolling.store(false, ordering: .sequentiallyConsistent)
-      turnBytes = 0
       dispatch(count)
       settle()
     } else {
@@ -265,7 +266,6 @@ extension TCPClientLoop {
       for index in active.indices where active[index].progress() { isBusy = true }
     } else if !active.isEmpty {
       let count = epoll.wait(into: events, timeoutMilliseconds: 0)
-      if count > 0 { turnBytes = 0 }
       dispatch(count)
       isBusy = isBusy || count > 0
     }
@@ -357,7 +357,6 @@ extension TCPClientLoop {
   @inline(__always)
   func count(_ slice: SlicePointer, _ outcome: Outcome) {
     let length = slice.pointee.length
-    turnBytes &+= length
     if outcome != .completed {
       counters.failedSlices.wrappingAdd(1, ordering: .relaxed)
       return

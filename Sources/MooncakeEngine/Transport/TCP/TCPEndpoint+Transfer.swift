@@ -34,6 +34,7 @@ extension TCPEndpoint {
         return true
       }
       isAny = true
+      loop.burstBytes &+= sent
       advanceSend(sent)
       // Answers come back while a long list is sent: give them a turn.
       if sent >= TCPWire.sendChunkBytes / 2, receiveIsDue { break }
@@ -162,6 +163,7 @@ extension TCPEndpoint {
         return true
       }
       isAny = true
+      loop.burstBytes &+= count
       advanceReceive(count)
       guard case .connected = state else { return true }
       if count < expected { break }

@@ -64,8 +64,8 @@ final class TCPServerLoop: @unchecked Sendable {
   init(buffers: BufferTable, counters: TCPCounters, spinNanoseconds: UInt64) throws(Errno) {
     self.buffers = buffers
     self.counters = counters
-    // Longer than a round trip in which both ends had to be woken: else a pair that once fell asleep
-    // would sleep, and wake each other, for every further request.
+    // Longer than a round trip in which both ends had to be woken: else a pair that once fell
+    // asleep would sleep, and wake each other, for every further request.
     self.spinNanoseconds = 4 &* spinNanoseconds
     input = try ScatterBuffer()
     epoll = try Epoll()

@@ -181,6 +181,42 @@ struct MalformedAnswerTests {
     #expect(local.areGuardsIntact)
   }
 
+  /// A refusal behind another answer, cut into two parts at every place: its first bytes must not
+  /// be taken from the frame before.
+  @Test(arguments: 1..<TCPWire.statusBytes)
+  func refusalCutAnywhere(_ cut: Int) throws {
+    let peer = try FakePeer { connection in
+      guard let first = connection.header() else { return }
+      if first.address == FakePeer.bufferAddress {
+        guard connection.header() != nil else { return }
+        let refusal = FakeConnection.frame(TCPWire.statusRejected)
+        let answer = FakeConnection.frame(TCPWire.statusOK) + [1, 2, 3, 4]
+        connection.send(answer + refusal.prefix(cut))
+        usleep(20_000)
+        // Taken for an answer, these would complete the request.
+        connection.send(refusal.dropFirst(cut) + [9, 9, 9, 9])
+      } else {
+        connection.sendStatus(TCPWire.statusRejected)
+      }
+    }
+    defer { peer.stop() }
+    let engine = try makeEngine { $0.connectionsPerPeer = 1 }
+    defer { engine.close() }
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(8)
+    let batch = try engine.start(
+      [UInt64(0), 4].map {
+        TransferRequest(
+          opcode: .read, segment: segment, source: local.address + Int($0),
+          targetOffset: FakePeer.bufferAddress + $0, length: 4)
+      })
+    _ = try engine.wait(batch, timeoutMilliseconds: 5000)
+    let statuses = try engine.statuses(batch, count: 2)
+    #expect(statuses.map(\.error) == [nil, .notRegistered])
+    #expect(local.bytes.prefix(4).elementsEqual([1, 2, 3, 4]) && local.areGuardsIntact)
+    try engine.freeBatch(batch)
+  }
+
   @Test func extraBytes() throws {
     let peer = try FakePeer { connection in
       while connection.serveOne(reading: 0x33) {
