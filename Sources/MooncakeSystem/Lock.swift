@@ -1,10 +1,10 @@
 import Synchronization
 
+#if DEBUG
 /// A mutex that holds what it protects.
 ///
 /// The standard library's `Mutex` waits inside a library that the thread sanitizer does not see, so
-/// a contended one looks like a race. The atomic tells the sanitizer the order; elsewhere it costs
-/// a plain load and store.
+/// a contended one looks like a race. The atomic tells the sanitizer the order.
 package struct Lock<Value: ~Copyable>: ~Copyable, Sendable {
   private let mutex: Mutex<Value>
   private let order = Atomic(false)
@@ -22,3 +22,8 @@ package struct Lock<Value: ~Copyable>: ~Copyable, Sendable {
     }
   }
 }
+#else
+/// A mutex that holds what it protects. The standard library's own is inlined where it is used; the
+/// wrapper of debug builds would look up metadata at each call.
+package typealias Lock<Value: ~Copyable> = Mutex<Value>
+#endif

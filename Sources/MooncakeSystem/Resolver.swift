@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import Synchronization
 
 /// Why a host name gave no address.
 package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible {

@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// Notifications received and not yet taken: first in, first out, bounded in number and bytes.
 package final class NotificationQueue: Sendable {

@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// The RPC daemon: answers metadata, notify and probe requests of any number of peers on one
 /// thread, `mc-rpc`, which sleeps while nobody is connected.

@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// A peer whose RPC daemon is real and whose data port does what a test says: each connection runs
 /// the script on a thread of its own.

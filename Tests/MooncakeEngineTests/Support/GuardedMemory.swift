@@ -1,6 +1,7 @@
 import CLinux
 import Glibc
 import MooncakeSystem
+import Synchronization
 
 /// Bytes that tell one place in a stream from another: a block whose length is prime, so that
 /// neither pages nor chunks of a power of two repeat it in step.

@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// Runs `body` on threads of their own, all at once, and waits for them.
 func onThreads(_ count: Int, _ body: @escaping @Sendable (Int) -> Void) throws {
