@@ -1,11 +1,11 @@
 // Copies that end the moment somebody else says so.
 //
-// A guarded copy compares a guard word and then copies as one restartable sequence: a thread that is
-// preempted, stopped or interrupted by a signal between the two never goes on from where it was, but
+// A guarded copy compares a guard word and then copies as one restartable sequence: a thread that
+// is preempted, stopped or interrupted by a signal meanwhile never goes on from where it was, but
 // comes back with LINUX_COPY_INTERRUPTED. Whoever changes the word and then sees the thread stopped
-// therefore knows that it will not touch the memory again without looking at the word. Where the
-// C library or the processor offers no such sequences, `rseq` is null and the copy is an ordinary
-// one behind an ordinary comparison.
+// therefore knows that it will not touch the memory again without looking at the word. Where the C
+// library or the processor offers no such sequences, `rseq` is null and the copy is an ordinary one
+// behind an ordinary comparison.
 #ifndef CLINUX_GUARDED_COPY_H
 #define CLINUX_GUARDED_COPY_H
 
@@ -82,8 +82,8 @@ static inline long linux_guarded_kernel_copy(
 }
 
 #ifdef LINUX_HAS_RSEQ_COPY
-// Copies whole blocks of BLOCK bytes from the front of what is left; `index` runs from -left to 0 and
-// is the only thing that changes, so an interrupted copy knows what it has done.
+// Copies whole blocks from the front of what is left; `index` runs from -left to 0 and is the only
+// thing that changes, so an interrupted copy knows what it has done.
 #define LINUX_BLOCK_LOOP(name, block, body, ...)                                                   \
   static inline long linux_blocks_##name(                                                          \
     char *target_end, const char *source_end, long *left, const void *guard, uint64_t expected,    \
@@ -141,7 +141,7 @@ static inline long linux_bytes(
 }
 #endif
 
-// Copies the last *left bytes before the ends. Returns 0, or LINUX_COPY_* with what is left in *left.
+// Copies the last *left bytes before the ends. Returns 0, or LINUX_COPY_* with the rest in *left.
 // `vector_bytes`, of linux_vector_bytes(), asks for non-temporal stores; 0 for plain ones.
 static inline long linux_guarded_copy(
   void *target_end, const void *source_end, long *left, int vector_bytes, const void *guard,

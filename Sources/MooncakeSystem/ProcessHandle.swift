@@ -20,9 +20,9 @@ package struct ProcessHandle: ~Copyable, Sendable {
     return poll(&item, 1, 0) > 0
   }
 
-  /// Whether a thread of the process executes nothing: a signal stopped it, or it is gone. A stopped
-  /// thread is on its way out of the kernel, never inside a system call; one that a debugger holds
-  /// may be, and counts as running.
+  /// Whether a thread of the process executes nothing: a signal stopped it, or it is gone. A
+  /// stopped thread is on its way out of the kernel, never inside a system call; one that a
+  /// debugger holds may be, and counts as running.
   package func isStopped(thread: pid_t) -> Bool {
     if !exists(thread) { return true }
     guard

@@ -24,7 +24,8 @@ struct BenchInitiatorCommand: ParsableCommand {
   @Option(help: "read, write or mixed.")
   var operation = Operation.read
 
-  @Option(name: .customLong("protocol"), help: "shm: memory where the peer is on this host, else TCP; or tcp.")
+  @Option(
+    name: .customLong("protocol"), help: "shm: memory where the peer is on this host, or tcp.")
   var protocolName = "shm"
 
   @Option(help: "Bytes of one request.")

@@ -21,7 +21,7 @@ enum TestPeer {
       case ("copy", _): try CopyingPeer(Array(arguments.dropFirst())).run()
       case ("cycles", let numbers) where numbers.count == 1:
         try EngineCycles(count: numbers[0] ?? 0).run()
-      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | share ... | copy ... | cycles COUNT")
+      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | share ... | copy ... | cycles N")
       }
     } catch {
       fail("\(error)")

@@ -36,13 +36,13 @@ extension TransferEngine {
       add(name + "_total", "counter", help, value)
     }
     counter(
-      "read_bytes", "Bytes read from peers.", 
+      "read_bytes", "Bytes read from peers.",
       tcp.readBytes.load(ordering: .relaxed) &+ shared.readBytes.load(ordering: .relaxed))
     counter(
-      "written_bytes", "Bytes written to peers.", 
+      "written_bytes", "Bytes written to peers.",
       tcp.writtenBytes.load(ordering: .relaxed) &+ shared.writtenBytes.load(ordering: .relaxed))
     counter(
-      "completed_slices", "Slices completed.", 
+      "completed_slices", "Slices completed.",
       tcp.completedSlices.load(ordering: .relaxed)
         &+ shared.completedSlices.load(ordering: .relaxed))
     counter(
@@ -101,7 +101,7 @@ extension TransferEngine {
       "shared_memory_fallbacks", "Slices for a peer of the same host that went on over TCP.",
       shared.refusedSlices.load(ordering: .relaxed))
     add(
-      "shared_memory_peers", "gauge", "Peers of the same host that can reach the buffers by memory.",
+      "shared_memory_peers", "gauge", "Peers of the same host that reach the buffers by memory.",
       sharedMemory?.server.connectionCount ?? 0)
   }
 

@@ -46,9 +46,11 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
   func enter(isGuarded: Bool) -> Occupied {
     let thread = UInt64(UInt32(bitPattern: linux_thread_number()))
     let mark = thread | (isGuarded ? Self.guarded : 0)
-    var index = Int(thread)
+    let mask = SharedMemoryLayout.slotCount - 1
+    let first = Int(thread) & mask
+    var index = first
     while true {
-      let word = word(index & (SharedMemoryLayout.slotCount - 1))
+      let word = word(index)
       let old = word.pointee.load(ordering: .relaxed)
       if old & Self.threadMask == 0 {
         let new = (old & ~(Self.guarded | Self.threadMask)) &+ Self.sequenceStep | mark
@@ -57,10 +59,8 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
           expected: old, desired: new, ordering: .sequentiallyConsistent)
         if exchanged { return Occupied(word: word, value: new) }
       }
-      index &+= 1
-      if index & (SharedMemoryLayout.slotCount - 1) == Int(thread) & (SharedMemoryLayout.slotCount - 1) {
-        yieldProcessor()
-      }
+      index = (index + 1) & mask
+      if index == first { yieldProcessor() }
     }
   }
 

@@ -85,7 +85,9 @@ struct SharedMemoryCopier: ~Copyable {
     guard index >= 0 else { return .none }
     let range = view.ranges.buffers[index]
     guard range.access.contains(opcode.requiredAccess) else { return .none }
-    if let base = UnsafeMutableRawPointer(bitPattern: view.bases[index]), isRegistered(local, count) {
+    if let base = UnsafeMutableRawPointer(bitPattern: view.bases[index]),
+      isRegistered(local, count)
+    {
       return .mapped(base + Int(remote &- range.address))
     }
     return peer.copiesByKernel ? .kernel : .none

@@ -36,7 +36,7 @@ enum SharedMemoryLayout {
   /// First message of the owner; carries the table and the slots.
   struct Greeting {
     var magic = SharedMemoryLayout.magic
-    /// A word of the owner's memory and what it holds: shows whether the kernel copies for the peer.
+    /// A word of the owner's memory and what it holds: whoever reads it may let the kernel copy.
     var probeAddress: UInt64 = 0
     var probeValue: UInt64 = 0
     /// How many `Notice`s follow at once.

@@ -3,8 +3,8 @@ import Glibc
 import MooncakeSystem
 import Synchronization
 
-/// Another process of this host, or another engine of this process: its table, what of its memory is
-/// mapped here, and the slots in which this engine says that it copies.
+/// Another process of this host, or another engine of this process: its table, what of its memory
+/// is mapped here, and the slots in which this engine says that it copies.
 package final class SharedMemoryPeer: @unchecked Sendable {
   // Unchecked: everything is set in `init` or synchronized.
 
@@ -157,8 +157,8 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     Log.info("\(description): the kernel does not copy between us: \(error)")
   }
 
-  /// Asked after an interruption of unknown length, so that nothing is written to a later process of
-  /// the same number.
+  /// Asked after an interruption of unknown length, so that nothing is written to a later process
+  /// of the same number.
   func checkAlive() -> Bool {
     if process.hasEnded { leave() }
     return isUsable

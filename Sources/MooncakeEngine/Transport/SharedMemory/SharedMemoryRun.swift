@@ -2,8 +2,8 @@ import CLinux
 import Glibc
 import MooncakeSystem
 
-/// Slices for one peer that one thread copies and ends. Neighbors that the kernel copies go into one
-/// system call.
+/// Slices for one peer that one thread copies and ends. Neighbors that the kernel copies go into
+/// one system call.
 struct SharedMemoryRun: ~Copyable {
   /// What could not be copied; the caller sends it by other means.
   private(set) var refused = SliceQueue()
