@@ -181,7 +181,8 @@ typedef struct mooncake_buffer {
 /* Makes [address, address + length) a buffer of the local segment. location says which device it is
  * near ("cpu:0", "cuda:1"), null or "*" lets the engine find out. The memory stays the caller's; it
  * must stay mapped until it is unregistered: transfers may touch it directly. access:
- * MOONCAKE_ACCESS_*. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL. Since 0.1. */
+ * MOONCAKE_ACCESS_*. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL.
+ * Since 0.1. */
 int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint64_t length,
                                  const char *location, uint32_t access);
 
