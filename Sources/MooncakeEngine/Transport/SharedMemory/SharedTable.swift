@@ -84,6 +84,7 @@ struct SharedTableReader: ~Copyable, @unchecked Sendable {
   }
 
   private func copyEntries(_ count: Int) -> [SharedMemoryLayout.Entry] {
+    if count == 0 { return [] }
     let source = base + SharedMemoryLayout.entriesOffset
     return Array(unsafeUninitializedCapacity: count) { entries, initializedCount in
       UnsafeMutableRawBufferPointer(entries).copyMemory(
