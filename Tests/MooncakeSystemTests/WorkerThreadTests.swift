@@ -6,7 +6,7 @@ import Testing
 
 struct WorkerThreadTests {
   @Test func runsNamedAndWithoutSignals() throws {
-    let seen = Mutex<(name: String, blocksEverything: Bool)>(("", false))
+    let seen = Lock<(name: String, blocksEverything: Bool)>(("", false))
     var before = sigset_t()
     pthread_sigmask(SIG_SETMASK, nil, &before)
     let thread = try WorkerThread.start(name: "a-name-that-is-too-long") {
@@ -29,7 +29,7 @@ struct WorkerThreadTests {
   }
 
   @Test func knowsItself() throws {
-    let thread = Mutex<WorkerThread?>(nil)
+    let thread = Lock<WorkerThread?>(nil)
     let isCurrent = Atomic<Bool>(false)
     let started = try WorkerThread.start(name: "self") {
       while true {

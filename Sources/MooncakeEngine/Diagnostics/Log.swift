@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import MooncakeSystem
 import Synchronization
 
 /// The process-wide log: one line a message, to stderr or to the host's callback.
@@ -20,7 +21,7 @@ public enum Log {
   private static let threshold = Atomic<Int32>(levelFromEnvironment().rawValue)
   private final class SinkBox: Sendable {
     // Held while a line is written: lines never mix and a replaced sink is never called again.
-    let sink = Mutex<Sink?>(nil)
+    let sink = Lock<Sink?>(nil)
   }
 
   // Replaced only in a forked child, before it has a second thread: another thread of the parent

@@ -9,7 +9,7 @@ import Testing
 private final class CountingAnnouncer: BatchAnnouncer {
   let announcements = Atomic<Int>(0)
   let callbacks = Atomic<Int>(0)
-  let delivered = Mutex<[Notification]>([])
+  let delivered = Lock<[Notification]>([])
 
   func announce(_ batch: Batch) { announcements.add(1, ordering: .relaxed) }
 

@@ -102,7 +102,7 @@ struct SliceInboxTests {
     final class Shared: Sendable {
       let inbox = SliceInbox()
       let isDone = Atomic<Bool>(false)
-      let taken = Mutex<[Int]>([])
+      let taken = Lock<[Int]>([])
     }
     let shared = Shared()
     let pushers = 4
