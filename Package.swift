@@ -59,7 +59,7 @@ let package = Package(
       ],
       path: "Sources/mooncake", swiftSettings: releaseFlags),
     .executableTarget(
-      name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem"],
+      name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],

@@ -122,7 +122,9 @@ typedef struct mooncake_engine_options {
   const char *advertised_address; /* host that peers connect to; default: the bound address, or this
                                      machine's first address if every interface is bound */
   const char *metadata_uri;       /* "P2PHANDSHAKE" (the default): peers ask each other */
-  const char *transports;         /* comma list in order of preference; default and so far "tcp" */
+  const char *transports;         /* comma list in order of preference; default "shm,tcp": memory
+                                     between processes of one host, TCP for all else. "tcp" must be
+                                     in it; MC_FORCE_TCP in the environment leaves only that */
   uint64_t default_timeout_ms;    /* deadline of an operation that names none; default 30000 */
   uint32_t io_threads;            /* threads per direction, at most 64; default half the
                                      processors, 1 to 4 */
@@ -178,8 +180,9 @@ typedef struct mooncake_buffer {
 
 /* Makes [address, address + length) a buffer of the local segment. location says which device it is
  * near ("cpu:0", "cuda:1"), null or "*" lets the engine find out. The memory stays the caller's; it
- * must stay mapped until it is unregistered. access: MOONCAKE_ACCESS_*.
- * Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL. Since 0.1. */
+ * must stay mapped until it is unregistered: transfers may touch it directly. access:
+ * MOONCAKE_ACCESS_*. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL.
+ * Since 0.1. */
 int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint64_t length,
                                  const char *location, uint32_t access);
 
@@ -197,7 +200,8 @@ int32_t mooncake_memory_unregister_batch(mooncake_engine_t *engine, void *const 
                                          uint64_t count);
 
 /* Allocates zeroed, page-aligned, registered memory owned by the engine, in huge pages where the
- * system grants them. Ends with mooncake_memory_free() or with the engine. Since 0.1. */
+ * system grants them; processes of the same user and host map it. Ends with mooncake_memory_free()
+ * or with the engine. Since 0.1. */
 int32_t mooncake_memory_allocate(mooncake_engine_t *engine, uint64_t length, const char *location,
                                  uint32_t access, void **address);
 

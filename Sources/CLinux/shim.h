@@ -28,14 +28,18 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "guarded_copy.h"
 
 static inline int linux_futex_wait(
   uint32_t *word, uint32_t expected, const struct timespec *absolute_monotonic) {
@@ -52,6 +56,78 @@ static inline int linux_accept(int listener, int flags) {
 }
 
 static inline int linux_gettid(void) { return (int)syscall(SYS_gettid); }
+
+// The calling thread's number, asked of the kernel once.
+static inline int linux_thread_number(void) {
+  static __thread int number;
+  if (number == 0) number = linux_gettid();
+  return number;
+}
+
+static inline int linux_pidfd_open(pid_t process) {
+  return (int)syscall(SYS_pidfd_open, process, 0);
+}
+
+// Whether other processes of the user may look into this one.
+static inline int linux_set_dumpable(int value) { return prctl(PR_SET_DUMPABLE, value, 0, 0, 0); }
+
+// Whether a thread exists at all; what may be done to it does not matter.
+static inline int linux_thread_exists(pid_t process, pid_t thread) {
+  return syscall(SYS_tgkill, process, thread, 0) == 0 || errno != ESRCH;
+}
+
+// Sends one message with up to 4 descriptors.
+static inline ssize_t linux_send_message(
+  int socket, const void *bytes, size_t count, const int *descriptors, size_t descriptor_count) {
+  union {
+    char bytes[CMSG_SPACE(4 * sizeof(int))];
+    struct cmsghdr alignment;
+  } control;
+  struct iovec vector = {(void *)bytes, count};
+  struct msghdr message;
+  memset(&message, 0, sizeof message);
+  message.msg_iov = &vector;
+  message.msg_iovlen = 1;
+  if (descriptor_count > 0 && descriptor_count <= 4) {
+    memset(&control, 0, sizeof control);
+    message.msg_control = &control;
+    message.msg_controllen = CMSG_SPACE(descriptor_count * sizeof(int));
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(descriptor_count * sizeof(int));
+    memcpy(CMSG_DATA(header), descriptors, descriptor_count * sizeof(int));
+  }
+  return sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+// Receives one message with up to 4 descriptors, close-on-exec, which the caller then owns.
+static inline ssize_t linux_receive_message(
+  int socket, void *bytes, size_t count, int *descriptors, size_t *descriptor_count) {
+  union {
+    char bytes[CMSG_SPACE(4 * sizeof(int))];
+    struct cmsghdr alignment;
+  } control;
+  struct iovec vector = {bytes, count};
+  struct msghdr message;
+  memset(&message, 0, sizeof message);
+  message.msg_iov = &vector;
+  message.msg_iovlen = 1;
+  message.msg_control = &control;
+  message.msg_controllen = sizeof control;
+  *descriptor_count = 0;
+  ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+  if (received < 0) return received;
+  for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    size_t number = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t index = 0; index < number && *descriptor_count < 4; index++)
+      memcpy(&descriptors[(*descriptor_count)++], CMSG_DATA(header) + index * sizeof(int),
+             sizeof(int));
+  }
+  return received;
+}
 
 static inline void linux_cpu_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)

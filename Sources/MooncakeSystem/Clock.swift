@@ -59,3 +59,12 @@ public struct Deadline: Sendable, Comparable {
       tv_sec: Int(nanoseconds / 1_000_000_000), tv_nsec: Int(nanoseconds % 1_000_000_000))
   }
 }
+
+/// Gives the processor away for a while far below a second.
+package func sleepBriefly(nanoseconds: UInt64) {
+  var time = timespec(tv_sec: 0, tv_nsec: Int(min(nanoseconds, 999_999_999)))
+  nanosleep(&time, nil)
+}
+
+/// Lets other threads run that wait for this processor.
+package func yieldProcessor() { sched_yield() }

@@ -12,6 +12,13 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
   /// Takes ownership of a range that `munmap` may end.
   package init(owning bytes: UnsafeMutableRawBufferPointer) { self.bytes = bytes }
 
+  /// Gives the range to the caller, who must unmap it.
+  package consuming func release() -> UnsafeMutableRawBufferPointer {
+    let bytes = self.bytes
+    discard self
+    return bytes
+  }
+
   deinit { munmap(bytes.baseAddress!, bytes.count) }
 
   /// Maps zeroed private memory of a whole number of pages; asks for huge pages where they help.
@@ -44,7 +51,7 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
   /// The size of a page.
   package static let pageBytes = sysconf(Int32(_SC_PAGESIZE))
 
-  private static func roundedToPages(_ byteCount: Int) throws(Errno) -> Int {
+  static func roundedToPages(_ byteCount: Int) throws(Errno) -> Int {
     let (sum, overflow) = byteCount.addingReportingOverflow(pageBytes - 1)
     if overflow || byteCount <= 0 { throw Errno(ENOMEM) }
     return sum & ~(pageBytes - 1)

@@ -24,8 +24,9 @@ struct BenchInitiatorCommand: ParsableCommand {
   @Option(help: "read, write or mixed.")
   var operation = Operation.read
 
-  @Option(name: .customLong("protocol"), help: "Transport to use; tcp is the only one so far.")
-  var protocolName = "tcp"
+  @Option(
+    name: .customLong("protocol"), help: "shm: memory where the peer is on this host, or tcp.")
+  var protocolName = "shm"
 
   @Option(help: "Bytes of one request.")
   var blockSize = Sweep(ByteCount(64 << 10))
@@ -64,8 +65,8 @@ struct BenchInitiatorCommand: ParsableCommand {
   var json = false
 
   func validate() throws {
-    if protocolName != "tcp" {
-      throw ValidationError("--protocol \(protocolName) is not known; this build has: tcp.")
+    if !["shm", "tcp"].contains(protocolName) {
+      throw ValidationError("--protocol \(protocolName) is not known; this build has: shm, tcp.")
     }
     if duration != nil && iterations != nil {
       throw ValidationError("--duration and --iterations exclude each other.")
@@ -90,7 +91,7 @@ struct BenchInitiatorCommand: ParsableCommand {
     silenceLog()
     let isClean = try reportingEngineErrors {
       var options = engine.options
-      options.transports = [protocolName]
+      options.transports = protocolName == "tcp" ? ["tcp"] : [protocolName, "tcp"]
       let engine = try TransferEngine(options)
       defer { engine.close() }
       return try measure(engine, stop)

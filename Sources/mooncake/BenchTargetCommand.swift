@@ -35,6 +35,9 @@ struct BenchTargetCommand: ParsableCommand {
   @Option(help: "What peers may do with the buffer: read, write or all.")
   var access = AccessChoice.all
 
+  @Flag(help: "Registers ordinary memory instead of memory that processes of this host can map.")
+  var ordinary = false
+
   @Option(help: "Fills the buffer with the pattern of this seed, for `initiator --pattern`.")
   var pattern: UInt64?
 
@@ -62,7 +65,7 @@ struct BenchTargetCommand: ParsableCommand {
       let engine = try TransferEngine(self.engine.options)
       defer { engine.close() }
       let length = bufferSize.value
-      let memory = try engine.allocate(length: length, access: access.access)
+      let memory = try makeBuffer(engine, length)
       touch(memory, count: Int(length))
       printLine("segment \(engine.name) buffer \(hexadecimal(address(memory))) \(length)")
 
@@ -70,8 +73,23 @@ struct BenchTargetCommand: ParsableCommand {
       let deadline = duration.map { Deadline(nanoseconds: begin &+ $0.nanoseconds) } ?? .never
       stop.wait(until: deadline, orEndOfInput: untilEof)
       printTotals(of: engine, seconds: Double(Clock.now() - begin) / 1e9)
-      try engine.free(memory)
+      try ordinary ? engine.unregister(memory) : engine.free(memory)
     }
+  }
+
+  private func makeBuffer(
+    _ engine: TransferEngine, _ length: UInt64
+  ) throws(EngineError) -> UnsafeMutableRawPointer {
+    if !ordinary { return try engine.allocate(length: length, access: access.access) }
+    let memory: UnsafeMutableRawPointer
+    do throws(Errno) {
+      // Stays until the process ends.
+      memory = try MemoryMapping.anonymous(byteCount: Int(length)).release().baseAddress!
+    } catch {
+      throw EngineError(.outOfMemory, "\(length) bytes: \(error)")
+    }
+    try engine.register(memory, length: length, access: access.access)
+    return memory
   }
 
   /// Writes every page, so that no measurement pays for page faults or reads the shared zero page.

@@ -1,6 +1,8 @@
 // The peer that tests start in a process of its own:
 //   MooncakeTestPeer serve LENGTH PORT   serves memory full of 0x5A: prints
 //                                        "NAME ADDRESS LENGTH", ends when stdin closes
+//   MooncakeTestPeer share ...           see SharedMemoryPeer.swift
+//   MooncakeTestPeer copy ...            see SharedMemoryPeer.swift
 //   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if any trace stays
 
 import Glibc
@@ -15,9 +17,11 @@ enum TestPeer {
       switch (arguments.first, arguments.dropFirst().map { Int($0) }) {
       case ("serve", let numbers) where numbers.count == 2:
         try serve(byteCount: numbers[0] ?? 0, port: UInt16(numbers[1] ?? 0))
+      case ("share", _): try SharingPeer(Array(arguments.dropFirst())).run()
+      case ("copy", _): try CopyingPeer(Array(arguments.dropFirst())).run()
       case ("cycles", let numbers) where numbers.count == 1:
         try EngineCycles(count: numbers[0] ?? 0).run()
-      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | cycles COUNT")
+      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | share ... | copy ... | cycles N")
       }
     } catch {
       fail("\(error)")

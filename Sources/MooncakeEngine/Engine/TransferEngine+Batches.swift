@@ -139,6 +139,7 @@ extension TransferEngine {
   package func transfer(
     count: Int, timeoutMilliseconds: UInt64, request: (Int) -> RawRequest
   ) throws(EngineError) {
+    if count == 1, try copyAtOnce(request(0)) { return }
     let batch = try takeSpareBatch(count)
     try submit(
       batch, count: count, timeoutMilliseconds: timeoutMilliseconds, notification: nil,
@@ -148,6 +149,20 @@ extension TransferEngine {
     let message = status.error == nil ? "" : batch.failureMessage
     giveSpareBatch(batch)
     if let code = status.error { throw EngineError(code, message) }
+  }
+
+  /// Moves a request of moderate size through shared memory, if that is possible without waiting
+  /// for anybody; a batch would cost more than the copy.
+  @inline(__always)
+  private func copyAtOnce(_ raw: RawRequest) throws(EngineError) -> Bool {
+    guard let sharedMemory, raw.length <= UInt64(SharedMemoryTransport.inlineBytes),
+      raw.length > 0, let opcode = Opcode(rawValue: raw.opcode),
+      let local = UnsafeMutableRawPointer(bitPattern: UInt(raw.source))
+    else { return false }
+    return try whileOpen { () throws(EngineError) in
+      guard let peer = try segments.segment(raw.segment).route.sharedMemory else { return false }
+      return sharedMemory.copy(peer, opcode, local, raw.targetOffset, Int(raw.length))
+    }
   }
 
   private static let spareBatchCapacity = 256
@@ -177,6 +192,7 @@ extension TransferEngine {
   /// A poller of a running batch does the loop's work if nobody else does.
   private func drivePolled(_ batch: Batch) {
     if batch.isTerminal { return }
+    if batch.usesSharedMemory, let sharedMemory { _ = sharedMemory.help() }
     batch.drivenLoop?.pollIfFree()
   }
 
@@ -184,6 +200,10 @@ extension TransferEngine {
   package func waitUntilTerminal(_ batch: Batch, _ deadline: Deadline) -> Bool {
     var spinEnd: UInt64 = 0
     while !batch.isTerminal {
+      if batch.usesSharedMemory, let sharedMemory, sharedMemory.help() {
+        if deadline.hasPassed { return batch.isTerminal }
+        continue
+      }
       if let loop = batch.drivenLoop {
         if batch.drive(loop, until: deadline) {
           if batch.isTerminal { return true }
@@ -195,7 +215,8 @@ extension TransferEngine {
       }
       let now = Clock.now()
       if spinEnd == 0 { spinEnd = now &+ spinNanoseconds }
-      if now < spinEnd && !batch.isBulk {
+      // The last pieces of a large copy take other threads less time than a wake-up does.
+      if now < spinEnd && (!batch.isBulk || batch.usesSharedMemory) {
         relaxProcessor()
         continue
       }

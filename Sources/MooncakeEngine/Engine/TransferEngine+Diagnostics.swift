@@ -26,6 +26,7 @@ extension TransferEngine {
   public func metrics() -> String {
     let tcp = transport.counters
     let rpc = rpcCounters
+    let shared = sharedMemory?.counters ?? SharedMemoryCounters()
     var text = ""
     func add(_ name: String, _ kind: String, _ help: String, _ value: some BinaryInteger) {
       text += "# HELP mooncake_\(name) \(help)\n# TYPE mooncake_\(name) \(kind)\n"
@@ -35,14 +36,19 @@ extension TransferEngine {
       add(name + "_total", "counter", help, value)
     }
     counter(
-      "read_bytes", "Bytes read from peers.", tcp.readBytes.load(ordering: .relaxed))
+      "read_bytes", "Bytes read from peers.",
+      tcp.readBytes.load(ordering: .relaxed) &+ shared.readBytes.load(ordering: .relaxed))
     counter(
-      "written_bytes", "Bytes written to peers.", tcp.writtenBytes.load(ordering: .relaxed))
+      "written_bytes", "Bytes written to peers.",
+      tcp.writtenBytes.load(ordering: .relaxed) &+ shared.writtenBytes.load(ordering: .relaxed))
     counter(
-      "completed_slices", "Slices completed.", tcp.completedSlices.load(ordering: .relaxed))
+      "completed_slices", "Slices completed.",
+      tcp.completedSlices.load(ordering: .relaxed)
+        &+ shared.completedSlices.load(ordering: .relaxed))
     counter(
       "failed_slices", "Slices that failed, timed out or were canceled.",
-      tcp.failedSlices.load(ordering: .relaxed))
+      tcp.failedSlices.load(ordering: .relaxed) &+ shared.failedSlices.load(ordering: .relaxed))
+    addSharedMemory(shared, counter, add)
     counter("retried_slices", "Slices queued again.", tcp.retries.load(ordering: .relaxed))
     counter(
       "connect_failures", "Data connections that could not be made.",
@@ -76,6 +82,27 @@ extension TransferEngine {
       local.buffers.snapshot.buffers.reduce(UInt64(0)) { $0 &+ $1.length })
     add("queued_notifications", "gauge", "Notifications not yet taken.", notifications.count)
     return text
+  }
+
+  private func addSharedMemory(
+    _ shared: SharedMemoryCounters, _ counter: (String, String, UInt64) -> Void,
+    _ add: (String, String, String, Int) -> Void
+  ) {
+    counter(
+      "shared_memory_read_bytes", "Of these, bytes read from peers of the same host by memory.",
+      shared.readBytes.load(ordering: .relaxed))
+    counter(
+      "shared_memory_written_bytes", "Of these, bytes written to peers of the same host by memory.",
+      shared.writtenBytes.load(ordering: .relaxed))
+    counter(
+      "shared_memory_requests", "Slices completed by memory.",
+      shared.completedSlices.load(ordering: .relaxed))
+    counter(
+      "shared_memory_fallbacks", "Slices for a peer of the same host that went on over TCP.",
+      shared.refusedSlices.load(ordering: .relaxed))
+    add(
+      "shared_memory_peers", "gauge", "Peers of the same host that reach the buffers by memory.",
+      sharedMemory?.server.connectionCount ?? 0)
   }
 
   private func escaped(_ label: String) -> String {

@@ -6,8 +6,40 @@ import Synchronization
 /// Memory that the engine allocated.
 package final class EngineMemory: Sendable {
   package let mapping: MemoryMapping
+  /// Names it to peers that can map it; nil for memory of this process alone.
+  package let number: UInt32?
+  private let file: MemoryFile?
 
-  init(byteCount: Int) throws(Errno) { mapping = try .anonymous(byteCount: byteCount) }
+  init(byteCount: Int) throws(Errno) {
+    mapping = try .anonymous(byteCount: byteCount)
+    number = nil
+    file = nil
+  }
+
+  init(sharing number: UInt32, byteCount: Int) throws(Errno) {
+    let file = try MemoryFile(name: "mooncake-memory", byteCount: byteCount)
+    mapping = try file.map(writable: true)
+    self.number = number
+    self.file = consume file
+  }
+
+  /// Where a range lies in the memory; nil if it lies elsewhere or peers cannot map it.
+  func place(_ address: UInt64, _ length: UInt64) -> BufferTable.SharedPlace? {
+    let offset = address &- UInt64(UInt(bitPattern: mapping.address))
+    let size = UInt64(mapping.count)
+    guard let number, offset < size, length <= size - offset else { return nil }
+    return .init(memory: number, offset: offset)
+  }
+
+  /// Runs `body` with a descriptor to give to a peer, which cannot write unless it may.
+  func withDescriptor(writable: Bool, _ body: (Int32) -> Void) {
+    switch file {
+    case .none: return
+    case .some(let file):
+      if !writable, let reader = file.readOnlyDescriptor() { return body(reader.rawValue) }
+      body(file.descriptor.rawValue)
+    }
+  }
 }
 
 extension TransferEngine {
@@ -39,8 +71,9 @@ extension TransferEngine {
       ranges.map {
         BufferTable.Buffer(
           range: RemoteBuffer(address: $0.address, length: $0.length, access: access),
-          location: location)
+          location: location, place: place($0.address, $0.length))
       })
+    sharedMemory?.server.publish()
   }
 
   /// Ends the registration that begins at `address`: no peer touches the memory afterwards.
@@ -55,7 +88,10 @@ extension TransferEngine {
   package func unregister(_ addresses: UnsafeBufferPointer<UInt64>) throws(EngineError) {
     try checkOpen()
     let removed = local.buffers.remove(Array(addresses))
-    if !removed.isEmpty { transport.server.revoke(removed.map(\.range)) }
+    if !removed.isEmpty {
+      sharedMemory?.server.revoke()
+      transport.server.revoke(removed.map(\.range))
+    }
     let found = Set(removed.map(\.range.address))
     for address in addresses where !found.contains(address) {
       throw EngineError(
@@ -72,13 +108,35 @@ extension TransferEngine {
       throw EngineError(.invalidArgument, "cannot allocate \(length) bytes")
     }
     let memory: EngineMemory
-    do throws(Errno) { memory = try EngineMemory(byteCount: Int(length)) } catch {
-      throw EngineError(.outOfMemory, "allocating \(length) bytes: \(error)")
+    if let shared = sharedMemory?.server.allocate(byteCount: Int(length)) {
+      memory = shared
+    } else {
+      do throws(Errno) { memory = try EngineMemory(byteCount: Int(length)) } catch {
+        throw EngineError(.outOfMemory, "allocating \(length) bytes: \(error)")
+      }
     }
     let address = memory.mapping.address
-    try register(address, length: length, location: location, access: access)
-    mappings.withLock { $0[UInt64(UInt(bitPattern: address))] = memory }
+    let key = UInt64(UInt(bitPattern: address))
+    // Before the registration, which looks up where the range lies.
+    mappings.withLock { $0[key] = memory }
+    do throws(EngineError) {
+      try register(address, length: length, location: location, access: access)
+    } catch {
+      mappings.withLock { $0[key] = nil }
+      sharedMemory?.server.release(memory)
+      throw error
+    }
     return address
+  }
+
+  private func place(_ address: UInt64, _ length: UInt64) -> BufferTable.SharedPlace? {
+    if sharedMemory == nil { return nil }
+    return mappings.withLock { mappings in
+      for memory in mappings.values {
+        if let place = memory.place(address, length) { return place }
+      }
+      return nil
+    }
   }
 
   /// Unregisters and frees memory of `allocate`.
@@ -90,7 +148,15 @@ extension TransferEngine {
         .notRegistered, "0x\(String(key, radix: 16)) was not allocated by this engine")
     }
     // Peers must have let go of it before it is unmapped.
-    defer { withExtendedLifetime(memory) {} }
-    try unregister(address)
+    defer {
+      sharedMemory?.server.release(memory)
+      withExtendedLifetime(memory) {}
+    }
+    // Parts may have been registered anew.
+    let end = key + UInt64(memory.mapping.count)
+    let others = local.buffers.snapshot.buffers.map(\.address).filter { $0 > key && $0 < end }
+    try ([key] + others).withUnsafeBufferPointer { addresses throws(EngineError) in
+      try unregister(addresses)
+    }
   }
 }

@@ -29,9 +29,17 @@ extension TransferEngine {
     let descriptor = try fetchDescriptor(name, deadline: deadline)
     let connections = try transport.connect(
       to: descriptor, deadline: deadline, handlers: handlers(for: name))
-    return try segments.insert(
-      name, route: SegmentRoute(descriptor: descriptor, connections: connections)
-    ).segment.id
+    let peer = sharedMemory?.connect(to: descriptor, deadline: deadline)
+    let route = SegmentRoute(
+      descriptor: descriptor, connections: connections, sharedMemory: peer)
+    do throws(EngineError) {
+      let (segment, isNew) = try segments.insert(name, route: route)
+      if !isNew { sharedMemory?.forget(peer) }
+      return segment.id
+    } catch {
+      sharedMemory?.forget(peer)
+      throw error
+    }
   }
 
   /// Gives the id back; connections end when nobody holds it any more and its transfers are over.
@@ -40,6 +48,7 @@ extension TransferEngine {
     if id == 0 { return }
     guard let segment = try segments.release(id) else { return }
     segment.route.connections.retire(successor: nil)
+    sharedMemory?.forget(segment.route.sharedMemory)
   }
 
   /// The id of a name that is open.
@@ -190,6 +199,19 @@ extension TransferEngine {
     endpoint.loop.kick()
   }
 
+  /// Takes over a slice that shared memory could not move.
+  package func fallBack(_ slice: SlicePointer) {
+    let id = slice.pointee.task.pointee.segment
+    guard let segment = try? segments.segment(id) else {
+      return Batch.end(
+        slice, .failed(.invalidHandle), reason: "segment \(id) was closed in mid-transfer")
+    }
+    let table = id == 0 ? local.buffers.snapshot : segment.route.table
+    let verdict = table.check(
+      slice.pointee.remote, UInt64(slice.pointee.length), slice.pointee.opcode.requiredAccess)
+    if verdict == .allowed { resubmit(segment, slice) } else { recover(segment, slice) }
+  }
+
   private func describeRefusal(_ segment: OpenSegment, _ slice: SlicePointer) -> String {
     let address = String(slice.pointee.remote, radix: 16)
     return "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
@@ -206,12 +228,22 @@ extension TransferEngine {
       && new.tcpDataPort == old.descriptor.tcpDataPort && new.name == old.descriptor.name
       && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
     if isSamePlace && isSameProcess {
-      _ = segment.replaceRoute(SegmentRoute(descriptor: new, connections: old.connections))
+      // A peer that could not be reached when it was opened is not tried each time.
+      let isLost = old.sharedMemory.map { !$0.isUsable } ?? false
+      let peer =
+        isLost ? sharedMemory?.connect(to: new, deadline: deadline) : old.sharedMemory
+      let former = segment.replaceRoute(
+        SegmentRoute(descriptor: new, connections: old.connections, sharedMemory: peer))
+      if former.sharedMemory !== peer { sharedMemory?.forget(former.sharedMemory) }
       return
     }
     let connections = try transport.connect(
       to: new, deadline: deadline, handlers: handlers(for: segment.name))
-    let former = segment.replaceRoute(SegmentRoute(descriptor: new, connections: connections))
+    let former = segment.replaceRoute(
+      SegmentRoute(
+        descriptor: new, connections: connections,
+        sharedMemory: sharedMemory?.connect(to: new, deadline: deadline)))
+    sharedMemory?.forget(former.sharedMemory)
     Log.info("segment \(segment.name): the peer restarted or moved; using its new descriptor")
     former.connections.retire(
       successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in

@@ -80,7 +80,7 @@ extension TransferEngine {
 
   /// Queues published tasks, in runs of the same segment.
   private func dispatch(_ batch: Batch, _ first: Int, _ count: Int, isAsynchronous: Bool) {
-    var dispatcher = Dispatcher(engine: self)
+    var dispatcher = Dispatcher(engine: self, isAsynchronous: isAsynchronous)
     var index = first
     let end = first + count
     while index < end {
@@ -104,9 +104,13 @@ extension TransferEngine {
 /// Spreads the slices of one submit over connections.
 private struct Dispatcher {
   private let engine: TransferEngine
+  private let isAsynchronous: Bool
   private var loopMask: UInt64 = 0
 
-  init(engine: TransferEngine) { self.engine = engine }
+  init(engine: TransferEngine, isAsynchronous: Bool) {
+    self.engine = engine
+    self.isAsynchronous = isAsynchronous
+  }
 
   /// The only loop that got slices.
   var singleLoop: TCPClientLoop? {
@@ -130,12 +134,29 @@ private struct Dispatcher {
       return
     }
     let route = segment.route
-    let table = id == 0 ? engine.local.buffers.snapshot : route.table
+    if let shared = engine.sharedMemory, let peer = route.sharedMemory, peer.isUsable {
+      var rest = copy(batch, range, peer, shared)
+      if !rest.isEmpty { send(segment, route) { rest.popFirst() } }
+      return
+    }
+    var index = range.lowerBound
+    send(segment, route) {
+      if index == range.upperBound { return nil }
+      defer { index += 1 }
+      return batch.slices + index
+    }
+  }
+
+  /// Sends the slices that `next` yields over TCP.
+  @inline(__always)
+  private mutating func send(
+    _ segment: OpenSegment, _ route: SegmentRoute, next: () -> SlicePointer?
+  ) {
+    let table = segment.id == 0 ? engine.local.buffers.snapshot : route.table
     let connections = route.connections
     var chain = SliceQueue()
     var chainBytes = 0
-    for index in range {
-      let slice = batch.slices + index
+    while let slice = next() {
       let length = slice.pointee.length
       if length == 0 {
         Batch.end(slice, .completed)
@@ -158,10 +179,58 @@ private struct Dispatcher {
         var byteCount = length
         push(&single, &byteCount, connections)
       } else {
-        stripe(slice, connections)
+        var pieces = cut(slice)
+        while let piece = pieces.popFirst() {
+          var queue = SliceQueue()
+          queue.append(piece)
+          var byteCount = piece.pointee.length
+          push(&queue, &byteCount, connections)
+        }
       }
     }
     push(&chain, &chainBytes, connections)
+  }
+
+  /// Copies slices through shared memory, at once or later; returns those that must go over TCP.
+  private mutating func copy(
+    _ batch: Batch, _ range: Range<Int>, _ peer: SharedMemoryPeer, _ shared: SharedMemoryTransport
+  ) -> SliceQueue {
+    var byteCount = 0
+    for index in range {
+      byteCount = byteCount.addingReportingOverflow(batch.slices[index].length).partialValue
+    }
+    var index = range.lowerBound
+    func next() -> SlicePointer? {
+      while index < range.upperBound {
+        defer { index += 1 }
+        let slice = batch.slices + index
+        if slice.pointee.length > 0 { return slice }
+        Batch.end(slice, .completed)
+      }
+      return nil
+    }
+    // A sum beyond all memory has a request that is refused below.
+    if byteCount < 0 || byteCount <= SharedMemoryTransport.inlineBytes {
+      return shared.copy(peer, totalBytes: byteCount, next: next)
+    }
+    var queue = SliceQueue()
+    var refused = SliceQueue()
+    let view = peer.currentView()
+    while let slice = next() {
+      if !peer.grants(slice, view) {
+        // Nothing of a range may move before all of it is known to be right.
+        refused.append(slice)
+      } else if slice.pointee.length < 2 * Striping.stripeBytes {
+        queue.append(slice)
+      } else {
+        var pieces = cut(slice)
+        queue.append(contentsOf: &pieces)
+      }
+    }
+    if queue.isEmpty { return refused }
+    batch.usesSharedMemory = true
+    shared.enqueue(peer, queue, byteCount: byteCount, isAsynchronous: isAsynchronous)
+    return refused
   }
 
   private mutating func push(
@@ -175,14 +244,15 @@ private struct Dispatcher {
     byteCount = 0
   }
 
-  /// Cuts a large request into slices for all connections.
-  private mutating func stripe(_ first: SlicePointer, _ connections: TCPConnectionGroup) {
+  /// Cuts a large request into slices for all connections or threads.
+  private func cut(_ first: SlicePointer) -> SliceQueue {
     let whole = first.pointee
     let piece = max(
       Striping.stripeBytes, (whole.length / Striping.stripeCountLimit + 4095) & ~4095)
     let count = (whole.length + piece - 1) / piece
     whole.task.pointee.start(sliceCount: count)
     var spare = engine.pool.take(count - 1)
+    var pieces = SliceQueue()
     for index in 0..<count {
       let offset = index * piece
       let slice: SlicePointer
@@ -197,10 +267,8 @@ private struct Dispatcher {
           task: whole.task, local: whole.local + offset, remote: whole.remote + UInt64(offset),
           length: min(piece, whole.length - offset), deadline: whole.deadline,
           opcode: whole.opcode, isPooled: index > 0))
-      var queue = SliceQueue()
-      queue.append(slice)
-      var byteCount = slice.pointee.length
-      push(&queue, &byteCount, connections)
+      pieces.append(slice)
     }
+    return pieces
   }
 }

@@ -16,8 +16,9 @@ public final class TransferEngine: @unchecked Sendable {
     /// RPC port; 0 lets the system choose.
     public var port: UInt16 = 0
     public var metadataURI = "P2PHANDSHAKE"
-    /// In order of preference.
-    public var transports = ["tcp"]
+    /// In order of preference. "shm" reaches processes of this host through memory; "tcp" reaches
+    /// everybody and must be there. `MC_FORCE_TCP` in the environment leaves only that.
+    public var transports = ["shm", "tcp"]
     /// Deadline of an operation that names none.
     public var defaultTimeoutMilliseconds: UInt64 = 30_000
     /// Threads per direction; 0 chooses by the number of processors.
@@ -48,6 +49,8 @@ public final class TransferEngine: @unchecked Sendable {
   package let batches = BatchTable()
   package let pool = SlicePool()
   package let transport: TCPTransport
+  /// nil where it is switched off or the system does not offer it.
+  package private(set) var sharedMemory: SharedMemoryTransport?
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
@@ -86,14 +89,20 @@ public final class TransferEngine: @unchecked Sendable {
     do throws(Errno) { dataPort = try data.localAddress().port } catch {
       throw EngineError(.system, "reading the data port: \(error)")
     }
-    local = LocalSegment(
-      identity: SegmentDescriptor(
-        name: address.name, tcpDataHost: address.advertisedHost, tcpDataPort: dataPort,
-        incarnation: .random(in: 1 ... .max)))
+    let threadCount = options.ioThreads == 0 ? Self.defaultThreadCount : options.ioThreads
+    var identity = SegmentDescriptor(
+      name: address.name, tcpDataHost: address.advertisedHost, tcpDataPort: dataPort,
+      incarnation: .random(in: 1 ... .max))
+    let listener = Self.sharesMemory(options) ? SharedMemoryServer.listen() : nil
+    if let listener {
+      identity.hostIdentity = HostIdentity.current
+      identity.sharedMemoryName = listener.name
+    }
+    local = LocalSegment(identity: identity)
     transport = try TCPTransport(
       listener: data, buffers: local.buffers,
       settings: .init(
-        threadCount: options.ioThreads == 0 ? Self.defaultThreadCount : options.ioThreads,
+        threadCount: threadCount,
         connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
         spinNanoseconds: spinNanoseconds))
     let handlers = RPCServer.Handlers(
@@ -105,7 +114,27 @@ public final class TransferEngine: @unchecked Sendable {
       transport.stop()
       throw error
     }
+    if let listener { startSharedMemory(listener, threadCount) }
     try openOwnSegment(dataAddress: address)
+  }
+
+  /// Without it, peers that try find nobody and use TCP.
+  private func startSharedMemory(_ listener: SharedMemoryServer.Listener, _ threadCount: Int) {
+    do throws(Errno) {
+      sharedMemory = try SharedMemoryTransport(
+        buffers: local.buffers, listener: listener, helperCount: threadCount,
+        fallBack: { [weak self] slice in
+          if let self { return fallBack(slice) }
+          Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")
+        })
+    } catch {
+      Log.info("shared memory is off: \(error)")
+    }
+  }
+
+  private static func sharesMemory(_ options: Options) -> Bool {
+    options.transports.contains("shm") && Environment["MC_FORCE_TCP"] == nil
+      && !HostIdentity.current.isEmpty
   }
 
   deinit { close() }
@@ -119,9 +148,13 @@ public final class TransferEngine: @unchecked Sendable {
         .unsupported,
         "metadata '\(options.metadataURI)' is not available in this version: use P2PHANDSHAKE")
     }
-    for transport in options.transports where transport != "tcp" {
+    for transport in options.transports where transport != "tcp" && transport != "shm" {
       throw EngineError(
-        .unsupported, "transport '\(transport)' is not available in this version: use tcp")
+        .unsupported, "transport '\(transport)' is not available in this version: use shm or tcp")
+    }
+    if !options.transports.contains("tcp") {
+      throw EngineError(
+        .invalidArgument, "the transports lack tcp, which carries what the others cannot")
     }
     guard (0...64).contains(options.ioThreads), (0...64).contains(options.connectionsPerPeer) else {
       throw EngineError(
@@ -157,7 +190,9 @@ public final class TransferEngine: @unchecked Sendable {
     let connections = try transport.connect(
       to: descriptor, deadline: .after(milliseconds: 5000), handlers: handlers(for: name))
     _ = try segments.insert(
-      name, route: SegmentRoute(descriptor: descriptor, connections: connections))
+      name,
+      route: SegmentRoute(
+        descriptor: descriptor, connections: connections, sharedMemory: sharedMemory?.own))
   }
 
   /// Cancels what is in flight, closes every connection and ends the engine's threads. Idempotent;
@@ -173,6 +208,7 @@ public final class TransferEngine: @unchecked Sendable {
       rpc.stop()
       batches.withEach { $0.requestCancel() }
       workers.stop()
+      sharedMemory?.stop()
       transport.stop()
       callbacks.stop()
       mappings.withLock { $0.removeAll() }

@@ -7,11 +7,20 @@ package final class BufferTable: Sendable {
   package struct Buffer: Sendable {
     package var range: RemoteBuffer
     package var location: String
+    /// Where it lies in memory that peers can map; nil for ordinary memory.
+    package var place: SharedPlace?
 
-    package init(range: RemoteBuffer, location: String) {
+    package init(range: RemoteBuffer, location: String, place: SharedPlace? = nil) {
       self.range = range
       self.location = location
+      self.place = place
     }
+  }
+
+  /// A place in one of the engine's memory files.
+  package struct SharedPlace: Sendable {
+    package var memory: UInt32
+    package var offset: UInt64
   }
 
   /// How many buffers an engine holds at most: its descriptor must fit peers' message limits.

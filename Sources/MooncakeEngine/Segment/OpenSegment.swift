@@ -6,9 +6,15 @@ package final class SegmentRoute: Sendable {
   package let descriptor: SegmentDescriptor
   package let table: RangeTable
   package let connections: TCPConnectionGroup
+  /// The peer's memory, if it is on this host.
+  package let sharedMemory: SharedMemoryPeer?
 
-  package init(descriptor: SegmentDescriptor, connections: TCPConnectionGroup) {
+  package init(
+    descriptor: SegmentDescriptor, connections: TCPConnectionGroup,
+    sharedMemory: SharedMemoryPeer? = nil
+  ) {
     self.descriptor = descriptor
+    self.sharedMemory = sharedMemory
     table = RangeTable(descriptor.buffers)
     self.connections = connections
   }

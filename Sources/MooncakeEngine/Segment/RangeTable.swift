@@ -15,8 +15,16 @@ package final class RangeTable: Sendable {
   /// Whether the whole range lies inside one buffer that grants `right`.
   @inline(__always)
   package func check(_ address: UInt64, _ length: UInt64, _ right: Access) -> Verdict {
+    let index = find(address, length)
+    if index < 0 { return .notRegistered }
+    return buffers[index].access.contains(right) ? .allowed : .accessDenied
+  }
+
+  /// Index of the buffer that holds the whole range; -1 if there is none.
+  @inline(__always)
+  package func find(_ address: UInt64, _ length: UInt64) -> Int {
     buffers.withUnsafeBufferPointer { buffers in
-      guard length > 0 else { return .notRegistered }
+      guard length > 0 else { return -1 }
       // The last buffer that begins at or before the address.
       var low = 0
       var high = buffers.count
@@ -24,14 +32,12 @@ package final class RangeTable: Sendable {
         let middle = (low + high) >> 1
         if buffers[middle].address <= address { low = middle + 1 } else { high = middle }
       }
-      guard low > 0 else { return .notRegistered }
+      guard low > 0 else { return -1 }
       let buffer = buffers[low - 1]
       let offset = address &- buffer.address
       // Overflow-safe: both sides stay below the buffer's length.
-      guard offset < buffer.length, length <= buffer.length &- offset else {
-        return .notRegistered
-      }
-      return buffer.access.contains(right) ? .allowed : .accessDenied
+      guard offset < buffer.length, length <= buffer.length &- offset else { return -1 }
+      return low - 1
     }
   }
 }

@@ -32,6 +32,8 @@ extension SegmentDescriptor {
     tcpProtocolVersion = Int(
       try optionalInteger(value, "tcp_proto_version", upTo: UInt64(Int32.max)) ?? 1)
     incarnation = try parseIncarnation(value)
+    hostIdentity = try optionalString(value, "mooncake_host") ?? ""
+    sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
     // Other protocols name their buffers by other means than an address.
     let isStrict = protocols.contains("tcp") || protocols.contains("rdma")
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
@@ -54,6 +56,10 @@ extension SegmentDescriptor {
       let digits = String(incarnation, radix: 16)
       writer.member(
         "mooncake_incarnation", String(repeating: "0", count: 16 - digits.utf8.count) + digits)
+    }
+    if !sharedMemoryName.isEmpty {
+      writer.member("mooncake_host", hostIdentity)
+      writer.member("mooncake_shm", sharedMemoryName)
     }
     writer.name("buffers")
     writer.beginArray()

@@ -39,6 +39,10 @@ public struct SegmentDescriptor: Equatable, Sendable {
   public var tcpProtocolVersion: Int
   /// Random per engine: tells a restarted process from its former self; 0 when the peer says none.
   public var incarnation: UInt64
+  /// Where the peer runs, as `HostIdentity` tells it; empty when the peer says none.
+  public var hostIdentity = ""
+  /// Socket under which processes of the same host share its memory; empty when it does not.
+  public var sharedMemoryName = ""
   /// In order of address.
   public var buffers: [RemoteBuffer]
 

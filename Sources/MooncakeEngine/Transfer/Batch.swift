@@ -74,6 +74,12 @@ package final class Batch: @unchecked Sendable {
     set { bulkFlag.store(newValue, ordering: .relaxed) }
   }
   private let bulkFlag = Atomic<Bool>(false)
+  /// Whether slices of it were queued for shared memory: waiters may copy them.
+  package var usesSharedMemory: Bool {
+    get { sharedMemoryFlag.load(ordering: .relaxed) }
+    set { sharedMemoryFlag.store(newValue, ordering: .relaxed) }
+  }
+  private let sharedMemoryFlag = Atomic<Bool>(false)
 
   package init(capacity: Int, pool: SlicePool, announcer: (any BatchAnnouncer)?) {
     self.capacity = capacity
@@ -102,6 +108,7 @@ package final class Batch: @unchecked Sendable {
     failureWord.store(0, ordering: .relaxed)
     cancelRequested.store(false, ordering: .relaxed)
     drivenLoop = nil
+    usesSharedMemory = false
   }
 }
 

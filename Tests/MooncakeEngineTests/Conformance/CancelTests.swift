@@ -6,7 +6,7 @@ import Testing
 
 /// Canceled requests end soon, say so, and let go of their memory.
 struct CancelTests {
-  @Test(arguments: TransportKind.allCases)
+  @Test(arguments: TransportKind.needingThePeer)
   func aStoppedPeer(_ kind: TransportKind) throws {
     let peer = try PeerProcess.serving(byteCount: 8 << 20)
     defer { peer.kill() }
@@ -49,7 +49,8 @@ struct CancelTests {
   @Test(arguments: TransportKind.allCases)
   func racingCompletion(_ kind: TransportKind) throws {
     let count = 32
-    let size = 16 << 10
+    // Copies of less are over when the submit returns.
+    let size = kind == .sharedMemory ? 256 << 10 : 16 << 10
     let memory = GuardedMemory(count * size)
     memory.fill(0x01)
     let local = GuardedMemory(count * size)
@@ -92,7 +93,7 @@ struct CancelTests {
   }
 
   /// A cancel from another thread, while the requests are being queued.
-  @Test(arguments: TransportKind.allCases)
+  @Test(arguments: TransportKind.needingThePeer)
   func racingSubmit(_ kind: TransportKind) throws {
     let peer = try PeerProcess.serving(byteCount: 1 << 20)
     defer { peer.kill() }

@@ -6,7 +6,7 @@ import Testing
 
 /// Peers that are stopped, killed, silent or absent: every request ends by its deadline.
 struct DeadlineTests {
-  @Test(arguments: TransportKind.allCases, [Opcode.read, .write])
+  @Test(arguments: TransportKind.needingThePeer, [Opcode.read, .write])
   func aStoppedPeer(_ kind: TransportKind, _ opcode: Opcode) throws {
     let peer = try PeerProcess.serving(byteCount: 32 << 20)
     defer { peer.kill() }

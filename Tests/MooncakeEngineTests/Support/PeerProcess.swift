@@ -22,7 +22,12 @@ final class PeerProcess: @unchecked Sendable {
 
   /// Starts a peer that serves a buffer; port 0 lets the system choose.
   static func serving(byteCount: Int, port: UInt16 = 0) throws -> PeerProcess {
-    let peer = try PeerProcess(["serve", String(byteCount), String(port)])
+    try serving(["serve", String(byteCount), String(port)])
+  }
+
+  /// Starts a peer that serves memory as its arguments say.
+  static func serving(_ arguments: [String]) throws -> PeerProcess {
+    let peer = try PeerProcess(arguments)
     let fields = try peer.readLine().split(separator: " ")
     guard fields.count == 3, let address = UInt64(fields[1]), let length = Int(fields[2]) else {
       throw StartError(reason: "the peer said \(fields)")
@@ -55,6 +60,9 @@ final class PeerProcess: @unchecked Sendable {
   }
 
   deinit { kill() }
+
+  /// Gives the process a byte to read, which tells a copying peer to end.
+  func tell() { _ = write(input.rawValue, "\n", 1) }
 
   /// Returns when every thread of the process has stopped.
   func stop() {

@@ -3,6 +3,13 @@ import MooncakeEngine
 /// A way to move bytes that the conformance suite runs over.
 enum TransportKind: String, CaseIterable, Sendable {
   case tcp
+  /// TCP stays behind it for what it cannot do.
+  case sharedMemory
+
+  /// Those whose transfers wait for a stopped peer.
+  static let needingThePeer: [TransportKind] = [.tcp]
+
+  var transports: [String] { self == .tcp ? ["tcp"] : ["shm", "tcp"] }
 }
 
 /// An engine on loopback that uses one transport.
@@ -10,7 +17,7 @@ func makeEngine(
   _ kind: TransportKind = .tcp, change: (inout TransferEngine.Options) -> Void = { _ in }
 ) throws(EngineError) -> TransferEngine {
   var options = TransferEngine.Options()
-  options.transports = [kind.rawValue]
+  options.transports = kind.transports
   options.defaultTimeoutMilliseconds = 20_000
   options.ioThreads = 2
   change(&options)

@@ -1,0 +1,113 @@
+import CLinux
+import MooncakeSystem
+import Synchronization
+
+/// Where the threads of one peer say that they copy, so that the owner of the memory can wait for
+/// the end of what has begun.
+///
+/// A slot's word: sequence (31 bits), whether the copy is guarded, number of the thread (32 bits, 0
+/// while the slot is free). The order that makes it work: a peer occupies a slot and then looks at
+/// the guard; the owner changes the guard and then looks at the slots. One of them sees the other.
+struct CopySlots: ~Copyable, @unchecked Sendable {
+  // Unchecked: the words are atomic.
+  private let mapping: MemoryMapping
+  private let base: UnsafeMutableRawPointer
+
+  private static let threadMask: UInt64 = 0xFFFF_FFFF
+  private static let guarded: UInt64 = 1 << 32
+  private static let sequenceStep: UInt64 = 1 << 33
+
+  private static let spinCount = 2000
+  private static let firstSleepNanoseconds: UInt64 = 20_000
+  private static let longestSleepNanoseconds: UInt64 = 1_000_000
+  /// A copy lasts less; only then is it worth asking what became of the thread.
+  private static let patienceNanoseconds: UInt64 = 3_000_000
+  private static let warningNanoseconds: UInt64 = 1_000_000_000
+
+  /// A slot that the calling thread occupies.
+  struct Occupied {
+    fileprivate let word: UnsafeMutablePointer<Atomic<UInt64>>
+    fileprivate let value: UInt64
+  }
+
+  init(_ file: borrowing MemoryFile) throws(Errno) {
+    mapping = try file.map(writable: true)
+    base = mapping.address
+  }
+
+  @inline(__always)
+  private func word(_ index: Int) -> UnsafeMutablePointer<Atomic<UInt64>> {
+    (base + index * SharedMemoryLayout.slotBytes)
+      .assumingMemoryBound(to: Atomic<UInt64>.self)
+  }
+
+  /// Occupies a slot; `leave` must follow soon.
+  @inline(__always)
+  func enter(isGuarded: Bool) -> Occupied {
+    let thread = UInt64(UInt32(bitPattern: linux_thread_number()))
+    let mark = thread | (isGuarded ? Self.guarded : 0)
+    let mask = SharedMemoryLayout.slotCount - 1
+    let first = Int(thread) & mask
+    var index = first
+    while true {
+      let word = word(index)
+      let old = word.pointee.load(ordering: .relaxed)
+      if old & Self.threadMask == 0 {
+        let new = (old & ~(Self.guarded | Self.threadMask)) &+ Self.sequenceStep | mark
+        // Sequentially consistent: the guard is read after this.
+        let (exchanged, _) = word.pointee.compareExchange(
+          expected: old, desired: new, ordering: .sequentiallyConsistent)
+        if exchanged { return Occupied(word: word, value: new) }
+      }
+      index = (index + 1) & mask
+      if index == first { yieldProcessor() }
+    }
+  }
+
+  @inline(__always)
+  static func leave(_ slot: Occupied) {
+    slot.word.pointee.store(slot.value & ~(guarded | threadMask), ordering: .releasing)
+  }
+
+  /// Waits until every copy that had begun before the guard changed is over, or will never go on.
+  ///
+  /// Guarded copies of a stopped thread count as over: when it is continued, it looks at the guard
+  /// before it touches memory. Others are waited for as long as their process lives.
+  func drain(_ process: borrowing ProcessHandle) {
+    for index in 0..<SharedMemoryLayout.slotCount {
+      let word = word(index)
+      let value = word.pointee.load(ordering: .sequentiallyConsistent)
+      if value & Self.threadMask == 0 { continue }
+      var spins = 0
+      while spins < Self.spinCount, word.pointee.load(ordering: .acquiring) == value {
+        relaxProcessor()
+        spins += 1
+      }
+      if spins == Self.spinCount { waitForChange(word, value, process) }
+    }
+  }
+
+  private func waitForChange(
+    _ word: UnsafeMutablePointer<Atomic<UInt64>>, _ value: UInt64,
+    _ process: borrowing ProcessHandle
+  ) {
+    let start = Clock.now()
+    var pause = Self.firstSleepNanoseconds
+    var hasWarned = false
+    while word.pointee.load(ordering: .acquiring) == value {
+      sleepBriefly(nanoseconds: pause)
+      pause = min(pause * 2, Self.longestSleepNanoseconds)
+      let waited = Clock.now() &- start
+      if waited < Self.patienceNanoseconds { continue }
+      let thread = Int32(bitPattern: UInt32(value & Self.threadMask))
+      if process.hasEnded { return }
+      if value & Self.guarded != 0, process.isStopped(thread: thread) { return }
+      if waited > Self.warningNanoseconds && !hasWarned {
+        hasWarned = true
+        Log.warning(
+          "shared memory: thread \(thread) of process \(process.id) is in the middle of a copy "
+            + "from or to a buffer that is being unregistered; waiting for it")
+      }
+    }
+  }
+}

@@ -1,0 +1,130 @@
+import CLinux
+import MooncakeSystem
+import Synchronization
+
+/// The thread that greets peers, reads their notices and sees them go. Copies never wait for it.
+final class SharedMemoryLoop: @unchecked Sendable {
+  // Unchecked: `thread` is written once before the loop is shared.
+  private enum Member {
+    case connection(SharedMemoryServerConnection)
+    case peer(SharedMemoryPeer)
+  }
+
+  private struct State: Sendable {
+    var members: [UInt64: Member] = [:]
+    var nextToken: UInt64 = 2
+  }
+
+  private let server: SharedMemoryServer
+  private let epoll: Epoll
+  private let wakeup: EventFD
+  private let state = Lock(State())
+  private let isStopping = Atomic<Bool>(false)
+  private var thread: WorkerThread?
+
+  private static let wakeupToken: UInt64 = 0
+  private static let listenerToken: UInt64 = 1
+  private static let eventCount = 64
+  /// How long accepting rests when the process is out of descriptors or memory.
+  private static let restNanoseconds: UInt64 = 50_000_000
+
+  init(server: SharedMemoryServer) throws(Errno) {
+    self.server = server
+    epoll = try Epoll()
+    wakeup = try EventFD()
+    try epoll.add(wakeup.descriptor.rawValue, events: Epoll.readable, token: Self.wakeupToken)
+    try epoll.add(server.socket.rawValue, events: Epoll.readable, token: Self.listenerToken)
+    thread = try WorkerThread.start(name: "mc-shm") { [unowned self] in run() }
+  }
+
+  /// Joins the thread; idempotent.
+  func stop() {
+    if isStopping.exchange(true, ordering: .sequentiallyConsistent) { return }
+    wakeup.signal()
+    thread?.join()
+  }
+
+  /// Watches a peer until it leaves or is forgotten. No weak reference: counting those would make
+  /// every use of the peer slow.
+  func watch(_ peer: SharedMemoryPeer) throws(Errno) {
+    let token = add(.peer(peer))
+    peer.token.store(token, ordering: .relaxed)
+    do throws(Errno) {
+      try epoll.add(peer.socket.rawValue, events: Epoll.readable, token: token)
+      try epoll.add(peer.process.rawDescriptor, events: Epoll.readable, token: token)
+    } catch {
+      remove(token)
+      throw error
+    }
+  }
+
+  /// Watches a peer no longer; whoever still copies keeps it.
+  func forget(_ peer: SharedMemoryPeer) {
+    remove(peer.token.load(ordering: .relaxed))
+    epoll.remove(peer.socket.rawValue)
+    epoll.remove(peer.process.rawDescriptor)
+  }
+
+  private func add(_ member: Member) -> UInt64 {
+    state.withLock { state in
+      let token = state.nextToken
+      state.nextToken += 1
+      state.members[token] = member
+      return token
+    }
+  }
+
+  private func remove(_ token: UInt64) { state.withLock { $0.members[token] = nil } }
+
+  private func run() {
+    let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: Self.eventCount)
+    defer { events.deallocate() }
+    while !isStopping.load(ordering: .sequentiallyConsistent) {
+      let count = epoll.wait(into: events, timeoutMilliseconds: -1)
+      for index in 0..<count {
+        let token = events[index].data.u64
+        switch token {
+        case Self.wakeupToken: wakeup.clear()
+        case Self.listenerToken: accept()
+        default: attend(token)
+        }
+      }
+    }
+  }
+
+  private func accept() {
+    let token = state.withLock { state in
+      defer { state.nextToken += 1 }
+      return state.nextToken
+    }
+    do throws(Errno) {
+      guard let connection = try server.admit(token: token) else { return }
+      state.withLock { $0.members[token] = .connection(connection) }
+      do throws(Errno) {
+        try epoll.add(connection.socket.rawValue, events: Epoll.readable, token: token)
+      } catch {
+        connection.hangUp()
+        throw error
+      }
+    } catch {
+      Log.debug("shared memory: accepting a peer: \(error)")
+      if error.rawValue == EMFILE || error.rawValue == ENFILE || error.rawValue == ENOMEM {
+        sleepBriefly(nanoseconds: Self.restNanoseconds)
+      }
+    }
+  }
+
+  private func attend(_ token: UInt64) {
+    guard let member = state.withLock({ $0.members[token] }) else { return }
+    switch member {
+    case .connection(let connection):
+      // A peer never sends: whatever happened is its end.
+      epoll.remove(connection.socket.rawValue)
+      server.drop(token: token)
+      remove(token)
+    case .peer(let peer):
+      if peer.checkAlive() { peer.receiveNotices() }
+      if !peer.isUsable { forget(peer) }
+    }
+  }
+}

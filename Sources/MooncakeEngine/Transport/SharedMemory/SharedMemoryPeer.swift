@@ -1,0 +1,252 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// Another process of this host, or another engine of this process: its table, what of its memory
+/// is mapped here, and the slots in which this engine says that it copies.
+package final class SharedMemoryPeer: @unchecked Sendable {
+  // Unchecked: everything is set in `init` or synchronized.
+
+  /// A memory file of the peer, mapped here as long as anybody uses it.
+  final class Memory: Sendable {
+    let mapping: MemoryMapping
+    let isWritable: Bool
+
+    init(_ mapping: consuming MemoryMapping, isWritable: Bool) {
+      self.mapping = mapping
+      self.isWritable = isWritable
+    }
+  }
+
+  /// What was registered at the peer as long as the guard has the value seen here.
+  package final class View: Sendable {
+    let guardValue: UInt64
+    let version: UInt64
+    let ranges: RangeTable
+    /// For each range where it begins in this process, 0 if it is not mapped here.
+    let bases: [UInt]
+    private let memories: [UInt32: Memory]
+
+    init(
+      guardValue: UInt64, version: UInt64, ranges: [RemoteBuffer], bases: [UInt],
+      memories: [UInt32: Memory]
+    ) {
+      self.guardValue = guardValue
+      self.version = version
+      self.ranges = RangeTable(ranges)
+      self.bases = bases
+      self.memories = memories
+    }
+
+    static let empty = View(guardValue: .max, version: .max, ranges: [], bases: [], memories: [:])
+  }
+
+  let process: ProcessHandle
+  let socket: LocalSocket
+  let slots: CopySlots
+  /// The loop's name for it.
+  let token = Atomic<UInt64>(0)
+  private let table: SharedTableReader
+  private let gone = Atomic<Bool>(false)
+  private let kernelCopies: Atomic<Bool>
+  private let viewBox = Lock<View>(.empty)
+  private let memories = Lock<[UInt32: Memory]>([:])
+  private let description: String
+
+  private static let greetingMilliseconds: UInt64 = 5_000
+
+  /// Connects to the server of a descriptor and finds out what the kernel allows.
+  init(to name: String, segmentName: String, deadline: Deadline) throws(Errno) {
+    let deadline = min(deadline, .after(milliseconds: Self.greetingMilliseconds))
+    socket = try LocalSocket.connected(to: name)
+    let owner = try socket.credentials()
+    guard owner.user == geteuid(), owner.process > 0 else { throw Errno(EPERM) }
+    process = try ProcessHandle(owner.process)
+    description = "shared memory: process \(owner.process) (segment \(segmentName))"
+
+    try socket.waitReadable(until: deadline)
+    var greeting = SharedMemoryLayout.Greeting(magic: 0)
+    var files = try Self.receive(socket, into: &greeting)
+    guard greeting.magic == SharedMemoryLayout.magic, files.count == 2 else {
+      throw Errno(EPROTO)
+    }
+    table = try SharedTableReader(
+      MemoryFile(receiving: files.take(0), byteCount: SharedMemoryLayout.tableBytes))
+    slots = try CopySlots(
+      MemoryFile(receiving: files.take(1), byteCount: SharedMemoryLayout.slotsBytes))
+    // Asked after the connection: a later process of this number is not mistaken for the owner.
+    if process.hasEnded { throw Errno(ESRCH) }
+    kernelCopies = Atomic(Self.probe(owner.process, greeting))
+    for _ in 0..<min(greeting.memoryCount, 4096) {
+      try socket.waitReadable(until: deadline)
+      try receiveNotice()
+    }
+    refresh()
+    Log.debug(
+      "\(description): connected\(copiesByKernel ? "" : "; the kernel does not copy between us")")
+  }
+
+  /// Descriptors that came with a message; closes those that nobody takes.
+  private struct Received: ~Copyable {
+    private var descriptors: [Int32]
+
+    init(_ descriptors: [Int32]) { self.descriptors = descriptors }
+
+    deinit { for descriptor in descriptors where descriptor >= 0 { close(descriptor) } }
+
+    var count: Int { descriptors.count }
+
+    mutating func take(_ index: Int) -> FileDescriptor {
+      defer { descriptors[index] = -1 }
+      return FileDescriptor(owning: descriptors[index])
+    }
+  }
+
+  /// Receives a message of exactly one value.
+  private static func receive<Message: BitwiseCopyable>(
+    _ socket: borrowing LocalSocket, into message: inout Message
+  ) throws(Errno) -> Received {
+    let (count, descriptors) = try withUnsafeMutableBytes(of: &message) { bytes throws(Errno) in
+      try socket.receive(bytes)
+    }
+    let received = Received(descriptors)
+    if count == 0 { throw Errno(ECONNRESET) }
+    if count != MemoryLayout<Message>.size { throw Errno(EPROTO) }
+    return received
+  }
+
+  private static func probe(_ process: pid_t, _ greeting: SharedMemoryLayout.Greeting) -> Bool {
+    var value: UInt64 = 0
+    return withUnsafeMutableBytes(of: &value) { bytes in
+      var local = iovec(iov_base: bytes.baseAddress, iov_len: 8)
+      var remote = iovec(
+        iov_base: UnsafeMutableRawPointer(bitPattern: UInt(greeting.probeAddress)), iov_len: 8)
+      return process_vm_readv(process, &local, 1, &remote, 1, 0) == 8
+        && bytes.loadUnaligned(as: UInt64.self) == greeting.probeValue
+    }
+  }
+
+  // MARK: State
+
+  @inline(__always)
+  package var isUsable: Bool { !gone.load(ordering: .relaxed) }
+
+  @inline(__always)
+  package var copiesByKernel: Bool { kernelCopies.load(ordering: .relaxed) }
+
+  @inline(__always)
+  var guardWord: UnsafeRawPointer { table.guardWord }
+
+  /// Takes the peer out of use: its process has ended or hung up.
+  func leave() {
+    if gone.exchange(true, ordering: .sequentiallyConsistent) { return }
+    Log.debug("\(description): gone")
+    // Wakes the loop, which lets go of the peer.
+    _ = shutdown(socket.rawValue, Int32(SHUT_RDWR))
+    memories.withLock { memories in
+      memories.removeAll()
+      viewBox.withLock { $0 = .empty }
+    }
+  }
+
+  /// Takes the kernel's refusal for an answer.
+  func stopKernelCopies(_ error: Errno) {
+    if error.rawValue == ESRCH { return leave() }
+    if !kernelCopies.exchange(false, ordering: .relaxed) { return }
+    Log.info("\(description): the kernel does not copy between us: \(error)")
+  }
+
+  /// Asked after an interruption of unknown length, so that nothing is written to a later process
+  /// of the same number.
+  func checkAlive() -> Bool {
+    if process.hasEnded { leave() }
+    return isUsable
+  }
+
+  // MARK: The table
+
+  /// What is registered now.
+  @inline(__always)
+  package func currentView() -> View {
+    let view = viewBox.withLock { $0 }
+    return view.guardValue == table.guardValue ? view : refresh()
+  }
+
+  /// The view after a look-up failed in `view`: what it lacks may be new.
+  func viewAfterMiss(_ view: View) -> View {
+    table.version == view.version ? view : refresh()
+  }
+
+  /// Whether the peer has registered a slice's range for it.
+  package func grants(_ slice: SlicePointer, _ view: View) -> Bool {
+    let length = UInt64(slice.pointee.length)
+    let right = slice.pointee.opcode.requiredAccess
+    if view.ranges.check(slice.pointee.remote, length, right) == .allowed { return true }
+    return viewAfterMiss(view).ranges.check(slice.pointee.remote, length, right) == .allowed
+  }
+
+  @discardableResult
+  func refresh() -> View {
+    memories.withLock { memories in
+      guard isUsable, let (guardValue, version, entries) = table.read() else { return .empty }
+      var ranges: [RemoteBuffer] = []
+      var bases: [UInt] = []
+      ranges.reserveCapacity(entries.count)
+      bases.reserveCapacity(entries.count)
+      var end: UInt64 = 0
+      for entry in entries {
+        // Whatever stands in the table, no copy leaves the memory that is mapped.
+        let (next, overflow) = entry.address.addingReportingOverflow(entry.length)
+        guard entry.length > 0, !overflow, entry.address >= end else { continue }
+        end = next
+        ranges.append(
+          RemoteBuffer(
+            address: entry.address, length: entry.length, access: Access(rawValue: entry.access)))
+        bases.append(Self.base(of: entry, memories))
+      }
+      let view = View(
+        guardValue: guardValue, version: version, ranges: ranges, bases: bases, memories: memories)
+      viewBox.withLock { $0 = view }
+      return view
+    }
+  }
+
+  private static func base(
+    of entry: SharedMemoryLayout.Entry, _ memories: [UInt32: Memory]
+  ) -> UInt {
+    guard entry.memory != 0, let memory = memories[entry.memory] else { return 0 }
+    let size = UInt64(memory.mapping.count)
+    guard entry.memoryOffset <= size, entry.length <= size - entry.memoryOffset else { return 0 }
+    if Access(rawValue: entry.access).contains(.remoteWrite) && !memory.isWritable { return 0 }
+    return UInt(bitPattern: memory.mapping.address) + UInt(entry.memoryOffset)
+  }
+
+  // MARK: Notices
+
+  /// Reads what the owner has sent; the loop calls it.
+  func receiveNotices() {
+    do throws(Errno) {
+      while isUsable { try receiveNotice() }
+    } catch {
+      if error == .wouldBlock { refresh() } else { leave() }
+    }
+  }
+
+  private func receiveNotice() throws(Errno) {
+    var notice = SharedMemoryLayout.Notice(kind: 0, memory: 0)
+    var files = try Self.receive(socket, into: &notice)
+    switch notice.kind {
+    case SharedMemoryLayout.Notice.offered where files.count == 1 && notice.byteCount <= Int.max:
+      let file = try MemoryFile(receiving: files.take(0), byteCount: Int(notice.byteCount))
+      let isWritable = notice.isWritable != 0
+      // What cannot be mapped stays ordinary memory.
+      guard let mapping = try? file.map(writable: isWritable) else { return }
+      let memory = Memory(mapping, isWritable: isWritable)
+      memories.withLock { $0[notice.memory] = memory }
+    case SharedMemoryLayout.Notice.withdrawn:
+      memories.withLock { $0[notice.memory] = nil }
+    default: throw Errno(EPROTO)
+    }
+  }
+}

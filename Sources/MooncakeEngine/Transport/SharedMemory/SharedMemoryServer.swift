@@ -1,0 +1,239 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// The owner's side: lets processes of the same user see the table of registrations and the memory
+/// files, and takes both back.
+package final class SharedMemoryServer: @unchecked Sendable {
+  // Unchecked: the table is only written under `state`.
+
+  /// Abstract socket name under which peers connect.
+  package let name: String
+  let socket: LocalSocket
+  private let buffers: BufferTable
+  private let table: SharedTable
+  /// A word that peers read to see whether the kernel copies for them.
+  private let probe: UnsafeMutablePointer<UInt64>
+
+  private struct State: Sendable {
+    var connections: [UInt64: SharedMemoryServerConnection] = [:]
+    var memories: [UInt32: EngineMemory] = [:]
+    /// What peers may map: whether writable.
+    var offers: [UInt32: Bool] = [:]
+    var nextMemory: UInt32 = 1
+    var isStopped = false
+  }
+  private let state = Lock(State())
+
+  private static let connectionLimit = 4096
+  /// Each keeps a descriptor open; memory beyond is ordinary to peers.
+  private static let memoryLimit = 256
+
+  /// A name on which peers can connect already.
+  package final class Listener: Sendable {
+    package let name: String
+    fileprivate let socket: Lock<LocalSocket?>
+
+    fileprivate init(name: String, socket: consuming LocalSocket) {
+      self.name = name
+      self.socket = Lock(socket)
+    }
+  }
+
+  init(buffers: BufferTable, listener: Listener) throws(Errno) {
+    guard let socket = listener.socket.withLock({ $0.take() }) else { throw Errno(EINVAL) }
+    self.buffers = buffers
+    self.socket = socket
+    name = listener.name
+    table = try SharedTable()
+    probe = .allocate(capacity: 1)
+    probe.initialize(to: .random(in: 1 ... .max))
+  }
+
+  deinit { probe.deallocate() }
+
+  /// Listens under a name that nobody can guess; nil where the system has no such sockets.
+  package static func listen() -> Listener? {
+    func word() -> String {
+      let digits = String(UInt64.random(in: 0 ... .max), radix: 16)
+      return String(repeating: "0", count: 16 - digits.utf8.count) + digits
+    }
+    let name = "mooncake-" + word() + word()
+    do throws(Errno) {
+      return Listener(name: name, socket: try LocalSocket.listening(on: name))
+    } catch {
+      Log.info("shared memory is off: \(error)")
+      return nil
+    }
+  }
+
+  /// Peers that can reach the buffers, this engine among them.
+  package var connectionCount: Int { state.withLock { $0.connections.count } }
+
+  // MARK: Registrations
+
+  /// Allocates memory that peers can map; nil if there is too much of it already.
+  func allocate(byteCount: Int) -> EngineMemory? {
+    let number: UInt32? = state.withLock { state in
+      if state.isStopped || state.memories.count >= Self.memoryLimit { return nil }
+      defer { state.nextMemory &+= 1 }
+      return state.nextMemory
+    }
+    guard let number else { return nil }
+    do throws(Errno) {
+      let memory = try EngineMemory(sharing: number, byteCount: byteCount)
+      state.withLock { $0.memories[number] = memory }
+      return memory
+    } catch {
+      Log.debug("shared memory: \(byteCount) bytes: \(error); they will be ordinary memory")
+      return nil
+    }
+  }
+
+  /// Forgets memory that is about to be freed and no longer registered.
+  func release(_ memory: EngineMemory) {
+    guard let number = memory.number else { return }
+    state.withLock { $0.memories[number] = nil }
+  }
+
+  /// Shows peers what is registered now.
+  func publish() {
+    state.withLock { state in
+      if !state.isStopped { publish(&state) }
+    }
+  }
+
+  /// Shows peers what is registered now. When it returns, no peer touches what no longer is.
+  func revoke() {
+    let connections = state.withLock { state in
+      if !state.isStopped { publish(&state) }
+      table.changeGuard()
+      return Array(state.connections.values)
+    }
+    for connection in connections { connection.drain() }
+  }
+
+  private func publish(_ state: inout State) {
+    let buffers = self.buffers.buffers
+    table.write(buffers)
+    if state.memories.isEmpty && state.offers.isEmpty { return }
+    var offers: [UInt32: Bool] = [:]
+    for buffer in buffers where !buffer.range.access.isEmpty {
+      guard let place = buffer.place else { continue }
+      let isWritable = buffer.range.access.contains(.remoteWrite)
+      offers[place.memory] = isWritable || offers[place.memory] ?? false
+    }
+    let old = state.offers
+    state.offers = offers
+    for connection in state.connections.values {
+      for (memory, isWritable) in offers where old[memory] != isWritable {
+        offer(memory, isWritable, to: connection, state)
+      }
+      for memory in old.keys where offers[memory] == nil {
+        connection.send(.init(kind: SharedMemoryLayout.Notice.withdrawn, memory: memory))
+      }
+    }
+  }
+
+  private func offer(
+    _ number: UInt32, _ isWritable: Bool, to connection: SharedMemoryServerConnection,
+    _ state: State
+  ) {
+    guard let memory = state.memories[number] else { return }
+    memory.withDescriptor(writable: isWritable) { descriptor in
+      connection.send(
+        .init(
+          kind: SharedMemoryLayout.Notice.offered, memory: number,
+          byteCount: UInt64(memory.mapping.count), isWritable: isWritable ? 1 : 0),
+        descriptor: descriptor)
+    }
+  }
+
+  // MARK: The loop's thread
+
+  /// Accepts a connection; returns it if its process may share memory.
+  func admit(token: UInt64) throws(Errno) -> SharedMemoryServerConnection? {
+    guard let accepted = try socket.accept() else { return nil }
+    let peer = try accepted.credentials()
+    guard peer.user == geteuid(), peer.process > 0 else {
+      Log.info("shared memory: refused process \(peer.process) of user \(peer.user)")
+      throw Errno(EPERM)
+    }
+    let slots = try MemoryFile(name: "mooncake-slots", byteCount: SharedMemoryLayout.slotsBytes)
+    let connection = SharedMemoryServerConnection(
+      socket: accepted, process: try ProcessHandle(peer.process), slots: try CopySlots(slots))
+    let isAdmitted = state.withLock { state in
+      if state.isStopped || state.connections.count >= Self.connectionLimit { return false }
+      let greeting = SharedMemoryLayout.Greeting(
+        probeAddress: UInt64(UInt(bitPattern: probe)), probeValue: probe.pointee,
+        memoryCount: UInt64(state.offers.count))
+      connection.greet(
+        greeting, table: table.file.descriptor.rawValue, slots: slots.descriptor.rawValue)
+      for (memory, isWritable) in state.offers {
+        offer(memory, isWritable, to: connection, state)
+      }
+      state.connections[token] = connection
+      return true
+    }
+    return isAdmitted ? connection : nil
+  }
+
+  /// Forgets a connection whose process has let go of it.
+  func drop(token: UInt64) { state.withLock { $0.connections[token] = nil } }
+
+  /// Takes everything back from every peer. When it returns, no peer touches this process's memory.
+  func stop() {
+    let connections = state.withLock { state in
+      state.isStopped = true
+      table.write([])
+      table.changeGuard()
+      state.memories.removeAll()
+      defer { state.connections.removeAll() }
+      return Array(state.connections.values)
+    }
+    for connection in connections {
+      connection.drain()
+      connection.hangUp()
+    }
+  }
+}
+
+/// A process that has the table mapped.
+final class SharedMemoryServerConnection: Sendable {
+  let socket: LocalSocket
+  private let process: ProcessHandle
+  private let slots: CopySlots
+
+  init(
+    socket: consuming LocalSocket, process: consuming ProcessHandle, slots: consuming CopySlots
+  ) {
+    self.socket = socket
+    self.process = process
+    self.slots = slots
+  }
+
+  /// Waits until the process has ended the copies it had begun.
+  func drain() { slots.drain(process) }
+
+  func greet(_ greeting: SharedMemoryLayout.Greeting, table: Int32, slots: Int32) {
+    withUnsafeBytes(of: greeting) { send($0, descriptors: [table, slots]) }
+  }
+
+  func send(_ notice: SharedMemoryLayout.Notice, descriptor: Int32? = nil) {
+    withUnsafeBytes(of: notice) { send($0, descriptors: descriptor.map { [$0] } ?? []) }
+  }
+
+  private func send(_ bytes: UnsafeRawBufferPointer, descriptors: [Int32]) {
+    do throws(Errno) {
+      try socket.send(bytes, descriptors: descriptors)
+    } catch {
+      // A peer that misses a notice would keep memory that was given back.
+      Log.debug("shared memory: process \(process.id) does not listen: \(error)")
+      hangUp()
+    }
+  }
+
+  /// The peer goes on over TCP.
+  func hangUp() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
+}

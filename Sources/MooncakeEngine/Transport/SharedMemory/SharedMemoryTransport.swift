@@ -1,0 +1,281 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// The shared-memory transport of one engine: its server, the thread behind it, and the queue of
+/// copies that are too large for the thread that submits them.
+package final class SharedMemoryTransport: @unchecked Sendable {
+  // Unchecked: set in `init` and `start`, the rest is synchronized.
+  package let server: SharedMemoryServer
+  package let counters = SharedMemoryCounters()
+  private let loop: SharedMemoryLoop
+  /// This engine as a peer of itself: holds its table and its slots for the local side of copies.
+  package let own: SharedMemoryPeer
+  private let vectorBytes = linux_vector_bytes()
+
+  /// Slices for one peer in the queue.
+  private struct Work: @unchecked Sendable {
+    // Unchecked: whoever takes it out of the queue owns the slices.
+    var peer: SharedMemoryPeer
+    var slices: SliceQueue
+    var streams: Bool
+  }
+
+  private struct State: Sendable {
+    var queue: [Work] = []
+    var helpers: [WorkerThread] = []
+    var isStopping = false
+  }
+  private let state = Lock(State())
+  private let queued = Atomic<Int>(0)
+  private let doorbell = Futex()
+  private let users = Atomic<Int>(0)
+  private let helperCount: Int
+  private let fallBack: @Sendable (SlicePointer) -> Void
+
+  /// What the submitting thread copies itself, even if it does not wait.
+  package static let inlineBytes = 1 << 20
+  /// What a thread copies alone if it waits.
+  private static let aloneBytes = 4 << 20
+  /// From here on non-temporal stores win: what is copied leaves the caches anyway.
+  private static let streamBytes = 512 << 10
+
+  /// Serves peers of a listener. `fallBack` takes slices that must be sent by other means.
+  package init(
+    buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
+    fallBack: @escaping @Sendable (SlicePointer) -> Void
+  ) throws(Errno) {
+    self.helperCount = helperCount
+    self.fallBack = fallBack
+    server = try SharedMemoryServer(buffers: buffers, listener: listener)
+    loop = try SharedMemoryLoop(server: server)
+    do throws(Errno) {
+      own = try SharedMemoryPeer(
+        to: listener.name, segmentName: "of this engine", deadline: .after(milliseconds: 5000))
+      try loop.watch(own)
+    } catch {
+      loop.stop()
+      throw error
+    }
+  }
+
+  /// The peer of a descriptor, if it is on this host, of this user, and can be reached.
+  package func connect(
+    to descriptor: SegmentDescriptor, deadline: Deadline
+  ) -> SharedMemoryPeer? {
+    guard !descriptor.sharedMemoryName.isEmpty, !HostIdentity.current.isEmpty,
+      descriptor.hostIdentity == HostIdentity.current
+    else { return nil }
+    if descriptor.sharedMemoryName == server.name { return own }
+    do throws(Errno) {
+      let peer = try SharedMemoryPeer(
+        to: descriptor.sharedMemoryName, segmentName: descriptor.name, deadline: deadline)
+      try loop.watch(peer)
+      return peer
+    } catch {
+      Log.debug("shared memory: segment \(descriptor.name): \(error); it is reached over TCP")
+      return nil
+    }
+  }
+
+  /// Lets go of a peer that no route names any more; copies under way go on.
+  package func forget(_ peer: SharedMemoryPeer?) {
+    if let peer, peer !== own { loop.forget(peer) }
+  }
+
+  /// Ends queued copies as canceled, waits for running ones and takes everything back from peers.
+  package func stop() {
+    let (queue, helpers) = state.withLock { state in
+      state.isStopping = true
+      defer {
+        state.queue = []
+        state.helpers = []
+      }
+      return (state.queue, state.helpers)
+    }
+    doorbell.increment()
+    doorbell.wakeAll()
+    for work in queue {
+      var slices = work.slices
+      while let slice = slices.popFirst() {
+        Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")
+      }
+    }
+    for helper in helpers { helper.join() }
+    while users.load(ordering: .sequentiallyConsistent) > 0 { sleepBriefly(nanoseconds: 20_000) }
+    server.stop()
+    loop.stop()
+  }
+}
+
+// MARK: - Copying at once
+
+extension SharedMemoryTransport {
+  /// Copies one range; false if it must be sent by other means.
+  @inline(__always)
+  package func copy(
+    _ peer: SharedMemoryPeer, _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64,
+    _ count: Int
+  ) -> Bool {
+    var copier = SharedMemoryCopier(peer, own: own, vectorBytes: vectors(for: count))
+    let isDone = copier.copyPiece(opcode, local, remote, count)
+    if isDone { counters.count(opcode, count) }
+    return isDone
+  }
+
+  /// Copies and ends the slices that `next` yields; returns those that must be sent by other means.
+  package func copy(
+    _ peer: SharedMemoryPeer, totalBytes: Int, now: UInt64 = 0, next: () -> SlicePointer?
+  ) -> SliceQueue {
+    withUnsafeTemporaryAllocation(of: iovec.self, capacity: 2 * SharedMemoryRun.vectorLimit) {
+      var run = SharedMemoryRun(
+        SharedMemoryCopier(peer, own: own, vectorBytes: vectors(for: totalBytes)),
+        vectors: $0.baseAddress!, now: now)
+      while let slice = next() { run.add(slice) }
+      run.flush()
+      counters.add(run.tally)
+      return run.refused
+    }
+  }
+
+  @inline(__always)
+  private func vectors(for byteCount: Int) -> Int32 {
+    byteCount >= Self.streamBytes ? vectorBytes : 0
+  }
+}
+
+// MARK: - Copying later
+
+extension SharedMemoryTransport {
+  /// Queues slices; whoever waits or polls helps, and so do threads of the engine unless the caller
+  /// is about to wait for what it can do alone.
+  package func enqueue(
+    _ peer: SharedMemoryPeer, _ slices: SliceQueue, byteCount: Int, isAsynchronous: Bool
+  ) {
+    let work = Work(peer: peer, slices: slices, streams: byteCount >= Self.streamBytes)
+    queued.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    let wantsHelp = isAsynchronous || byteCount > Self.aloneBytes
+    let isQueued = state.withLock { state in
+      if state.isStopping || (wantsHelp && !startHelpers(&state)) { return false }
+      state.queue.append(work)
+      return true
+    }
+    if isQueued {
+      if !wantsHelp { return }
+      doorbell.increment()
+      doorbell.wakeAll()
+    } else {
+      queued.wrappingSubtract(1, ordering: .sequentiallyConsistent)
+      execute(work)
+    }
+  }
+
+  /// Copies a part of what is queued; false if nothing is.
+  package func help() -> Bool {
+    if queued.load(ordering: .sequentiallyConsistent) == 0 { return false }
+    users.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    defer { users.wrappingSubtract(1, ordering: .sequentiallyConsistent) }
+    guard let work = take() else { return false }
+    execute(work)
+    return true
+  }
+
+  /// Whether there is a helper.
+  private func startHelpers(_ state: inout State) -> Bool {
+    while state.helpers.count < helperCount {
+      guard
+        let thread = try? WorkerThread.start(
+          name: "mc-shm-copy\(state.helpers.count)", { [unowned self] in runHelper() })
+      else { break }
+      state.helpers.append(thread)
+    }
+    return !state.helpers.isEmpty
+  }
+
+  private func runHelper() {
+    while true {
+      let bell = doorbell.value
+      if let work = take() {
+        execute(work)
+      } else if state.withLock({ $0.isStopping }) {
+        return
+      } else {
+        doorbell.wait(while: bell, until: .never)
+      }
+    }
+  }
+
+  /// Takes about a piece of the first in the queue; the rest of that goes to the end, so that peers
+  /// and batches share the threads.
+  private func take() -> Work? {
+    state.withLock { state in
+      if state.queue.isEmpty { return nil }
+      var first = state.queue.removeFirst()
+      var part = SliceQueue()
+      var byteCount = 0
+      while byteCount < SharedMemoryCopier.pieceBytes, let slice = first.slices.popFirst() {
+        byteCount += slice.pointee.length
+        part.append(slice)
+      }
+      if first.slices.isEmpty {
+        queued.wrappingSubtract(1, ordering: .sequentiallyConsistent)
+      } else {
+        state.queue.append(first)
+      }
+      return Work(peer: first.peer, slices: part, streams: first.streams)
+    }
+  }
+
+  private func execute(_ work: Work) {
+    var slices = work.slices
+    var refused = copy(
+      work.peer, totalBytes: work.streams ? Self.streamBytes : 0, now: Clock.now()
+    ) { slices.popFirst() }
+    while let slice = refused.popFirst() { fallBack(slice) }
+  }
+}
+
+/// Totals of an engine's shared-memory transport.
+package final class SharedMemoryCounters: Sendable {
+  package let readBytes = Atomic<UInt64>(0)
+  package let writtenBytes = Atomic<UInt64>(0)
+  package let completedSlices = Atomic<UInt64>(0)
+  package let failedSlices = Atomic<UInt64>(0)
+  /// Slices that went on over TCP.
+  package let refusedSlices = Atomic<UInt64>(0)
+
+  /// What one run adds.
+  struct Tally {
+    var readBytes = 0
+    var writtenBytes = 0
+    var completions = 0
+    var failures = 0
+    var refusals = 0
+
+    @inline(__always)
+    mutating func count(_ opcode: Opcode, _ byteCount: Int) {
+      completions += 1
+      if opcode == .read { readBytes += byteCount } else { writtenBytes += byteCount }
+    }
+  }
+
+  @inline(__always)
+  fileprivate func count(_ opcode: Opcode, _ byteCount: Int) {
+    completedSlices.wrappingAdd(1, ordering: .relaxed)
+    let bytes = UInt64(byteCount)
+    if opcode == .read {
+      readBytes.wrappingAdd(bytes, ordering: .relaxed)
+    } else {
+      writtenBytes.wrappingAdd(bytes, ordering: .relaxed)
+    }
+  }
+
+  fileprivate func add(_ tally: Tally) {
+    completedSlices.wrappingAdd(UInt64(tally.completions), ordering: .relaxed)
+    readBytes.wrappingAdd(UInt64(tally.readBytes), ordering: .relaxed)
+    writtenBytes.wrappingAdd(UInt64(tally.writtenBytes), ordering: .relaxed)
+    if tally.failures > 0 { failedSlices.wrappingAdd(UInt64(tally.failures), ordering: .relaxed) }
+    if tally.refusals > 0 { refusedSlices.wrappingAdd(UInt64(tally.refusals), ordering: .relaxed) }
+  }
+}

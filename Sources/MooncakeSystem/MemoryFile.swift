@@ -1,0 +1,60 @@
+import CLinux
+import Glibc
+
+/// Memory behind a descriptor, which can be passed to other processes. Its size is sealed, so no
+/// holder can take pages away from the others.
+package struct MemoryFile: ~Copyable, Sendable {
+  package let descriptor: FileDescriptor
+  package let byteCount: Int
+
+  private static let sizeSeals = F_SEAL_SHRINK | F_SEAL_GROW
+
+  /// Makes zeroed memory of a whole number of pages.
+  package init(name: String, byteCount: Int) throws(Errno) {
+    let size = try MemoryMapping.roundedToPages(byteCount)
+    let file = FileDescriptor(
+      owning: try retryingInterrupts {
+        memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING))
+      })
+    _ = try retryingInterrupts { ftruncate(file.rawValue, size) }
+    if fcntl(file.rawValue, F_ADD_SEALS, Self.sizeSeals) != 0 { throw Errno.current }
+    descriptor = file
+    self.byteCount = size
+  }
+
+  /// Takes a received descriptor whose size is sealed and at least `byteCount`; touching its pages
+  /// can then never end the process.
+  package init(
+    receiving descriptor: consuming FileDescriptor, byteCount: Int
+  ) throws(Errno) {
+    let seals = fcntl(descriptor.rawValue, F_GET_SEALS)
+    if seals == -1 { throw Errno.current }
+    var status = stat()
+    if fstat(descriptor.rawValue, &status) != 0 { throw Errno.current }
+    guard seals & F_SEAL_SHRINK != 0, byteCount > 0, status.st_size >= byteCount else {
+      throw Errno(EPERM)
+    }
+    self.descriptor = descriptor
+    self.byteCount = byteCount
+  }
+
+  /// Maps the memory, shared with every other mapping of it.
+  package func map(writable: Bool) throws(Errno) -> MemoryMapping {
+    let mapping = try MemoryMapping.shared(
+      descriptor.rawValue, byteCount: byteCount, writable: writable)
+    if byteCount >= 2 << 20 { madvise(mapping.address, byteCount, MADV_HUGEPAGE) }
+    return mapping
+  }
+
+  /// Lets nobody map the memory writable any more or change its seals; existing mappings stay.
+  package func sealAgainstWriters() throws(Errno) {
+    if fcntl(descriptor.rawValue, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0 {
+      throw Errno.current
+    }
+  }
+
+  /// A descriptor of the same memory that only reads, if the system can make one.
+  package func readOnlyDescriptor() -> FileDescriptor? {
+    try? FileDescriptor.open("/proc/self/fd/\(descriptor.rawValue)", flags: O_RDONLY)
+  }
+}

@@ -1,0 +1,123 @@
+// Peers for the tests of shared memory. Words of FLAGS, joined by commas or "-":
+//   nobody      gives up root first, so that file permissions and ptrace rules apply
+//   closed      lets no process of its user trace it
+//   ordinary    uses memory that the engine does not own
+//
+//   share LENGTH FLAGS                            serves memory full of 0x5A: prints
+//                                                 "NAME ADDRESS LENGTH", ends when stdin closes
+//   copy NAME ADDRESS LENGTH read|write COUNT FLAGS
+//     Prints "ready", then copies COUNT times (0: until stdin closes) whether or not it succeeds.
+//     Writes 0x77; prints "late" if a read that completed brought a byte 0xEE. At the end prints
+//     "done", completed copies, bytes moved through shared memory.
+
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// What the flags ask of the process and of its memory.
+private struct Setting {
+  let isOrdinary: Bool
+
+  init(_ flags: String) {
+    let words = flags.split(separator: ",")
+    isOrdinary = words.contains("ordinary")
+    if words.contains("nobody") && geteuid() == 0 {
+      if setgid(65_534) != 0 || setuid(65_534) != 0 { fail("cannot give up root: \(errno)") }
+      // A change of user closes the process until it says otherwise.
+      _ = linux_set_dumpable(1)
+    }
+    if words.contains("closed") { _ = linux_set_dumpable(0) }
+  }
+
+  func memory(_ engine: TransferEngine, _ count: Int) throws -> UnsafeMutableRawPointer {
+    let access: Access = [.remoteRead, .remoteWrite]
+    if !isOrdinary { return try engine.allocate(length: UInt64(count), access: access) }
+    let memory = try MemoryMapping.anonymous(byteCount: count).release().baseAddress!
+    try engine.register(memory, length: UInt64(count), access: access)
+    return memory
+  }
+}
+
+/// Serves memory.
+struct SharingPeer {
+  private let count: Int
+  private let setting: Setting
+
+  init(_ arguments: [String]) {
+    guard arguments.count == 2, let count = Int(arguments[0]) else { fail("share LENGTH FLAGS") }
+    self.count = count
+    setting = Setting(arguments[1])
+  }
+
+  func run() throws {
+    let engine = try TransferEngine()
+    let memory = try setting.memory(engine, count)
+    memset(memory, 0x5A, count)
+    say("\(engine.name) \(UInt(bitPattern: memory)) \(count)")
+    var byte: UInt8 = 0
+    while read(STDIN_FILENO, &byte, 1) > 0 {}
+    engine.close()
+  }
+}
+
+/// Copies over and over.
+struct CopyingPeer {
+  private let name: String
+  private let address: UInt64
+  private let count: Int
+  private let opcode: Opcode
+  private let rounds: Int
+  private let setting: Setting
+
+  init(_ arguments: [String]) {
+    guard arguments.count == 6, let address = UInt64(arguments[1]), let count = Int(arguments[2]),
+      let rounds = Int(arguments[4])
+    else { fail("copy NAME ADDRESS LENGTH read|write COUNT FLAGS") }
+    name = arguments[0]
+    self.address = address
+    self.count = count
+    opcode = arguments[3] == "write" ? .write : .read
+    self.rounds = rounds
+    setting = Setting(arguments[5])
+  }
+
+  func run() throws {
+    let engine = try TransferEngine()
+    let local = try setting.memory(engine, count)
+    memset(local, 0x77, count)
+    let segment = try engine.openSegment(name)
+    say("ready")
+    var completed = 0
+    var round = 0
+    while rounds == 0 ? !hasInputEnded : round < rounds {
+      round += 1
+      if opcode == .read { memset(local, 0, count) }
+      let request = TransferRequest(
+        opcode: opcode, segment: segment, source: local, targetOffset: address,
+        length: UInt64(count))
+      do throws(EngineError) {
+        try withUnsafePointer(to: request) { pointer throws(EngineError) in
+          try engine.transfer(
+            UnsafeBufferPointer(start: pointer, count: 1), timeoutMilliseconds: 5000)
+        }
+        completed += 1
+        if opcode == .read && memchr(local, 0xEE, count) != nil { say("late") }
+      } catch {
+        usleep(500)
+      }
+    }
+    let totals = engine.sharedMemory?.counters
+    let moved =
+      (totals?.readBytes.load(ordering: .relaxed) ?? 0)
+      + (totals?.writtenBytes.load(ordering: .relaxed) ?? 0)
+    say("done \(completed) \(moved)")
+    engine.close()
+  }
+
+  private var hasInputEnded: Bool {
+    var item = pollfd(fd: STDIN_FILENO, events: Int16(POLLIN), revents: 0)
+    return poll(&item, 1, 0) > 0
+  }
+}
