@@ -8,9 +8,9 @@
  *        readv    process_vm_readv from another process
  *        mapped-memcpy, mapped-stream    from a mapped memory file that another process has written
  *
- * Each thread copies blocks through its own part of `total`, in order, again and again; with as many
- * bytes in total as in a block everything stays in the caches. All pages are written before the
- * clock starts. Prints one line of JSON.
+ * Each thread copies blocks through its own part of `total`, in order, again and again; with as
+ * many bytes in total as in a block everything stays in the caches. All pages are written before
+ * the clock starts. Prints one line of JSON.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -132,8 +132,8 @@ static void *run_lane(void *argument) {
   return NULL;
 }
 
-/* A process that owns touched memory (the descriptor's, or private); ends with this one. `memory` is
- * its address there. */
+/* A process that owns touched memory (the descriptor's, or private); ends with this one. `memory`
+ * is its address there. */
 static pid_t start_owner(int descriptor, size_t bytes, char **memory) {
   int ready[2];
   char *address = NULL;
