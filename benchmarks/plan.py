@@ -141,7 +141,7 @@ class Plan:
                 self.small(operation, block, batch)
         self.latency()
         for block in (MIB, 16 * MIB) if quick else (MIB, 16 * MIB, 64 * MIB):
-            for operation in ("read",) if quick and block == MIB else operations:
+            for operation in ("read",) if quick else operations:
                 self.engine_owned(operation, block)
                 self.ordinary(operation, block)
         self.each()
@@ -231,6 +231,8 @@ class Plan:
         row.add("ours", lab.ours, lambda c, s: c.measure(s, *work, "shm"))
         row.add("ours kernel", lab.ours, lambda c, s: c.measure(s, *work, "shm", ordinary=True))
         row.add("nixl", lab.nixl, lambda c, s: c.measure(s, *work, "shm"))
+        if self.quick:
+            return
         row.add("ours fixed", lab.ours, lambda c, s: c.measure(s, *work, "shm", "fixed"))
         row.add("ucx 1.22", lab.ucx22, lambda c, s: c.latency(s, 4 * KIB, "shm"))
         row.add("mapped memcpy", lab.memory, lambda c, s: c.copy(s, "mapped-memcpy", 4 * KIB))
@@ -247,8 +249,9 @@ class Plan:
         lab = self.lab
         row.add("ours", lab, lambda c, s: c.idle(3 * s, "idle"))
         row.add("waiting", lab, lambda c, s: c.idle(s, "waiting"))
-        row.add("stock python", lab.stock, lambda c, s: c.python.idle(s))
-        row.add("nixl", lab.nixl, lambda c, s: c.idle(s))
+        if not self.quick:
+            row.add("stock python", lab.stock, lambda c, s: c.python.idle(s))
+            row.add("nixl", lab.nixl, lambda c, s: c.idle(s))
 
     def bounds(self, block):
         row = self.row("memory", f"{size_name(block)}, cold")
