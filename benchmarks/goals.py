@@ -92,9 +92,10 @@ GOALS = (
 
 
 def judge(rows):
-    """One line a goal: what was reached in its rows, the worst of them, met or not."""
+    """For each goal what was reached, worst first, in which rows, and whether all of them met it."""
     lines = []
-    for goal in GOALS:
+    run = {row["goal"] for row in rows}
+    for goal in (goal for goal in GOALS if goal.key in run):
         found = [
             (value, row["title"])
             for row in rows
@@ -105,11 +106,10 @@ def judge(rows):
             worst, best = min(found), max(found)
             if goal.sense == "cost":
                 worst, best = best, worst
-            reached = goal.shown(worst[0])
-            if len(found) > 1:
-                reached += f" ({worst[1]}) to {goal.shown(best[0])} ({best[1]})"
+            ends = [worst, best] if len(found) > 1 else [worst]
             line.update(
-                reached=reached,
+                reached=" to ".join(goal.shown(value) for value, _ in ends),
+                worst_row=worst[1] if len(found) > 1 else "",
                 met=goal.met(worst[0]),
                 met_rows=sum(goal.met(value) for value, _ in found),
                 rows=len(found),

@@ -149,7 +149,7 @@ class Plan:
             self.peers(operation)
         self.idle()
         if not quick:
-            for block in (4 * KIB, 64 * KIB, MIB, 64 * MIB):
+            for block in (4 * KIB, MIB, 64 * MIB):
                 self.bounds(block)
 
     def row(self, section, title, goal="", operation="", block=0):
@@ -168,8 +168,10 @@ class Plan:
         row.add("stock tuned", lab.stock, lambda c, s: c.tuned.measure(s, *work))
         if self.quick:
             return
-        row.add("stock", lab.stock, lambda c, s: c.measure(s, *work))
-        row.add("stock python", lab.stock, lambda c, s: c.python.measure(s, *work))
+        if block != 4 * MIB:
+            row.add("stock python", lab.stock, lambda c, s: c.python.measure(s, *work))
+        if (block, batch) in ((MIB, 16), (16 * MIB, 1)):
+            row.add("stock", lab.stock, lambda c, s: c.measure(s, *work))
         if block == 16 * MIB:
             row.add("ucx 1.13", lab.ucx13, lambda c, s: c.measure(s, *work))
             row.add("nixl", lab.nixl, lambda c, s: c.measure(s, *work))
@@ -274,4 +276,4 @@ class Plan:
 
 
 def copying(kind, block, threads, total):
-    return lambda c, s: c.copy(s, kind, block, threads, total)
+    return lambda c, s: c.copy(s / 2, kind, block, threads, total)
