@@ -3,9 +3,9 @@
  *   delay_link NAMESPACE_A NAMESPACE_B DELAY_US BITS_PER_SECOND
  *
  * Makes the device "link0" in both (named as under /run/netns), prints "ready" once they can be
- * given addresses, and carries packets until it is ended. Each way a packet leaves when those before
- * it have, at the given rate, and arrives DELAY_US later; what would wait longer than QUEUE_US for
- * its turn is dropped, as a switch does. Needs CAP_NET_ADMIN and /dev/net/tun.
+ * given addresses, and carries packets until it is ended. Each way a packet leaves when those
+ * before it have, at the given rate, and arrives DELAY_US later; what would wait longer than
+ * QUEUE_US for its turn is dropped, as a switch does. Needs CAP_NET_ADMIN and /dev/net/tun.
  */
 #define _GNU_SOURCE
 #include <errno.h>
