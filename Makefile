@@ -70,10 +70,10 @@ test-install: ## make install into a scratch folder, and a program built against
 	scripts/test-install
 
 bench: all ## speed against every peer and the machine's limits; rewrites benchmarks/ (20 minutes)
-	benchmarks/bench.py
+	benchmarks/bench.py --program $(program) --library $(library)
 
 bench-quick: all ## the same in two minutes, to the screen only
-	benchmarks/bench.py --quick
+	benchmarks/bench.py --quick --program $(program) --library $(library)
 
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)

@@ -106,6 +106,8 @@ def parse():
         scratch_name = "quick" if arguments.quick else "part"
         results = PROJECT / "benchmarks"
         arguments.output = results if arguments.is_whole else SCRATCH / scratch_name
+    name = "make bench-quick" if arguments.quick else "make bench"
+    arguments.command = "benchmarks/bench.py --only" if arguments.only else name
     for path in (arguments.program, arguments.library):
         if not path.is_file():
             parser.error(f"{path} does not exist; build it first")
@@ -150,7 +152,7 @@ def main():
     finally:
         contenders.close()
     write(arguments, {
-        "command": " ".join(["benchmarks/bench.py", *sys.argv[1:]]),
+        "command": arguments.command,
         "machine": facts,
         "versions": contenders.versions(),
         "missing": contenders.missing,
