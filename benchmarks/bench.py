@@ -111,6 +111,9 @@ def parse():
     for path in (arguments.program, arguments.library):
         if not path.is_file():
             parser.error(f"{path} does not exist; build it first")
+    arguments.program, arguments.library = (
+        path.resolve() for path in (arguments.program, arguments.library)
+    )
     return arguments
 
 

@@ -92,7 +92,7 @@ GOALS = (
 
 
 def judge(rows):
-    """For each goal what was reached, worst first, in which rows, and whether all of them met it."""
+    """For each goal what was reached, worst row first, and whether all rows met it."""
     lines = []
     run = {row["goal"] for row in rows}
     for goal in (goal for goal in GOALS if goal.key in run):
