@@ -8,9 +8,10 @@ struct BenchInitiatorCommand: ParsableCommand {
     abstract: "Reads and writes a target's buffer and measures it.",
     discussion: """
       --block-size, --batch-size and --threads take lists such as 4KiB,64KiB,1MiB: one row for \
-      each combination. With several segments, the requests of a batch go to them by turns. Rates count 1 GB as 10^9 bytes; latencies are those of a whole batch. With \
-      --verify the rates include the time for checking. Exit code 1 if any transfer failed or any \
-      byte was wrong.
+      each combination. With several segments, the requests of a batch go to them by turns. \
+      Rates count 1 GB as 10^9 bytes; latencies are those of a whole batch. With --verify the \
+      rates include the time for checking. Exit code 1 if any transfer failed or any byte was \
+      wrong.
       """)
 
   @OptionGroup var engine: EngineArguments

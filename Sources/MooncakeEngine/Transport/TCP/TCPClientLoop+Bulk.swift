@@ -1,4 +1,5 @@
-/// An endpoint's share in the bulk of its loop while many endpoints to peers of this host have some.
+/// An endpoint's share in the bulk of its loop while many have some for peers of this host.
+///
 /// Few at once: what is in flight then stays in the caches between the two copies. Over a network
 /// all links are used at once, since one may be much slower than this host.
 struct BulkTurn {
@@ -46,7 +47,9 @@ extension TCPEndpoint {
   var mayStartBulk: Bool { !waitsForBulkTurns || turn.isHeld && turn.bytesLeft > 0 }
 
   fileprivate var wantsBulkTurn: Bool {
-    guard peer.isLocal, isConnected, !turn.isHeld, !turn.isStalled, let next = sendSlice else { return false }
+    guard peer.isLocal, isConnected, !turn.isHeld, !turn.isStalled, let next = sendSlice else {
+      return false
+    }
     return BulkTurn.concerns(next)
   }
 
