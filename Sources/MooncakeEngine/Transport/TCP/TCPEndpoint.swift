@@ -55,6 +55,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   var failingSince: UInt64 = 0
   var restNanoseconds: UInt64 = 0
   var lastUse: UInt64 = 0
+  var turn = BulkTurn()
   var lastError = EngineError(.unreachable, "")
 
   static let inflightLimit = 1024
