@@ -8,6 +8,7 @@ INCLUDEDIR ?= $(PREFIX)/include
 PKGCONFIGDIR ?= $(LIBDIR)/pkgconfig
 BUILD ?= .build
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 600
 INSTALL ?= install
 STRIP ?= strip
 
@@ -75,6 +76,9 @@ bench-stock: ## comparison with the stock Mooncake wheel
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
 
+soak: $(library) ## moves bytes among peers that are killed and stopped; SOAK_SECONDS=
+	scripts/soak --duration $(SOAK_SECONDS)
+
 format: ## rewrites the Swift sources in the project's format
 	$(SWIFT) format --in-place --recursive $(swift_sources)
 
@@ -87,5 +91,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz format \
-  lint clean help
+.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz soak \
+  format lint clean help
