@@ -1,8 +1,8 @@
 /* usage: soak [--duration SECONDS] [--seed NUMBER] [--hold]
  *
  * Runs everything for a time, tells every ten seconds how it goes, and at the end looks for what
- * was left behind. Exit status 1 for anything that should not have happened. --hold keeps the process
- * for a debugger then. */
+ * was left behind. Exit status 1 for anything that should not have happened. --hold keeps the
+ * process for a debugger then. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>

@@ -164,7 +164,8 @@ static void settle(worker_t *worker, uint32_t index, slot_t *slot, int is_comple
   int is_gone = atomic_load(&job->peer->generation) != job->view->generation;
   if (!has_only(slot->memory - GUARD_BYTES, GUARD_BYTES, 0x5A) ||
       !has_only(slot->memory + slot->length, GUARD_BYTES, 0x5A)) {
-    worker_fail(worker, peer_index(worker, job->view), "CORRUPTION: bytes beside local memory changed");
+    worker_fail(worker, peer_index(worker, job->view),
+                "CORRUPTION: bytes beside local memory changed");
   }
   if (worker->request[index].opcode == MOONCAKE_OPCODE_WRITE) {
     cell->key = slot->key;
