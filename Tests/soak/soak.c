@@ -64,6 +64,10 @@ int soak_expect(int32_t code, const char *what, const char *file, int line) {
 
 /* ---- Memory of this process --------------------------------------------------------------- */
 
+void soak_count_own(uint64_t length, int sign) {
+  atomic_fetch_add(&soak.own_bytes, sign * (int64_t)((length + 4095) & ~(uint64_t)4095));
+}
+
 unsigned char *soak_map(uint64_t length, unsigned char byte) {
   void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
@@ -73,12 +77,12 @@ unsigned char *soak_map(uint64_t length, unsigned char byte) {
   /* Whole huge pages would count as more than was asked for. */
   madvise(memory, length, MADV_NOHUGEPAGE);
   memset(memory, byte, length);
-  atomic_fetch_add(&soak.own_bytes, (int64_t)((length + 4095) & ~(uint64_t)4095));
+  soak_count_own(length, 1);
   return memory;
 }
 
 void soak_unmap(unsigned char *memory, uint64_t length) {
-  atomic_fetch_sub(&soak.own_bytes, (int64_t)((length + 4095) & ~(uint64_t)4095));
+  soak_count_own(length, -1);
   munmap(memory, length);
 }
 
@@ -96,7 +100,8 @@ static int64_t status_bytes(const char *name) {
   return kilobytes * 1024;
 }
 
-/* Private memory that is not the soak's own: what engines and their callers' stacks hold. */
+/* Private memory that nobody asked for: what engines and stacks hold. Momentarily more, while
+ * memory is being filled. */
 static int64_t heap_bytes(void) { return status_bytes("RssAnon") - atomic_load(&soak.own_bytes); }
 
 /* ---- Progress ----------------------------------------------------------------------------- */

@@ -122,7 +122,7 @@ typedef struct soak {
   mooncake_engine_t *engine[ENGINES];
   peer_t peer[PEERS];
   counters_t count;
-  _Atomic int64_t own_bytes; /* private memory of the soak itself, all of it resident */
+  _Atomic int64_t own_bytes; /* private memory that the soak asked for, all of it resident */
   _Atomic int ends;          /* everybody should return */
   _Atomic int watch_ends;    /* nobody can hang any more */
   _Atomic int has_failed;
@@ -145,6 +145,9 @@ void *guest_main(void *unused);
 void faults_start(void);
 void faults_run(void);
 void faults_end(void);
+
+/* Adds to own_bytes, in pages; sign is 1 or -1. */
+void soak_count_own(uint64_t length, int sign);
 
 /* Private pages outside malloc, whole of them filled with byte. */
 unsigned char *soak_map(uint64_t length, unsigned char byte);

@@ -32,6 +32,9 @@ static uint64_t arena_bytes(const worker_t *worker) {
   return slot_stride(worker) * worker->shape.request_limit;
 }
 
+/* Whether what its engine allocates is no shared memory. */
+static int is_private(const worker_t *worker) { return worker->index % ENGINES == 1; }
+
 void create_arena(worker_t *worker, arena_t *arena) {
   uint64_t length = arena_bytes(worker);
   arena->kind = (arena_kind_t)below(worker, ARENA_KINDS);
@@ -40,7 +43,9 @@ void create_arena(worker_t *worker, arena_t *arena) {
     void *memory = NULL;
     SOAK_OK(mooncake_memory_allocate(worker->engine, length, NULL, MOONCAKE_ACCESS_LOCAL, &memory));
     arena->memory = memory;
-    if (memory != NULL) memset(memory, 0, length);
+    if (memory == NULL) return;
+    memset(memory, 0, length);
+    if (is_private(worker)) soak_count_own(length, 1);
     return;
   }
   arena->memory = soak_map(length, 0);
@@ -62,6 +67,7 @@ void check_arena(worker_t *worker, arena_t *arena) {
 void destroy_arena(worker_t *worker, arena_t *arena) {
   check_arena(worker, arena);
   if (arena->kind == ALLOCATED) {
+    if (is_private(worker)) soak_count_own(arena_bytes(worker), -1);
     SOAK_OK(mooncake_memory_free(worker->engine, arena->memory));
     return;
   }
