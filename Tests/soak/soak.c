@@ -13,8 +13,12 @@
 
 enum { LOG_LINES = 40, LOG_BYTES = 400, PROGRESS_SECONDS = 10, HANG_SECONDS = 120 };
 
-/* What engines may keep: caches, thread stacks, the allocator's slack. */
-#define HEAP_GROWTH_LIMIT (24 << 20)
+/* What engines may keep: caches, thread stacks, the allocator's slack. A sanitizer keeps more. */
+#ifdef __SANITIZE_ADDRESS__
+#define HEAP_GROWTH_LIMIT (1 << 30)
+#else
+#define HEAP_GROWTH_LIMIT (16 << 20)
+#endif
 #define SHARED_GROWTH_LIMIT (1 << 20)
 
 soak_t soak;

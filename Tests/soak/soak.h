@@ -21,8 +21,9 @@ enum {
   GUEST_REGION = WORKERS, /* read by engines that are destroyed in mid-transfer */
   REGIONS = WORKERS + 1,
   GUARD_BYTES = 64,
-  SLACK_SECONDS = 20, /* beyond a deadline, on a loaded machine */
-  GRACE_SECONDS = 2,  /* after a fault, until a peer must serve as ever */
+  CALL_MS = 10000,    /* for what blocks */
+  TRANSFER_MS = 30000,
+  SLACK_SECONDS = 10, /* beyond a deadline, on a loaded machine */
 };
 
 #define VISIT_BYTES (4u << 20) /* of the initiator, for each peer */
@@ -104,7 +105,8 @@ typedef struct peer {
   uint32_t port;
   peer_hello_t hello;
   _Atomic uint64_t generation; /* of the process; 0 from before a kill until the next serves */
-  _Atomic uint64_t fault_end;  /* nanoseconds; UINT64_MAX during a fault */
+  _Atomic uint64_t death_end;  /* nanoseconds; UINT64_MAX from before a kill */
+  _Atomic int is_stopped;
 } peer_t;
 
 typedef struct counters {
@@ -159,10 +161,10 @@ static inline uint64_t nanoseconds_now(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Whether a peer was stopped or dead at any time since start, or just before. */
-static inline int is_disturbed(const peer_t *peer, uint64_t start) {
-  uint64_t end = atomic_load(&peer->fault_end);
-  return end == UINT64_MAX || end + GRACE_SECONDS * 1000000000ull >= start;
+/* Whether the peer was dead at any time since start. That it was stopped excuses nothing: it is
+ * not for as long as any timeout. */
+static inline int was_dead(const peer_t *peer, uint64_t start) {
+  return atomic_load(&peer->death_end) >= start;
 }
 
 #endif

@@ -64,10 +64,6 @@ static void check_revoked(int index, unsigned char *memory) {
 
 /* ---- Peers -------------------------------------------------------------------------------- */
 
-static void begin_fault(peer_t *peer) { atomic_store(&peer->fault_end, UINT64_MAX); }
-
-static void end_fault(peer_t *peer) { atomic_store(&peer->fault_end, nanoseconds_now()); }
-
 static void start_peer(int index, uint64_t generation) {
   peer_t *peer = &soak.peer[index];
   char texts[3][24];
@@ -103,7 +99,7 @@ static void start_peer(int index, uint64_t generation) {
 static void kill_peer(int index, int and_restart) {
   peer_t *peer = &soak.peer[index];
   uint64_t generation = atomic_load(&peer->generation);
-  begin_fault(peer);
+  atomic_store(&peer->death_end, UINT64_MAX);
   atomic_store(&peer->generation, 0);
   kill(peer->pid, SIGKILL);
   waitpid(peer->pid, NULL, 0);
@@ -118,7 +114,7 @@ static void kill_peer(int index, int and_restart) {
   check_revoked(index, memory);
   if (!and_restart) return;
   start_peer(index, generation + 1);
-  end_fault(peer);
+  atomic_store(&peer->death_end, nanoseconds_now());
   atomic_fetch_add(&soak.count.kills, 1);
 }
 
@@ -127,13 +123,13 @@ static void stop_peer(int index) {
   peer_t *peer = &soak.peer[index];
   int revokes = below(2) == 0;
   unsigned char *memory = NULL;
-  begin_fault(peer);
+  atomic_store(&peer->is_stopped, 1);
   kill(peer->pid, SIGSTOP);
   waitpid(peer->pid, NULL, WUNTRACED);
   sleep_milliseconds((long)random_length(&random_state, 1500));
   if (revokes) memory = take_back(index);
   kill(peer->pid, SIGCONT);
-  end_fault(peer);
+  atomic_store(&peer->is_stopped, 0);
   atomic_fetch_add(&soak.count.stops, 1);
   if (!revokes) return;
   sleep_milliseconds((long)random_length(&random_state, 300));
@@ -189,7 +185,7 @@ static void be_guest(int index, unsigned char *memory, uint64_t *random) {
   SOAK_OK(mooncake_engine_options_init(&options, sizeof options));
   options.transports = random_below(random, 2) == 0 ? "tcp" : "shm,tcp";
   if (!SOAK_OK(mooncake_engine_create(&options, &engine))) return;
-  int32_t code = mooncake_segment_open(engine, hello.name, 3000, &segment);
+  int32_t code = mooncake_segment_open(engine, hello.name, CALL_MS, &segment);
   for (uint64_t number = 0; number < GUEST_REQUESTS; number += 1) {
     requests[number] = (mooncake_transfer_request_t){
         MOONCAKE_OPCODE_READ, segment, memory + number * GUEST_BYTES,
@@ -200,7 +196,7 @@ static void be_guest(int index, unsigned char *memory, uint64_t *random) {
     SOAK_OK(mooncake_batch_submit(engine, batch, requests, GUEST_REQUESTS, 5000));
     if (random_below(random, 2) == 0) SOAK_OK(mooncake_batch_wait(engine, batch, 30000, NULL));
     else usleep((useconds_t)random_length(random, 5000));
-  } else if (!is_disturbed(peer, start)) {
+  } else if (!was_dead(peer, start)) {
     soak_fail("a guest cannot open peer %d: %s", index, mooncake_error_message());
   }
   double destroy_start = seconds_now();

@@ -110,12 +110,12 @@ void detach(worker_t *worker, view_t *view) {
 }
 
 /* Judges a blocking call to a peer; returns whether it succeeded. */
-static int check_call(worker_t *worker, int peer, int32_t code, uint64_t start, uint64_t timeout_ms,
+static int check_call(worker_t *worker, int peer, int32_t code, uint64_t start,
                       const char *what) {
   double took = (double)(nanoseconds_now() - start) / 1e9;
-  if (took > (double)timeout_ms / 1000 + SLACK_SECONDS) worker_fail(worker, peer, what);
+  if (took > CALL_MS / 1000 + SLACK_SECONDS) worker_fail(worker, peer, what);
   if (code == MOONCAKE_OK) return 1;
-  if (!is_disturbed(&soak.peer[peer], start) || !is_excused(code)) worker_fail(worker, peer, what);
+  if (!was_dead(&soak.peer[peer], start) || !is_excused(code)) worker_fail(worker, peer, what);
   return 0;
 }
 
@@ -130,8 +130,8 @@ static int open_segment(worker_t *worker, int index) {
   pthread_mutex_unlock(&peer->lock);
   if (generation == 0) return 0;
   uint64_t start = nanoseconds_now();
-  int32_t code = mooncake_segment_open(worker->engine, hello.name, 3000, &segment);
-  if (!check_call(worker, index, code, start, 3000, "segment open")) return 0;
+  int32_t code = mooncake_segment_open(worker->engine, hello.name, CALL_MS, &segment);
+  if (!check_call(worker, index, code, start, "segment open")) return 0;
   detach(worker, view);
   view->is_open = 1;
   view->segment = segment;
@@ -178,7 +178,7 @@ int attach(worker_t *worker, int index) {
   uint64_t generation = atomic_load(&soak.peer[index].generation);
   if (generation == 0 && view->is_open) return below(worker, 4) == 0;
   if (view->generation != generation || !view->is_open) return open_segment(worker, index);
-  if (view->has_retired && below(worker, 4) == 0 && !is_disturbed(&soak.peer[index], UINT64_MAX)) {
+  if (view->has_retired && below(worker, 4) == 0 && !atomic_load(&soak.peer[index].is_stopped)) {
     renew_region(worker, view);
   }
   return 1;
@@ -196,7 +196,7 @@ void probe(worker_t *worker, int index) {
   pthread_mutex_lock(&soak.peer[index].lock);
   memcpy(name, soak.peer[index].hello.name, sizeof name);
   pthread_mutex_unlock(&soak.peer[index].lock);
-  check_call(worker, index, mooncake_peer_probe(worker->engine, name, 3000), start, 3000, "probe");
+  check_call(worker, index, mooncake_peer_probe(worker->engine, name, CALL_MS), start, "probe");
 }
 
 void write_message(worker_t *worker, const view_t *view, char *message, size_t capacity) {
@@ -214,8 +214,9 @@ void notify(worker_t *worker, int index) {
   write_message(worker, view, message, sizeof message);
   view->notifications_sent += 1;
   uint64_t start = nanoseconds_now();
-  int32_t code = mooncake_notification_send(worker->engine, view->segment, "soak", message, 10000);
-  if (check_call(worker, index, code, start, 10000, "notification") &&
+  int32_t code =
+      mooncake_notification_send(worker->engine, view->segment, "soak", message, CALL_MS);
+  if (check_call(worker, index, code, start, "notification") &&
       atomic_load(&soak.peer[index].generation) == view->generation) {
     view->notifications_acknowledged += 1;
     atomic_fetch_add(&soak.count.notifications, 1);

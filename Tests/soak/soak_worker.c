@@ -53,7 +53,7 @@ static void plan(worker_t *worker, arena_t *arena) {
   worker->way = (way_t)below(worker, WAYS);
   worker->is_canceled = worker->way != SYNC && below(worker, 10) == 0;
   worker->is_short = below(worker, 12) == 0;
-  worker->timeout_ms = worker->is_short ? 1 + below(worker, 40) : 30000;
+  worker->timeout_ms = worker->is_short ? 1 + below(worker, 40) : TRANSFER_MS;
 }
 
 /* Connections that the engine has given up. What they carried was sent again, so that it may
@@ -75,7 +75,9 @@ static void called_back(mooncake_batch_t batch, const mooncake_batch_status_t *s
 
 /* Returns whether the batch ended in time. */
 static int await_batch(worker_t *worker, mooncake_batch_t batch, mooncake_batch_status_t *status) {
-  uint64_t limit_ms = worker->timeout_ms + SLACK_SECONDS * 1000;
+  /* A canceled request may have to wait for a descriptor, or for its batch's notification. */
+  int is_prompt = worker->is_canceled && worker->way != NOTIFY;
+  uint64_t limit_ms = (is_prompt ? 3000 : worker->timeout_ms) + SLACK_SECONDS * 1000;
   struct timespec end;
   struct pollfd event = {-1, POLLIN, 0};
   switch (worker->way) {
@@ -120,7 +122,6 @@ static void submit(worker_t *worker, mooncake_batch_t batch) {
   if (worker->is_canceled) {
     if (below(worker, 2) == 0) usleep((useconds_t)random_length(&worker->random, 20000));
     SOAK_OK(mooncake_batch_cancel(worker->engine, batch));
-    worker->timeout_ms = 3000; /* An end that waits for a refetch. */
   }
 }
 
@@ -133,10 +134,10 @@ static int is_expected(const worker_t *worker, const job_t *job,
     case MOONCAKE_STATE_CANCELED:
       return worker->is_canceled && status->error == MOONCAKE_ERROR_CANCELED;
     case MOONCAKE_STATE_TIMEOUT:
-      return status->error == MOONCAKE_ERROR_TIMEOUT &&
-             (worker->is_short || is_disturbed(job->peer, worker->start));
+      return status->error == MOONCAKE_ERROR_TIMEOUT && worker->is_short &&
+             nanoseconds_now() - worker->start >= worker->timeout_ms * 1000000;
     case MOONCAKE_STATE_FAILED:
-      return (is_excused(status->error) && is_disturbed(job->peer, worker->start)) ||
+      return (is_excused(status->error) && was_dead(job->peer, worker->start)) ||
              (status->error == MOONCAKE_ERROR_NOT_REGISTERED && is_gone);
     default: return 0;
   }
@@ -227,7 +228,7 @@ static void judge_notification(worker_t *worker, const mooncake_batch_status_t *
     view->notifications_acknowledged += 1;
     atomic_fetch_add(&soak.count.notifications, 1);
   } else if (!worker->is_short && !worker->is_canceled &&
-             !is_disturbed(&soak.peer[index], worker->start)) {
+             !was_dead(&soak.peer[index], worker->start)) {
     worker_fail(worker, index, "the notification of a batch was not delivered");
   }
 }

@@ -82,7 +82,7 @@ static inline uint64_t slot_stride(const worker_t *worker) {
   return worker->shape.cell_bytes + 4 * GUARD_BYTES;
 }
 
-/* Calls to a peer may fail while it is disturbed, and then only so. */
+/* Calls to a peer may fail while it is dead, and then only so. */
 static inline int is_excused(int32_t code) {
   return code == MOONCAKE_ERROR_UNREACHABLE || code == MOONCAKE_ERROR_TIMEOUT ||
          code == MOONCAKE_ERROR_NOT_FOUND;
