@@ -72,8 +72,9 @@ void soak_count_own(uint64_t length, int sign) {
   atomic_fetch_add(&soak.own_bytes, sign * (int64_t)((length + 4095) & ~(uint64_t)4095));
 }
 
-unsigned char *soak_map(uint64_t length, unsigned char byte) {
-  void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+unsigned char *soak_map(uint64_t place, uint64_t length, unsigned char byte) {
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | (place == 0 ? 0 : MAP_FIXED_NOREPLACE);
+  void *memory = mmap((void *)(uintptr_t)place, length, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (memory == MAP_FAILED) {
     fprintf(stderr, "soak: mmap: %s\n", strerror(errno));
     exit(1);

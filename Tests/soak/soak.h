@@ -151,8 +151,8 @@ void faults_end(void);
 /* Adds to own_bytes, in pages; sign is 1 or -1. */
 void soak_count_own(uint64_t length, int sign);
 
-/* Private pages outside malloc, whole of them filled with byte. */
-unsigned char *soak_map(uint64_t length, unsigned char byte);
+/* Private pages outside malloc, all of them filled with byte: at place, or anywhere if it is 0. */
+unsigned char *soak_map(uint64_t place, uint64_t length, unsigned char byte);
 void soak_unmap(unsigned char *memory, uint64_t length);
 
 static inline uint64_t nanoseconds_now(void) {

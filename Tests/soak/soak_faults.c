@@ -12,7 +12,9 @@
 extern char **environ;
 
 static uint64_t random_state;
-/* The initiator's memory that a peer visits: registered, or allocated by the engine. */
+/* The initiator's memory that a peer visits: allocated by the engine, or registered, which has two
+ * places for each peer in turn, so that a late visitor harms nobody else. */
+#define VISITED 0x300000000000u
 static unsigned char *visited[PEERS];
 
 static uint64_t below(uint64_t bound) { return random_below(&random_state, bound); }
@@ -28,7 +30,8 @@ static void grant(int index) {
     SOAK_OK(mooncake_memory_allocate(soak.engine[0], VISIT_BYTES, NULL, rights, &memory));
     visited[index] = memory;
   } else {
-    visited[index] = soak_map(VISIT_BYTES, 0);
+    uint64_t turn = atomic_load(&soak.shared->visit[index].epoch) / 2 % 2;
+    visited[index] = soak_map(VISITED + ((uint64_t)index * 2 + turn) * VISIT_BYTES, VISIT_BYTES, 0);
     SOAK_OK(mooncake_memory_register(soak.engine[0], visited[index], VISIT_BYTES, NULL, rights));
   }
   atomic_store(&soak.shared->visit[index].address, (uint64_t)(uintptr_t)visited[index]);
@@ -214,7 +217,7 @@ static void be_guest(int index, unsigned char *memory, uint64_t *random) {
 void *guest_main(void *unused) {
   (void)unused;
   uint64_t random = pattern_mix(soak.shared->seed ^ 0x6E57);
-  unsigned char *memory = soak_map(GUEST_REQUESTS * GUEST_BYTES, 0);
+  unsigned char *memory = soak_map(0, GUEST_REQUESTS * GUEST_BYTES, 0);
   while (!atomic_load(&soak.ends)) {
     atomic_store(&soak.step_start[GUEST_STEPS], nanoseconds_now());
     be_guest((int)random_below(&random, PEERS), memory, &random);

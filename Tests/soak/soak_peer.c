@@ -33,15 +33,15 @@ static struct {
   uint64_t notification_count[WORKERS];
 } self;
 
-static _Noreturn void give_up(const char *what, int region) {
-  fprintf(stderr, "soak: peer %d (generation %llu, region %d, seed %llu): %s: %s\n", self.index,
+static _Noreturn void give_up(const char *what, int region, int32_t code) {
+  fprintf(stderr, "soak: peer %d (generation %llu, region %d, seed %llu): %s: %s: %s\n", self.index,
           (unsigned long long)self.generation, region, (unsigned long long)self.shared->seed, what,
-          mooncake_error_message());
+          mooncake_error_name(code), mooncake_error_message());
   _exit(3);
 }
 
 static void require(int32_t code, const char *what, int region) {
-  if (code != MOONCAKE_OK) give_up(what, region);
+  if (code != MOONCAKE_OK) give_up(what, region, code);
 }
 
 /* ---- Regions ------------------------------------------------------------------------------ */
@@ -65,7 +65,7 @@ static unsigned char *new_block(int number, uint64_t renewal) {
     uint64_t place = (uint64_t)number * PLACE_COUNT + renewal % PLACE_COUNT;
     block = mmap((void *)(uintptr_t)(PLACES + place * PLACE_BYTES), length, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-    if (block == MAP_FAILED) give_up("mmap", number);
+    if (block == MAP_FAILED) give_up("mmap", number, MOONCAKE_OK);
   }
   memset(block, 0xA5, MARGIN_BYTES + MISALIGNMENT);
   memset(inner(block) + region_bytes(number), 0xA5, MARGIN_BYTES - MISALIGNMENT);
@@ -86,7 +86,7 @@ static void check_margins(const unsigned char *block, int number) {
   if (!has_only(block, MARGIN_BYTES + MISALIGNMENT, 0xA5) ||
       !has_only(block + MARGIN_BYTES + MISALIGNMENT + region_bytes(number),
                 MARGIN_BYTES - MISALIGNMENT, 0xA5)) {
-    give_up("bytes beside the region were written", number);
+    give_up("bytes beside the region were written", number, MOONCAKE_OK);
   }
 }
 
@@ -98,7 +98,7 @@ static void retire_block(unsigned char *block, int number) {
   }
   check_margins(block, number);
   if (!is_allocated() && madvise(block, block_bytes(number), MADV_DONTNEED) != 0) {
-    give_up("madvise", number);
+    give_up("madvise", number, MOONCAKE_OK);
   }
   unsigned char *last = region->retired[RETIRED_COUNT - 1];
   memmove(region->retired + 1, region->retired, sizeof(void *) * (RETIRED_COUNT - 1));
@@ -108,7 +108,7 @@ static void retire_block(unsigned char *block, int number) {
     require(mooncake_memory_free(self.engine, last), "free", number);
   } else {
     if (!has_only(last, block_bytes(number), 0)) {
-      give_up("memory was written after its unregister", number);
+      give_up("memory was written after its unregister", number, MOONCAKE_OK);
     }
     munmap(last, block_bytes(number));
   }
@@ -129,7 +129,7 @@ static void check_everything(void) {
     for (int index = 0; index < RETIRED_COUNT && !is_allocated(); index += 1) {
       unsigned char *block = self.region[number].retired[index];
       if (block != NULL && !has_only(block, block_bytes(number), 0)) {
-        give_up("memory was written after its unregister", number);
+        give_up("memory was written after its unregister", number, MOONCAKE_OK);
       }
     }
   }
@@ -149,7 +149,7 @@ static void take_notifications(void) {
     if (strcmp(notification->name, "soak") != 0 || padding == NULL ||
         sscanf(notification->message, "%u %llu+", &worker, &generation) != 2 ||
         worker >= WORKERS || strspn(padding, "+") != strlen(padding)) {
-      give_up("a notification is not what was sent", -1);
+      give_up("a notification is not what was sent", -1, MOONCAKE_OK);
     }
     if (generation == self.generation) self.notification_count[worker] += 1;
     mooncake_notification_free(notification);
@@ -186,15 +186,16 @@ static void *visitor_main(void *unused) {
       code = visit(segment, MOONCAKE_OPCODE_READ, memory, address, length);
     }
     if (epoch % 2 != 0 || atomic_load(epochs) != epoch) {
+      /* Other memory may have got the address by now, but none that may be written. */
       if (code != MOONCAKE_OK && code != MOONCAKE_ERROR_NOT_REGISTERED &&
-          code != MOONCAKE_ERROR_UNREACHABLE) {
-        give_up("a transfer to a revoked region", -1);
+          code != MOONCAKE_ERROR_ACCESS_DENIED && code != MOONCAKE_ERROR_UNREACHABLE) {
+        give_up("a transfer to a revoked region", -1, code);
       }
       continue;
     }
-    if (code != MOONCAKE_OK) give_up("a transfer to the initiator", -1);
+    if (code != MOONCAKE_OK) give_up("a transfer to the initiator", -1, code);
     if (pattern_check(memory, key, offset, length) != length) {
-      give_up("what was read from the initiator is not what was written", -1);
+      give_up("what was read from the initiator is not what was written", -1, MOONCAKE_OK);
     }
     atomic_fetch_add(&self.shared->visit[self.index].visited_bytes, length);
   }

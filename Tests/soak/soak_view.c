@@ -48,10 +48,11 @@ void create_arena(worker_t *worker, arena_t *arena) {
     if (is_private(worker)) soak_count_own(length, 1);
     return;
   }
-  arena->memory = soak_map(length, 0);
+  arena->memory = soak_map(0, length, 0);
   if (arena->kind == REGISTERED) {
+    /* No right to write: a late visitor may still hold this address from earlier. */
     SOAK_OK(mooncake_memory_register(worker->engine, arena->memory, length, "cpu:0",
-                                     (uint32_t)below(worker, 4)));
+                                     (uint32_t)below(worker, MOONCAKE_ACCESS_REMOTE_WRITE)));
   }
 }
 
