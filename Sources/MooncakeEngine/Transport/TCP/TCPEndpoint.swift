@@ -245,6 +245,8 @@ extension TCPEndpoint {
     sentCount = 0
     sendsAlone = false
     receivesAlone = false
+    // A turn that ended by silence would wait for a sign of life that the former connection owed.
+    turn = BulkTurn()
   }
 
   private func closeIdle() {
