@@ -39,6 +39,12 @@ extension SegmentDescriptor {
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
   }
 
+  /// Sixteen hexadecimal digits.
+  package static func text(incarnation: UInt64) -> String {
+    let digits = String(incarnation, radix: 16)
+    return String(repeating: "0", count: 16 - digits.utf8.count) + digits
+  }
+
   /// The descriptor as peers of every version read it. Buffers without remote rights stay out.
   public func json() -> String {
     let published = buffers.filter { !$0.access.isDisjoint(with: [.remoteRead, .remoteWrite]) }
@@ -53,9 +59,7 @@ extension SegmentDescriptor {
     writer.member("rdma_server_name", "")
     writer.member("timestamp", localTimestamp())
     if incarnation != 0 {
-      let digits = String(incarnation, radix: 16)
-      writer.member(
-        "mooncake_incarnation", String(repeating: "0", count: 16 - digits.utf8.count) + digits)
+      writer.member("mooncake_incarnation", Self.text(incarnation: incarnation))
     }
     if !sharedMemoryName.isEmpty {
       writer.member("mooncake_host", hostIdentity)
