@@ -5,6 +5,7 @@ import CMooncake
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// The metadata servers of the process. A handle is a number that is never used twice.
 private final class ServerTable: Sendable {

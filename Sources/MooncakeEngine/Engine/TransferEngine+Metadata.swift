@@ -24,16 +24,35 @@ extension TransferEngine {
     publisher?.publishChanges(until: .after(milliseconds: Self.publicationMilliseconds))
   }
 
-  /// Asks the metadata service, or without one the peer itself.
+  /// Asks the metadata service, or without one the peer itself. `known` is what it said before.
   func fetchDescriptor(
-    _ name: String, deadline: Deadline
+    _ name: String, known: SegmentDescriptor? = nil, deadline: Deadline
   ) throws(EngineError) -> SegmentDescriptor {
-    if let directory {
+    guard let directory else { return try askPeer(name, deadline) }
+    let fallback = known?.rpcAddress ?? ""
+    do throws(EngineError) {
+      // Half of the time is left for the peer.
+      let left = deadline.remainingNanoseconds / 2_000_000
       return try directory.descriptor(
-        of: name, MetadataCall(until: deadline, cancellation: closeEvent.descriptor.rawValue))
+        of: name,
+        MetadataCall(
+          until: fallback.isEmpty ? deadline : min(deadline, .after(milliseconds: left)),
+          cancellation: closeEvent.descriptor.rawValue))
+    } catch {
+      // A service that is away keeps nobody from those it has found before.
+      let isAway = [.unreachable, .timeout, .unresolved].contains(error.code)
+      guard isAway, !fallback.isEmpty, let descriptor = try? askPeer(fallback, deadline),
+        descriptor.name == known?.name, descriptor.incarnation == known?.incarnation
+      else { throw error }
+      return descriptor
     }
-    return try RPCClient.fetchDescriptor(
-      of: name, own: local.json, deadline: deadline,
+  }
+
+  private func askPeer(
+    _ address: String, _ deadline: Deadline
+  ) throws(EngineError) -> SegmentDescriptor {
+    try RPCClient.fetchDescriptor(
+      of: address, own: local.json, deadline: deadline,
       cancellation: closeEvent.descriptor.rawValue)
   }
 

@@ -213,8 +213,8 @@ extension TransferEngine {
 
   /// Fetches a descriptor and replaces the route; a peer at another place gets new connections.
   private func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
-    let new = try fetchDescriptor(segment.name, deadline: deadline)
     let old = segment.route
+    let new = try fetchDescriptor(segment.name, known: old.descriptor, deadline: deadline)
     let isSameProcess = new.incarnation == old.descriptor.incarnation
     let isSamePlace =
       new.tcpDataHost == old.descriptor.tcpDataHost

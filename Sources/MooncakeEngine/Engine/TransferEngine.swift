@@ -107,6 +107,7 @@ public final class TransferEngine: @unchecked Sendable {
       identity.hostIdentity = HostIdentity.current
       identity.sharedMemoryName = listener.name
     }
+    if directory != nil { identity.rpcAddress = rpcAddress.description }
     local = LocalSegment(identity: identity)
     self.directory = directory
     let closing = closeEvent.descriptor.rawValue

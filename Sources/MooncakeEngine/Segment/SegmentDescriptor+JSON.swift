@@ -34,6 +34,7 @@ extension SegmentDescriptor {
     incarnation = try parseIncarnation(value)
     hostIdentity = try optionalString(value, "mooncake_host") ?? ""
     sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
+    rpcAddress = try optionalString(value, "mooncake_rpc") ?? ""
     // Other protocols name their buffers by other means than an address.
     let isStrict = protocols.contains("tcp") || protocols.contains("rdma")
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
@@ -65,6 +66,7 @@ extension SegmentDescriptor {
       writer.member("mooncake_host", hostIdentity)
       writer.member("mooncake_shm", sharedMemoryName)
     }
+    if !rpcAddress.isEmpty { writer.member("mooncake_rpc", rpcAddress) }
     writer.name("buffers")
     writer.beginArray()
     for buffer in published {

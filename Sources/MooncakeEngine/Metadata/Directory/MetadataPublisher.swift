@@ -71,7 +71,12 @@ package final class MetadataPublisher: Sendable {
   /// Publishes for the first time, replacing what a former process left, and starts the thread.
   package func start(until deadline: Deadline) throws(EngineError) {
     let call = MetadataCall(until: deadline, cancellation: cancellation)
-    try work.withLock { work throws(EngineError) in try publish(&work, isFirst: true, call) }
+    do throws(EngineError) {
+      try work.withLock { work throws(EngineError) in try publish(&work, isFirst: true, call) }
+    } catch {
+      if work.withLock({ !$0.entries.isEmpty }) { remove() }
+      throw error
+    }
     do throws(Errno) {
       let thread = try WorkerThread.start(name: "mc-metadata") { [unowned self] in run() }
       self.thread.withLock { $0 = thread }
@@ -179,8 +184,8 @@ package final class MetadataPublisher: Sendable {
         return
       }
     }
-    if work.lease == nil {
-      work.entries = []
+    // Where there are no leases, what has been put stays.
+    if work.entries.isEmpty {
       work.lease = try directory.store.grant(
         ttlMilliseconds: directory.settings.ttlMilliseconds, call)
     }

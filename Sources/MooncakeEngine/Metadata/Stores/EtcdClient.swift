@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// Asks the JSON gateway of an etcd cluster: endpoint by endpoint until one answers, with a token
 /// where there is a user.

@@ -1,5 +1,6 @@
 import CCurl
 import MooncakeSystem
+import Synchronization
 
 /// A request to an HTTP server.
 struct HTTPRequest {

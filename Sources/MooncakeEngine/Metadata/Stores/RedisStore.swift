@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// Metadata in Redis. Keys expire one by one instead of hanging on a lease, and changes are found
 /// by listing, since Redis tells of them only where it is configured to.
