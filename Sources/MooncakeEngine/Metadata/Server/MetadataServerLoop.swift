@@ -20,6 +20,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Suspended until the journal is safe.
   private var committing: [MetadataExchange] = []
   private var bodyBytes = 0
+  private var isDaemonStopped = false
   private var last = Clock.now()
 
   private static let bodyBytesLimit = 256 << 20
@@ -109,9 +110,15 @@ final class MetadataServerLoop: @unchecked Sendable {
     watchers = []
     committing = []
     _ = library.run(daemon)
+    stopDaemon()
   }
 
-  deinit { library.stop(daemon) }
+  deinit { if !isDaemonStopped { stopDaemon() } }
+
+  private func stopDaemon() {
+    isDaemonStopped = true
+    library.stop(daemon)
+  }
 
   /// Milliseconds until there is something to do without a request.
   private var pause: Int32 {

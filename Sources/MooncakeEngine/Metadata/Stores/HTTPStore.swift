@@ -104,7 +104,14 @@ package final class HTTPStore: MetadataStore {
     let left = call.deadline.remainingNanoseconds / 1_000_000
     let wait = min(30_000, left - min(left / 2, 500))
     let parameters = ["prefix": prefix, "since": String(revision), "wait_ms": String(wait)]
-    let response = try ask(.get, parameters, phase, call)
+    let response: HTTPResponse
+    do throws(EngineError) {
+      response = try ask(.get, parameters, phase, call)
+    } catch {
+      // Nothing has happened.
+      if error.code == .timeout { return .changes([], revision: revision) }
+      throw error
+    }
     if response.status == 410 { return .unknown }
     try expectSuccess(response, phase)
     return try decode(response, phase) { value throws(EngineError) in

@@ -71,7 +71,8 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       rest = head
       try uri.readQuery(query)
     }
-    let slash = rest.firstIndex(of: "/") ?? rest.endIndex
+    // etcd has no path, but programs for it write each endpoint with its scheme, and so slashes.
+    let slash = (service == .etcd ? nil : rest.firstIndex(of: "/")) ?? rest.endIndex
     try uri.readAuthority(rest[..<slash])
     try uri.readPath(rest[slash...])
     return uri
@@ -95,11 +96,16 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       }
     for part in hosts.split(omittingEmptySubsequences: false, whereSeparator: { ",;".contains($0) })
     {
-      // Programs for etcd write each endpoint with its scheme.
       var host = part
-      if service == .etcd, let (scheme, rest) = Self.split(part, at: "://") {
-        host = rest
-        isSecure = isSecure || scheme == "https"
+      if service == .etcd {
+        if let (scheme, rest) = Self.split(part, at: "://") {
+          host = rest
+          isSecure = isSecure || scheme == "https"
+        }
+        if host.last == "/" { host.removeLast() }
+        if host.contains("/") {
+          throw Malformed(reason: "the path in '\(part.prefix(100))' has no meaning for etcd")
+        }
       }
       do throws(HostPortError) {
         var endpoint = try HostPort(parsing: String(host))
@@ -130,10 +136,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         throw Malformed(reason: "'\(text.prefix(100))' is no database number from 0 to 255")
       }
       database = number
-    default:
-      if !text.isEmpty && text != "/" {
-        throw Malformed(reason: "the path '\(text.prefix(100))' has no meaning for etcd")
-      }
+    default: break
     }
   }
 
