@@ -131,7 +131,7 @@ typedef struct mooncake_engine_options {
                                      in it; MC_FORCE_TCP in the environment leaves only that */
   uint64_t default_timeout_ms;    /* deadline of an operation that names none; default 30000 */
   uint32_t io_threads;            /* threads per direction, at most 64; default half the
-                                     processors, 1 to 4 */
+                                     processors, 2 to 4 */
   uint32_t connections_per_peer;  /* data connections to one peer, 1 to 64; default 2 */
   uint32_t spin_us;               /* how long a waiter or I/O thread spins before it sleeps while
                                      work is outstanding, 1 to 1000000; default 50; servers
@@ -206,8 +206,8 @@ int32_t mooncake_memory_unregister_batch(mooncake_engine_t *engine, void *const 
                                          uint64_t count);
 
 /* Allocates zeroed, page-aligned, registered memory owned by the engine, in huge pages where the
- * system grants them; processes of the same user and host map it. Ends with mooncake_memory_free()
- * or with the engine. Since 0.1. */
+ * system grants them: it may take all of the memory now, about 0.15 s a GiB. Processes of the same
+ * user and host map it. Ends with mooncake_memory_free() or with the engine. Since 0.1. */
 int32_t mooncake_memory_allocate(mooncake_engine_t *engine, uint64_t length, const char *location,
                                  uint32_t access, void **address);
 

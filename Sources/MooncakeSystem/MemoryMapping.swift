@@ -29,24 +29,68 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
         nil, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
       pointer != MAP_FAILED
     else { throw Errno.current }
-    if size >= 2 << 20 { madvise(pointer, size, MADV_HUGEPAGE) }
+    if size >= hugePageBytes { madvise(pointer, size, MADV_HUGEPAGE) }
     return MemoryMapping(
       owning: UnsafeMutableRawBufferPointer(start: pointer, count: size))
   }
 
-  /// Maps a descriptor's bytes shared with every other mapping of it.
+  /// Maps a descriptor's bytes shared with every other mapping of it; large ones so that huge pages
+  /// fit.
   package static func shared(
     _ descriptor: Int32, byteCount: Int, writable: Bool
   ) throws(Errno) -> MemoryMapping {
     let size = try roundedToPages(byteCount)
     let protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
+    let place = size >= hugePageBytes ? try reserveAligned(size) : nil
     guard
-      let pointer = mmap(nil, size, protection, MAP_SHARED, descriptor, 0),
+      let pointer = mmap(
+        place, size, protection, place == nil ? MAP_SHARED : MAP_SHARED | MAP_FIXED, descriptor, 0),
       pointer != MAP_FAILED
-    else { throw Errno.current }
+    else {
+      let error = Errno.current
+      if let place { munmap(place, size) }
+      throw error
+    }
     return MemoryMapping(
       owning: UnsafeMutableRawBufferPointer(start: pointer, count: size))
   }
+
+  /// Takes addresses for `size` bytes that begin at a huge page.
+  private static func reserveAligned(_ size: Int) throws(Errno) -> UnsafeMutableRawPointer {
+    let (whole, overflow) = size.addingReportingOverflow(hugePageBytes)
+    guard !overflow,
+      let start = mmap(nil, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+      start != MAP_FAILED
+    else { throw overflow ? Errno(ENOMEM) : Errno.current }
+    let head = -Int(bitPattern: start) & (hugePageBytes - 1)
+    if head > 0 { munmap(start, head) }
+    munmap(start + head + size, hugePageBytes - head)
+    return start + head
+  }
+
+  /// Puts huge pages under shared memory now. By itself the kernel does so only where
+  /// `shmem_enabled` lets it, and copies between small pages take up to twice as long.
+  package func gatherHugePages() {
+    if count < Self.hugePageBytes || Self.sharesHugePages { return }
+    for offset in stride(from: 0, to: count, by: Self.hugePageBytes) {
+      // What has no page at all is not gathered. The memory is new: this changes nothing.
+      (address + offset).storeBytes(of: 0, as: UInt8.self)
+    }
+    // Refused where memory is short or the kernel older than 6.1: the small pages stay.
+    madvise(address, count & ~(Self.hugePageBytes - 1), Self.madviseCollapse)
+  }
+
+  private static var sharesHugePages: Bool {
+    let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    guard let file = try? FileDescriptor.open(path, flags: O_RDONLY) else { return true }
+    var bytes = [UInt8](repeating: 0, count: 128)
+    let length = read(file.rawValue, &bytes, bytes.count)
+    let text = String(decoding: bytes.prefix(max(0, length)), as: UTF8.self)
+    return !text.contains("[never]")
+  }
+
+  private static let hugePageBytes = 2 << 20
+  private static let madviseCollapse: Int32 = 25
 
   /// The size of a page.
   package static let pageBytes = sysconf(Int32(_SC_PAGESIZE))

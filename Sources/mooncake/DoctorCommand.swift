@@ -37,6 +37,7 @@ struct DoctorCommand: ParsableCommand {
     examine("Program and machine", MachineChecks.run)
     examine("Addresses and ports", NetworkChecks.run)
     examine("Limits", LimitChecks.run)
+    examine("Shared memory", SharedMemoryChecks.run)
     examine("Optional libraries", LibraryChecks.run)
     examine("Devices", DeviceChecks.run)
     examine("Environment variables", EnvironmentChecks.run)

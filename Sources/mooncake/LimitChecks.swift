@@ -110,8 +110,8 @@ enum LimitChecks {
     if value == 0 { return .ok(subject, "0") }
     return .ok(
       subject, "\(value)",
-      advice: "processes of one host cannot copy straight between each other's memory; TCP does"
-        + " not need it")
+      advice: "the kernel may refuse copies between processes of one host: memory of"
+        + " mooncake_memory_allocate() is mapped instead, the rest goes over TCP")
   }
 
   private static func overcommit() -> Finding {

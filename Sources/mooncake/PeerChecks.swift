@@ -89,6 +89,8 @@ struct PeerChecks {
   private func examine(port: UInt16, _ findings: inout [Finding]) throws(EngineError) {
     var options = TransferEngine.Options()
     options.defaultTimeoutMilliseconds = timeoutMilliseconds
+    // Otherwise a peer on this host would hide what its ports do.
+    options.transports = ["tcp"]
     let engine = try TransferEngine(options)
     defer { engine.close() }
     probe(engine, &findings)
@@ -96,6 +98,8 @@ struct PeerChecks {
     describe(descriptor, &findings)
     guard reachesData(descriptor, &findings) else { return }
     readByte(engine, segment, descriptor, &findings)
+    findings.append(
+      try SharedMemoryChecks.peer(name, descriptor, timeoutMilliseconds: timeoutMilliseconds))
   }
 
   private func probe(_ engine: TransferEngine, _ findings: inout [Finding]) {

@@ -2,13 +2,15 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 
-/// Two engines in this process that move bytes to each other over the loopback.
+/// Two engines in this process that move bytes to each other, over the loopback and by memory.
 enum SelfTest {
   private static let sizes = [1, 4096, 65_537, (4 << 20) + 3]
 
   static func run() -> [Finding] {
     do throws(EngineError) {
-      return try transfers()
+      let findings = try transfers(over: "tcp", ["tcp"])
+      if Environment["MC_FORCE_TCP"] != nil { return findings }
+      return try findings + transfers(over: "shm", ["shm", "tcp"])
     } catch {
       return [
         .problem(
@@ -18,8 +20,11 @@ enum SelfTest {
     }
   }
 
-  private static func transfers() throws(EngineError) -> [Finding] {
+  private static func transfers(
+    over transport: String, _ transports: [String]
+  ) throws(EngineError) -> [Finding] {
     var options = TransferEngine.Options()
+    options.transports = transports
     options.defaultTimeoutMilliseconds = 10_000
     let target = try TransferEngine(options)
     defer { target.close() }
@@ -27,7 +32,8 @@ enum SelfTest {
     defer { initiator.close() }
     var findings = [
       Finding.ok(
-        "engine", "listens for requests on \(target.name), for data on \(target.dataAddress)")
+        "engine (\(transport))",
+        "listens for requests on \(target.name), for data on \(target.dataAddress)")
     ]
 
     let largest = sizes[sizes.count - 1]
@@ -45,9 +51,9 @@ enum SelfTest {
       let span = Double(Clock.now() - begin) / 1e3
       findings.append(
         memcmp(source, copy, size) == 0
-          ? .ok("\(size) bytes there and back", "\(decimal(span, places: 0)) µs")
+          ? .ok("\(size) bytes there and back (\(transport))", "\(decimal(span, places: 0)) µs")
           : .problem(
-            "\(size) bytes there and back", "came back changed",
+            "\(size) bytes there and back (\(transport))", "came back changed",
             advice: "check this machine's memory; then report this as a bug"))
     }
     return findings

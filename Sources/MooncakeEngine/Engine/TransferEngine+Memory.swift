@@ -19,6 +19,7 @@ package final class EngineMemory: Sendable {
   init(sharing number: UInt32, byteCount: Int) throws(Errno) {
     let file = try MemoryFile(name: "mooncake-memory", byteCount: byteCount)
     mapping = try file.map(writable: true)
+    mapping.gatherHugePages()
     self.number = number
     self.file = consume file
   }

@@ -192,6 +192,11 @@ extension TransferEngine {
     endpoint.loop.kick()
   }
 
+  /// The memory of a segment's peer, if it is reached so.
+  package func sharedMemoryPeer(of id: Int32) throws(EngineError) -> SharedMemoryPeer? {
+    try segments.segment(id).route.sharedMemory
+  }
+
   /// Takes over a slice that shared memory could not move.
   package func fallBack(_ slice: SlicePointer) {
     let id = slice.pointee.task.pointee.segment

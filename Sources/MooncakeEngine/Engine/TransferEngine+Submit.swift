@@ -5,8 +5,9 @@ import Synchronization
 private enum Striping {
   /// Requests below this are chained into few pushes and gathered sends.
   static let smallBytes = 64 << 10
-  /// Bytes of small requests that go to one connection before the next is chosen.
-  static let chainBytes = 256 << 10
+  /// Bytes of small requests that go to one connection before the next is chosen: less moves sooner
+  /// than another thread wakes up.
+  static let chainBytes = 1 << 20
   /// Larger requests are cut, so that all connections work on one.
   static let stripeBytes = 1 << 20
   static let stripeCountLimit = 1024

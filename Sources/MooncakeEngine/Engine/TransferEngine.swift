@@ -155,8 +155,10 @@ public final class TransferEngine: @unchecked Sendable {
 
   deinit { close() }
 
-  /// Half the processors, so that a host keeps some for its own work; one to four.
-  private static let defaultThreadCount = min(4, max(1, Processors.count / 2))
+  /// Half the processors, so that a host keeps some for its own work; four at most. Two at least:
+  /// sending and receiving take unequal time, and only with several threads do the processors even
+  /// that out.
+  private static let defaultThreadCount = min(4, max(2, Processors.count / 2))
 
   private static func validate(_ options: Options) throws(EngineError) {
     for transport in options.transports where transport != "tcp" && transport != "shm" {

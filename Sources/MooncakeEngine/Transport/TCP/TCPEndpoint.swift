@@ -142,7 +142,9 @@ extension TCPEndpoint {
     case .connected:
       let sent = send()
       guard case .connected = state else { return true }
-      return receive() || sent
+      let received = receive()
+      if received { sendBehindAnswers() }
+      return received || sent
     }
   }
 
@@ -156,7 +158,11 @@ extension TCPEndpoint {
     if queue.isEmpty { return closeIdle() }
     if events & ~Epoll.writable == 0 { return }
     _ = receive()
-    // Answers make room for what waited for them; nothing else would send it.
+    sendBehindAnswers()
+  }
+
+  /// Answers make room for what waited for them; nothing else would send it.
+  private func sendBehindAnswers() {
     if case .connected = state, !wantsWritable, maySend { _ = send() }
   }
 

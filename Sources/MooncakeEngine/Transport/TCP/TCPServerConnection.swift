@@ -53,7 +53,8 @@ final class TCPServerConnection {
   private var isBlocked = false
 
   private static let replyLimit = 1024
-  private static let bulkBytes = 64 << 10
+  /// From here on a system call for each write costs less than a second copy.
+  private static let bulkBytes = 16 << 10
   private static let turnBytes = 4 << 20
   private static let drainBytes = 256 << 20
   private static let drainNanoseconds: UInt64 = 2_000_000_000
@@ -137,13 +138,13 @@ extension TCPServerConnection {
     return .again
   }
 
-  /// Receives write data where it belongs, and the next header behind it. Returns the number of
-  /// bytes, 0 at the end, or a negative error number.
+  /// Receives write data where it belongs, and what follows it as `receiveRequests` does. Returns
+  /// the number of bytes, 0 at the end, or a negative error number.
   private func receiveIntoPlace(_ loop: TCPServerLoop) -> Int {
     let vectors = loop.vectors
     vectors[0] = iovec(
       iov_base: UnsafeMutableRawPointer(bitPattern: UInt(writeAddress)), iov_len: writeRemaining)
-    vectors[1] = iovec(iov_base: partialHeader, iov_len: TCPWire.headerBytes)
+    vectors[1] = iovec(iov_base: loop.input.address, iov_len: requestLimit)
     let count = readv(socket.rawValue, vectors, 2)
     if count <= 0 { return count == 0 ? 0 : failure(loop, "storing written data") }
     loop.countReceived(count)
@@ -152,36 +153,39 @@ extension TCPServerConnection {
       writeRemaining -= count
       return count
     }
-    partialCount = count - writeRemaining
+    let rest = count - writeRemaining
     writeRemaining = 0
     finishWrite(loop)
-    if partialCount == TCPWire.headerBytes {
-      partialCount = 0
-      let header = TCPWire.Header(partialHeader)
-      if admit(header, loop), header.opcode == .write { begin(header) }
-    }
-    return count
+    return take(rest, loop) ? count : -Int(EFAULT)
   }
 
   /// Receives headers, with the data of small writes behind them.
   private func receiveRequests(_ loop: TCPServerLoop) -> Int {
     let input = loop.input.address
     input.copyMemory(from: partialHeader, byteCount: partialCount)
-    let limit = expectsBulk ? TCPWire.headerBytes : ScatterBuffer.byteCount
-    let count = recv(socket.rawValue, input + partialCount, limit - partialCount, 0)
+    let count = recv(
+      socket.rawValue, input + partialCount, requestLimit - partialCount, 0)
     if count <= 0 { return count == 0 ? 0 : failure(loop, "receiving requests") }
     loop.countReceived(count)
-    let total = partialCount + count
+    return take(partialCount + count, loop) ? count : -Int(EFAULT)
+  }
+
+  private var requestLimit: Int {
+    expectsBulk ? TCPWire.headerBytes : ScatterBuffer.byteCount
+  }
+
+  /// Obeys what the input holds; false if the memory it is for does not take it.
+  private func take(_ total: Int, _ loop: TCPServerLoop) -> Bool {
     partialCount = 0
     do throws(Errno) {
       try parse(total, loop)
       try loop.input.flush()
+      return true
     } catch {
       loop.faults.warning(
         "tcp peer \(peer): storing written data: \(error): registered memory is not writable")
-      return -Int(EFAULT)
+      return false
     }
-    return count
   }
 
   private func parse(_ total: Int, _ loop: TCPServerLoop) throws(Errno) {

@@ -1,0 +1,71 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Whether processes of this host can move bytes through memory.
+enum SharedMemoryChecks {
+  static func run() -> [Finding] { [switches(), identity(), memoryFiles(), revocation()] }
+
+  private static func switches() -> Finding {
+    let subject = "shared memory"
+    return Environment["MC_FORCE_TCP"] == nil
+      ? .ok(subject, "on unless the option transports leaves it out")
+      : .ok(subject, "off: MC_FORCE_TCP is set")
+  }
+
+  private static func identity() -> Finding {
+    let subject = "host identity"
+    if !HostIdentity.current.isEmpty { return .ok(subject, HostIdentity.current) }
+    return .warning(
+      subject, "unknown: /proc/sys/kernel/random/boot_id or /proc/self/ns cannot be read",
+      advice: "without it processes of this host use TCP; mount /proc")
+  }
+
+  private static func memoryFiles() -> Finding {
+    let subject = "memory files"
+    do throws(Errno) {
+      let file = try MemoryFile(name: "mooncake-doctor", byteCount: 4096)
+      _ = try file.map(writable: true)
+      try file.sealAgainstWriters()
+      return .ok(subject, "can be made and sealed")
+    } catch {
+      return .warning(
+        subject, "cannot be made: \(error)",
+        advice: "processes of this host use TCP; it needs memfd_create and a kernel from 5.1 on")
+    }
+  }
+
+  private static func revocation() -> Finding {
+    let subject = "restartable sequences"
+    if linux_rseq_area() != nil { return .ok(subject, "registered") }
+    return .ok(
+      subject, "not registered",
+      advice: "unregistering memory waits for a stopped peer that is in the middle of a copy")
+  }
+
+  /// How the bytes of a peer would be reached.
+  static func peer(
+    _ name: String, _ descriptor: SegmentDescriptor, timeoutMilliseconds: UInt64
+  ) throws(EngineError) -> Finding {
+    let subject = "shared memory"
+    if descriptor.sharedMemoryName.isEmpty { return .ok(subject, "not offered by the peer") }
+    if descriptor.hostIdentity != HostIdentity.current {
+      return .ok(subject, "not used: the peer is on another host or in other namespaces")
+    }
+    var options = TransferEngine.Options()
+    options.defaultTimeoutMilliseconds = timeoutMilliseconds
+    let engine = try TransferEngine(options)
+    defer { engine.close() }
+    let segment = try engine.openSegment(name, timeoutMilliseconds: timeoutMilliseconds)
+    guard let peer = try engine.sharedMemoryPeer(of: segment) else {
+      return .warning(
+        subject, "the peer is on this host, but its memory cannot be reached",
+        advice: "both processes need the same user; MC_LOG_LEVEL=DEBUG tells more; TCP is used")
+    }
+    if peer.copiesByKernel { return .ok(subject, "used, for mapped and for ordinary memory") }
+    return .warning(
+      subject, "used for memory of mooncake_memory_allocate() only: the kernel refuses to copy",
+      advice: "sysctl -w kernel.yama.ptrace_scope=0, or CAP_SYS_PTRACE; TCP is used for the rest")
+  }
+}
