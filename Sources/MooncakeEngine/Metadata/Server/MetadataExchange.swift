@@ -2,7 +2,7 @@
 final class MetadataExchange {
   enum Method { case get, put, post, delete, other }
 
-  struct Answer {
+  struct Answer: Sendable {
     var status: UInt32
     var body: [UInt8]
     var isJSON = false
@@ -35,6 +35,8 @@ final class MetadataExchange {
   /// More was sent than may be kept; the rest is thrown away as it comes.
   var isTooLarge = false
   var answer: Answer?
+  /// Of the answer, until it has been taken.
+  var sentBytes = 0
   var watch: Watch?
 
   init(_ connection: OpaquePointer, method: String, path: String) {

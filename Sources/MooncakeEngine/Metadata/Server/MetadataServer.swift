@@ -86,7 +86,11 @@ public final class MetadataServer: Sendable {
   deinit { stop() }
 
   /// The URI under which this host's processes find it.
-  public var uri: String { "http://\(address)/metadata" }
+  public var uri: String {
+    let isAny = SocketAddress(numeric: address.host, port: 0)?.isAny ?? false
+    let host = !isAny ? address.host : address.host == "::" ? "::1" : "127.0.0.1"
+    return "http://\(HostPort(host: host, port: address.port))/metadata"
+  }
 
   /// Answers what waits, closes every connection and ends the thread; later calls do nothing.
   public func stop() {

@@ -20,10 +20,16 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Suspended until the journal is safe.
   private var committing: [MetadataExchange] = []
   private var bodyBytes = 0
+  /// Of answers that clients have not taken yet.
+  private var answerBytes = 0
   private var isDaemonStopped = false
   private var last = Clock.now()
 
+  private static let stopping = MetadataExchange.Answer(503, "the server is stopping\n")
   private static let bodyBytesLimit = 256 << 20
+  private static let answerBytesLimit = 256 << 20
+  /// Answers made before they are sent.
+  private static let turnBytes = 16 << 20
   private static let memoryBytes = 16 << 10
   private static let idleSeconds: UInt32 = 60
   private static let tickMilliseconds: Int32 = 1000
@@ -98,17 +104,19 @@ final class MetadataServerLoop: @unchecked Sendable {
       postponeAfterStall(now, pause)
       _ = library.run(daemon)
       rules.expire(now: now)
-      commit()
-      serveWatchers(now)
+      // Each lets the daemon run, and what that takes in has no other occasion.
+      repeat {
+        commit()
+        serveWatchers(now)
+      } while !rules.records.isEmpty
       last = Clock.now()
     }
     // Suspended connections must not meet the end of the daemon.
-    for exchange in watchers + committing {
-      exchange.answer = MetadataExchange.Answer(503, "the server is stopping\n")
+    for exchange in watchers {
+      exchange.answer = Self.stopping
       library.resume(exchange.connection)
     }
     watchers = []
-    committing = []
     _ = library.run(daemon)
     stopDaemon()
   }
@@ -165,15 +173,23 @@ final class MetadataServerLoop: @unchecked Sendable {
   }
 
   private func serveWatchers(_ now: UInt64) {
-    var isAnswered = false
-    watchers.removeAll { exchange in
-      guard let answer = rules.answer(toWatch: exchange, now: now) else { return false }
+    // The daemon's callbacks add to the list.
+    let waiting = watchers
+    watchers = []
+    var answeredBytes = 0
+    for exchange in waiting {
+      guard let answer = rules.answer(toWatch: exchange, now: now) else {
+        watchers.append(exchange)
+        continue
+      }
       exchange.answer = answer
       library.resume(exchange.connection)
-      isAnswered = true
-      return true
+      answeredBytes += answer.body.count
+      if answeredBytes < Self.turnBytes { continue }
+      _ = library.run(daemon)
+      answeredBytes = 0
     }
-    if isAnswered { _ = library.run(daemon) }
+    if watchers.count < waiting.count { _ = library.run(daemon) }
   }
 
   // MARK: Callbacks of libmicrohttpd, on the thread
@@ -193,7 +209,8 @@ final class MetadataServerLoop: @unchecked Sendable {
       count.pointee = 0
       return MicroHTTPLibrary.yes
     }
-    if let answer = exchange.answer { return send(answer, connection) }
+    if let answer = exchange.answer { return send(answer, exchange) }
+    if isStopping.load(ordering: .acquiring) { return send(Self.stopping, exchange) }
     let before = rules.records.count
     guard
       let answer = rules.answer(
@@ -209,7 +226,7 @@ final class MetadataServerLoop: @unchecked Sendable {
       library.suspend(connection)
       return MicroHTTPLibrary.yes
     }
-    return send(answer, connection)
+    return send(answer, exchange)
   }
 
   private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
@@ -228,6 +245,7 @@ final class MetadataServerLoop: @unchecked Sendable {
 
   private func finish(_ exchange: MetadataExchange) {
     bodyBytes -= exchange.body.count
+    answerBytes -= exchange.sentBytes
     watchers.removeAll { $0 === exchange }
     committing.removeAll { $0 === exchange }
   }
@@ -251,8 +269,15 @@ final class MetadataServerLoop: @unchecked Sendable {
   }
 
   private func send(
-    _ answer: MetadataExchange.Answer, _ connection: OpaquePointer
+    _ given: MetadataExchange.Answer, _ exchange: MetadataExchange
   ) -> MHD_Result {
+    // Clients that ask and do not read must not fill the memory.
+    let isTooMuch = answerBytes + given.body.count > Self.answerBytesLimit
+    let answer =
+      isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given
+    exchange.answer = nil
+    exchange.sentBytes = answer.body.count
+    answerBytes += exchange.sentBytes
     var body = answer.body
     let response = body.withUnsafeMutableBytes {
       library.response($0.count, $0.baseAddress, UInt32(mhd_must_copy))
@@ -261,7 +286,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     defer { library.freeResponse(response) }
     let type = answer.isJSON ? "application/json" : "text/plain; charset=utf-8"
     _ = library.addHeader(response, "Content-Type", type)
-    return library.queue(connection, answer.status, response)
+    return library.queue(exchange.connection, answer.status, response)
   }
 }
 
