@@ -69,8 +69,11 @@ test-program: ## the mooncake program and the C examples
 test-install: ## make install into a scratch folder, and a program built against it
 	scripts/test-install
 
-bench-stock: ## comparison with the stock Mooncake wheel
-	scripts/bench-stock
+bench: all ## speed against every peer and the machine's limits; rewrites benchmarks/ (20 minutes)
+	benchmarks/bench.py --program $(program) --library $(library)
+
+bench-quick: all ## the same in two minutes, to the screen only
+	benchmarks/bench.py --quick --program $(program) --library $(library)
 
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
@@ -87,5 +90,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench-stock fuzz format \
-  lint clean help
+.PHONY: all examples install uninstall demo test test-program test-install bench bench-quick fuzz \
+  format lint clean help

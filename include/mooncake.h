@@ -137,6 +137,9 @@ typedef struct mooncake_engine_options {
                                      work is outstanding, 1 to 1000000; default 50; servers
                                      spin four times as long */
   uint32_t reserved;              /* 0 */
+  const char *processors;         /* where the threads that move bytes run: "0-3,8", or "node:1" for
+                                     those of a NUMA node; default: anywhere. io_threads is then
+                                     their number, 2 to 4, unless given */
 } mooncake_engine_options_t;
 
 /* Writes the defaults. struct_size is sizeof(mooncake_engine_options_t). Since 0.1. */
@@ -206,8 +209,9 @@ int32_t mooncake_memory_unregister_batch(mooncake_engine_t *engine, void *const 
                                          uint64_t count);
 
 /* Allocates zeroed, page-aligned, registered memory owned by the engine, in huge pages where the
- * system grants them: it may take all of the memory now, about 0.15 s a GiB. Processes of the same
- * user and host map it. Ends with mooncake_memory_free() or with the engine. Since 0.1. */
+ * system grants them, near NUMA node N if location is "cpu:N". It may take all of the memory now:
+ * about 0.15 s a GiB. Processes of the same user and host map it. Ends with mooncake_memory_free()
+ * or with the engine. Since 0.1. */
 int32_t mooncake_memory_allocate(mooncake_engine_t *engine, uint64_t length, const char *location,
                                  uint32_t access, void **address);
 

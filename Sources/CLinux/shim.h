@@ -55,6 +55,18 @@ static inline int linux_accept(int listener, int flags) {
   return accept4(listener, NULL, NULL, flags);
 }
 
+// Asks for pages of a range near a NUMA node, where that has room; MPOL_PREFERRED.
+static inline int linux_prefer_node(void *address, size_t length, unsigned node) {
+  unsigned long mask[16] = {0};
+  const unsigned bits = 8 * sizeof(unsigned long);
+  if (node >= sizeof mask * 8) {
+    errno = EINVAL;
+    return -1;
+  }
+  mask[node / bits] = 1ul << (node % bits);
+  return (int)syscall(SYS_mbind, address, length, 1, mask, sizeof mask * 8, 0);
+}
+
 static inline int linux_gettid(void) { return (int)syscall(SYS_gettid); }
 
 // The calling thread's number, asked of the kernel once.

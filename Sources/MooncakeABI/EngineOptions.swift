@@ -55,6 +55,7 @@ func readOptions(
     &options.connectionsPerPeer, values.connections_per_peer, 1...64,
     "options.connections_per_peer")
   try replace(&options.spinMicroseconds, values.spin_us, 1...1_000_000, "options.spin_us")
+  options.processors = try optionalText(values.processors, "options.processors")
   return options
 }
 

@@ -68,6 +68,11 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
     return start + head
   }
 
+  /// Has pages that are not there yet come from near a NUMA node, where that has room.
+  package func prefer(node: UInt32) throws(Errno) {
+    if linux_prefer_node(address, count, node) != 0 { throw Errno.current }
+  }
+
   /// Puts huge pages under shared memory now. By itself the kernel does so only where
   /// `shmem_enabled` lets it, and copies between small pages take up to twice as long.
   package func gatherHugePages() {

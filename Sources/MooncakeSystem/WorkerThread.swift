@@ -8,17 +8,19 @@ package final class WorkerThread: @unchecked Sendable {
   private var handle = pthread_t()
   private let body: @Sendable () -> Void
   private let name: String
+  private let processors: ProcessorSet?
 
-  private init(name: String, body: @escaping @Sendable () -> Void) {
+  private init(name: String, on processors: ProcessorSet?, body: @escaping @Sendable () -> Void) {
     self.name = name
+    self.processors = processors
     self.body = body
   }
 
-  /// Starts a thread; end it with `join`, exactly once.
+  /// Starts a thread, on some processors only if they are named; end it with `join`, exactly once.
   package static func start(
-    name: String, _ body: @escaping @Sendable () -> Void
+    name: String, on processors: ProcessorSet? = nil, _ body: @escaping @Sendable () -> Void
   ) throws(Errno) -> WorkerThread {
-    let thread = WorkerThread(name: name, body: body)
+    let thread = WorkerThread(name: name, on: processors, body: body)
     try thread.launch(detached: false)
     return thread
   }
@@ -27,7 +29,7 @@ package final class WorkerThread: @unchecked Sendable {
   package static func startDetached(
     name: String, _ body: @escaping @Sendable () -> Void
   ) throws(Errno) {
-    try WorkerThread(name: name, body: body).launch(detached: true)
+    try WorkerThread(name: name, on: nil, body: body).launch(detached: true)
   }
 
   /// Waits until the thread has ended.
@@ -55,6 +57,7 @@ package final class WorkerThread: @unchecked Sendable {
       { argument in
         let thread = Unmanaged<WorkerThread>.fromOpaque(argument!).takeRetainedValue()
         pthread_setname_np(pthread_self(), String(thread.name.prefix(15)))
+        if let processors = thread.processors { try? processors.bindCurrentThread() }
         thread.body()
         return nil
       }, context.toOpaque())

@@ -46,7 +46,7 @@ struct BenchInitiatorCommand: ParsableCommand {
   @Option(help: "How long to run before measuring; default: 0.5 seconds, or 0 with --iterations.")
   var warmup: TimeSpan?
 
-  @Option(help: "Order of the target's blocks: sequential, random or same.")
+  @Option(help: "Order of the target's blocks; same: the first ones; fixed: one, to one place.")
   var accessPattern = AccessPattern.sequential
 
   @Option(help: "Local memory that transfers are spread over, all threads together.")

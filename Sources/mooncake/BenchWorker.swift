@@ -139,11 +139,12 @@ final class BenchWorker: @unchecked Sendable {
       let block: UInt64
       switch workload.pattern {
       case .same: block = UInt64(index)
+      case .fixed: block = 0
       case .sequential: block = at % area.blockCount
       case .random: block = order(at)
       }
       blocks[index] = block
-      let memory = slot(localPosition + index)
+      let memory = slot(workload.pattern == .fixed ? 0 : localPosition + index)
       set(index, opcode: opcode, block: block, memory: memory)
       guard let contents = workload.verification?.contents else { continue }
       if opcode == .read {

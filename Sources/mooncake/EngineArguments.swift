@@ -21,6 +21,9 @@ struct EngineArguments: ParsableArguments {
   @Option(help: "I/O threads per direction, 1 to 64; 0: the engine chooses.")
   var ioThreads: Int = TransferEngine.Options().ioThreads
 
+  @Option(help: "Processors for the I/O threads, such as 0-3,8, or node:1; default: any.")
+  var processors: String?
+
   @Option(help: "Data connections to one peer, 1 to 64; 0: the engine chooses.")
   var connections: Int = TransferEngine.Options().connectionsPerPeer
 
@@ -47,6 +50,7 @@ struct EngineArguments: ParsableArguments {
     options.advertisedAddress = advertise
     options.port = port
     options.ioThreads = ioThreads
+    options.processors = processors
     options.connectionsPerPeer = connections
     options.spinMicroseconds = spinUs
     options.defaultTimeoutMilliseconds = timeoutMs

@@ -14,6 +14,8 @@ enum AccessPattern: String, ExpressibleByArgument, CaseIterable {
   case random
   /// The first blocks again and again.
   case same
+  /// One block again and again, from and to the same local memory, as `ucx_perftest` does it.
+  case fixed
 }
 
 /// When a run ends.

@@ -41,4 +41,25 @@ struct MemoryMappingTests {
     var resident: UInt8 = 0
     #expect(mincore(address, 4096, &resident) == -1 && errno == ENOMEM)
   }
+
+  @Test(arguments: [(2 << 20) - 1, 2 << 20, (5 << 20) + 4096])
+  func sharedMemoryWithHugePages(_ count: Int) throws {
+    let file = try MemoryFile(name: "test", byteCount: count)
+    let owner = try file.map(writable: true)
+    try owner.prefer(node: 0)
+    owner.gatherHugePages()
+    #expect(owner.bytes.allSatisfy { $0 == 0 })
+    let other = try file.map(writable: false)
+    if owner.count >= 2 << 20 {
+      #expect(UInt(bitPattern: owner.address) % (2 << 20) == 0)
+      #expect(UInt(bitPattern: other.address) % (2 << 20) == 0)
+    }
+    owner.bytes[owner.count - 1] = 42
+    #expect(other.bytes[other.count - 1] == 42)
+  }
+
+  @Test func nodesThatCannotBe() throws {
+    let mapping = try MemoryMapping.anonymous(byteCount: 4096)
+    #expect(throws: Errno(EINVAL)) { try mapping.prefer(node: .max) }
+  }
 }

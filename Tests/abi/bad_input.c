@@ -183,6 +183,11 @@ static void bad_options(void) {
   EXPECT_OPTION(INVALID, connections_per_peer, 65);
   EXPECT_OPTION(INVALID, spin_us, 1000001);
   EXPECT_OPTION(INVALID, reserved, 1);
+  EXPECT_OPTION(INVALID, processors, "");
+  EXPECT_OPTION(INVALID, processors, "0-");
+  EXPECT_OPTION(INVALID, processors, "1023");
+  EXPECT_OPTION(INVALID, processors, "node:4294967295");
+  EXPECT_OPTION(INVALID, processors, long_text);
   EXPECT_OPTION(INVALID, name, "not-the-address");
   EXPECT_OPTION(INVALID, name, long_text);
   EXPECT_OPTION(wrong_name, bind_address, "no address");

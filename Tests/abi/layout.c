@@ -156,7 +156,7 @@ VALUE(MOONCAKE_STATE_COMPLETED, 4);
 VALUE(MOONCAKE_STATE_TIMEOUT, 5);
 VALUE(MOONCAKE_STATE_FAILED, 6);
 
-SIZE(mooncake_engine_options_t, 72);
+SIZE(mooncake_engine_options_t, 80);
 FIELD(mooncake_engine_options_t, struct_size, 0, 4);
 FIELD(mooncake_engine_options_t, port, 4, 4);
 FIELD(mooncake_engine_options_t, name, 8, 8);
@@ -169,6 +169,7 @@ FIELD(mooncake_engine_options_t, io_threads, 56, 4);
 FIELD(mooncake_engine_options_t, connections_per_peer, 60, 4);
 FIELD(mooncake_engine_options_t, spin_us, 64, 4);
 FIELD(mooncake_engine_options_t, reserved, 68, 4);
+FIELD(mooncake_engine_options_t, processors, 72, 8);
 
 SIZE(mooncake_metadata_server_options_t, 32);
 FIELD(mooncake_metadata_server_options_t, struct_size, 0, 4);

@@ -133,6 +133,12 @@ def end_process(process, seconds=10):
             process.wait(seconds)
 
 
+def written(file):
+    """What a process has written; its offset, which it shares with us, stays where it is."""
+    length = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), length, 0).decode(errors="replace")
+
+
 class PeerError(AssertionError):
     """A peer did not do what it was asked; the text carries its log."""
 
@@ -167,8 +173,7 @@ class PeerProcess:
         return self.process.pid
 
     def log_tail(self, lines=12):
-        self.log.seek(0)
-        text = self.log.read().decode(errors="replace").splitlines()
+        text = written(self.log).splitlines()
         return f"--- last log lines of {self.label}:\n" + "\n".join(text[-lines:])
 
     def fail(self, reason):
@@ -268,8 +273,7 @@ class Program:
         )
 
     def text(self):
-        self.output.seek(0)
-        return self.output.read().decode(errors="replace")
+        return written(self.output)
 
     def find(self, pattern, seconds=20):
         """The first match in its output; an error when none comes."""

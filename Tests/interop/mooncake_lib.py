@@ -39,6 +39,7 @@ class EngineOptions(Structure):
         ("connections_per_peer", c_uint32),
         ("spin_us", c_uint32),
         ("reserved", c_uint32),
+        ("processors", c_char_p),
     ]
 
 

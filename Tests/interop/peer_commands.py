@@ -74,6 +74,26 @@ class Memory:
         ] == pattern("guard after", GUARD)
 
 
+def measure(transfer, seconds, length, count):
+    """Calls transfer(index), which moves `length` bytes in `count` blocks, until time is up."""
+    samples = []
+    begin = now = time.perf_counter()
+    while now < begin + seconds:
+        transfer(len(samples))
+        after = time.perf_counter()
+        samples.append(after - now)
+        now = after
+    samples.sort()
+    result = {
+        "bytes": len(samples) * length,
+        "bytes_per_second": len(samples) * length / (now - begin),
+        "operations_per_second": len(samples) * count / (now - begin),
+    }
+    for name, rank in {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}.items():
+        result[name + "_us"] = samples[int(len(samples) * rank)] * 1e6
+    return result
+
+
 class Peer:
     def __init__(self, engine, memory):
         self.engine = engine
@@ -116,36 +136,26 @@ class Peer:
             rounds += 1
         return {"code": code, "text": text, "rounds": rounds, "ended": time.time()}
 
-    def do_measure(self, peer, operation, remote, length, seconds):
-        """Repeats one synchronous transfer through fresh offsets; all latencies in microseconds."""
-        span = self.memory.length // length
-        samples, index, code, text = [], 0, 0, ""
-        code, text = self.engine.transfer(
-            peer, operation, [(self.memory.address, remote, length)], 20.0, None
-        )
-        begin = time.perf_counter()
-        end = begin + seconds
-        now = begin
-        while code == 0 and now < end:
-            offset = index % span * length
-            piece = [(self.memory.address + offset, remote + offset, length)]
-            code, text = self.engine.transfer(peer, operation, piece, 20.0, None)
-            after = time.perf_counter()
-            samples.append(after - now)
-            now = after
-            index += 1
-        samples.sort()
-        count = len(samples)
-        if count == 0:
-            return {"code": code or -1, "text": text}
-        return {
-            "code": code,
-            "text": text,
-            "count": count,
-            "bytes_per_second": count * length / (now - begin),
-            "p50_us": samples[count // 2] * 1e6,
-            "p99_us": samples[min(count - 1, count * 99 // 100)] * 1e6,
-        }
+    def do_measure(self, peer, operation, remote, length, seconds, count=1):
+        """Repeats a synchronous batch of `count` transfers through fresh offsets."""
+        batch = length * count
+        starts = range(0, self.memory.length // batch * batch, batch)
+        rounds = [
+            [
+                (self.memory.address + offset, remote + offset, length)
+                for offset in range(start, start + batch, length)
+            ]
+            for start in starts
+        ]
+
+        def transfer(index):
+            pieces = rounds[index % len(rounds)]
+            code, text = self.engine.transfer(peer, operation, pieces, 20.0, None)
+            if code != 0:
+                raise RuntimeError(f"{code}: {text}")
+
+        transfer(0)
+        return measure(transfer, seconds, batch, count)
 
     def do_notify(self, peer, name, message):
         code, text = self.engine.notify(peer, name, message)

@@ -12,10 +12,12 @@
 #include <fcntl.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -109,52 +111,80 @@ static void *receive_lane(void *argument) {
   }
 }
 
-static double cpu_seconds(int who) {
+static double cpu_seconds(void) {
   struct rusage usage;
-  getrusage(who, &usage);
+  getrusage(RUSAGE_SELF, &usage);
   return (double)usage.ru_utime.tv_sec + (double)usage.ru_utime.tv_usec * 1e-6 +
          (double)usage.ru_stime.tv_sec + (double)usage.ru_stime.tv_usec * 1e-6;
 }
 
-static void run_lanes(void *(*body)(void *), const int *descriptors, int count, size_t total,
-                      size_t chunk, double seconds, uint64_t *moved) {
+/* A copy of this process that ends with it; 0 in the child. */
+static pid_t fork_bound(void) {
+  pid_t parent = getpid(), child = fork();
+  if (child < 0) die("fork");
+  if (child == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent) _exit(1);
+  }
+  return child;
+}
+
+/* Waits until the other side of a connection is here, too. */
+static void meet(int descriptor) {
+  char byte = 0;
+  if (send(descriptor, &byte, 1, MSG_NOSIGNAL) != 1) die("send");
+  if (recv(descriptor, &byte, 1, MSG_WAITALL) != 1) die("recv");
+}
+
+typedef struct {
+  uint64_t bytes;
+  double seconds;
+  double cpu;
+} moved_t;
+
+/* One thread for each connection. Memory is touched before both sides meet and the clock starts. */
+static moved_t run_lanes(void *(*body)(void *), const int *descriptors, int count, size_t total,
+                         size_t chunk, double seconds) {
   pthread_t threads[CONNECTION_LIMIT];
   static lane_t lanes[CONNECTION_LIMIT];
+  moved_t moved = {0};
   for (int index = 0; index < count; index += 1) {
     lanes[index] = (lane_t){descriptors[index], touched(total / (size_t)count),
-                            total / (size_t)count, chunk, now() + seconds, 0};
+                            total / (size_t)count, chunk, 0, 0};
   }
-  double end = now() + seconds;
+  meet(descriptors[0]);
+  double start = now(), cpu = cpu_seconds();
   for (int index = 0; index < count; index += 1) {
-    lanes[index].end = end;
+    lanes[index].end = start + seconds;
     pthread_create(&threads[index], NULL, body, &lanes[index]);
   }
-  *moved = 0;
   for (int index = 0; index < count; index += 1) {
     pthread_join(threads[index], NULL);
-    *moved += lanes[index].moved;
+    moved.bytes += lanes[index].moved;
   }
+  moved.seconds = now() - start;
+  moved.cpu = cpu_seconds() - cpu;
+  return moved;
 }
 
 static void bulk(int count, size_t chunk, int buffer, size_t total, double seconds) {
-  int left[CONNECTION_LIMIT], right[CONNECTION_LIMIT];
-  uint64_t moved;
+  int left[CONNECTION_LIMIT], right[CONNECTION_LIMIT], result[2];
   if (count < 1 || count > CONNECTION_LIMIT) count = 2;
+  if (pipe(result) != 0) die("pipe");
   connect_pairs(count, buffer, left, right);
-  pid_t child = fork();
-  if (child == 0) {
+  if (fork_bound() == 0) {
     for (int index = 0; index < count; index += 1) close(left[index]);
-    run_lanes(receive_lane, right, count, total, chunk, seconds, &moved);
-    exit(0);
+    moved_t received = run_lanes(receive_lane, right, count, total, chunk, seconds);
+    exit(write(result[1], &received, sizeof received) == sizeof received ? 0 : 1);
   }
   for (int index = 0; index < count; index += 1) close(right[index]);
-  sleep(1); /* the child touches its memory */
-  double cpu = cpu_seconds(RUSAGE_SELF);
-  run_lanes(send_lane, left, count, total, chunk, seconds, &moved);
-  cpu = cpu_seconds(RUSAGE_SELF) - cpu;
-  waitpid(child, NULL, 0);
-  printf("{\"bytes_per_second\": %.0f, \"cpu_seconds_per_gb\": %.4f}\n", (double)moved / seconds,
-         (cpu + cpu_seconds(RUSAGE_CHILDREN)) / ((double)moved / 1e9));
+  close(result[1]);
+  moved_t sent = run_lanes(send_lane, left, count, total, chunk, seconds), received;
+  if (read(result[0], &received, sizeof received) != sizeof received) die("the receiver");
+  wait(NULL);
+  printf("{\"bytes_per_second\": %.0f, \"cpu_seconds_per_gb\": %.4f}\n",
+         (double)sent.bytes / sent.seconds,
+         (sent.cpu + received.cpu) / ((double)sent.bytes / 1e9));
 }
 
 static int compare(const void *a, const void *b) {
@@ -218,10 +248,11 @@ static void gathered(size_t block, int blocks, double seconds) {
   static struct iovec vectors[2 * BLOCK_LIMIT];
   static char headers[BLOCK_LIMIT * HEADER], frames[BLOCK_LIMIT * STATUS];
   connect_pairs(1, 512 << 10, &left, &right);
-  pid_t child = fork();
+  pid_t child = fork_bound();
   char *memory = touched(total);
   int mine = child == 0 ? right : left;
   close(child == 0 ? left : right);
+  meet(mine);
   if (fcntl(mine, F_SETFL, O_NONBLOCK) != 0) die("fcntl");
   if (child == 0) {
     for (;;) {
@@ -231,7 +262,6 @@ static void gathered(size_t block, int blocks, double seconds) {
       send_all(mine, vectors, 2 * blocks);
     }
   }
-  sleep(1);
   enum { SAMPLES = 4000000 };
   static double samples[SAMPLES];
   size_t count = 0;
@@ -249,10 +279,15 @@ static void gathered(size_t block, int blocks, double seconds) {
   waitpid(child, NULL, 0);
   qsort(samples, count, sizeof *samples, compare);
   printf("{\"bytes_per_second\": %.0f, \"operations_per_second\": %.0f, "
-         "\"p50_us\": %.2f, \"p99_us\": %.2f}\n",
+         "\"p50_us\": %.2f, \"p90_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f}\n",
          (double)count * (double)block * blocks / (last - start),
          (double)count * blocks / (last - start), samples[count / 2] * 1e6,
-         samples[count * 99 / 100] * 1e6);
+         samples[count * 90 / 100] * 1e6, samples[count * 99 / 100] * 1e6,
+         samples[count * 999 / 1000] * 1e6);
+}
+
+static double seconds(int argc, char **argv, int index) {
+  return argc > index ? atof(argv[index]) : 3;
 }
 
 static size_t number(int argc, char **argv, int index, size_t fallback) {
@@ -264,12 +299,12 @@ int main(int argc, char **argv) {
   if (strcmp(what, "bulk") == 0) {
     bulk((int)number(argc, argv, 2, 2), number(argc, argv, 3, 256 << 10),
          (int)number(argc, argv, 4, 512 << 10), number(argc, argv, 5, 512 << 20),
-         (double)number(argc, argv, 6, 3));
+         seconds(argc, argv, 6));
   } else if (strcmp(what, "pingpong") == 0) {
-    gathered(number(argc, argv, 2, 4096), 1, (double)number(argc, argv, 3, 3));
+    gathered(number(argc, argv, 2, 4096), 1, seconds(argc, argv, 3));
   } else if (strcmp(what, "gathered") == 0) {
     gathered(number(argc, argv, 2, 4096), (int)number(argc, argv, 3, 128),
-             (double)number(argc, argv, 4, 3));
+             seconds(argc, argv, 4));
   } else {
     fprintf(stderr, "usage: %s bulk|pingpong|gathered [...]\n", argv[0]);
     return 2;

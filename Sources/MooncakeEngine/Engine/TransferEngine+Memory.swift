@@ -10,18 +10,27 @@ package final class EngineMemory: Sendable {
   package let number: UInt32?
   private let file: MemoryFile?
 
-  init(byteCount: Int) throws(Errno) {
+  init(byteCount: Int, node: UInt32?) throws(Errno) {
     mapping = try .anonymous(byteCount: byteCount)
+    Self.place(mapping, node)
     number = nil
     file = nil
   }
 
-  init(sharing number: UInt32, byteCount: Int) throws(Errno) {
+  init(sharing number: UInt32, byteCount: Int, node: UInt32?) throws(Errno) {
     let file = try MemoryFile(name: "mooncake-memory", byteCount: byteCount)
     mapping = try file.map(writable: true)
+    Self.place(mapping, node)
     mapping.gatherHugePages()
     self.number = number
     self.file = consume file
+  }
+
+  private static func place(_ mapping: borrowing MemoryMapping, _ node: UInt32?) {
+    guard let node else { return }
+    do throws(Errno) { try mapping.prefer(node: node) } catch {
+      Log.info("memory near NUMA node \(node): \(error); it may come from anywhere")
+    }
   }
 
   /// Where a range lies in the memory; nil if it lies elsewhere or peers cannot map it.
@@ -102,7 +111,8 @@ extension TransferEngine {
     }
   }
 
-  /// Allocates zeroed, page-aligned, registered memory that the engine owns.
+  /// Allocates zeroed, page-aligned, registered memory that the engine owns, near NUMA node N if
+  /// the location is "cpu:N".
   public func allocate(
     length: UInt64, location: String = "*", access: Access
   ) throws(EngineError) -> UnsafeMutableRawPointer {
@@ -111,10 +121,11 @@ extension TransferEngine {
       throw EngineError(.invalidArgument, "cannot allocate \(length) bytes")
     }
     let memory: EngineMemory
-    if let shared = sharedMemory?.server.allocate(byteCount: Int(length)) {
+    let node = location.hasPrefix("cpu:") ? UInt32(location.dropFirst(4)) : nil
+    if let shared = sharedMemory?.server.allocate(byteCount: Int(length), node: node) {
       memory = shared
     } else {
-      do throws(Errno) { memory = try EngineMemory(byteCount: Int(length)) } catch {
+      do throws(Errno) { memory = try EngineMemory(byteCount: Int(length), node: node) } catch {
         throw EngineError(.outOfMemory, "allocating \(length) bytes: \(error)")
       }
     }

@@ -25,6 +25,9 @@ public final class TransferEngine: @unchecked Sendable {
     public var defaultTimeoutMilliseconds: UInt64 = 30_000
     /// Threads per direction; 0 chooses by the number of processors.
     public var ioThreads = 0
+    /// Where the threads that move bytes run: a list such as "0-3,8", or "node:1" for those of a
+    /// NUMA node; nil for anywhere.
+    public var processors: String?
     /// Data connections to one peer; 0 chooses.
     public var connectionsPerPeer = 0
     /// How long waiters and I/O threads spin before they sleep while work is outstanding.
@@ -98,7 +101,8 @@ public final class TransferEngine: @unchecked Sendable {
     do throws(Errno) { dataPort = try data.localAddress().port } catch {
       throw EngineError(.system, "reading the data port: \(error)")
     }
-    let threadCount = options.ioThreads == 0 ? Self.defaultThreadCount : options.ioThreads
+    let processors = try Self.processors(options)
+    let threadCount = Self.threadCount(options, processors)
     var identity = SegmentDescriptor(
       name: address.name, tcpDataHost: address.advertisedHost, tcpDataPort: dataPort,
       incarnation: .random(in: 1 ... .max))
@@ -119,7 +123,7 @@ public final class TransferEngine: @unchecked Sendable {
       settings: .init(
         threadCount: threadCount,
         connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
-        spinNanoseconds: spinNanoseconds))
+        spinNanoseconds: spinNanoseconds, processors: processors))
     let handlers = RPCServer.Handlers(
       descriptor: { [local] in local.json },
       notify: { [notifications] in notifications.append($0) })
@@ -129,16 +133,19 @@ public final class TransferEngine: @unchecked Sendable {
       transport.stop()
       throw error
     }
-    if let listener { startSharedMemory(listener, threadCount) }
+    if let listener { startSharedMemory(listener, threadCount, processors) }
     try openOwnSegment(dataAddress: address)
     try startPublishing()
   }
 
   /// Without it, peers that try find nobody and use TCP.
-  private func startSharedMemory(_ listener: SharedMemoryServer.Listener, _ threadCount: Int) {
+  private func startSharedMemory(
+    _ listener: SharedMemoryServer.Listener, _ threadCount: Int, _ processors: ProcessorSet?
+  ) {
     do throws(Errno) {
       sharedMemory = try SharedMemoryTransport(
         buffers: local.buffers, listener: listener, helperCount: threadCount,
+        processors: processors,
         fallBack: { [weak self] slice in
           if let self { return fallBack(slice) }
           Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")
@@ -158,7 +165,19 @@ public final class TransferEngine: @unchecked Sendable {
   /// Half the processors, so that a host keeps some for its own work; four at most. Two at least:
   /// sending and receiving take unequal time, and only with several threads do the processors even
   /// that out.
-  private static let defaultThreadCount = min(4, max(2, Processors.count / 2))
+  private static func threadCount(_ options: Options, _ processors: ProcessorSet?) -> Int {
+    if options.ioThreads > 0 { return options.ioThreads }
+    return min(4, max(2, processors?.count ?? Processors.count / 2))
+  }
+
+  private static func processors(_ options: Options) throws(EngineError) -> ProcessorSet? {
+    guard let text = options.processors else { return nil }
+    do throws(ProcessorSet.ParseError) {
+      return try ProcessorSet(parsing: text)
+    } catch {
+      throw EngineError(.invalidArgument, "processors: \(error)")
+    }
+  }
 
   private static func validate(_ options: Options) throws(EngineError) {
     for transport in options.transports where transport != "tcp" && transport != "shm" {

@@ -74,7 +74,7 @@ package final class SharedMemoryServer: @unchecked Sendable {
   // MARK: Registrations
 
   /// Allocates memory that peers can map; nil if there is too much of it already.
-  func allocate(byteCount: Int) -> EngineMemory? {
+  func allocate(byteCount: Int, node: UInt32?) -> EngineMemory? {
     let number: UInt32? = state.withLock { state in
       if state.isStopped || state.memories.count >= Self.memoryLimit { return nil }
       defer { state.nextMemory &+= 1 }
@@ -82,7 +82,7 @@ package final class SharedMemoryServer: @unchecked Sendable {
     }
     guard let number else { return nil }
     do throws(Errno) {
-      let memory = try EngineMemory(sharing: number, byteCount: byteCount)
+      let memory = try EngineMemory(sharing: number, byteCount: byteCount, node: node)
       state.withLock { $0.memories[number] = memory }
       return memory
     } catch {

@@ -32,6 +32,8 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   private let doorbell = Futex()
   private let users = Atomic<Int>(0)
   private let helperCount: Int
+  /// Where helpers run; nil for anywhere.
+  private let processors: ProcessorSet?
   private let fallBack: @Sendable (SlicePointer) -> Void
 
   /// What the submitting thread copies itself, even if it does not wait.
@@ -44,9 +46,10 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   /// Serves peers of a listener. `fallBack` takes slices that must be sent by other means.
   package init(
     buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
-    fallBack: @escaping @Sendable (SlicePointer) -> Void
+    processors: ProcessorSet?, fallBack: @escaping @Sendable (SlicePointer) -> Void
   ) throws(Errno) {
     self.helperCount = helperCount
+    self.processors = processors
     self.fallBack = fallBack
     server = try SharedMemoryServer(buffers: buffers, listener: listener)
     loop = try SharedMemoryLoop(server: server)
@@ -186,7 +189,8 @@ extension SharedMemoryTransport {
     while state.helpers.count < helperCount {
       guard
         let thread = try? WorkerThread.start(
-          name: "mc-shm-copy\(state.helpers.count)", { [unowned self] in runHelper() })
+          name: "mc-shm-copy\(state.helpers.count)", on: processors,
+          { [unowned self] in runHelper() })
       else { break }
       state.helpers.append(thread)
     }

@@ -79,8 +79,8 @@ package final class TCPClientLoop: @unchecked Sendable {
     events.deallocate()
   }
 
-  package func start(name: String) throws(Errno) {
-    thread = try WorkerThread.start(name: name) { [unowned self] in run() }
+  package func start(name: String, on processors: ProcessorSet?) throws(Errno) {
+    thread = try WorkerThread.start(name: name, on: processors) { [unowned self] in run() }
   }
 
   /// Ends every slice as canceled, closes the connections and joins the thread.

@@ -21,8 +21,8 @@ package final class TCPServer: @unchecked Sendable {
 
   /// Serves connections of a listening socket until `stop`.
   package init(
-    listener: consuming Socket, buffers: BufferTable, counters: TCPCounters, loopCount: Int,
-    spinNanoseconds: UInt64
+    listener: consuming Socket, buffers: BufferTable, counters: TCPCounters,
+    settings: TCPTransport.Settings
   ) throws(EngineError) {
     do throws(Errno) {
       address = try listener.localAddress()
@@ -30,9 +30,10 @@ package final class TCPServer: @unchecked Sendable {
       self.counters = counters
       wakeup = try EventFD()
       var loops: [TCPServerLoop] = []
-      for _ in 0..<loopCount {
+      for _ in 0..<settings.threadCount {
         loops.append(
-          try TCPServerLoop(buffers: buffers, counters: counters, spinNanoseconds: spinNanoseconds))
+          try TCPServerLoop(
+            buffers: buffers, counters: counters, spinNanoseconds: settings.spinNanoseconds))
       }
       self.loops = loops
     } catch {
@@ -40,7 +41,10 @@ package final class TCPServer: @unchecked Sendable {
     }
     do throws(Errno) {
       for (index, loop) in loops.enumerated() {
-        threads.append(try WorkerThread.start(name: "mc-tcp-srv\(index)") { loop.run() })
+        threads.append(
+          try WorkerThread.start(name: "mc-tcp-srv\(index)", on: settings.processors) {
+            loop.run()
+          })
       }
       threads.append(try WorkerThread.start(name: "mc-tcp-accept") { [unowned self] in accept() })
     } catch {

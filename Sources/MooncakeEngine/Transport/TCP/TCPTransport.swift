@@ -7,6 +7,8 @@ package final class TCPTransport: @unchecked Sendable {
     package var threadCount: Int
     package var connectionsPerPeer: Int
     package var spinNanoseconds: UInt64
+    /// Where its threads run; nil for anywhere.
+    package var processors: ProcessorSet?
   }
 
   package let counters = TCPCounters()
@@ -31,10 +33,11 @@ package final class TCPTransport: @unchecked Sendable {
     }
     self.loops = loops
     server = try TCPServer(
-      listener: listener, buffers: buffers, counters: counters, loopCount: settings.threadCount,
-      spinNanoseconds: settings.spinNanoseconds)
+      listener: listener, buffers: buffers, counters: counters, settings: settings)
     do throws(Errno) {
-      for loop in loops { try loop.start(name: "mc-tcp-io\(loop.index)") }
+      for loop in loops {
+        try loop.start(name: "mc-tcp-io\(loop.index)", on: settings.processors)
+      }
     } catch {
       stop()
       throw EngineError(.system, "starting a TCP thread: \(error)")
