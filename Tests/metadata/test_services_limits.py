@@ -159,6 +159,36 @@ class Addresses(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout)
 
 
+class Full(unittest.TestCase):
+    def test_refused_news_leave_the_old(self):
+        """A service without room for the news keeps the lease on what it has."""
+        service = services.Ours(False, "--memory", "1MiB")
+        self.addCleanup(service.end)
+        raw = services.Raw(service.uri)
+        self.addCleanup(raw.close)
+        peer = services.start_peer(service.uri, "target")
+        self.addCleanup(peer.kill)
+        key = {"key": "mooncake/ram/target"}
+        whole = raw.ask("GET", key)[1]
+        self.assertEqual(peer.ask("unregister")["code"], 0)
+        low, high = 0, 1 << 20
+        while high - low > 1:
+            middle = (low + high) // 2
+            if raw.ask("PUT", {"key": "filler"}, b"x" * middle)[0] == 200:
+                low = middle
+            else:
+                high = middle
+        self.assertEqual(peer.ask("register")["code"], 0)
+        self.assertIn("status 507", peer.log_tail())
+        time.sleep(services.TTL + 1)
+        status, text = raw.ask("GET", key)
+        self.assertEqual(status, 200)
+        self.assertLess(len(text), len(whole))
+        raw.ask("DELETE", {"key": "filler"})
+        self.assertTrue(lab.wait_until(lambda: len(raw.ask("GET", key)[1]) == len(whole), 3))
+        peer.quit()
+
+
 class Server(unittest.TestCase):
     """What our server does with what it should not get."""
 

@@ -170,6 +170,10 @@ package final class MetadataPublisher: Sendable {
       }
       try publish(&work, isFirst: false, call)
     } catch {
+      // A service that refuses the news still keeps what it has.
+      if [.full, .protocolViolation, .accessDenied].contains(error.code), work.entries.count == 2 {
+        _ = try? directory.store.renew(work.lease, work.entries, call)
+      }
       failed(&work, error)
     }
   }
