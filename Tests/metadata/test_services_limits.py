@@ -179,7 +179,7 @@ class Full(unittest.TestCase):
             else:
                 high = middle
         self.assertEqual(peer.ask("register")["code"], 0)
-        self.assertIn("status 507", peer.log_tail())
+        self.assertTrue(lab.wait_until(lambda: "status 507" in peer.log_tail(), 5))
         time.sleep(services.TTL + 1)
         status, text = raw.ask("GET", key)
         self.assertEqual(status, 200)

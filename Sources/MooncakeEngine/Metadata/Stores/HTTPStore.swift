@@ -222,6 +222,7 @@ package final class HTTPStore: MetadataStore {
     case 412 where lease != nil:
       throw failure(.notFound, phase, cause, "the lease has ended; it is made anew")
     case 413: throw failure(.full, phase, cause, "register fewer and larger buffers")
+    case 507: throw failure(.full, phase, cause, "give the server more memory or disk")
     case 429, 500...599: throw failure(.unreachable, phase, cause, "look at the server's log")
     default:
       throw failure(
