@@ -8,6 +8,7 @@ INCLUDEDIR ?= $(PREFIX)/include
 PKGCONFIGDIR ?= $(LIBDIR)/pkgconfig
 BUILD ?= .build
 FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 600
 INSTALL ?= install
 STRIP ?= strip
 
@@ -78,6 +79,9 @@ bench-quick: all ## the same in two minutes, to the screen only
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
 
+soak: $(library) ## moves bytes among peers that are killed and stopped; SOAK_SECONDS=
+	scripts/soak --duration $(SOAK_SECONDS)
+
 format: ## rewrites the Swift sources in the project's format
 	$(SWIFT) format --in-place --recursive $(swift_sources)
 
@@ -91,4 +95,4 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
 .PHONY: all examples install uninstall demo test test-program test-install bench bench-quick fuzz \
-  format lint clean help
+  soak format lint clean help

@@ -8,15 +8,16 @@ struct BenchInitiatorCommand: ParsableCommand {
     abstract: "Reads and writes a target's buffer and measures it.",
     discussion: """
       --block-size, --batch-size and --threads take lists such as 4KiB,64KiB,1MiB: one row for \
-      each combination. Rates count 1 GB as 10^9 bytes; latencies are those of a whole batch. With \
-      --verify the rates include the time for checking. Exit code 1 if any transfer failed or any \
-      byte was wrong.
+      each combination. With several segments, the requests of a batch go to them by turns. \
+      Rates count 1 GB as 10^9 bytes; latencies are those of a whole batch. With --verify the \
+      rates include the time for checking. Exit code 1 if any transfer failed or any byte was \
+      wrong.
       """)
 
   @OptionGroup var engine: EngineArguments
 
-  @Option(help: "Segment name of the target, as it printed it; host:port.")
-  var segment: String
+  @Option(help: "Segment name of the target, as it printed it; host:port. A list: several targets.")
+  var segment: Sweep<String>
 
   @Option(help: "Which of the segment's buffers, counted from 0 in order of address.")
   var bufferIndex: Int = 0
@@ -101,12 +102,13 @@ struct BenchInitiatorCommand: ParsableCommand {
 
   /// Runs every combination until one fails or a signal arrives; returns whether all went well.
   private func measure(_ engine: TransferEngine, _ stop: StopRequest) throws(EngineError) -> Bool {
-    let id = try engine.openSegment(segment)
-    defer { try? engine.closeSegment(id) }
+    var targets: [BenchTarget] = []
+    defer { for target in targets { try? engine.closeSegment(target.segment) } }
+    for name in segment.values { targets.append(try open(name, engine)) }
     let run = BenchRun(
-      engine: engine, segment: id, buffer: try buffer(of: id, engine),
-      localBytes: Int(localSize.value), stop: stop)
-    let report = BenchReport(isJSON: json, segment: segment, protocolName: protocolName)
+      engine: engine, targets: targets, localBytes: Int(localSize.value), stop: stop)
+    let report = BenchReport(
+      isJSON: json, segments: segment.values, protocolName: protocolName)
     report.printTitles()
     for workload in workloads {
       let result = try run.run(workload)
@@ -120,17 +122,18 @@ struct BenchInitiatorCommand: ParsableCommand {
     return true
   }
 
-  private func buffer(
-    of id: Int32, _ engine: TransferEngine
-  ) throws(EngineError) -> RemoteBuffer {
+  private func open(
+    _ name: String, _ engine: TransferEngine
+  ) throws(EngineError) -> BenchTarget {
+    let id = try engine.openSegment(name)
     let buffers = try engine.descriptor(of: id).buffers
     guard bufferIndex < buffers.count else {
       throw EngineError(
         .notFound,
-        "segment \(segment) has \(buffers.count) registered buffer(s), so there is no buffer"
+        "segment \(name) has \(buffers.count) registered buffer(s), so there is no buffer"
           + " \(bufferIndex); register one at the target or choose another --buffer-index")
     }
-    return buffers[bufferIndex]
+    return BenchTarget(segment: id, buffer: buffers[bufferIndex])
   }
 
   private var workloads: [Workload] {

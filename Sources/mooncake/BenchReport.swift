@@ -10,7 +10,7 @@ struct BenchReport {
     titles: titles, minimum: [9, 8, 5, 7, 7, 10, 9, 9, 9, 9, 9, 8, 6])
 
   let isJSON: Bool
-  let segment: String
+  let segments: [String]
   let protocolName: String
 
   func printTitles() {
@@ -44,7 +44,8 @@ struct BenchReport {
     let tally = result.tally
     var json = JSONObject()
     json.add("version", programVersion)
-    json.add("segment", segment)
+    json.add("segment", segments.first ?? "")
+    json.add("segments", segments.count)
     json.add("protocol", protocolName)
     json.add("operation", workload.operation.rawValue)
     json.add("access_pattern", workload.pattern.rawValue)

@@ -18,30 +18,39 @@ struct BenchResult {
   }
 }
 
-/// Runs one workload against one buffer of an open segment.
+/// A buffer of an open segment.
+struct BenchTarget {
+  var segment: Int32
+  var buffer: RemoteBuffer
+}
+
+/// Runs one workload against the buffers of open segments.
 struct BenchRun {
   let engine: TransferEngine
-  let segment: Int32
-  let buffer: RemoteBuffer
+  /// Not empty.
+  let targets: [BenchTarget]
   /// Bytes of local memory to spread transfers over, all threads together.
   let localBytes: Int
   let stop: StopRequest
 
-  /// Bytes from one thread's part of the target to the next; whole pages if that costs no block.
+  /// What of each target is used.
+  private var bufferBytes: UInt64 { targets.map(\.buffer.length).min() ?? 0 }
+
+  /// Bytes from one thread's part of a target to the next; whole pages if that costs no block.
   private func partBytes(_ workload: Workload) -> UInt64 {
-    let share = buffer.length / UInt64(workload.threadCount)
+    let share = bufferBytes / UInt64(workload.threadCount)
     let aligned = share & ~4095
     let block = UInt64(workload.blockBytes)
     return aligned / block == share / block ? aligned : share
   }
 
-  /// Blocks of the target that each thread has to itself.
+  /// Blocks of all targets together that each thread has to itself.
   private func blocksPerThread(_ workload: Workload) throws(EngineError) -> UInt64 {
-    let blocks = partBytes(workload) / UInt64(workload.blockBytes)
+    let blocks = partBytes(workload) / UInt64(workload.blockBytes) &* UInt64(targets.count)
     if blocks < UInt64(workload.batchSize) {
       throw EngineError(
         .invalidArgument,
-        "the target's buffer of \(buffer.length) bytes is too small for \(workload.threadCount)"
+        "the target's buffer of \(bufferBytes) bytes is too small for \(workload.threadCount)"
           + " thread(s) x \(workload.batchSize) block(s) of \(workload.blockBytes) bytes; use a"
           + " larger target buffer or a smaller --block-size, --batch-size or --threads")
     }
@@ -107,8 +116,7 @@ struct BenchRun {
       }
     }
     return WorkArea(
-      segment: segment, bufferAddress: buffer.address,
-      targetAddress: buffer.address &+ UInt64(index) &* partBytes(workload), blockCount: blockCount,
+      targets: targets, partOffset: UInt64(index) &* partBytes(workload), blockCount: blockCount,
       local: local, localSlots: slots, readBack: readBack)
   }
 

@@ -23,13 +23,16 @@ struct BenchTargetCommand: ParsableCommand {
     commandName: "target",
     abstract: "Offers a buffer to read and write until it is stopped.",
     discussion: """
-      The first line on stdout is `segment NAME buffer ADDRESS LENGTH`. Ends on SIGINT or SIGTERM \
-      and prints what it served.
+      The first line on stdout is `segment NAME buffer ADDRESS LENGTH`, one for each engine. Ends \
+      on SIGINT or SIGTERM and prints what was served.
       """)
 
   @OptionGroup var engine: EngineArguments
 
-  @Option(help: "Size of the buffer, such as 4096, 64MiB or 1GiB.")
+  @Option(help: "Engines in this process, each a peer with a name and a buffer of its own.")
+  var engines = 1
+
+  @Option(help: "Size of each buffer, such as 4096, 64MiB or 1GiB.")
   var bufferSize = ByteCount(1 << 30)
 
   @Option(help: "What peers may do with the buffer: read, write or all.")
@@ -54,6 +57,10 @@ struct BenchTargetCommand: ParsableCommand {
     if bufferSize.value == 0 || bufferSize.value > UInt64(Int.max) {
       throw ValidationError("--buffer-size must be at least 1 and fit the address space.")
     }
+    try require(1...4096, engines, "--engines")
+    if engines > 1 && engine.port != 0 {
+      throw ValidationError("--port is for one engine; leave it out with --engines.")
+    }
     if pattern != nil && fill != nil {
       throw ValidationError("--pattern and --fill exclude each other.")
     }
@@ -62,18 +69,28 @@ struct BenchTargetCommand: ParsableCommand {
   func run() throws {
     let stop = try StopRequest()
     try reportingEngineErrors {
-      let engine = try TransferEngine(self.engine.options)
-      defer { engine.close() }
+      var serving: [(engine: TransferEngine, memory: UnsafeMutableRawPointer)] = []
+      defer { for (engine, _) in serving { engine.close() } }
       let length = bufferSize.value
-      let memory = try makeBuffer(engine, length)
-      touch(memory, count: Int(length))
-      printLine("segment \(engine.name) buffer \(hexadecimal(address(memory))) \(length)")
+      for _ in 0..<engines {
+        let engine = try TransferEngine(self.engine.options)
+        let memory = try makeBuffer(engine, length)
+        serving.append((engine, memory))
+        touch(memory, count: Int(length))
+        printLine("segment \(engine.name) buffer \(hexadecimal(address(memory))) \(length)")
+      }
 
       let begin = Clock.now()
       let deadline = duration.map { Deadline(nanoseconds: begin &+ $0.nanoseconds) } ?? .never
       stop.wait(until: deadline, orEndOfInput: untilEof)
-      printTotals(of: engine, seconds: Double(Clock.now() - begin) / 1e9)
-      try ordinary ? engine.unregister(memory) : engine.free(memory)
+      let cpu = decimal(ProcessorTime.now().seconds, places: 2)
+      let seconds = decimal(Double(Clock.now() - begin) / 1e9, places: 2)
+      printLine("served for \(seconds) s, CPU time of the process \(cpu) s")
+      for (engine, memory) in serving {
+        if engines > 1 { printLine("segment \(engine.name)") }
+        printTotals(of: engine)
+        try ordinary ? engine.unregister(memory) : engine.free(memory)
+      }
     }
   }
 
@@ -101,9 +118,7 @@ struct BenchTargetCommand: ParsableCommand {
     }
   }
 
-  private func printTotals(of engine: TransferEngine, seconds: Double) {
-    let cpu = decimal(ProcessorTime.now().seconds, places: 2)
-    printLine("served for \(decimal(seconds, places: 2)) s, CPU time of the process \(cpu) s")
+  private func printTotals(of engine: TransferEngine) {
     for line in engine.metrics().split(separator: "\n") where !line.hasPrefix("#") {
       if let value = line.split(separator: " ").last.flatMap({ Double($0) }), value != 0 {
         print(line)

@@ -17,13 +17,12 @@ struct Tally {
   var end: UInt64 = 0
 }
 
-/// The part of the target that one thread uses, and its own memory.
+/// The part of the targets that one thread uses, and its own memory.
 struct WorkArea {
-  var segment: Int32
-  /// Address of the target's buffer, from which pattern offsets count.
-  var bufferAddress: UInt64
-  /// First byte of the thread's part.
-  var targetAddress: UInt64
+  var targets: [BenchTarget]
+  /// From the start of each target's buffer to the thread's part of it.
+  var partOffset: UInt64
+  /// Blocks of all targets together; neighbors lie in different targets.
   var blockCount: UInt64
   var local: UnsafeMutableRawPointer
   var localSlots: Int
@@ -59,7 +58,7 @@ final class BenchWorker: @unchecked Sendable {
     requests = .allocate(capacity: workload.batchSize)
     requests.initialize(
       repeating: TransferRequest(
-        opcode: .read, segment: area.segment, source: nil, targetOffset: 0, length: 0))
+        opcode: .read, segment: 0, source: nil, targetOffset: 0, length: 0))
     blocks = .allocate(capacity: workload.batchSize)
     blocks.initialize(repeating: 0)
     if workload.verification != nil && workload.operation != .read {
@@ -76,15 +75,22 @@ final class BenchWorker: @unchecked Sendable {
   /// alone, so the pieces need not be blocks.
   func prepare() {
     guard workload.writesFirst, let contents = workload.verification?.contents else { return }
-    let total = area.blockCount &* UInt64(workload.blockBytes)
+    let targetCount = UInt64(area.targets.count)
+    let total =
+      (area.blockCount &+ targetCount - 1) / targetCount &* UInt64(workload.blockBytes)
+    for target in area.targets { fill(target, total, contents) }
+  }
+
+  private func fill(_ target: BenchTarget, _ total: UInt64, _ contents: BlockPattern) {
     let piece = UInt64(area.localSlots * workload.blockBytes)
     var done: UInt64 = 0
     while done < total && !hasEnded {
       let count = min(piece, total - done)
-      contents.fill(area.local, count: Int(count), offset: offset(0) &+ done, generation: 0)
+      let at = area.partOffset &+ done
+      contents.fill(area.local, count: Int(count), offset: at, generation: 0)
       requests[0] = TransferRequest(
-        opcode: .write, segment: area.segment, source: area.local,
-        targetOffset: area.targetAddress &+ done, length: count)
+        opcode: .write, segment: target.segment, source: area.local,
+        targetOffset: target.buffer.address &+ at, length: count)
       attempt { () throws(EngineError) in try execute(1) }
       done += count
     }
@@ -168,9 +174,10 @@ final class BenchWorker: @unchecked Sendable {
   private func set(
     _ index: Int, opcode: Opcode, block: UInt64, memory: UnsafeMutableRawPointer
   ) {
+    let target = area.targets[Int(block % UInt64(area.targets.count))]
     requests[index] = TransferRequest(
-      opcode: opcode, segment: area.segment, source: memory,
-      targetOffset: area.targetAddress &+ block &* UInt64(workload.blockBytes),
+      opcode: opcode, segment: target.segment, source: memory,
+      targetOffset: target.buffer.address &+ offset(block),
       length: UInt64(workload.blockBytes))
   }
 
@@ -178,8 +185,9 @@ final class BenchWorker: @unchecked Sendable {
     area.local + (index % area.localSlots) * workload.blockBytes
   }
 
+  /// Where a block begins in its target's buffer.
   private func offset(_ block: UInt64) -> UInt64 {
-    area.targetAddress &- area.bufferAddress &+ block &* UInt64(workload.blockBytes)
+    area.partOffset &+ block / UInt64(area.targets.count) &* UInt64(workload.blockBytes)
   }
 
   private func execute(_ count: Int) throws(EngineError) {

@@ -11,15 +11,15 @@ struct EngineCycles {
   func run() throws {
     // The first cycles load libraries and start what stays for the process.
     for _ in 0..<5 { try cycle() }
-    let descriptors = Self.entries("/proc/self/fd")
-    let threads = Self.entries("/proc/self/task")
-    let residentKiB = Self.residentKiB()
+    let before = Footprint.now()
     for _ in 0..<count { try cycle() }
-    try check("descriptors", descriptors, Self.entries("/proc/self/fd"))
-    try check("threads", threads, Self.entries("/proc/self/task"))
+    let after = Footprint.now()
+    try check("descriptors", before.descriptors, after.descriptors)
+    try check("threads", before.threads, after.threads)
     // Allocators keep some, sanitizers much; a leak of even 64 KiB a cycle is beyond this.
     if dlsym(nil, "__asan_init") == nil && dlsym(nil, "__tsan_init") == nil {
-      try check("resident KiB", residentKiB, Self.residentKiB(), slack: max(8192, count * 32))
+      try check(
+        "resident KiB", before.residentKiB, after.residentKiB, slack: max(8192, count * 32))
     }
     say("ok")
   }
@@ -58,24 +58,5 @@ struct EngineCycles {
 
   private func check(_ what: String, _ before: Int, _ after: Int, slack: Int = 0) throws {
     if after > before + slack { throw Leak(what: "\(what): \(before) before, \(after) after") }
-  }
-
-  private static func entries(_ path: String) -> Int {
-    // Threads vanish from the list a moment after they were joined.
-    usleep(20_000)
-    guard let directory = opendir(path) else { return -1 }
-    defer { closedir(directory) }
-    var count = 0
-    while readdir(directory) != nil { count += 1 }
-    return count
-  }
-
-  private static func residentKiB() -> Int {
-    guard let file = fopen("/proc/self/statm", "r") else { return 0 }
-    defer { fclose(file) }
-    var line = [CChar](repeating: 0, count: 128)
-    guard fgets(&line, Int32(line.count), file) != nil else { return 0 }
-    let text = line.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
-    return (text.split(separator: " ").dropFirst().first.flatMap { Int($0) } ?? 0) * 4
   }
 }

@@ -3,6 +3,7 @@
 //                                        "NAME ADDRESS LENGTH", ends when stdin closes
 //   MooncakeTestPeer share ...           see SharedMemoryPeer.swift
 //   MooncakeTestPeer copy ...            see SharedMemoryPeer.swift
+//   MooncakeTestPeer many ..., crowd ... see Crowd.swift
 //   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if any trace stays
 
 import Glibc
@@ -19,9 +20,15 @@ enum TestPeer {
         try serve(byteCount: numbers[0] ?? 0, port: UInt16(numbers[1] ?? 0))
       case ("share", _): try SharingPeer(Array(arguments.dropFirst())).run()
       case ("copy", _): try CopyingPeer(Array(arguments.dropFirst())).run()
+      case ("many", let numbers) where numbers.count == 2:
+        try ManyPeers(count: numbers[0] ?? 0, byteCount: numbers[1] ?? 0).run()
+      case ("crowd", _): try Crowd(Array(arguments.dropFirst())).run()
       case ("cycles", let numbers) where numbers.count == 1:
         try EngineCycles(count: numbers[0] ?? 0).run()
-      default: fail("usage: MooncakeTestPeer serve LENGTH PORT | share ... | copy ... | cycles N")
+      default:
+        fail(
+          "usage: MooncakeTestPeer serve LENGTH PORT | share ... | copy ... | many COUNT LENGTH"
+            + " | crowd ... | cycles N")
       }
     } catch {
       fail("\(error)")

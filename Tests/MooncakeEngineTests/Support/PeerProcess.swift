@@ -61,8 +61,11 @@ final class PeerProcess: @unchecked Sendable {
 
   deinit { kill() }
 
-  /// Gives the process a byte to read, which tells a copying peer to end.
-  func tell() { _ = write(input.rawValue, "\n", 1) }
+  /// Gives the process a line to read. An empty one tells a copying peer to end.
+  func tell(_ line: String = "") {
+    var line = line + "\n"
+    line.withUTF8 { _ = write(input.rawValue, $0.baseAddress, $0.count) }
+  }
 
   /// Returns when every thread of the process has stopped.
   func stop() {

@@ -34,9 +34,15 @@ package final class TCPClientLoop: @unchecked Sendable {
   let statuses = UnsafeMutableRawPointer.allocate(
     byteCount: TCPWire.vectorCount * TCPWire.statusBytes, alignment: 64)
   private let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 128)
-  private var active: [TCPEndpoint] = []
+  var active: [TCPEndpoint] = []
   private var watched: [UInt64: TCPEndpoint] = [:]
   private var nextToken: UInt64 = 1
+  /// When the present turn began.
+  var now: UInt64 = 0
+  /// Whether some endpoint waits for others before it may move bulk.
+  var hasWaitingBulk = false
+  /// Where in `active` the next turn at bulk is given.
+  var bulkCursor = 0
   /// Moved since the driver last waited.
   var burstBytes = 0
   private var completedSlices = 0
@@ -248,10 +254,13 @@ extension TCPClientLoop {
     {
       var wake = deadline.nanoseconds
       for endpoint in active { wake = min(wake, endpoint.nextTimer) }
+      if hasWaitingBulk { wake = min(wake, Clock.now() &+ BulkTurn.patienceNanoseconds) }
       let timeout = Deadline(nanoseconds: wake).remainingMilliseconds
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       isPolling.store(false, ordering: .sequentiallyConsistent)
+      now = Clock.now()
       dispatch(count)
+      giveBulkTurns()
       settle()
     } else {
       isPolling.store(false, ordering: .sequentiallyConsistent)
@@ -260,6 +269,7 @@ extension TCPClientLoop {
 
   /// Does what can be done without waiting; returns whether that was anything.
   private func turn(_ now: UInt64) -> Bool {
+    self.now = now
     var isBusy = takeReady()
     attendTimers(now)
     if active.count <= Self.directLimit, active.allSatisfy({ $0.isConnected }) {
@@ -269,6 +279,7 @@ extension TCPClientLoop {
       dispatch(count)
       isBusy = isBusy || count > 0
     }
+    giveBulkTurns()
     settle()
     return isBusy
   }

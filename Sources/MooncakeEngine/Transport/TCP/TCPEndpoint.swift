@@ -55,6 +55,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   var failingSince: UInt64 = 0
   var restNanoseconds: UInt64 = 0
   var lastUse: UInt64 = 0
+  var turn = BulkTurn()
   var lastError = EngineError(.unreachable, "")
 
   static let inflightLimit = 1024
@@ -244,6 +245,8 @@ extension TCPEndpoint {
     sentCount = 0
     sendsAlone = false
     receivesAlone = false
+    // A turn that ended by silence would wait for a sign of life that the former connection owed.
+    turn = BulkTurn()
   }
 
   private func closeIdle() {

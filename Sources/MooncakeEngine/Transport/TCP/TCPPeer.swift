@@ -28,6 +28,8 @@ package final class TCPPeer: Sendable {
   package let description: String
   /// Version 1 framing acknowledges nothing, so every request gets a connection of its own.
   package let usesAcknowledgments: Bool
+  /// Whether its bytes only go from one process of this host to another.
+  package let isLocal: Bool
   private let addresses: [SocketAddress]
   private let attempts = Atomic<Int>(0)
   private let handlers: Handlers
@@ -43,6 +45,7 @@ package final class TCPPeer: Sendable {
   ) {
     description = "tcp peer \(addresses[0]) (segment \(segmentName))"
     self.addresses = addresses
+    isLocal = addresses.allSatisfy(\.isLoopback)
     self.usesAcknowledgments = usesAcknowledgments
     self.handlers = handlers
   }

@@ -148,6 +148,7 @@ extension TCPServerConnection {
     let count = readv(socket.rawValue, vectors, 2)
     if count <= 0 { return count == 0 ? 0 : failure(loop, "storing written data") }
     loop.countReceived(count)
+    if expectsBulk { loop.noteBulk() }
     if count < writeRemaining {
       writeAddress += UInt64(count)
       writeRemaining -= count
@@ -303,6 +304,7 @@ extension TCPServerConnection {
       }
       loop.countSent(count)
       budget -= count
+      if replies[replyIndex].length >= Self.bulkBytes { loop.noteBulk() }
       consume(count)
     }
     replies.removeAll(keepingCapacity: replies.capacity <= 4 * Self.replyLimit)

@@ -150,6 +150,9 @@ final class TCPServerLoop: @unchecked Sendable {
 
   func countRequest() { requestCount += 1 }
 
+  /// Part of a large request moved: the last few bytes of it are bulk, too.
+  func noteBulk() { turnBytes = max(turnBytes, Self.spinLimitBytes + 1) }
+
   /// Counts and logs a refused request.
   func countRejection(_ header: TCPWire.Header, _ verdict: RangeTable.Verdict, _ peer: String) {
     counters.rejections.wrappingAdd(1, ordering: .relaxed)
