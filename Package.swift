@@ -30,9 +30,14 @@ let package = Package(
     .systemLibrary(name: "CMooncake", path: "include"),
     .systemLibrary(name: "CLinux", path: "Sources/CLinux"),
     .systemLibrary(name: "CJSON", path: "Sources/CJSON", pkgConfig: "libcjson"),
+    // Opened when first used: no pkgConfig and no link line, which would make them needed to load.
+    .systemLibrary(name: "CCurl", path: "Sources/CCurl"),
+    .systemLibrary(name: "CHiredis", path: "Sources/CHiredis"),
+    .systemLibrary(name: "CMicroHTTP", path: "Sources/CMicroHTTP"),
     .target(name: "MooncakeSystem", dependencies: ["CLinux"], swiftSettings: releaseFlags),
     .target(
-      name: "MooncakeEngine", dependencies: ["MooncakeSystem", "CLinux", "CJSON"],
+      name: "MooncakeEngine",
+      dependencies: ["MooncakeSystem", "CLinux", "CJSON", "CCurl", "CHiredis", "CMicroHTTP"],
       swiftSettings: releaseFlags),
     .target(
       name: "MooncakeABI", dependencies: ["MooncakeEngine", "MooncakeSystem", "CMooncake"],

@@ -131,7 +131,8 @@ class Ours:
         if "--engines" not in run([self.program, "bench", "target", "--help"], 20):
             raise Unavailable("this build's `bench target` has no --engines")
         target = self.target(
-            *("--engines", str(count), "--buffer-size", str(BYTES // count))
+            # A huge page for each at least, as the one has.
+            *("--engines", str(count), "--buffer-size", str(2 * BYTES // count))
         )
         return self.initiate(
             target, seconds, "tcp", "--operation", operation, "--block-size", MIB,

@@ -47,7 +47,8 @@ enum {
   MOONCAKE_ERROR_NOT_REGISTERED = -3,
   /* The range overlaps a registered buffer. */
   MOONCAKE_ERROR_OVERLAP = -4,
-  /* The buffer is registered without the access right that the operation needs. */
+  /* The buffer is registered without the access right that the operation needs, or the metadata
+   * service refuses user, password or certificate. */
   MOONCAKE_ERROR_ACCESS_DENIED = -5,
   /* Transfers are still in flight; wait for them or cancel them first. */
   MOONCAKE_ERROR_BUSY = -6,
@@ -121,7 +122,10 @@ typedef struct mooncake_engine_options {
                                      if given, else 127.0.0.1. "0.0.0.0" or "::": every interface */
   const char *advertised_address; /* host that peers connect to; default: the bound address, or this
                                      machine's first address if every interface is bound */
-  const char *metadata_uri;       /* "P2PHANDSHAKE" (the default): peers ask each other */
+  const char *metadata_uri;       /* where peers find each other: "P2PHANDSHAKE" (the default), by
+                                     asking each other, or the URI of a metadata service:
+                                     "etcd://host:2379,host:2379", "redis://host:6379" or
+                                     "http://host:8080/metadata" */
   const char *transports;         /* comma list in order of preference; default "shm,tcp": memory
                                      between processes of one host, TCP for all else. "tcp" must be
                                      in it; MC_FORCE_TCP in the environment leaves only that */
@@ -141,10 +145,11 @@ typedef struct mooncake_engine_options {
 /* Writes the defaults. struct_size is sizeof(mooncake_engine_options_t). Since 0.1. */
 int32_t mooncake_engine_options_init(mooncake_engine_options_t *options, uint32_t struct_size);
 
-/* Creates an engine whose ports are listening when this returns. options may be null. The caller
- * owns *engine and ends it with mooncake_engine_destroy().
- * Errors: INVALID_ARGUMENT, ADDRESS_IN_USE, UNRESOLVED, UNSUPPORTED, FULL (1,024 engines), SYSTEM.
- * Since 0.1. */
+/* Creates an engine whose ports are listening when this returns, and which a metadata service, if
+ * one is named, knows. options may be null. The caller owns *engine and ends it with
+ * mooncake_engine_destroy(). Blocking with a metadata service, at most ten seconds.
+ * Errors: INVALID_ARGUMENT, ADDRESS_IN_USE, UNRESOLVED, UNSUPPORTED, FULL (1,024 engines), SYSTEM;
+ * of the service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
 int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
                                mooncake_engine_t **engine);
 
@@ -184,7 +189,8 @@ typedef struct mooncake_buffer {
 /* Makes [address, address + length) a buffer of the local segment. location says which device it is
  * near ("cpu:0", "cuda:1"), null or "*" lets the engine find out. The memory stays the caller's; it
  * must stay mapped until it is unregistered: transfers may touch it directly. access:
- * MOONCAKE_ACCESS_*. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL.
+ * MOONCAKE_ACCESS_*. A metadata service knows the buffer when this returns, or, if it cannot be
+ * reached, as soon as it can. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL.
  * Since 0.1. */
 int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint64_t length,
                                  const char *location, uint32_t access);
@@ -370,6 +376,44 @@ int32_t mooncake_notification_receive(mooncake_engine_t *engine,
 
 /* Frees a notification; null is allowed. Since 0.1. */
 void mooncake_notification_free(mooncake_notification_t *notification);
+
+/* ---- Metadata server ---------------------------------------------------------------------- */
+
+/* An HTTP metadata server inside this process, on a thread of its own. Whoever reaches its port may
+ * read and change everything in it. */
+typedef struct mooncake_metadata_server mooncake_metadata_server_t;
+
+/* Fill with mooncake_metadata_server_options_init(), then change what matters. Null or 0: the
+ * default. */
+typedef struct mooncake_metadata_server_options {
+  uint32_t struct_size;   /* sizeof(mooncake_metadata_server_options_t), set by the initialiser */
+  uint32_t port;          /* 0: the system chooses */
+  const char *host;       /* numeric address to listen on; default 127.0.0.1 */
+  const char *directory;  /* folder that keeps the contents over restarts; null: they end with the
+                             server. It is made if its parent exists; one server at a time */
+  uint64_t maximum_bytes; /* keys and values that it takes in all; default 1 GiB */
+} mooncake_metadata_server_options_t;
+
+/* Writes the defaults. struct_size is sizeof(mooncake_metadata_server_options_t). Since 0.1. */
+int32_t mooncake_metadata_server_options_init(mooncake_metadata_server_options_t *options,
+                                              uint32_t struct_size);
+
+/* Starts a server that listens when this returns. options may be null. The caller owns *server and
+ * ends it with mooncake_metadata_server_stop(). Errors: INVALID_ARGUMENT, ADDRESS_IN_USE,
+ * UNSUPPORTED (libmicrohttpd is missing), FULL (64 servers), SYSTEM. Since 0.1. */
+int32_t mooncake_metadata_server_start(const mooncake_metadata_server_options_t *options,
+                                       mooncake_metadata_server_t **server);
+
+/* The URI to give to engines of this host, "http://127.0.0.1:8080/metadata". Text output.
+ * Since 0.1. */
+int32_t mooncake_metadata_server_uri(mooncake_metadata_server_t *server, char *buffer,
+                                     uint64_t capacity, uint64_t *length);
+
+/* The port it listens on. Since 0.1. */
+int32_t mooncake_metadata_server_port(mooncake_metadata_server_t *server, uint32_t *port);
+
+/* Ends a server: closes its connections and its thread. Since 0.1. */
+int32_t mooncake_metadata_server_stop(mooncake_metadata_server_t *server);
 
 #ifdef __cplusplus
 }

@@ -14,7 +14,7 @@ package func createTransferEngine(
 ) -> transfer_engine_t? {
   do throws(EngineError) {
     try refuseInsideLogCallback()
-    try checkMetadata(try requiredText(metadata_conn_string, "metadata_conn_string"))
+    let uri = try requiredText(metadata_conn_string, "metadata_conn_string")
     var listen = DropInListenOptions(
       serverName: try messageText(
         local_server_name, "local_server_name", maximum: maximumNameBytes))
@@ -23,6 +23,7 @@ package func createTransferEngine(
     listen.port = rpc_port
 
     var options = TransferEngine.Options()
+    options.metadataURI = uri
     options.listenRules = .dropIn(listen)
     if let timeout = timeoutFromEnvironment() { options.defaultTimeoutMilliseconds = timeout }
     let handle = try EngineTable.shared.insert(.compatible) { () throws(EngineError) in
@@ -87,31 +88,6 @@ package func uninstallTransport(
   _ engine: transfer_engine_t?, _ proto: UnsafePointer<CChar>?
 ) -> Int32 {
   compatibleCall(engine) { _ throws(EngineError) in 0 }
-}
-
-/// Refuses every metadata service but the one without a server.
-private func checkMetadata(_ text: String) throws(EngineError) {
-  if text == "P2PHANDSHAKE" { return }
-  let scheme = schemeName(of: text)
-  if ["etcd", "redis", "http", "https"].contains(scheme) {
-    throw EngineError(
-      .unsupported,
-      "metadata scheme '\(scheme)' is not available in this version: use P2PHANDSHAKE")
-  }
-  throw EngineError(
-    .invalidArgument, "metadata scheme '\(scheme.prefix(100))' is unknown: use P2PHANDSHAKE")
-}
-
-/// What stands before the first "://"; without one, the original means etcd.
-private func schemeName(of text: String) -> String {
-  let bytes = Array(text.utf8)
-  for index in bytes.indices.dropLast(2)
-  where bytes[index] == UInt8(ascii: ":") && bytes[index + 1] == UInt8(ascii: "/")
-    && bytes[index + 2] == UInt8(ascii: "/")
-  {
-    return String(decoding: bytes[..<index], as: UTF8.self)
-  }
-  return "etcd"
 }
 
 /// `MC_TRANSFER_TIMEOUT` in milliseconds, if it is set and usable.

@@ -6,13 +6,18 @@ import MooncakeEngine
 struct DoctorCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "doctor",
-    abstract: "Checks this machine and, if named, a peer; says what to do about each finding.",
-    discussion: "Exit code 1 if there is a problem; warnings alone give 0.")
+    abstract: "Checks this machine and, if named, a peer and a metadata service.",
+    discussion: """
+      Says what to do about each finding. Exit code 1 if there is a problem; warnings alone give 0.
+      """)
 
   @Argument(help: "Segment name of a running peer, host:port.")
   var peer: String?
 
-  @Option(help: "Milliseconds to wait for each answer of the peer.")
+  @Option(help: "A metadata service to check too, such as etcd://host:2379.")
+  var metadata: String?
+
+  @Option(help: "Milliseconds to wait for each answer of the peer or service.")
   var timeoutMs: UInt64 = 5000
 
   @Flag(help: "Prints one JSON object.")
@@ -37,6 +42,11 @@ struct DoctorCommand: ParsableCommand {
     examine("Devices", DeviceChecks.run)
     examine("Environment variables", EnvironmentChecks.run)
     examine("Self test", SelfTest.run)
+    if let metadata {
+      examine("Metadata service") {
+        MetadataChecks(uri: metadata, timeoutMilliseconds: timeoutMs).run()
+      }
+    }
     if let peer {
       examine("Peer \(peer)") { PeerChecks(name: peer, timeoutMilliseconds: timeoutMs).run() }
     }

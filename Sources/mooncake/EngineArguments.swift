@@ -3,6 +3,12 @@ import MooncakeEngine
 
 /// How an engine is set up; shared by the commands that start one.
 struct EngineArguments: ParsableArguments {
+  @Option(help: "Where peers find each other: P2PHANDSHAKE or the URI of a metadata service.")
+  var metadata = TransferEngine.Options().metadataURI
+
+  @Option(help: "Name of the segment; free with a metadata service only.")
+  var name: String?
+
   @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
   var bind: String?
 
@@ -38,6 +44,8 @@ struct EngineArguments: ParsableArguments {
 
   var options: TransferEngine.Options {
     var options = TransferEngine.Options()
+    options.metadataURI = metadata
+    options.name = name
     options.bindAddress = bind
     options.advertisedAddress = advertise
     options.port = port

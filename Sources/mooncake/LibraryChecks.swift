@@ -12,12 +12,14 @@ enum LibraryChecks {
 
   private static let entries = [
     Entry(
-      title: "libcurl", names: ["libcurl.so.4", "libcurl-gnutls.so.4"],
+      title: "libcurl", names: ["libcurl.so.4"],
       purpose: "metadata in etcd or on an HTTP server", package: "libcurl4"),
     Entry(
-      title: "hiredis",
-      names: ["libhiredis.so.1.1.0", "libhiredis.so.1.0.0", "libhiredis.so.0.14"],
-      purpose: "metadata in Redis", package: "libhiredis0.14 (Debian 12) or libhiredis1.1.0"),
+      title: "hiredis", names: ["libhiredis.so.0.14"], purpose: "metadata in Redis",
+      package: "libhiredis0.14"),
+    Entry(
+      title: "libmicrohttpd", names: ["libmicrohttpd.so.12"],
+      purpose: "mooncake metadata serve", package: "libmicrohttpd12"),
     Entry(
       title: "libibverbs", names: ["libibverbs.so.1"], purpose: "RDMA",
       package: "libibverbs1 and ibverbs-providers"),

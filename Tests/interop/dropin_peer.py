@@ -1,6 +1,10 @@
-"""A peer with libmooncake inside, driven through transfer_engine_c.h. Argument: LIBRARY."""
+"""A peer with libmooncake inside, driven through transfer_engine_c.h. Argument: LIBRARY.
+
+Environment: MOONCAKE_PEER_METADATA, the URI of a metadata service, and MOONCAKE_PEER_NAME.
+"""
 
 import ctypes
+import os
 import sys
 import time
 
@@ -11,8 +15,10 @@ import peer_commands
 class DropInEngine:
     def __init__(self, path):
         self.library = lib.load(path)
+        service = os.environ.get("MOONCAKE_PEER_METADATA", "P2PHANDSHAKE")
+        name = os.environ.get("MOONCAKE_PEER_NAME", "127.0.0.1:0")
         self.engine = self.library.createTransferEngine(
-            b"P2PHANDSHAKE", b"127.0.0.1:0", b"127.0.0.1", 0, 0
+            service.encode(), name.encode(), b"127.0.0.1", 0, 0
         )
         if not self.engine:
             sys.exit("createTransferEngine: " + self.reason())

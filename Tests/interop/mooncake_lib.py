@@ -109,6 +109,7 @@ _NATIVE = {
     "mooncake_engine_create": (c_int32, [POINTER(EngineOptions), POINTER(c_void_p)]),
     "mooncake_engine_destroy": (c_int32, [c_void_p]),
     "mooncake_engine_name": (c_int32, [c_void_p, c_char_p, c_uint64, POINTER(c_uint64)]),
+    "mooncake_engine_metrics": (c_int32, [c_void_p, c_char_p, c_uint64, POINTER(c_uint64)]),
     "mooncake_memory_register": (c_int32, [c_void_p, c_void_p, c_uint64, c_char_p, c_uint32]),
     "mooncake_memory_unregister": (c_int32, [c_void_p, c_void_p]),
     "mooncake_segment_open": (c_int32, [c_void_p, c_char_p, c_uint64, POINTER(c_int32)]),

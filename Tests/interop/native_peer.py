@@ -1,6 +1,10 @@
-"""A peer with libmooncake inside, driven through mooncake.h. Arguments: LIBRARY [PORT]."""
+"""A peer with libmooncake inside, driven through mooncake.h. Arguments: LIBRARY [PORT].
+
+Environment: MOONCAKE_PEER_METADATA, the URI of a metadata service, and MOONCAKE_PEER_NAME.
+"""
 
 import ctypes
+import os
 import sys
 
 import mooncake_lib as lib
@@ -18,6 +22,10 @@ class NativeEngine:
         )
         options.bind_address = b"127.0.0.1"
         options.port = port
+        if "MOONCAKE_PEER_METADATA" in os.environ:
+            options.metadata_uri = os.environ["MOONCAKE_PEER_METADATA"].encode()
+        if "MOONCAKE_PEER_NAME" in os.environ:
+            options.name = os.environ["MOONCAKE_PEER_NAME"].encode()
         self.engine = ctypes.c_void_p()
         self.check(
             self.library.mooncake_engine_create(lib.byref(options), lib.byref(self.engine))
@@ -141,6 +149,11 @@ class NativeEngine:
             )
         )
         return buffers[0].address if count.value else 0
+
+    def metrics(self):
+        text = ctypes.create_string_buffer(1 << 16)
+        self.check(self.library.mooncake_engine_metrics(self.engine, text, 1 << 16, None))
+        return text.value.decode()
 
     def close(self):
         self.check(self.library.mooncake_engine_destroy(self.engine))

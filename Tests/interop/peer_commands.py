@@ -12,6 +12,7 @@ of input. The engine adapters (stock_peer.py, native_peer.py, dropin_peer.py) su
   probe(peer)
   first_buffer(peer)               address
   reopen(peer)
+  metrics()                        text, of one adapter only
   close()
 
 Those that can fail return (code, text): 0 is success.
@@ -174,6 +175,13 @@ class Peer:
     def do_unregister(self):
         code = self.engine.unregister(self.memory.address)
         return {"code": code, "text": ""}
+
+    def do_register(self):
+        code = self.engine.register(self.memory.address, self.memory.length)
+        return {"code": code, "text": ""}
+
+    def do_metrics(self):
+        return {"metrics": self.engine.metrics()}
 
     def do_reopen(self, peer):
         code, text = self.engine.reopen(peer)

@@ -1,4 +1,7 @@
-"""A peer with the original engine inside; runs in the virtual environment of scripts/stock-env."""
+"""A peer with the original engine inside; runs in the virtual environment of scripts/stock-env.
+
+Environment: MOONCAKE_PEER_METADATA, the URI of a metadata service, and MOONCAKE_PEER_NAME.
+"""
 
 import os
 import sys
@@ -12,10 +15,12 @@ class StockEngine:
 
         self.module = engine
         self.engine = engine.TransferEngine()
+        service = os.environ.get("MOONCAKE_PEER_METADATA", "P2PHANDSHAKE")
+        name = os.environ.get("MOONCAKE_PEER_NAME")
         # get_rpc_port() of an engine that failed to initialize ends the process.
-        if self.engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
+        if self.engine.initialize(name or "127.0.0.1", service, "tcp", "") != 0:
             sys.exit("the original engine did not initialize")
-        self.segment = f"127.0.0.1:{self.engine.get_rpc_port()}"
+        self.segment = name or f"127.0.0.1:{self.engine.get_rpc_port()}"
 
     def register(self, address, length):
         return self.engine.register_memory(address, length)

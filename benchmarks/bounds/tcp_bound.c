@@ -1,6 +1,7 @@
 /* What plain sockets reach between two processes on this machine: the bound for the TCP transport.
  *
  *   tcp_bound bulk     [connections] [chunk] [socket buffer] [total bytes] [seconds]
+ *   tcp_bound zerocopy ...                            the same, sent with MSG_ZEROCOPY
  *   tcp_bound pingpong [answer bytes] [seconds]      both ends spin
  *   tcp_bound gathered [block bytes] [blocks] [seconds]   one request, scattered blocks back
  *
@@ -48,6 +49,7 @@ static char *touched(size_t bytes) {
 static void tune(int descriptor, int buffer) {
   int one = 1;
   setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+  setsockopt(descriptor, SOL_SOCKET, SO_ZEROCOPY, &one, sizeof one);
   if (buffer > 0) {
     setsockopt(descriptor, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
     setsockopt(descriptor, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
@@ -83,13 +85,25 @@ typedef struct {
   uint64_t moved;
 } lane_t;
 
+static int send_flags = MSG_NOSIGNAL;
+
+/* Takes what the kernel says of memory that it has sent from. */
+static void take_notices(int descriptor) {
+  char control[128];
+  struct msghdr message = {.msg_control = control, .msg_controllen = sizeof control};
+  while (recvmsg(descriptor, &message, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0)
+    message.msg_controllen = sizeof control;
+}
+
 static void *send_lane(void *argument) {
   lane_t *lane = argument;
   size_t offset = 0;
   while (now() < lane->end) {
     size_t left = lane->bytes - offset;
     ssize_t sent = send(lane->descriptor, lane->memory + offset,
-                        left < lane->chunk ? left : lane->chunk, MSG_NOSIGNAL);
+                        left < lane->chunk ? left : lane->chunk, send_flags);
+    if (send_flags & MSG_ZEROCOPY) take_notices(lane->descriptor);
+    if (sent < 0 && errno == ENOBUFS) continue;
     if (sent < 0) die("send");
     lane->moved += (uint64_t)sent;
     offset = (offset + (size_t)sent) % lane->bytes;
@@ -296,7 +310,8 @@ static size_t number(int argc, char **argv, int index, size_t fallback) {
 
 int main(int argc, char **argv) {
   const char *what = argc > 1 ? argv[1] : "";
-  if (strcmp(what, "bulk") == 0) {
+  if (strcmp(what, "zerocopy") == 0) send_flags |= MSG_ZEROCOPY;
+  if (strcmp(what, "bulk") == 0 || strcmp(what, "zerocopy") == 0) {
     bulk((int)number(argc, argv, 2, 2), number(argc, argv, 3, 256 << 10),
          (int)number(argc, argv, 4, 512 << 10), number(argc, argv, 5, 512 << 20),
          seconds(argc, argv, 6));
@@ -306,7 +321,7 @@ int main(int argc, char **argv) {
     gathered(number(argc, argv, 2, 4096), (int)number(argc, argv, 3, 128),
              seconds(argc, argv, 4));
   } else {
-    fprintf(stderr, "usage: %s bulk|pingpong|gathered [...]\n", argv[0]);
+    fprintf(stderr, "usage: %s bulk|zerocopy|pingpong|gathered [...]\n", argv[0]);
     return 2;
   }
   return 0;

@@ -10,8 +10,9 @@ extension TransferEngine {
     try notification.validate()
     let name = try segments.segment(segment).name
     try logged { () throws(EngineError) in
+      let deadline = deadline(timeoutMilliseconds)
       try RPCClient.notify(
-        name, notification, deadline: deadline(timeoutMilliseconds),
+        rpcAddress(of: name, deadline: deadline), notification, deadline: deadline,
         cancellation: closeEvent.descriptor.rawValue)
     }
   }
@@ -81,6 +82,7 @@ extension TransferEngine {
       "registered_bytes", "gauge", "Bytes registered.",
       local.buffers.snapshot.buffers.reduce(UInt64(0)) { $0 &+ $1.length })
     add("queued_notifications", "gauge", "Notifications not yet taken.", notifications.count)
+    if let publisher { addMetadata(publisher.counters, counter, add) }
     return text
   }
 
@@ -103,6 +105,21 @@ extension TransferEngine {
     add(
       "shared_memory_peers", "gauge", "Peers of the same host that reach the buffers by memory.",
       sharedMemory?.server.connectionCount ?? 0)
+  }
+
+  private func addMetadata(
+    _ counters: MetadataPublisher.Counters, _ counter: (String, String, UInt64) -> Void,
+    _ add: (String, String, String, Int) -> Void
+  ) {
+    add(
+      "metadata_reachable", "gauge", "Whether the metadata service answered last time.",
+      counters.isReachable ? 1 : 0)
+    counter("metadata_publications", "Publications of the descriptor.", counters.publications)
+    counter(
+      "metadata_repetitions", "Of these, repetitions of what the service had lost.",
+      counters.repetitions)
+    counter("metadata_renewals", "Renewals of the lease.", counters.renewals)
+    counter("metadata_failures", "Calls to the metadata service that failed.", counters.failures)
   }
 
   private func escaped(_ label: String) -> String {

@@ -84,6 +84,7 @@ extension TransferEngine {
           location: location, place: place($0.address, $0.length))
       })
     sharedMemory?.server.publish()
+    if access != .local { publishChanges() }
   }
 
   /// Ends the registration that begins at `address`: no peer touches the memory afterwards.
@@ -101,6 +102,7 @@ extension TransferEngine {
     if !removed.isEmpty {
       sharedMemory?.server.revoke()
       transport.server.revoke(removed.map(\.range))
+      if removed.contains(where: { $0.range.access != .local }) { publishChanges() }
     }
     let found = Set(removed.map(\.range.address))
     for address in addresses where !found.contains(address) {

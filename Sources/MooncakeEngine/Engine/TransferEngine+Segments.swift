@@ -66,8 +66,9 @@ extension TransferEngine {
   public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
     try checkOpen()
     try logged { () throws(EngineError) in
+      let deadline = deadline(timeoutMilliseconds)
       try RPCClient.probe(
-        name, deadline: deadline(timeoutMilliseconds),
+        rpcAddress(of: name, deadline: deadline), deadline: deadline,
         cancellation: closeEvent.descriptor.rawValue)
     }
   }
@@ -91,14 +92,6 @@ extension TransferEngine {
       Log.warning(error.message)
       throw error
     }
-  }
-
-  private func fetchDescriptor(
-    _ name: String, deadline: Deadline
-  ) throws(EngineError) -> SegmentDescriptor {
-    try RPCClient.fetchDescriptor(
-      of: name, own: local.json, deadline: deadline,
-      cancellation: closeEvent.descriptor.rawValue)
   }
 }
 
@@ -225,8 +218,8 @@ extension TransferEngine {
 
   /// Fetches a descriptor and replaces the route; a peer at another place gets new connections.
   private func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
-    let new = try fetchDescriptor(segment.name, deadline: deadline)
     let old = segment.route
+    let new = try fetchDescriptor(segment.name, known: old.descriptor, deadline: deadline)
     let isSameProcess = new.incarnation == old.descriptor.incarnation
     let isSamePlace =
       new.tcpDataHost == old.descriptor.tcpDataHost

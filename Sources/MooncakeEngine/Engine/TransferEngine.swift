@@ -15,6 +15,8 @@ public final class TransferEngine: @unchecked Sendable {
     public var advertisedAddress: String?
     /// RPC port; 0 lets the system choose.
     public var port: UInt16 = 0
+    /// "P2PHANDSHAKE": peers ask each other. Else the service that knows everybody, such as
+    /// "etcd://host:2379", "redis://host:6379" or "http://host:8080/metadata".
     public var metadataURI = "P2PHANDSHAKE"
     /// In order of preference. "shm" reaches processes of this host through memory; "tcp" reaches
     /// everybody and must be there. `MC_FORCE_TCP` in the environment leaves only that.
@@ -57,6 +59,9 @@ public final class TransferEngine: @unchecked Sendable {
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
+  /// nil without a metadata service.
+  package let directory: MetadataDirectory?
+  package let publisher: MetadataPublisher?
   package let mappings = Lock<[UInt64: EngineMemory]>([:])
   package let engineEvent = Atomic<Int32>(-1)
   package let spareBatches = Lock<[Batch]>([])
@@ -73,10 +78,14 @@ public final class TransferEngine: @unchecked Sendable {
   /// Creates an engine whose ports listen when this returns.
   public convenience init(_ options: Options = Options()) throws(EngineError) {
     try Self.validate(options)
-    try self.init(options, Self.listen(options))
+    let directory = try Self.openDirectory(options)
+    let opened = try Self.listen(options, usesService: directory != nil)
+    try self.init(options, opened, directory)
   }
 
-  private init(_ options: Options, _ opened: consuming OpenedListener) throws(EngineError) {
+  private init(
+    _ options: Options, _ opened: consuming OpenedListener, _ directory: MetadataDirectory?
+  ) throws(EngineError) {
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
     spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 
@@ -102,7 +111,13 @@ public final class TransferEngine: @unchecked Sendable {
       identity.hostIdentity = HostIdentity.current
       identity.sharedMemoryName = listener.name
     }
+    if directory != nil { identity.rpcAddress = rpcAddress.description }
     local = LocalSegment(identity: identity)
+    self.directory = directory
+    let closing = closeEvent.descriptor.rawValue
+    publisher = directory.map { [local, rpcAddress] directory in
+      MetadataPublisher(directory, local, rpcAddress: rpcAddress, cancellation: closing)
+    }
     transport = try TCPTransport(
       listener: data, buffers: local.buffers,
       settings: .init(
@@ -120,6 +135,7 @@ public final class TransferEngine: @unchecked Sendable {
     }
     if let listener { startSharedMemory(listener, threadCount, processors) }
     try openOwnSegment(dataAddress: address)
+    try startPublishing()
   }
 
   /// Without it, peers that try find nobody and use TCP.
@@ -164,11 +180,6 @@ public final class TransferEngine: @unchecked Sendable {
   }
 
   private static func validate(_ options: Options) throws(EngineError) {
-    if options.metadataURI != "P2PHANDSHAKE" {
-      throw EngineError(
-        .unsupported,
-        "metadata '\(options.metadataURI)' is not available in this version: use P2PHANDSHAKE")
-    }
     for transport in options.transports where transport != "tcp" && transport != "shm" {
       throw EngineError(
         .unsupported, "transport '\(transport)' is not available in this version: use shm or tcp")
@@ -189,7 +200,9 @@ public final class TransferEngine: @unchecked Sendable {
     }
   }
 
-  private static func listen(_ options: Options) throws(EngineError) -> OpenedListener {
+  private static func listen(
+    _ options: Options, usesService: Bool
+  ) throws(EngineError) -> OpenedListener {
     switch options.listenRules {
     case .native:
       var listen = ListenOptions()
@@ -197,8 +210,11 @@ public final class TransferEngine: @unchecked Sendable {
       listen.advertisedAddress = options.advertisedAddress
       listen.port = options.port
       listen.name = options.name
+      listen.usesMetadataService = usesService
       return try ListenAddress.open(listen)
-    case .dropIn(let listen): return try ListenAddress.open(listen)
+    case .dropIn(var listen):
+      listen.usesStore = usesService
+      return try ListenAddress.open(listen)
     }
   }
 
@@ -226,6 +242,7 @@ public final class TransferEngine: @unchecked Sendable {
       closeEvent.signal()
       // A submit that passed the check is over in microseconds.
       while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
+      publisher?.stop()
       rpc.stop()
       batches.withEach { $0.requestCancel() }
       workers.stop()

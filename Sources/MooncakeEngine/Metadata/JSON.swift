@@ -59,6 +59,7 @@ package struct JSONValue {
   package var isNull: Bool { cJSON_IsNull(item) != 0 }
   package var isObject: Bool { cJSON_IsObject(item) != 0 }
   package var isArray: Bool { cJSON_IsArray(item) != 0 }
+  package var isTrue: Bool { cJSON_IsTrue(item) != 0 }
 
   /// The text of a string; nil for every other value.
   package var string: String? {
@@ -96,6 +97,9 @@ package struct JSONValue {
 /// The children of a value.
 package struct JSONElements: Sequence, IteratorProtocol {
   fileprivate var child: UnsafeMutablePointer<cJSON>?
+
+  /// No values.
+  package static var none: JSONElements { JSONElements(child: nil) }
 
   package mutating func next() -> JSONValue? {
     guard let current = child else { return nil }

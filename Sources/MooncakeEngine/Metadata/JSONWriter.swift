@@ -35,6 +35,12 @@ package struct JSONWriter {
     needsComma = true
   }
 
+  package mutating func value(_ truth: Bool) {
+    separate()
+    bytes.append(contentsOf: (truth ? "true" : "false").utf8)
+    needsComma = true
+  }
+
   /// A member with a string.
   package mutating func member(_ name: String, _ text: String) {
     self.name(name)

@@ -34,9 +34,16 @@ extension SegmentDescriptor {
     incarnation = try parseIncarnation(value)
     hostIdentity = try optionalString(value, "mooncake_host") ?? ""
     sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
+    rpcAddress = try optionalString(value, "mooncake_rpc") ?? ""
     // Other protocols name their buffers by other means than an address.
     let isStrict = protocols.contains("tcp") || protocols.contains("rdma")
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
+  }
+
+  /// Sixteen hexadecimal digits.
+  package static func text(incarnation: UInt64) -> String {
+    let digits = String(incarnation, radix: 16)
+    return String(repeating: "0", count: 16 - digits.utf8.count) + digits
   }
 
   /// The descriptor as peers of every version read it. Buffers without remote rights stay out.
@@ -53,14 +60,13 @@ extension SegmentDescriptor {
     writer.member("rdma_server_name", "")
     writer.member("timestamp", localTimestamp())
     if incarnation != 0 {
-      let digits = String(incarnation, radix: 16)
-      writer.member(
-        "mooncake_incarnation", String(repeating: "0", count: 16 - digits.utf8.count) + digits)
+      writer.member("mooncake_incarnation", Self.text(incarnation: incarnation))
     }
     if !sharedMemoryName.isEmpty {
       writer.member("mooncake_host", hostIdentity)
       writer.member("mooncake_shm", sharedMemoryName)
     }
+    if !rpcAddress.isEmpty { writer.member("mooncake_rpc", rpcAddress) }
     writer.name("buffers")
     writer.beginArray()
     for buffer in published {

@@ -43,6 +43,9 @@ public struct SegmentDescriptor: Equatable, Sendable {
   public var hostIdentity = ""
   /// Socket under which processes of the same host share its memory; empty when it does not.
   public var sharedMemoryName = ""
+  /// "host:port" where the peer answers RPCs; empty when the peer says none, as one whose name is
+  /// that address.
+  public var rpcAddress = ""
   /// In order of address.
   public var buffers: [RemoteBuffer]
 

@@ -14,6 +14,8 @@ package struct Slice {
   package let opcode: Opcode
   /// How often a connection failed with it in flight.
   package var attempts: UInt8 = 0
+  /// Whether any of it was sent on a connection that has ended since.
+  package var wasSent = false
   /// Whether the target's descriptor was fetched anew for it.
   package var isRefetched = false
   package let isPooled: Bool

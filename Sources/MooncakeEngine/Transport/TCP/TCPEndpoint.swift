@@ -239,6 +239,12 @@ extension TCPEndpoint {
 
   /// The next connection sends everything from the start.
   private func rewind() {
+    var cursor = queue.first
+    for _ in 0..<sentCount + (sendOffset > 0 ? 1 : 0) {
+      guard let slice = cursor else { break }
+      slice.pointee.wasSent = true
+      cursor = slice.pointee.next
+    }
     sendSlice = queue.first
     sendOffset = 0
     receiveOffset = 0
@@ -383,19 +389,15 @@ extension TCPEndpoint {
   private func retire() {
     if queue.isEmpty { return closeSocket() }
     guard let successor = peer.successor else { return }
-    let onWire = sentCount + (sendOffset > 0 ? 1 : 0)
     if case .connected = state { disconnect(lastError, blames: false) } else { closeSocket() }
     state = .idle
     var moved = queue
     queue = SliceQueue()
     rewind()
     earliestDeadline = .max
-    var index = 0
     while let slice = moved.popFirst() {
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
-      let wasSent = index < onWire || slice.pointee.attempts > 0
-      index += 1
-      if wasSent && successor.isRestarted {
+      if slice.pointee.wasSent && successor.isRestarted {
         loop.count(slice, .failed(.unreachable))
         Batch.end(
           slice, .failed(.unreachable),

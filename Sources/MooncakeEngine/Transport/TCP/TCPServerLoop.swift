@@ -53,6 +53,7 @@ final class TCPServerLoop: @unchecked Sendable {
   private var drainingTokens: Set<UInt64> = []
   private var isStopping = false
   private var turnBytes = 0
+  private var isBulkTurn = false
   private var refusals = RateLimitedLog()
   var faults = RateLimitedLog()
 
@@ -114,10 +115,12 @@ final class TCPServerLoop: @unchecked Sendable {
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       expireDrains()
       if count == 0 && againTokens.isEmpty {
-        if spins { relaxProcessor() }
+        // After the last bytes of a large request others may be in the middle of theirs.
+        if spins { if isBulkTurn { yieldProcessor() } else { relaxProcessor() } }
         continue
       }
       turnBytes = 0
+      isBulkTurn = false
       refreshTable()
       serveAgain()
       for index in 0..<count {
@@ -150,8 +153,8 @@ final class TCPServerLoop: @unchecked Sendable {
 
   func countRequest() { requestCount += 1 }
 
-  /// Part of a large request moved: the last few bytes of it are bulk, too.
-  func noteBulk() { turnBytes = max(turnBytes, Self.spinLimitBytes + 1) }
+  /// Part of a large request moved.
+  func noteBulk() { isBulkTurn = true }
 
   /// Counts and logs a refused request.
   func countRejection(_ header: TCPWire.Header, _ verdict: RangeTable.Verdict, _ peer: String) {

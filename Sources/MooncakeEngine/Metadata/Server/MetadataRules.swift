@@ -1,0 +1,264 @@
+import MooncakeSystem
+
+/// What a metadata server does for each request: the rules of the existing system's servers, and
+/// beside them leases, listings and waits for changes. Works on the table and says what the journal
+/// must keep.
+struct MetadataRules {
+  typealias Answer = MetadataExchange.Answer
+
+  var table: MetadataTable
+  /// What has changed since the journal took it.
+  var records: [MetadataJournal.Record] = []
+  private static let pageBytes = 4 << 20
+  private static let leaseMilliseconds: ClosedRange<UInt64> = 100...3_600_000
+  private static let waitMilliseconds: UInt64 = 60_000
+
+  init(table: MetadataTable) { self.table = table }
+
+  /// The answer to a request; nil if it waits, and then its `watch` says for what.
+  mutating func answer(
+    _ exchange: MetadataExchange, parameter: (String) -> Parameter, now: UInt64
+  ) -> Answer? {
+    switch (exchange.path, exchange.method) {
+    case ("/metadata", .get): return get(exchange, parameter, now)
+    case ("/metadata", .put): return put(exchange, parameter)
+    case ("/metadata", .delete): return delete(parameter)
+    case ("/metadata/lease", .post): return postLease(parameter, now)
+    case ("/metadata/lease", .delete): return deleteLease(parameter)
+    case ("/health", .get): return health()
+    case ("/metadata", _), ("/metadata/lease", _), ("/health", _):
+      return Answer(405, "method not allowed\n")
+    default: return Answer(404, "no such path: use /metadata, /metadata/lease or /health\n")
+    }
+  }
+
+  /// A parameter of the query.
+  enum Parameter: Equatable {
+    case absent, malformed
+    case text(String)
+
+    var text: String? { if case .text(let text) = self { text } else { nil } }
+  }
+
+  private static let keyMissing = Answer(400, "the key is missing, empty or not UTF-8\n")
+
+  private func key(_ parameter: (String) -> Parameter) -> MetadataKey? {
+    guard case .text(let text) = parameter("key"), !text.isEmpty else { return nil }
+    return MetadataKey(text)
+  }
+
+  /// nil if the parameter is no number.
+  private func number(_ parameter: Parameter, default value: UInt64) -> UInt64? {
+    parameter == .absent ? value : parameter.text.flatMap { UInt64($0) }
+  }
+
+  // MARK: Keys
+
+  private func get(
+    _ exchange: MetadataExchange, _ parameter: (String) -> Parameter, _ now: UInt64
+  ) -> Answer? {
+    if parameter("key") == .absent, let prefix = parameter("prefix").text {
+      if parameter("since") == .absent { return list(prefix, parameter) }
+      return watch(exchange, prefix, parameter, now)
+    }
+    guard let key = key(parameter) else { return Self.keyMissing }
+    guard let value = table.value(of: key) else { return Answer(404, "metadata not found\n") }
+    return Answer(200, value, isJSON: true)
+  }
+
+  private mutating func put(
+    _ exchange: MetadataExchange, _ parameter: (String) -> Parameter
+  ) -> Answer {
+    guard let key = key(parameter) else { return Self.keyMissing }
+    guard let lease = number(parameter("lease"), default: 0) else {
+      return Answer(400, "the lease is no number\n")
+    }
+    let verdict =
+      exchange.isTooLarge
+      ? .tooLarge
+      : table.put(
+        key, exchange.body, lease: lease, isOnlyIfAbsent: parameter("absent") == .text("1"))
+    switch verdict {
+    case .done:
+      records.append(.put(key: key.text, value: exchange.body, lease: lease))
+      return Answer(200, "metadata updated\n")
+    case .exists: return Answer(409, "the key exists\n")
+    case .noLease: return Answer(412, "there is no such lease\n")
+    case .tooLarge:
+      return Answer(
+        413,
+        "at most \(table.limits.keyBytes) bytes of key and \(table.limits.valueBytes) of "
+          + "value\n")
+    case .full: return Answer(507, "the server holds \(table.usedBytes) bytes and takes no more\n")
+    }
+  }
+
+  private mutating func delete(_ parameter: (String) -> Parameter) -> Answer {
+    guard let key = key(parameter) else { return Self.keyMissing }
+    if !table.delete(key) { return Answer(404, "metadata not found\n") }
+    records.append(.delete(key: key.text))
+    return Answer(200, "metadata deleted\n")
+  }
+
+  private func list(_ prefix: String, _ parameter: (String) -> Parameter) -> Answer {
+    guard let limit = number(parameter("limit"), default: 1000), limit > 0,
+      parameter("after") != .malformed
+    else { return Answer(400, "limit or after is malformed\n") }
+    let (entries, isCut) = table.list(
+      prefix: prefix, after: parameter("after").text, limit: Int(min(limit, 10_000)),
+      byteLimit: Self.pageBytes)
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("revision", table.revision)
+    writer.member("more", isCut ? 1 : 0)
+    writer.name("entries")
+    writer.beginArray()
+    for (key, value) in entries { write(key, value, &writer) }
+    writer.endArray()
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
+  }
+
+  /// Text where JSON can carry it.
+  private func write(_ key: MetadataKey, _ value: [UInt8]?, _ writer: inout JSONWriter) {
+    writer.beginObject()
+    writer.member("key", key.text)
+    if let value {
+      if !value.contains(0), let text = String(validating: value, as: UTF8.self) {
+        writer.member("value", text)
+      } else {
+        writer.member("value_base64", Base64.encode(value))
+      }
+    } else {
+      writer.member("deleted", 1)
+    }
+    writer.endObject()
+  }
+
+  // MARK: Changes
+
+  private func watch(
+    _ exchange: MetadataExchange, _ prefix: String, _ parameter: (String) -> Parameter,
+    _ now: UInt64
+  ) -> Answer? {
+    guard let since = number(parameter("since"), default: 0),
+      let wait = number(parameter("wait_ms"), default: 0)
+    else { return Answer(400, "since or wait_ms is no number\n") }
+    exchange.watch = MetadataExchange.Watch(
+      prefix: prefix, since: since, seen: since,
+      end: now &+ min(wait, Self.waitMilliseconds) &* 1_000_000)
+    return answer(toWatch: exchange, now: now)
+  }
+
+  /// The answer to a request that waits; nil if it goes on waiting.
+  func answer(toWatch exchange: MetadataExchange, now: UInt64) -> Answer? {
+    guard let watch = exchange.watch else { return nil }
+    let isOver = now >= watch.end
+    if watch.seen == table.revision && !isOver { return nil }
+    guard let changes = table.changes(prefix: watch.prefix, since: watch.since) else {
+      return Answer(410, "the changes since then are not remembered: list anew\n")
+    }
+    if changes.isEmpty && !isOver {
+      exchange.watch?.seen = table.revision
+      return nil
+    }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("revision", table.revision)
+    writer.name("changes")
+    writer.beginArray()
+    for change in changes { write(change.key, change.value, &writer) }
+    writer.endArray()
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
+  }
+
+  // MARK: Leases
+
+  private mutating func postLease(_ parameter: (String) -> Parameter, _ now: UInt64) -> Answer {
+    if parameter("id") != .absent {
+      guard let id = number(parameter("id"), default: 0) else {
+        return Answer(400, "the id is no number\n")
+      }
+      guard let lease = table.renew(id, now: now) else {
+        return Answer(404, "there is no such lease\n")
+      }
+      return describe(id, lease.ttlMilliseconds, keyCount: lease.keys.count)
+    }
+    guard let ttl = number(parameter("ttl_ms"), default: 10_000),
+      Self.leaseMilliseconds.contains(ttl)
+    else {
+      return Answer(
+        400,
+        "ttl_ms is no number from \(Self.leaseMilliseconds.lowerBound) to "
+          + "\(Self.leaseMilliseconds.upperBound)\n")
+    }
+    let id = UInt64.random(in: 1...UInt64(Int64.max))
+    guard table.grant(id, ttlMilliseconds: ttl, now: now) else {
+      return Answer(507, "there are \(table.leases.count) leases already\n")
+    }
+    records.append(.grant(lease: id, ttlMilliseconds: ttl))
+    return describe(id, ttl, keyCount: 0)
+  }
+
+  private func describe(_ id: UInt64, _ ttl: UInt64, keyCount: Int) -> Answer {
+    var writer = JSONWriter()
+    writer.beginObject()
+    // A text: other readers of JSON round numbers of this size.
+    writer.member("lease", String(id))
+    writer.member("ttl_ms", ttl)
+    writer.member("keys", UInt64(keyCount))
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
+  }
+
+  private mutating func deleteLease(_ parameter: (String) -> Parameter) -> Answer {
+    guard let id = number(parameter("id"), default: 0) else {
+      return Answer(400, "the id is no number\n")
+    }
+    if !table.revoke(id) { return Answer(404, "there is no such lease\n") }
+    records.append(.revoke(lease: id))
+    return Answer(200, "lease revoked\n")
+  }
+
+  /// Ends the leases whose time is over.
+  mutating func expire(now: UInt64) {
+    for id in table.expired(now: now) where table.revoke(id) { records.append(.revoke(lease: id)) }
+  }
+
+  private func health() -> Answer {
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("status", "ok")
+    writer.member("keys", UInt64(table.count))
+    writer.member("leases", UInt64(table.leases.count))
+    writer.member("bytes", UInt64(table.usedBytes))
+    writer.member("revision", table.revision)
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
+  }
+
+  // MARK: Journal
+
+  /// Takes a record of the journal over.
+  mutating func replay(_ record: MetadataJournal.Record, now: UInt64) {
+    switch record {
+    case .put(let key, let value, let lease):
+      _ = table.put(MetadataKey(key), value, lease: lease)
+    case .delete(let key): _ = table.delete(MetadataKey(key))
+    // Every owner gets its full time to find the server again.
+    case .grant(let lease, let ttl):
+      _ = table.grant(
+        lease, ttlMilliseconds: min(ttl, Self.leaseMilliseconds.upperBound), now: now)
+    case .revoke(let lease): _ = table.revoke(lease)
+    }
+  }
+
+  /// Records that lead to the present state.
+  var snapshot: [MetadataJournal.Record] {
+    table.leases.map { .grant(lease: $0.key, ttlMilliseconds: $0.value.ttlMilliseconds) }
+      + table.allEntries.map {
+        .put(key: $0.key.text, value: $0.entry.value, lease: $0.entry.lease)
+      }
+  }
+}

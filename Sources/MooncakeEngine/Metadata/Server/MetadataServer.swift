@@ -1,0 +1,103 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// An HTTP metadata server inside this process, on one thread, `mc-metaserver`. Serves every
+/// process that is given "http://host:port/metadata", those of the existing system too.
+public final class MetadataServer: Sendable {
+  public struct Options: Sendable {
+    /// Numeric address to listen on. Whoever reaches it may read and change everything.
+    public var host = "127.0.0.1"
+    /// 0 lets the system choose.
+    public var port: UInt16 = 0
+    /// Where the contents are kept beyond the server's life; nil: nowhere.
+    public var directory: String?
+    /// Bytes of keys and values that the server takes.
+    public var maximumBytes = 1 << 30
+
+    public init() {}
+  }
+
+  /// Where it listens.
+  public let address: HostPort
+  private let loop: MetadataServerLoop
+  // Holds the thread until it has been joined.
+  private let thread: Lock<WorkerThread?>
+
+  /// Starts to serve; it listens when this returns.
+  public convenience init(_ options: Options = Options()) throws(EngineError) {
+    var limits = MetadataLimits()
+    guard (1 << 20...1 << 40).contains(options.maximumBytes) else {
+      throw EngineError(.invalidArgument, "metadata server: a limit of 1 MiB to 1 TiB, please")
+    }
+    limits.totalBytes = options.maximumBytes
+    try self.init(options, limits)
+  }
+
+  package init(_ options: Options, _ limits: MetadataLimits) throws(EngineError) {
+    guard let target = SocketAddress(numeric: options.host, port: options.port) else {
+      throw EngineError(
+        .invalidArgument,
+        "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is no "
+          + "numeric address: give one, such as 127.0.0.1 or 0.0.0.0")
+    }
+    var now = timespec()
+    clock_gettime(CLOCK_REALTIME, &now)
+    let revision = UInt64(max(0, now.tv_sec)) &* 1_000_000 &+ UInt64(now.tv_nsec / 1000)
+    var rules = MetadataRules(table: MetadataTable(revision: revision, limits: limits))
+    let start = Clock.now()
+    var journal: MetadataJournal?
+    if let directory = options.directory {
+      journal = try MetadataJournal(directory: directory, limits: limits) {
+        rules.replay($0, now: start)
+      }
+    }
+    let listener = try Self.listen(on: target)
+    address = try Self.address(of: listener)
+    let loop = try MetadataServerLoop(listener: listener, rules: rules, journal: journal)
+    self.loop = loop
+    do throws(Errno) {
+      thread = Lock(try WorkerThread.start(name: "mc-metaserver") { loop.run() })
+    } catch {
+      throw EngineError(.system, "metadata server: cannot start a thread: \(error)")
+    }
+  }
+
+  private static func listen(on target: SocketAddress) throws(EngineError) -> Socket {
+    do throws(Errno) {
+      return try Socket.listening(on: target)
+    } catch {
+      throw EngineError(
+        error.rawValue == EADDRINUSE ? .addressInUse : .system,
+        "metadata server: listen on \(target): \(error)")
+    }
+  }
+
+  private static func address(of listener: borrowing Socket) throws(EngineError) -> HostPort {
+    do throws(Errno) {
+      let bound = try listener.localAddress()
+      return HostPort(host: bound.host, port: bound.port)
+    } catch {
+      throw EngineError(.system, "metadata server: \(error)")
+    }
+  }
+
+  deinit { stop() }
+
+  /// The URI under which this host's processes find it.
+  public var uri: String {
+    let isAny = SocketAddress(numeric: address.host, port: 0)?.isAny ?? false
+    let host = !isAny ? address.host : address.host == "::" ? "::1" : "127.0.0.1"
+    return "http://\(HostPort(host: host, port: address.port))/metadata"
+  }
+
+  /// Answers what waits, closes every connection and ends the thread; later calls do nothing.
+  public func stop() {
+    loop.requestStop()
+    thread.withLock { thread in
+      thread?.join()
+      thread = nil
+    }
+  }
+}

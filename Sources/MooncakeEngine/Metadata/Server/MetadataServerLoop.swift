@@ -1,0 +1,296 @@
+import CLinux
+import CMicroHTTP
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// The one thread of a metadata server: libmicrohttpd drives the connections, this decides what
+/// they are answered and when those that wait go on.
+final class MetadataServerLoop: @unchecked Sendable {
+  // Unchecked: all but `isStopping` and the doorbell belongs to the thread once it runs.
+  private let library: MicroHTTPLibrary
+  private let daemon: OpaquePointer
+  private let epoll: Epoll
+  private let doorbell: EventFD
+  private let isStopping = Atomic(false)
+  private var rules: MetadataRules
+  private let journal: MetadataJournal?
+  /// Suspended until something changes.
+  private var watchers: [MetadataExchange] = []
+  /// Suspended until the journal is safe.
+  private var committing: [MetadataExchange] = []
+  private var bodyBytes = 0
+  /// Of answers that clients have not taken yet.
+  private var answerBytes = 0
+  private var isDaemonStopped = false
+  private var last = Clock.now()
+
+  private static let stopping = MetadataExchange.Answer(503, "the server is stopping\n")
+  private static let bodyBytesLimit = 256 << 20
+  private static let answerBytesLimit = 256 << 20
+  /// Answers made before they are sent.
+  private static let turnBytes = 16 << 20
+  private static let memoryBytes = 16 << 10
+  private static let idleSeconds: UInt32 = 60
+  private static let tickMilliseconds: Int32 = 1000
+
+  init(
+    listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?
+  ) throws(EngineError) {
+    library = try MicroHTTPLibrary.shared()
+    self.rules = rules
+    self.journal = journal
+    do throws(Errno) {
+      epoll = try Epoll()
+      doorbell = try EventFD()
+    } catch {
+      throw EngineError(.system, "metadata server: \(error)")
+    }
+    let owner = Box()
+    let connections = UInt32(rules.table.limits.connectionCount)
+    let daemon = mhd_start(
+      library.start, listener.rawValue, connections, Self.memoryBytes, Self.idleSeconds,
+      { context, connection, url, method, _, bytes, count, slot in
+        guard let context, let connection, let url, let method, let count, let slot else {
+          return MicroHTTPLibrary.no
+        }
+        let box = Unmanaged<Box>.fromOpaque(context).takeUnretainedValue()
+        guard let loop = box.loop else { return MicroHTTPLibrary.no }
+        return loop.handle(
+          connection, String(cString: url), String(cString: method),
+          UnsafeRawBufferPointer(start: bytes, count: count.pointee), count, slot)
+      },
+      { context, _, slot, _ in
+        guard let context, let slot, let exchange = slot.pointee else { return }
+        slot.pointee = nil
+        let box = Unmanaged<Box>.fromOpaque(context).takeUnretainedValue()
+        box.loop?.finish(Unmanaged<MetadataExchange>.fromOpaque(exchange).takeRetainedValue())
+      }, Unmanaged.passUnretained(owner).toOpaque())
+    guard let daemon else {
+      throw EngineError(.system, "metadata server: libmicrohttpd does not start: \(Errno.current)")
+    }
+    self.daemon = daemon
+    self.owner = owner
+    // The daemon closes it.
+    _ = listener.release()
+    owner.loop = self
+    do throws(Errno) {
+      try epoll.add(
+        mhd_epoll_descriptor(library.information, daemon), events: Epoll.readable, token: 0)
+      try epoll.add(doorbell.descriptor.rawValue, events: Epoll.readable, token: 1)
+    } catch {
+      throw EngineError(.system, "metadata server: \(error)")
+    }
+  }
+
+  /// What the daemon's callbacks get: it exists before the loop does.
+  private final class Box { weak var loop: MetadataServerLoop? }
+  private let owner: Box
+
+  func requestStop() {
+    isStopping.store(true, ordering: .releasing)
+    doorbell.signal()
+  }
+
+  // MARK: Thread
+
+  func run() {
+    let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 8)
+    defer { events.deallocate() }
+    while !isStopping.load(ordering: .acquiring) {
+      let pause = pause
+      _ = epoll.wait(into: events, timeoutMilliseconds: pause)
+      let now = Clock.now()
+      postponeAfterStall(now, pause)
+      _ = library.run(daemon)
+      rules.expire(now: now)
+      // Each lets the daemon run, and what that takes in has no other occasion.
+      repeat {
+        commit()
+        serveWatchers(now)
+      } while !rules.records.isEmpty
+      last = Clock.now()
+    }
+    // Suspended connections must not meet the end of the daemon.
+    for exchange in watchers {
+      exchange.answer = Self.stopping
+      library.resume(exchange.connection)
+    }
+    watchers = []
+    _ = library.run(daemon)
+    stopDaemon()
+  }
+
+  deinit { if !isDaemonStopped { stopDaemon() } }
+
+  private func stopDaemon() {
+    isDaemonStopped = true
+    library.stop(daemon)
+  }
+
+  /// Milliseconds until there is something to do without a request.
+  private var pause: Int32 {
+    var wait = rules.table.leases.isEmpty ? Int32.max : Self.tickMilliseconds
+    var milliseconds: UInt64 = 0
+    if library.timeout(daemon, &milliseconds) == MicroHTTPLibrary.yes {
+      wait = min(wait, Int32(clamping: milliseconds))
+    }
+    let end = min(rules.table.nextExpiry, watchers.map { $0.watch?.end ?? .max }.min() ?? .max)
+    wait = min(wait, Deadline(nanoseconds: end).remainingMilliseconds.magnitude32)
+    return wait == .max ? -1 : wait
+  }
+
+  /// A process that was stopped could not take renewals; their owners are not to blame.
+  private func postponeAfterStall(_ now: UInt64, _ pause: Int32) {
+    if pause < 0 { return }
+    let expected = last &+ UInt64(pause) &* 1_000_000
+    if now > expected &+ 500_000_000 { rules.table.postpone(nanoseconds: now - expected) }
+  }
+
+  /// Makes the journal safe, then lets those go on whose changes it holds.
+  private func commit() {
+    guard journal != nil else {
+      rules.records = []
+      return
+    }
+    for record in rules.records { journal?.append(record) }
+    rules.records = []
+    do throws(Errno) {
+      try journal?.commit()
+      if journal?.isWorthRewriting(liveBytes: rules.table.usedBytes) == true {
+        try journal?.rewrite(rules.snapshot)
+      }
+    } catch {
+      Log.error("metadata server: the journal cannot be written: \(error)")
+      for exchange in committing {
+        exchange.answer = MetadataExchange.Answer(507, "the journal cannot be written: \(error)\n")
+      }
+    }
+    if committing.isEmpty { return }
+    for exchange in committing { library.resume(exchange.connection) }
+    committing = []
+    _ = library.run(daemon)
+  }
+
+  private func serveWatchers(_ now: UInt64) {
+    // The daemon's callbacks add to the list.
+    let waiting = watchers
+    watchers = []
+    var answeredBytes = 0
+    for exchange in waiting {
+      guard let answer = rules.answer(toWatch: exchange, now: now) else {
+        watchers.append(exchange)
+        continue
+      }
+      exchange.answer = answer
+      library.resume(exchange.connection)
+      answeredBytes += answer.body.count
+      if answeredBytes < Self.turnBytes { continue }
+      _ = library.run(daemon)
+      answeredBytes = 0
+    }
+    if watchers.count < waiting.count { _ = library.run(daemon) }
+  }
+
+  // MARK: Callbacks of libmicrohttpd, on the thread
+
+  private func handle(
+    _ connection: OpaquePointer, _ path: String, _ method: String, _ bytes: UnsafeRawBufferPointer,
+    _ count: UnsafeMutablePointer<Int>, _ slot: UnsafeMutablePointer<UnsafeMutableRawPointer?>
+  ) -> MHD_Result {
+    guard let known = slot.pointee else {
+      let exchange = MetadataExchange(connection, method: method, path: path)
+      slot.pointee = Unmanaged.passRetained(exchange).toOpaque()
+      return MicroHTTPLibrary.yes
+    }
+    let exchange = Unmanaged<MetadataExchange>.fromOpaque(known).takeUnretainedValue()
+    if !bytes.isEmpty {
+      take(bytes, exchange)
+      count.pointee = 0
+      return MicroHTTPLibrary.yes
+    }
+    if let answer = exchange.answer { return send(answer, exchange) }
+    if isStopping.load(ordering: .acquiring) { return send(Self.stopping, exchange) }
+    let before = rules.records.count
+    guard
+      let answer = rules.answer(
+        exchange, parameter: { self.parameter($0, connection) }, now: Clock.now())
+    else {
+      watchers.append(exchange)
+      library.suspend(connection)
+      return MicroHTTPLibrary.yes
+    }
+    if journal != nil && rules.records.count > before {
+      exchange.answer = answer
+      committing.append(exchange)
+      library.suspend(connection)
+      return MicroHTTPLibrary.yes
+    }
+    return send(answer, exchange)
+  }
+
+  private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
+    if exchange.isTooLarge { return }
+    if exchange.body.count + bytes.count > rules.table.limits.valueBytes
+      || bodyBytes + bytes.count > Self.bodyBytesLimit
+    {
+      bodyBytes -= exchange.body.count
+      exchange.body = []
+      exchange.isTooLarge = true
+      return
+    }
+    exchange.body.append(contentsOf: bytes)
+    bodyBytes += bytes.count
+  }
+
+  private func finish(_ exchange: MetadataExchange) {
+    bodyBytes -= exchange.body.count
+    answerBytes -= exchange.sentBytes
+    watchers.removeAll { $0 === exchange }
+    committing.removeAll { $0 === exchange }
+  }
+
+  private func parameter(
+    _ name: String, _ connection: OpaquePointer
+  ) -> MetadataRules.Parameter {
+    var value: UnsafePointer<CChar>?
+    var count = 0
+    guard
+      library.argument(
+        connection, UInt32(mhd_argument_kind), name, name.utf8.count, &value, &count)
+        == MicroHTTPLibrary.yes
+    else { return .absent }
+    guard let value else { return .text("") }
+    let bytes = UnsafeRawBufferPointer(start: value, count: count)
+    guard !bytes.contains(0), let text = String(validating: bytes, as: UTF8.self) else {
+      return .malformed
+    }
+    return .text(text)
+  }
+
+  private func send(
+    _ given: MetadataExchange.Answer, _ exchange: MetadataExchange
+  ) -> MHD_Result {
+    // Clients that ask and do not read must not fill the memory.
+    let isTooMuch = answerBytes + given.body.count > Self.answerBytesLimit
+    let answer =
+      isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given
+    exchange.answer = nil
+    exchange.sentBytes = answer.body.count
+    answerBytes += exchange.sentBytes
+    var body = answer.body
+    let response = body.withUnsafeMutableBytes {
+      library.response($0.count, $0.baseAddress, UInt32(mhd_must_copy))
+    }
+    guard let response else { return MicroHTTPLibrary.no }
+    defer { library.freeResponse(response) }
+    let type = answer.isJSON ? "application/json" : "text/plain; charset=utf-8"
+    _ = library.addHeader(response, "Content-Type", type)
+    return library.queue(exchange.connection, answer.status, response)
+  }
+}
+
+extension Int32 {
+  /// -1, which means never, becomes the largest number.
+  fileprivate var magnitude32: Int32 { self < 0 ? .max : self }
+}

@@ -1,0 +1,232 @@
+/// A key as the bytes it is made of: texts that only look alike are different keys.
+package struct MetadataKey: Hashable, Comparable, Sendable {
+  package let text: String
+
+  package init(_ text: String) { self.text = text }
+
+  package static func == (left: MetadataKey, right: MetadataKey) -> Bool {
+    left.text.utf8.elementsEqual(right.text.utf8)
+  }
+
+  package static func < (left: MetadataKey, right: MetadataKey) -> Bool {
+    left.text.utf8.lexicographicallyPrecedes(right.text.utf8)
+  }
+
+  package func hash(into hasher: inout Hasher) {
+    for byte in text.utf8 { hasher.combine(byte) }
+  }
+}
+
+/// What a metadata server may hold.
+package struct MetadataLimits: Sendable {
+  package var keyBytes = 2048
+  package var valueBytes = 16 << 20
+  /// Keys, values and what they cost beside.
+  package var totalBytes = 1 << 30
+  package var leaseCount = 100_000
+  /// Changes remembered for those who watch.
+  package var historyCount = 4096
+  package var historyBytes = 8 << 20
+  package var connectionCount = 2048
+
+  package init() {}
+}
+
+/// The keys, leases and latest changes of a metadata server; without threads, sockets or a clock.
+package struct MetadataTable {
+  package struct Entry: Sendable {
+    package var value: [UInt8]
+    /// 0: none.
+    package var lease: UInt64
+  }
+
+  package struct Lease: Sendable {
+    package var ttlMilliseconds: UInt64
+    /// On `Clock`, in nanoseconds.
+    package var expiry: UInt64
+    package var keys: Set<MetadataKey> = []
+  }
+
+  /// A change that happened; no value: the key was deleted.
+  package struct Change: Sendable {
+    package var revision: UInt64
+    package var key: MetadataKey
+    package var value: [UInt8]?
+  }
+
+  package enum Verdict: Equatable, Sendable { case done, exists, noLease, tooLarge, full }
+
+  /// What an entry costs beside its bytes, roughly.
+  private static let overheadBytes = 256
+
+  package let limits: MetadataLimits
+  /// Counts changes. It starts at a time, so that it never repeats after a restart.
+  package private(set) var revision: UInt64
+  package private(set) var usedBytes = 0
+  package private(set) var leases: [UInt64: Lease] = [:]
+  private var entries: [MetadataKey: Entry] = [:]
+  /// Every key in order.
+  private var order: [MetadataKey] = []
+  private var history: [Change] = []
+  private var historyBytes = 0
+  /// No lease ends before.
+  private var earliestExpiry = UInt64.max
+
+  package init(revision: UInt64, limits: MetadataLimits = MetadataLimits()) {
+    self.revision = revision
+    self.limits = limits
+  }
+
+  package var count: Int { order.count }
+  package var allEntries: [(key: MetadataKey, entry: Entry)] {
+    order.map { ($0, entries[$0]!) }
+  }
+
+  // MARK: Keys
+
+  package func value(of key: MetadataKey) -> [UInt8]? { entries[key]?.value }
+
+  package mutating func put(
+    _ key: MetadataKey, _ value: [UInt8], lease: UInt64 = 0, isOnlyIfAbsent: Bool = false
+  ) -> Verdict {
+    let old = entries[key]
+    if isOnlyIfAbsent && old != nil { return .exists }
+    if lease != 0 && leases[lease] == nil { return .noLease }
+    if key.text.utf8.count > limits.keyBytes || value.count > limits.valueBytes {
+      return .tooLarge
+    }
+    let growth = old.map { value.count - $0.value.count } ?? cost(key, value)
+    if usedBytes + growth > limits.totalBytes { return .full }
+    usedBytes += growth
+    if let old {
+      if old.lease != lease { leases[old.lease]?.keys.remove(key) }
+    } else {
+      order.insert(key, at: place(of: key))
+    }
+    entries[key] = Entry(value: value, lease: lease)
+    leases[lease]?.keys.insert(key)
+    note(key, value)
+    return .done
+  }
+
+  /// Returns whether it was there.
+  package mutating func delete(_ key: MetadataKey) -> Bool {
+    guard let old = entries.removeValue(forKey: key) else { return false }
+    usedBytes -= cost(key, old.value)
+    order.remove(at: place(of: key))
+    leases[old.lease]?.keys.remove(key)
+    note(key, nil)
+    return true
+  }
+
+  /// Keys with a prefix behind a position, in order, up to a number of them and of bytes.
+  package func list(
+    prefix: String, after position: String?, limit: Int, byteLimit: Int
+  ) -> (entries: [(key: MetadataKey, value: [UInt8])], isCut: Bool) {
+    var index = place(of: MetadataKey(prefix))
+    if let position { index = max(index, place(of: MetadataKey(position))) }
+    var found: [(key: MetadataKey, value: [UInt8])] = []
+    var byteCount = 0
+    while index < order.count, order[index].text.utf8.starts(with: prefix.utf8) {
+      let key = order[index]
+      index += 1
+      if let position, key == MetadataKey(position) { continue }
+      guard let entry = entries[key] else { continue }
+      if found.count == limit || byteCount > byteLimit { return (found, true) }
+      byteCount += cost(key, entry.value)
+      found.append((key, entry.value))
+    }
+    return (found, false)
+  }
+
+  private func cost(_ key: MetadataKey, _ value: [UInt8]) -> Int {
+    key.text.utf8.count + value.count + Self.overheadBytes
+  }
+
+  /// Where a key is, or would be inserted.
+  private func place(of key: MetadataKey) -> Int {
+    var low = 0
+    var high = order.count
+    while low < high {
+      let middle = (low + high) / 2
+      if order[middle] < key { low = middle + 1 } else { high = middle }
+    }
+    return low
+  }
+
+  // MARK: Changes
+
+  /// Changes of keys with a prefix after a state; nil if they are not remembered.
+  package func changes(prefix: String, since state: UInt64) -> [Change]? {
+    let oldest = history.first?.revision ?? revision &+ 1
+    guard state <= revision, state &+ 1 >= oldest else { return nil }
+    // Revisions in the history have no gaps.
+    return history[Int(state &+ 1 - oldest)...].filter {
+      $0.key.text.utf8.starts(with: prefix.utf8)
+    }
+  }
+
+  private mutating func note(_ key: MetadataKey, _ value: [UInt8]?) {
+    revision &+= 1
+    history.append(Change(revision: revision, key: key, value: value))
+    historyBytes += cost(key, value ?? [])
+    // In batches: removing from the front moves everything.
+    guard history.count > limits.historyCount * 2 || historyBytes > limits.historyBytes * 2 else {
+      return
+    }
+    var drop = 0
+    while drop < history.count,
+      history.count - drop > limits.historyCount || historyBytes > limits.historyBytes
+    {
+      historyBytes -= cost(history[drop].key, history[drop].value ?? [])
+      drop += 1
+    }
+    history.removeFirst(drop)
+  }
+
+  // MARK: Leases
+
+  /// False if there are too many, or the number is taken.
+  package mutating func grant(_ id: UInt64, ttlMilliseconds: UInt64, now: UInt64) -> Bool {
+    if id == 0 || leases[id] != nil || leases.count >= limits.leaseCount { return false }
+    let expiry = now &+ ttlMilliseconds &* 1_000_000
+    leases[id] = Lease(ttlMilliseconds: ttlMilliseconds, expiry: expiry)
+    earliestExpiry = min(earliestExpiry, expiry)
+    return true
+  }
+
+  /// The lease with its full time again; nil if there is none.
+  package mutating func renew(_ id: UInt64, now: UInt64) -> Lease? {
+    guard var lease = leases.removeValue(forKey: id) else { return nil }
+    lease.expiry = now &+ lease.ttlMilliseconds &* 1_000_000
+    leases[id] = lease
+    return lease
+  }
+
+  /// Ends a lease and deletes its keys; false if there is none.
+  package mutating func revoke(_ id: UInt64) -> Bool {
+    guard let lease = leases.removeValue(forKey: id) else { return false }
+    for key in lease.keys.sorted() { _ = delete(key) }
+    return true
+  }
+
+  /// When to call `expire`, in nanoseconds on `Clock`.
+  package var nextExpiry: UInt64 { leases.isEmpty ? .max : earliestExpiry }
+
+  /// Leases whose time is over, still to be revoked.
+  package mutating func expired(now: UInt64) -> [UInt64] {
+    if now < nextExpiry { return [] }
+    earliestExpiry = leases.values.lazy.map(\.expiry).filter { $0 > now }.min() ?? .max
+    return leases.filter { $0.value.expiry <= now }.map(\.key).sorted()
+  }
+
+  /// Gives every lease more time: nobody could renew while the server did not run.
+  package mutating func postpone(nanoseconds: UInt64) {
+    leases = leases.mapValues { lease in
+      var lease = lease
+      lease.expiry &+= nanoseconds
+      return lease
+    }
+    if earliestExpiry != .max { earliestExpiry &+= nanoseconds }
+  }
+}

@@ -1,0 +1,291 @@
+import MooncakeSystem
+
+/// Metadata in etcd, through its JSON gateway.
+package final class EtcdStore: MetadataStore {
+  package let uri: MetadataURI
+  private let client: EtcdClient
+  private static let pageCount: UInt64 = 500
+
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+    self.uri = uri
+    client = try EtcdClient(uri, settings)
+  }
+
+  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    let phase = "get '\(key)'"
+    return try ask("/v3/kv/range", phase, call) {
+      $0.member("key", encoded(key))
+    } answer: {
+      value throws(EngineError) in
+      guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
+      guard let text = String(validating: try bytes(found, "value", phase), as: UTF8.self) else {
+        throw client.failure(
+          .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
+      }
+      return text
+    }
+  }
+
+  package func put(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) {
+    try ask("/v3/kv/put", "put '\(entry.key)'", call) {
+      write(entry, lease, &$0)
+    } answer: { _ in
+    }
+  }
+
+  package func putIfAbsent(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    let phase = "put '\(entry.key)' if absent"
+    var isRepeated = false
+    let isDone = try ask("/v3/kv/txn", phase, call, isRepeated: &isRepeated) { writer in
+      writer.name("compare")
+      writer.beginArray()
+      writer.beginObject()
+      writer.member("key", encoded(entry.key))
+      writer.member("target", "CREATE")
+      writer.member("create_revision", "0")
+      writer.endObject()
+      writer.endArray()
+      writer.name("success")
+      writer.beginArray()
+      writer.beginObject()
+      writer.name("request_put")
+      writer.beginObject()
+      write(entry, lease, &writer)
+      writer.endObject()
+      writer.endObject()
+      writer.endArray()
+    } answer: {
+      $0["succeeded"]?.isTrue ?? false
+    }
+    // The attempt that seemed to fail may be the one that put it.
+    if isDone || !isRepeated { return isDone }
+    return try get(entry.key, call) == entry.value
+  }
+
+  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    try ask("/v3/kv/deleterange", "delete '\(key)'", call) {
+      $0.member("key", encoded(key))
+    } answer: {
+      number($0["deleted"]) > 0
+    }
+  }
+
+  package func list(
+    prefix: String, from position: String?, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataPage {
+    let phase = "list '\(prefix)'"
+    return try ask("/v3/kv/range", phase, call) { writer in
+      let start = position.map { Array($0.utf8) + [0] } ?? Self.start(prefix)
+      writer.member("key", Base64.encode(start))
+      writer.member("range_end", Base64.encode(Self.end(prefix)))
+      writer.member("limit", String(Self.pageCount))
+    } answer: { value throws(EngineError) in
+      var page = MetadataPage(
+        entries: [], revision: number(value["header"]?["revision"]), next: nil)
+      for element in value["kvs"]?.elements ?? .none {
+        page.entries.append(try entry(element, phase))
+      }
+      if value["more"]?.isTrue == true { page.next = page.entries.last?.key }
+      return page
+    }
+  }
+
+  package func changes(
+    prefix: String, since revision: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataChanges {
+    let phase = "watch '\(prefix)'"
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.name("create_request")
+    writer.beginObject()
+    writer.member("key", Base64.encode(Self.start(prefix)))
+    writer.member("range_end", Base64.encode(Self.end(prefix)))
+    writer.member("start_revision", String(revision &+ 1))
+    writer.endObject()
+    writer.endObject()
+    // The answer is a stream of lines; the first that tells of something ends it.
+    let query = EtcdClient.Query(
+      path: "/v3/watch", body: writer.text, phase: phase, isWatch: true,
+      isComplete: { received in
+        received.last == UInt8(ascii: "\n") && received.holds("\"events\"")
+          || received.holds("\"canceled\":true") || received.holds("\"error\"")
+      })
+    let text: [UInt8]
+    do throws(EngineError) {
+      var isRepeated = false
+      text = try client.ask(query, call, isRepeated: &isRepeated)
+    } catch {
+      // Nothing has happened.
+      if error.code == .timeout { return .changes([], revision: revision) }
+      throw error
+    }
+    var changes: [MetadataChange] = []
+    var latest = revision
+    for line in text.split(separator: UInt8(ascii: "\n")) {
+      guard try read(Array(line), phase, &changes, &latest) else { return .unknown }
+    }
+    return .changes(changes, revision: latest)
+  }
+
+  /// Takes the changes of one line; false if the service has forgotten what was asked for.
+  private func read(
+    _ line: [UInt8], _ phase: String, _ changes: inout [MetadataChange], _ latest: inout UInt64
+  ) throws(EngineError) -> Bool {
+    try decode(line, phase) { value throws(EngineError) in
+      guard let result = value["result"] else {
+        throw client.failure(
+          .unreachable, phase, "the watch ended: \(value["error"]?["message"]?.string ?? "")",
+          "does the cluster have a majority?")
+      }
+      if result["canceled"]?.isTrue == true { return false }
+      for event in result["events"]?.elements ?? .none {
+        guard let pair = event["kv"] else { throw malformed(phase) }
+        if event["type"]?.string == "DELETE" {
+          changes.append(
+            .delete(key: String(decoding: try bytes(pair, "key", phase), as: UTF8.self)))
+        } else {
+          changes.append(.put(try entry(pair, phase)))
+        }
+        latest = max(latest, number(pair["mod_revision"]))
+      }
+      return true
+    }
+  }
+
+  // MARK: Leases
+
+  package func grant(
+    ttlMilliseconds: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataLease? {
+    let phase = "grant a lease"
+    return try ask("/v3/lease/grant", phase, call) {
+      $0.member("TTL", String((ttlMilliseconds + 999) / 1000))
+    } answer: { value throws(EngineError) in
+      let id = number(value["ID"])
+      let seconds = number(value["TTL"])
+      if id == 0 || seconds == 0 || seconds > 1 << 32 { throw malformed(phase) }
+      return MetadataLease(id: id, ttlMilliseconds: seconds * 1000)
+    }
+  }
+
+  package func renew(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    guard let lease else { return true }
+    let phase = "renew a lease"
+    let isAlive = try ask("/v3/lease/keepalive", phase, call) {
+      $0.member("ID", String(lease.id))
+    } answer: {
+      number($0["result"]?["TTL"]) > 0
+    }
+    if !isAlive { return false }
+    // A key that somebody else has put since no longer hangs on the lease.
+    return try ask("/v3/lease/timetolive", phase, call) {
+      $0.member("ID", String(lease.id))
+      $0.name("keys")
+      $0.value(true)
+    } answer: { value in
+      let held = Set((value["keys"]?.elements ?? .none).compactMap(\.string))
+      return entries.allSatisfy { held.contains(encoded($0.key)) }
+    }
+  }
+
+  package func revoke(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) {
+    guard let lease else { return }
+    do throws(EngineError) {
+      try ask("/v3/lease/revoke", "revoke a lease", call) {
+        $0.member("ID", String(lease.id))
+      } answer: { _ in
+      }
+    } catch {
+      if error.code != .notFound { throw error }
+    }
+  }
+
+  // MARK: JSON
+
+  private func write(
+    _ entry: MetadataEntry, _ lease: MetadataLease?, _ writer: inout JSONWriter
+  ) {
+    writer.member("key", encoded(entry.key))
+    writer.member("value", encoded(entry.value))
+    if let lease { writer.member("lease", String(lease.id)) }
+  }
+
+  private func encoded(_ text: String) -> String { Base64.encode(text.utf8) }
+
+  private static func start(_ prefix: String) -> [UInt8] {
+    prefix.isEmpty ? [0] : Array(prefix.utf8)
+  }
+
+  /// The first key behind all with the prefix. UTF-8 has no byte 0xFF that could not be raised.
+  private static func end(_ prefix: String) -> [UInt8] {
+    var bytes = Array(prefix.utf8)
+    guard let last = bytes.popLast() else { return [0] }
+    return bytes + [last + 1]
+  }
+
+  /// The gateway writes integers as strings and leaves out those that are 0.
+  private func number(_ value: JSONValue?) -> UInt64 {
+    value?.string.flatMap { UInt64($0) } ?? value?.unsigned ?? 0
+  }
+
+  private func bytes(
+    _ pair: JSONValue, _ name: String, _ phase: String
+  ) throws(EngineError) -> [UInt8] {
+    guard let bytes = Base64.decode(pair[name]?.string ?? "") else { throw malformed(phase) }
+    return bytes
+  }
+
+  private func entry(_ pair: JSONValue, _ phase: String) throws(EngineError) -> MetadataEntry {
+    MetadataEntry(
+      key: String(decoding: try bytes(pair, "key", phase), as: UTF8.self),
+      value: String(decoding: try bytes(pair, "value", phase), as: UTF8.self))
+  }
+
+  private func malformed(_ phase: String) -> EngineError {
+    client.failure(
+      .protocolViolation, phase, "the answer lacks what belongs there", "is this etcd?")
+  }
+
+  private func decode<Result>(
+    _ text: [UInt8], _ phase: String, _ body: (JSONValue) throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    let document: JSONDocument
+    do throws(JSONError) {
+      document = try JSONDocument(parsing: text)
+    } catch {
+      throw client.failure(
+        .protocolViolation, phase, "the answer is no JSON: \(error)", "is this etcd?")
+    }
+    return try document.read(body)
+  }
+
+  private func ask<Result>(
+    _ path: String, _ phase: String, _ call: MetadataCall,
+    _ write: (inout JSONWriter) -> Void,
+    answer: (JSONValue) throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    var isRepeated = false
+    return try ask(path, phase, call, isRepeated: &isRepeated, write, answer: answer)
+  }
+
+  private func ask<Result>(
+    _ path: String, _ phase: String, _ call: MetadataCall, isRepeated: inout Bool,
+    _ write: (inout JSONWriter) -> Void,
+    answer: (JSONValue) throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    var writer = JSONWriter()
+    writer.beginObject()
+    write(&writer)
+    writer.endObject()
+    let query = EtcdClient.Query(path: path, body: writer.text, phase: phase)
+    return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
+  }
+}

@@ -1,0 +1,274 @@
+import MooncakeSystem
+
+/// Metadata behind `GET`, `PUT` and `DELETE` of an HTTP server. Leases, listings and changes are
+/// there only if the server is `mooncake metadata serve`.
+package final class HTTPStore: MetadataStore {
+  package let uri: MetadataURI
+  private let client: HTTPClient
+  private let credentials: String?
+
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+    self.uri = uri
+    client = try HTTPClient(tls: uri.tls.filled(from: settings))
+    let user = uri.user ?? settings.user
+    credentials = user.map { "\($0):\(uri.password ?? settings.password ?? "")" }
+  }
+
+  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    let phase = "get '\(key)'"
+    let response = try ask(.get, ["key": key], phase, call)
+    if response.status == 404 { return nil }
+    try expectSuccess(response, phase)
+    guard let text = String(validating: response.body, as: UTF8.self) else {
+      throw failure(
+        .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
+    }
+    return text
+  }
+
+  package func put(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) {
+    let phase = "put '\(entry.key)'"
+    let body = Array(entry.value.utf8)
+    let parameters = parameters(entry.key, lease)
+    var response = try ask(.put, parameters, phase, call, body: body)
+    if response.status == 400 && entry.key.utf8.holds("rpc_meta") {
+      // Servers of the existing system refuse to replace the route of a process, even a dead one.
+      _ = try delete(entry.key, call)
+      response = try ask(.put, parameters, phase, call, body: body)
+    }
+    try expectSuccess(response, phase, lease: lease)
+  }
+
+  package func putIfAbsent(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    let phase = "put '\(entry.key)' if absent"
+    var parameters = parameters(entry.key, lease)
+    parameters["absent"] = "1"
+    // A server that does not know the parameter would replace the value.
+    _ = try page(prefix: entry.key, from: nil, phase, limit: 1, call)
+    let response = try ask(.put, parameters, phase, call, body: Array(entry.value.utf8))
+    if response.status == 409 { return false }
+    try expectSuccess(response, phase, lease: lease)
+    return true
+  }
+
+  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    let phase = "delete '\(key)'"
+    let response = try ask(.delete, ["key": key], phase, call)
+    if response.status == 404 { return false }
+    try expectSuccess(response, phase)
+    return true
+  }
+
+  // MARK: What only our server has
+
+  package func list(
+    prefix: String, from position: String?, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataPage {
+    try page(prefix: prefix, from: position, "list '\(prefix)'", limit: 1000, call)
+  }
+
+  private func page(
+    prefix: String, from position: String?, _ phase: String, limit: Int, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataPage {
+    var parameters = ["prefix": prefix, "limit": String(limit)]
+    parameters["after"] = position
+    let response = try ask(.get, parameters, phase, call)
+    // Others say that the key is missing.
+    if [400, 404, 405].contains(response.status) {
+      throw failure(
+        .unsupported, phase, "this server only gets, puts and deletes",
+        "use mooncake metadata serve, etcd or Redis")
+    }
+    try expectSuccess(response, phase)
+    return try decode(response, phase) { value throws(EngineError) in
+      guard let revision = value["revision"]?.unsigned, let list = value["entries"] else {
+        throw malformed(phase)
+      }
+      var entries: [MetadataEntry] = []
+      for element in list.elements { entries.append(try entry(element, phase)) }
+      let isCut = value["more"]?.unsigned == 1
+      return MetadataPage(
+        entries: entries, revision: revision, next: isCut ? entries.last?.key : nil)
+    }
+  }
+
+  package func changes(
+    prefix: String, since revision: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataChanges {
+    let phase = "watch '\(prefix)'"
+    // The server answers before the client gives up.
+    let left = call.deadline.remainingNanoseconds / 1_000_000
+    let wait = min(30_000, left - min(left / 2, 500))
+    let parameters = ["prefix": prefix, "since": String(revision), "wait_ms": String(wait)]
+    let response: HTTPResponse
+    do throws(EngineError) {
+      response = try ask(.get, parameters, phase, call)
+    } catch {
+      // Nothing has happened.
+      if error.code == .timeout { return .changes([], revision: revision) }
+      throw error
+    }
+    if response.status == 410 { return .unknown }
+    try expectSuccess(response, phase)
+    return try decode(response, phase) { value throws(EngineError) in
+      guard let revision = value["revision"]?.unsigned, let list = value["changes"] else {
+        throw malformed(phase)
+      }
+      var changes: [MetadataChange] = []
+      for element in list.elements {
+        if element["deleted"] != nil {
+          guard let key = element["key"]?.string else { throw malformed(phase) }
+          changes.append(.delete(key: key))
+        } else {
+          changes.append(.put(try entry(element, phase)))
+        }
+      }
+      return .changes(changes, revision: revision)
+    }
+  }
+
+  package func grant(
+    ttlMilliseconds: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataLease? {
+    let phase = "grant a lease"
+    let response = try ask(.post, ["ttl_ms": String(ttlMilliseconds)], phase, call, at: "/lease")
+    // Servers of the existing system know no such path, or no such method.
+    if [400, 404, 405, 501].contains(response.status) { return nil }
+    try expectSuccess(response, phase)
+    return try decode(response, phase) { value throws(EngineError) in
+      guard let text = value["lease"]?.string, let id = UInt64(text),
+        let ttl = value["ttl_ms"]?.unsigned
+      else { throw malformed(phase) }
+      return MetadataLease(id: id, ttlMilliseconds: ttl)
+    }
+  }
+
+  package func renew(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    guard let lease else {
+      // Without leases only a look tells whether the server has forgotten everything.
+      guard let first = entries.first else { return true }
+      return try get(first.key, call) == first.value
+    }
+    let phase = "renew a lease"
+    let response = try ask(.post, ["id": String(lease.id)], phase, call, at: "/lease")
+    if response.status == 404 { return false }
+    try expectSuccess(response, phase)
+    return try decode(response, phase) { value throws(EngineError) in
+      guard let count = value["keys"]?.unsigned else { throw malformed(phase) }
+      return count >= UInt64(entries.count)
+    }
+  }
+
+  package func revoke(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) {
+    if let lease {
+      let phase = "revoke a lease"
+      let response = try ask(.delete, ["id": String(lease.id)], phase, call, at: "/lease")
+      if response.status != 404 { try expectSuccess(response, phase) }
+      return
+    }
+    for entry in entries where try get(entry.key, call) == entry.value {
+      _ = try delete(entry.key, call)
+    }
+  }
+
+  // MARK: Requests
+
+  private func parameters(_ key: String, _ lease: MetadataLease?) -> [String: String] {
+    var parameters = ["key": key]
+    if let lease { parameters["lease"] = String(lease.id) }
+    return parameters
+  }
+
+  private func ask(
+    _ method: HTTPRequest.Method, _ parameters: [String: String], _ phase: String,
+    _ call: MetadataCall, at subpath: String = "", body: [UInt8]? = nil
+  ) throws(EngineError) -> HTTPResponse {
+    let query = parameters.map { "\($0.key)=\(PercentEncoding.encode($0.value))" }
+    var request = HTTPRequest(
+      method: method, server: uri.endpoints[0], isSecure: uri.isSecure,
+      target: "\(uri.path)\(subpath)?\(query.joined(separator: "&"))")
+    request.credentials = credentials
+    if method == .post { request.body = [] }
+    if let body {
+      request.body = body
+      request.headers = ["Content-Type: application/json"]
+    }
+    do throws(HTTPFailure) {
+      return try client.perform(request, call)
+    } catch {
+      throw failure(error.code, phase, error.cause, error.remedy)
+    }
+  }
+
+  private func expectSuccess(
+    _ response: HTTPResponse, _ phase: String, lease: MetadataLease? = nil
+  ) throws(EngineError) {
+    if response.status == 200 { return }
+    let text =
+      String(decoding: response.body.prefix(200), as: UTF8.self)
+      .split(whereSeparator: \.isNewline).first.map { " (\($0))" } ?? ""
+    let cause = "the server answers with status \(response.status)\(text)"
+    switch response.status {
+    case 401, 403:
+      throw failure(.accessDenied, phase, cause, "give the right user and password")
+    case 412 where lease != nil:
+      throw failure(.notFound, phase, cause, "the lease has ended; it is made anew")
+    case 413: throw failure(.full, phase, cause, "register fewer and larger buffers")
+    case 507: throw failure(.full, phase, cause, "give the server more memory or disk")
+    case 429, 500...599: throw failure(.unreachable, phase, cause, "look at the server's log")
+    default:
+      throw failure(
+        .protocolViolation, phase, cause, "is this the URI of a metadata server, with its path?")
+    }
+  }
+
+  private func malformed(_ phase: String) -> EngineError {
+    failure(
+      .protocolViolation, phase, "the answer lacks what belongs there",
+      "is this the URI of a metadata server?")
+  }
+
+  private func decode<Result>(
+    _ response: HTTPResponse, _ phase: String,
+    _ body: (JSONValue) throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    let document: JSONDocument
+    do throws(JSONError) {
+      document = try JSONDocument(parsing: response.body)
+    } catch {
+      throw failure(
+        .protocolViolation, phase, "the answer is no JSON: \(error)",
+        "is this the URI of a metadata server?")
+    }
+    return try document.read(body)
+  }
+
+  /// Values that are no JSON text travel as Base64; one that is not UTF-8 is told as it is not.
+  private func entry(
+    _ value: JSONValue, _ phase: String
+  ) throws(EngineError) -> MetadataEntry {
+    guard let key = value["key"]?.string else { throw malformed(phase) }
+    if let text = value["value"]?.string { return MetadataEntry(key: key, value: text) }
+    guard let bytes = value["value_base64"]?.string.flatMap(Base64.decode) else {
+      throw malformed(phase)
+    }
+    return MetadataEntry(key: key, value: String(decoding: bytes, as: UTF8.self))
+  }
+}
+
+extension TLSFiles {
+  /// What is not said here comes from the environment.
+  func filled(from settings: MetadataSettings) -> TLSFiles {
+    TLSFiles(
+      authority: authority ?? settings.tls.authority,
+      certificate: certificate ?? settings.tls.certificate, key: key ?? settings.tls.key)
+  }
+}

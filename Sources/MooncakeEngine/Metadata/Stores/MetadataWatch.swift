@@ -1,0 +1,53 @@
+import MooncakeSystem
+
+/// Follows the keys under a prefix: first all that are there, then each change. Survives a service
+/// that forgets or restarts: then it lists anew and tells the difference.
+package final class MetadataWatch {
+  private let store: any MetadataStore
+  private let prefix: String
+  private var known: [String: Int] = [:]
+  private var revision: UInt64?
+
+  package init(_ store: any MetadataStore, prefix: String) {
+    self.store = store
+    self.prefix = prefix
+  }
+
+  /// Waits for changes; none if the deadline passed first. May be called again after an error.
+  package func next(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
+    while true {
+      guard let revision else {
+        let changes = try listAnew(call)
+        if !changes.isEmpty { return changes }
+        continue
+      }
+      switch try store.changes(prefix: prefix, since: revision, call) {
+      case .unknown: self.revision = nil
+      case .changes(let changes, let latest):
+        self.revision = latest
+        for change in changes { note(change) }
+        if !changes.isEmpty || call.deadline.hasPassed { return changes }
+      }
+    }
+  }
+
+  private func listAnew(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
+    let (entries, revision) = try store.listAll(prefix: prefix, call)
+    var gone = known
+    var changes: [MetadataChange] = []
+    for entry in entries where gone.removeValue(forKey: entry.key) != entry.value.hashValue {
+      changes.append(.put(entry))
+    }
+    changes += gone.keys.sorted().map { .delete(key: $0) }
+    for change in changes { note(change) }
+    self.revision = revision
+    return changes
+  }
+
+  private func note(_ change: MetadataChange) {
+    switch change {
+    case .put(let entry): known[entry.key] = entry.value.hashValue
+    case .delete(let key): known[key] = nil
+    }
+  }
+}

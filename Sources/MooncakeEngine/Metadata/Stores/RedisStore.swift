@@ -1,0 +1,232 @@
+import MooncakeSystem
+import Synchronization
+
+/// Metadata in Redis. Keys expire one by one instead of hanging on a lease, and changes are found
+/// by listing, since Redis tells of them only where it is configured to.
+package final class RedisStore: MetadataStore {
+  package let uri: MetadataURI
+  private let library: HiredisLibrary
+  private let idle = Lock<[RedisConnection]>([])
+  private let user: String?
+  private let password: String?
+  private let database: UInt8
+  private static let idleLimit = 4
+  private static let scanCount = 1000
+  private static let listPauseMilliseconds: UInt64 = 500
+
+  /// Removes a key if it still holds what this process has put.
+  private static let deleteOwn =
+    "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('del',KEYS[1]) else return 0 end"
+
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+    self.uri = uri
+    library = try HiredisLibrary.shared()
+    user = uri.user ?? settings.redisUser
+    password = uri.password ?? settings.redisPassword
+    database = uri.database ?? settings.redisDatabase
+  }
+
+  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    let phase = "get '\(key)'"
+    switch try ask(["GET", key], phase, call) {
+    case .none: return nil
+    case .text(let bytes):
+      guard let text = String(validating: bytes, as: UTF8.self) else {
+        throw failure(
+          .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
+      }
+      return text
+    case let other: throw unexpected(other, phase)
+    }
+  }
+
+  package func put(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) {
+    _ = try ask(Self.set(entry, lease), "put '\(entry.key)'", call)
+  }
+
+  package func putIfAbsent(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    let phase = "put '\(entry.key)' if absent"
+    if case .none = try ask(Self.set(entry, lease) + ["NX"], phase, call) { return false }
+    return true
+  }
+
+  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    if case .number(let count) = try ask(["DEL", key], "delete '\(key)'", call) {
+      return count > 0
+    }
+    return false
+  }
+
+  package func list(
+    prefix: String, from position: String?, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataPage {
+    let phase = "list '\(prefix)'"
+    var keys: Set<String> = []
+    var cursor = "0"
+    repeat {
+      let command = [
+        "SCAN", cursor, "MATCH", Self.pattern(prefix), "COUNT", String(Self.scanCount),
+      ]
+      guard case .list(let parts) = try ask(command, phase, call), parts.count == 2,
+        case .text(let next) = parts[0], case .list(let found) = parts[1]
+      else { throw unexpected(.none, phase) }
+      cursor = String(decoding: next, as: UTF8.self)
+      for case .text(let key) in found {
+        // A key that is not UTF-8 is none of ours.
+        if let key = String(validating: key, as: UTF8.self) { keys.insert(key) }
+      }
+    } while cursor != "0"
+    var entries: [MetadataEntry] = []
+    let sorted = keys.sorted { $0.utf8.lexicographicallyPrecedes($1.utf8) }
+    for start in stride(from: 0, to: sorted.count, by: Self.scanCount) {
+      let part = sorted[start..<min(start + Self.scanCount, sorted.count)]
+      guard case .list(let values) = try ask(["MGET"] + part, phase, call) else {
+        throw unexpected(.none, phase)
+      }
+      for (key, value) in zip(part, values) {
+        // Other types of values, and keys that have gone meanwhile, have none.
+        guard case .text(let bytes) = value else { continue }
+        entries.append(MetadataEntry(key: key, value: String(decoding: bytes, as: UTF8.self)))
+      }
+    }
+    return MetadataPage(entries: entries, revision: 0, next: nil)
+  }
+
+  package func changes(
+    prefix: String, since revision: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataChanges {
+    let pause = min(call.deadline, .after(milliseconds: Self.listPauseMilliseconds))
+    if Waiting.sleep(until: pause, cancellation: call.cancellation) {
+      throw failure(.canceled, "watch '\(prefix)'", "given up", "the engine was destroyed")
+    }
+    return call.deadline.hasPassed ? .changes([], revision: 0) : .unknown
+  }
+
+  // MARK: Leases
+
+  package func grant(
+    ttlMilliseconds: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataLease? {
+    MetadataLease(id: 0, ttlMilliseconds: ttlMilliseconds)
+  }
+
+  package func renew(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    guard let lease else { return true }
+    let phase = "renew keys"
+    let commands = entries.flatMap { entry in
+      [["PEXPIRE", entry.key, String(lease.ttlMilliseconds)], ["GET", entry.key]]
+    }
+    let replies = try ask(commands, phase, call)
+    for (entry, reply) in zip(entries, stride(from: 1, to: replies.count, by: 2)) {
+      guard case .text(let bytes) = replies[reply], bytes.elementsEqual(entry.value.utf8) else {
+        return false
+      }
+    }
+    return true
+  }
+
+  package func revoke(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) {
+    let commands = entries.map { ["EVAL", Self.deleteOwn, "1", $0.key, $0.value] }
+    _ = try ask(commands, "remove keys", call)
+  }
+
+  // MARK: Commands
+
+  private static func set(_ entry: MetadataEntry, _ lease: MetadataLease?) -> [String] {
+    ["SET", entry.key, entry.value] + (lease.map { ["PX", String($0.ttlMilliseconds)] } ?? [])
+  }
+
+  /// A prefix as a pattern; what has a meaning in patterns is escaped.
+  private static func pattern(_ prefix: String) -> String {
+    var pattern = ""
+    for scalar in prefix.unicodeScalars {
+      if "*?[]\\^".unicodeScalars.contains(scalar) { pattern += "\\" }
+      pattern.unicodeScalars.append(scalar)
+    }
+    return pattern + "*"
+  }
+
+  private func ask(
+    _ command: [String], _ phase: String, _ call: MetadataCall
+  ) throws(EngineError) -> RedisReply {
+    try ask([command], phase, call)[0]
+  }
+
+  private func ask(
+    _ commands: [[String]], _ phase: String, _ call: MetadataCall
+  ) throws(EngineError) -> [RedisReply] {
+    if commands.isEmpty { return [] }
+    do throws(RedisFailure) {
+      if let connection = idle.withLock({ $0.popLast() }) {
+        do throws(RedisFailure) {
+          return try checked(try run(commands, connection, call), phase)
+        } catch {
+          // It may have been closed while nobody used it. Every command may be repeated.
+          if error.code != .unreachable { throw error }
+        }
+      }
+      return try checked(try run(commands, try connect(call), call), phase)
+    } catch {
+      throw failure(error.code, phase, error.cause, error.remedy)
+    }
+  }
+
+  private func run(
+    _ commands: [[String]], _ connection: RedisConnection, _ call: MetadataCall
+  ) throws(RedisFailure) -> [RedisReply] {
+    let replies = try connection.run(commands, call)
+    idle.withLock { if $0.count < Self.idleLimit { $0.append(connection) } }
+    return replies
+  }
+
+  private func connect(_ call: MetadataCall) throws(RedisFailure) -> RedisConnection {
+    let connection = try RedisConnection(library, to: uri.endpoints[0], call)
+    var commands: [[String]] = []
+    if let password { commands.append(["AUTH"] + (user.map { [$0] } ?? []) + [password]) }
+    if database != 0 { commands.append(["SELECT", String(database)]) }
+    if commands.isEmpty { return connection }
+    _ = try checked(try connection.run(commands, call), "authenticate")
+    return connection
+  }
+
+  private func checked(
+    _ replies: [RedisReply], _ phase: String
+  ) throws(RedisFailure) -> [RedisReply] {
+    for case .refusal(let text) in replies {
+      let cause = "the service answers '\(text.prefix(200))'"
+      let word = text.prefix { $0 != " " }
+      switch word {
+      case "NOAUTH", "WRONGPASS", "NOPERM":
+        throw RedisFailure(
+          code: .accessDenied, cause: cause,
+          remedy: "give the right user and password in the URI or in MC_REDIS_USERNAME and "
+            + "MC_REDIS_PASSWORD")
+      case "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN":
+        throw RedisFailure(code: .unreachable, cause: cause, remedy: "try again later")
+      case "OOM", "MISCONF", "READONLY", "NOREPLICAS":
+        throw RedisFailure(
+          code: .full, cause: cause, remedy: "the service takes no writes: see its log")
+      default:
+        let isPassword = phase == "authenticate" || text.utf8.holds("AUTH")
+        throw RedisFailure(
+          code: isPassword ? .accessDenied : .protocolViolation, cause: cause,
+          remedy: isPassword
+            ? "check user, password and database" : "is this Redis 5 or newer?")
+      }
+    }
+    return replies
+  }
+
+  private func unexpected(_ reply: RedisReply, _ phase: String) -> EngineError {
+    failure(
+      .protocolViolation, phase, "the answer is of an unexpected type", "is this Redis 5 or newer?")
+  }
+}

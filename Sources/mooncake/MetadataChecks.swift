@@ -1,0 +1,193 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Follows what an engine does with a metadata service: reach it, put, get, lease, and what others
+/// have left there.
+struct MetadataChecks {
+  let uri: String
+  let timeoutMilliseconds: UInt64
+
+  /// Owners asked for a sign of life.
+  private static let ownerLimit = 256
+  private static let leaseMilliseconds: UInt64 = 2000
+
+  func run() -> [Finding] {
+    let parsed: MetadataURI
+    let directory: MetadataDirectory
+    do throws(EngineError) {
+      parsed = try MetadataURI(parsing: uri)
+      if parsed.service == .peerToPeer {
+        return [.ok("service", "P2PHANDSHAKE: peers ask each other, there is nothing to check")]
+      }
+      directory = try MetadataDirectory(parsed)
+    } catch {
+      return [
+        .problem("service", error.message, advice: "correct the URI or install what it names")
+      ]
+    }
+    var findings: [Finding] = []
+    let endpoints = parsed.endpoints.map(connect)
+    let isAnyThere = endpoints.contains { $0.level == .ok }
+    findings += endpoints.map { finding in
+      // The others of a cluster stand in.
+      var finding = finding
+      if isAnyThere && finding.level == .problem { finding.level = .warning }
+      return finding
+    }
+    do throws(EngineError) {
+      try roundTrip(directory, &findings)
+      try leases(directory, &findings)
+    } catch {
+      findings.append(.problem("requests", error.message, advice: advice(for: error)))
+      return findings
+    }
+    findings += owners(directory)
+    return findings
+  }
+
+  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: timeoutMilliseconds)) }
+
+  private func connect(_ endpoint: HostPort) -> Finding {
+    do {
+      let deadline = Deadline.after(milliseconds: timeoutMilliseconds)
+      let addresses = try Resolver.resolve(
+        endpoint.host, port: endpoint.port ?? 0, deadline: deadline)
+      let begin = Clock.now()
+      try ConnectTest.connect(to: addresses[0], deadline: deadline)
+      let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
+      return .ok("endpoint \(endpoint)", "accepts connections (\(span) µs)")
+    } catch {
+      return .problem(
+        "endpoint \(endpoint)", "cannot connect: \(error)",
+        advice: "is the service running there, and does no firewall drop the packets?")
+    }
+  }
+
+  private func advice(for error: EngineError) -> String {
+    switch error.code {
+    case .accessDenied:
+      "give user and password (MC_METADATA_USERNAME and MC_METADATA_PASSWORD; for Redis"
+        + " MC_REDIS_USERNAME and MC_REDIS_PASSWORD) or the certificate files (MC_METADATA_CA_FILE,"
+        + " MC_METADATA_CERT_FILE, MC_METADATA_KEY_FILE)"
+    case .timeout: "the service takes connections but does not answer: stopped, overloaded or full?"
+    case .unreachable, .unresolved: "start the service, or correct the address"
+    default: "check that the URI names this kind of service, with its path"
+    }
+  }
+
+  private func roundTrip(
+    _ directory: MetadataDirectory, _ findings: inout [Finding]
+  ) throws(EngineError) {
+    let store = directory.store
+    let entry = MetadataEntry(
+      key: "\(directory.prefix)doctor/\(UInt64.random(in: 0 ... .max))", value: "{\"doctor\":1}")
+    let begin = Clock.now()
+    try store.put(entry, lease: nil, call)
+    let found = try store.get(entry.key, call)
+    _ = try store.delete(entry.key, call)
+    let span = decimal(Double(Clock.now() - begin) / 1e6 / 3, places: 2)
+    if found == entry.value {
+      findings.append(.ok("round trip", "put, get and delete take \(span) ms each"))
+    } else {
+      findings.append(
+        .problem(
+          "round trip", "a key just put reads as something else",
+          advice: "is there a cache or a replica that lags behind in between?"))
+    }
+  }
+
+  /// Puts a key under a short lease and looks when it vanishes.
+  private func leases(
+    _ directory: MetadataDirectory, _ findings: inout [Finding]
+  ) throws(EngineError) {
+    let store = directory.store
+    guard let lease = try store.grant(ttlMilliseconds: Self.leaseMilliseconds, call) else {
+      findings.append(
+        .warning(
+          "leases", "this server has none: keys of killed processes stay",
+          advice: "use mooncake metadata serve, etcd or Redis, or delete such keys yourself"))
+      return
+    }
+    let entry = MetadataEntry(
+      key: "\(directory.prefix)doctor/\(UInt64.random(in: 0 ... .max))", value: "{\"doctor\":2}")
+    try store.put(entry, lease: lease, call)
+    let begin = Clock.now()
+    let latest = Deadline.after(milliseconds: lease.ttlMilliseconds + 3000)
+    while try store.get(entry.key, call) != nil {
+      if latest.hasPassed {
+        _ = try store.delete(entry.key, call)
+        findings.append(
+          .problem(
+            "leases", "a key with \(lease.ttlMilliseconds) ms to live is still there",
+            advice: "the service's clock or its leader is in trouble: see its log"))
+        return
+      }
+      sleepBriefly(nanoseconds: 50_000_000)
+    }
+    let span = Clock.now() - begin
+    let early = span + 200_000_000 < lease.ttlMilliseconds * 1_000_000
+    let detail =
+      "a key with \(lease.ttlMilliseconds) ms to live vanished after \(span / 1_000_000) ms"
+    findings.append(
+      early
+        ? .problem(
+          "leases", detail, advice: "the service's clock runs fast, or somebody deletes keys")
+        : .ok("leases", detail))
+  }
+
+  // MARK: What others have left
+
+  private func owners(_ directory: MetadataDirectory) -> [Finding] {
+    let prefix = directory.routeKey("")
+    let routes: [MetadataEntry]
+    let segments: [MetadataEntry]
+    do throws(EngineError) {
+      routes = try directory.store.listAll(prefix: prefix, call).entries
+      segments = try directory.store.listAll(prefix: directory.prefix + "ram/", call).entries
+    } catch {
+      if error.code == .unsupported {
+        return [.ok("entries", "this server lists no keys, so they are not looked at")]
+      }
+      return [.warning("entries", error.message, advice: advice(for: error))]
+    }
+    var findings = [
+      Finding.ok("entries", "\(segments.count) segment(s), \(routes.count) route(s)")
+    ]
+    for entry in segments {
+      do throws(EngineError) { _ = try SegmentDescriptor(json: entry.value) } catch {
+        findings.append(
+          .warning(
+            entry.key, error.message, advice: "mooncake metadata delete \(uri) \(entry.key)"))
+      }
+    }
+    for entry in routes.prefix(Self.ownerLimit) {
+      if let finding = owner(entry, directory, String(entry.key.dropFirst(prefix.count))) {
+        findings.append(finding)
+      }
+    }
+    if routes.count > Self.ownerLimit {
+      findings.append(
+        .ok("owners", "only the first \(Self.ownerLimit) were asked for a sign of life"))
+    }
+    return findings
+  }
+
+  /// nil if all is well.
+  private func owner(
+    _ entry: MetadataEntry, _ directory: MetadataDirectory, _ name: String
+  ) -> Finding? {
+    do throws(EngineError) {
+      let route = try directory.route(to: name, call)
+      try RPCClient.probe(
+        route.description, deadline: .after(milliseconds: min(timeoutMilliseconds, 1000)))
+      return nil
+    } catch {
+      let keys = "\(entry.key) and \(directory.segmentKey(name))"
+      return .warning(
+        "owner of \(name)", "gives no sign of life: \(error.message)",
+        advice: "if its process is gone, delete \(keys) (mooncake metadata delete); keys with a"
+          + " lease vanish by themselves")
+    }
+  }
+}

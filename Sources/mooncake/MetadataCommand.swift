@@ -1,0 +1,77 @@
+import ArgumentParser
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// Groups what works on metadata services.
+struct MetadataCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "metadata",
+    abstract: "Serves metadata over HTTP, and looks into any metadata service.",
+    discussion: """
+      URI is what engines are given: etcd://host:2379, redis://host:6379 or \
+      http://host:8080/metadata. Keys begin with mooncake/.
+      """,
+    subcommands: [
+      MetadataServeCommand.self, MetadataGetCommand.self, MetadataPutCommand.self,
+      MetadataDeleteCommand.self, MetadataListCommand.self, MetadataWatchCommand.self,
+    ])
+}
+
+/// Runs the HTTP metadata server.
+struct MetadataServeCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "serve",
+    abstract: "Serves metadata over HTTP until it is stopped.",
+    discussion: """
+      The first line on stdout is the URI to give to engines. Whoever reaches the port may read \
+      and change everything, so it listens on the loopback unless --host says otherwise. Ends on \
+      SIGINT or SIGTERM.
+      """)
+
+  @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
+  var host = "127.0.0.1"
+
+  @Option(help: "Port; 0: the system chooses.")
+  var port: UInt16 = 8080
+
+  @Option(help: "Folder that keeps the contents over restarts; default: they end with the server.")
+  var directory: String?
+
+  @Option(help: "Keys and values that the server takes in all, such as 256MiB.")
+  var memory = ByteCount(1 << 30)
+
+  @Flag(help: "Prints one JSON object instead of the URI.")
+  var json = false
+
+  func run() throws {
+    let stop = try StopRequest()
+    raiseDescriptorLimit()
+    try reportingEngineErrors {
+      var options = MetadataServer.Options()
+      options.host = host
+      options.port = port
+      options.directory = directory
+      options.maximumBytes = Int(clamping: memory.value)
+      let server = try MetadataServer(options)
+      if json {
+        var line = JSONObject()
+        line.add("uri", server.uri)
+        line.add("port", Int(server.address.port ?? 0))
+        printLine(line.text)
+      } else {
+        printLine(server.uri)
+      }
+      stop.wait(until: .never, orEndOfInput: false)
+      server.stop()
+    }
+  }
+
+  /// Every connection takes a descriptor, and the usual limit is below what the server serves.
+  private func raiseDescriptorLimit() {
+    var limit = rlimit()
+    guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }
+    limit.rlim_cur = min(limit.rlim_max, max(limit.rlim_cur, 4096))
+    _ = setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+  }
+}

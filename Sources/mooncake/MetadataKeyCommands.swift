@@ -1,0 +1,241 @@
+import ArgumentParser
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// The service and how long to wait for it; shared by the commands that ask one.
+struct MetadataArguments: ParsableArguments {
+  @Argument(help: "The service, such as etcd://host:2379.")
+  var uri: String
+
+  @Option(help: "Milliseconds to wait for the service.")
+  var timeoutMs: UInt64 = 5000
+
+  @Flag(help: "Prints JSON, one object a line.")
+  var json = false
+
+  func validate() throws { try require(1...600_000, timeoutMs, "--timeout-ms") }
+
+  func open() throws -> any MetadataStore {
+    signal(SIGPIPE, SIG_IGN)
+    return try MetadataStores.open(MetadataURI(parsing: uri))
+  }
+
+  var call: MetadataCall { MetadataCall(until: .after(milliseconds: timeoutMs)) }
+
+  func print(_ entry: MetadataEntry, withValue: Bool = true) {
+    if json {
+      printLine(Self.json(entry, withValue: withValue).text)
+    } else {
+      printLine(withValue ? "\(entry.key)\t\(Self.oneLine(entry.value))" : entry.key)
+    }
+  }
+
+  static func json(_ entry: MetadataEntry, withValue: Bool) -> JSONObject {
+    var line = JSONObject()
+    line.add("key", entry.key)
+    if withValue { line.add("value", entry.value) }
+    return line
+  }
+
+  static func oneLine(_ text: String) -> String {
+    var text = text[...]
+    while text.last?.isNewline == true { text.removeLast() }
+    return text.replacing(where: \.isNewline, with: " ")
+  }
+}
+
+extension Substring {
+  fileprivate func replacing(where matches: (Character) -> Bool, with other: Character) -> String {
+    String(map { matches($0) ? other : $0 })
+  }
+}
+
+/// Prints the value of a key.
+struct MetadataGetCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "get", abstract: "Prints what stands under a key; exit code 1 if nothing does.")
+
+  @OptionGroup var service: MetadataArguments
+
+  @Argument(help: "The whole key, such as mooncake/ram/10.0.0.5:15321.")
+  var key: String
+
+  func run() throws {
+    try reportingEngineErrors {
+      let store = try service.open()
+      guard let value = try store.get(key, service.call) else {
+        throw EngineError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
+      }
+      if service.json {
+        service.print(MetadataEntry(key: key, value: value))
+      } else {
+        var text = value.last?.isNewline == true ? value : value + "\n"
+        fflush(nil)
+        _ = text.withUTF8 { write(STDOUT_FILENO, $0.baseAddress, $0.count) }
+      }
+    }
+  }
+}
+
+/// Puts a value under a key.
+struct MetadataPutCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "put", abstract: "Puts a value under a key, replacing the former one.")
+
+  @OptionGroup var service: MetadataArguments
+
+  @Argument(help: "The whole key.")
+  var key: String
+
+  @Argument(help: "The value; - reads it from stdin.")
+  var value: String
+
+  @Option(help: "The key vanishes after this time, such as 30s or 10m.")
+  var ttl: TimeSpan?
+
+  @Flag(help: "Changes nothing, and exits with 1, if the key exists.")
+  var ifAbsent = false
+
+  func run() throws {
+    try reportingEngineErrors {
+      let store = try service.open()
+      let entry = MetadataEntry(key: key, value: value == "-" ? try standardInput() : value)
+      let lease = try ttl.flatMap { span in
+        try store.grant(ttlMilliseconds: span.nanoseconds / 1_000_000, service.call)
+      }
+      if ttl != nil && lease == nil {
+        throw EngineError(
+          .unsupported, "metadata \(store.uri): this server keeps keys without an end")
+      }
+      if !ifAbsent {
+        try store.put(entry, lease: lease, service.call)
+      } else if try !store.putIfAbsent(entry, lease: lease, service.call) {
+        throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists")
+      }
+      if service.json { service.print(entry) }
+    }
+  }
+
+  private func standardInput() throws(EngineError) -> String {
+    var bytes: [UInt8] = []
+    var chunk = [UInt8](repeating: 0, count: 64 << 10)
+    while true {
+      let count = chunk.withUnsafeMutableBytes { read(STDIN_FILENO, $0.baseAddress, $0.count) }
+      if count == 0 { break }
+      if count < 0 { throw EngineError(.system, "reading stdin: \(Errno.current)") }
+      bytes += chunk[..<count]
+    }
+    guard let text = String(validating: bytes, as: UTF8.self) else {
+      throw EngineError(.invalidArgument, "the value on stdin is not UTF-8")
+    }
+    return text
+  }
+}
+
+/// Deletes a key.
+struct MetadataDeleteCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "delete", abstract: "Deletes a key; exit code 1 if it is not there.")
+
+  @OptionGroup var service: MetadataArguments
+
+  @Argument(help: "The whole key.")
+  var key: String
+
+  func run() throws {
+    try reportingEngineErrors {
+      let store = try service.open()
+      if try !store.delete(key, service.call) {
+        throw EngineError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
+      }
+      if service.json {
+        service.print(MetadataEntry(key: key, value: ""), withValue: false)
+      }
+    }
+  }
+}
+
+/// Lists keys.
+struct MetadataListCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "list", abstract: "Lists the keys with a prefix, a line each.")
+
+  @OptionGroup var service: MetadataArguments
+
+  @Argument(help: "What the keys begin with.")
+  var prefix = "mooncake/"
+
+  @Flag(help: "Prints each value behind its key.")
+  var values = false
+
+  func run() throws {
+    try reportingEngineErrors {
+      let store = try service.open()
+      for entry in try store.listAll(prefix: prefix, service.call).entries {
+        service.print(entry, withValue: values)
+      }
+    }
+  }
+}
+
+/// Follows keys.
+struct MetadataWatchCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "watch",
+    abstract: "Prints the keys with a prefix, and then each change, until it is stopped.",
+    discussion: "A service that cannot be reached is waited for; each failure is told on stderr.")
+
+  @OptionGroup var service: MetadataArguments
+
+  @Argument(help: "What the keys begin with.")
+  var prefix = "mooncake/"
+
+  @Flag(help: "Prints each value behind its key.")
+  var values = false
+
+  @Option(help: "Ends after this time, such as 30s or 10m.")
+  var duration: TimeSpan?
+
+  func run() throws {
+    let stop = try StopRequest()
+    try reportingEngineErrors {
+      let store = try service.open()
+      let watch = MetadataWatch(store, prefix: prefix)
+      let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never
+      while !stop.isRequested && !end.hasPassed {
+        // Short waits notice the request to stop.
+        let wait = min(end, .after(milliseconds: 2000))
+        do throws(EngineError) {
+          for change in try watch.next(MetadataCall(until: wait)) { print(change) }
+        } catch {
+          printError("mooncake: \(error.message)")
+          if error.code == .unsupported || error.code == .accessDenied { throw error }
+          stop.wait(until: min(end, .after(milliseconds: 500)), orEndOfInput: false)
+        }
+      }
+    }
+  }
+
+  private func print(_ change: MetadataChange) {
+    if service.json {
+      var line = JSONObject()
+      switch change {
+      case .put(let entry):
+        line.add("change", "put")
+        line.add("key", entry.key)
+        if values { line.add("value", entry.value) }
+      case .delete(let key):
+        line.add("change", "delete")
+        line.add("key", key)
+      }
+      return printLine(line.text)
+    }
+    switch change {
+    case .put(let entry):
+      printLine(
+        "put \(entry.key)" + (values ? "\t\(MetadataArguments.oneLine(entry.value))" : ""))
+    case .delete(let key): printLine("delete \(key)")
+    }
+  }
+}

@@ -1,0 +1,97 @@
+import MooncakeEngine
+import Testing
+
+struct MetadataTableTests {
+  /// The macro itself takes no mutating calls.
+  private func check(_ isTrue: Bool, at location: SourceLocation = #_sourceLocation) {
+    #expect(isTrue, sourceLocation: location)
+  }
+
+  private func key(_ text: String) -> MetadataKey { MetadataKey(text) }
+
+  @Test func keysAreBytes() {
+    var table = MetadataTable(revision: 0)
+    check(table.put(key("\u{E9}"), [1]) == .done)
+    check(table.put(key("e\u{301}"), [2]) == .done)
+    check(table.value(of: key("\u{E9}")) == [1] && table.count == 2)
+  }
+
+  @Test func pagesInOrder() {
+    var table = MetadataTable(revision: 0)
+    for index in (0..<100).reversed() { _ = table.put(key("k\(1000 + index)"), [UInt8(index)]) }
+    _ = table.put(key("l"), [])
+    var seen: [String] = []
+    var position: String?
+    while true {
+      let page = table.list(prefix: "k", after: position, limit: 7, byteLimit: 1 << 20)
+      seen += page.entries.map(\.key.text)
+      position = page.entries.last?.key.text
+      if !page.isCut { break }
+    }
+    check(seen == (0..<100).map { "k\(1000 + $0)" })
+    let small = table.list(prefix: "", after: nil, limit: 1000, byteLimit: 1000)
+    check(small.isCut && small.entries.count < 10)
+  }
+
+  @Test func leases() {
+    var table = MetadataTable(revision: 0)
+    check(table.grant(7, ttlMilliseconds: 1000, now: 0))
+    check(
+      !table.grant(7, ttlMilliseconds: 1000, now: 0) && !table.grant(0, ttlMilliseconds: 1, now: 0))
+    check(table.put(key("a"), [1], lease: 7) == .done)
+    check(table.put(key("b"), [1], lease: 7) == .done)
+    check(table.put(key("c"), [1], lease: 8) == .noLease)
+    // Whoever puts anew takes the key off the lease.
+    check(table.put(key("b"), [2]) == .done)
+    check(table.renew(7, now: 500_000_000)?.keys.count == 1)
+    check(table.expired(now: 1_400_000_000).isEmpty)
+    check(table.expired(now: 1_500_000_000) == [7])
+    check(table.revoke(7) && !table.revoke(7) && table.renew(7, now: 0) == nil)
+    check(table.value(of: key("a")) == nil && table.value(of: key("b")) == [2])
+    check(table.nextExpiry == .max)
+  }
+
+  @Test func stallsPostpone() {
+    var table = MetadataTable(revision: 0)
+    _ = table.grant(1, ttlMilliseconds: 1000, now: 0)
+    table.postpone(nanoseconds: 5_000_000_000)
+    check(table.expired(now: 5_900_000_000).isEmpty)
+    check(table.expired(now: 6_000_000_000) == [1])
+  }
+
+  @Test func changesAreRemembered() {
+    var limits = MetadataLimits()
+    limits.historyCount = 10
+    var table = MetadataTable(revision: 100, limits: limits)
+    check(table.changes(prefix: "", since: 100)?.isEmpty == true)
+    check(
+      table.changes(prefix: "", since: 99) == nil && table.changes(prefix: "", since: 101) == nil)
+    for index in 0..<50 { _ = table.put(key("a\(index % 5)"), [UInt8(index)]) }
+    _ = table.delete(key("a0"))
+    check(table.revision == 151)
+    check(table.changes(prefix: "", since: 100) == nil)
+    let last = table.changes(prefix: "a0", since: 145)
+    check(last?.map(\.revision) == [146, 151] && last?.last?.value == nil)
+  }
+
+  @Test func bounds() {
+    var limits = MetadataLimits()
+    limits.totalBytes = 2000
+    limits.keyBytes = 10
+    limits.valueBytes = 1000
+    limits.leaseCount = 1
+    var table = MetadataTable(revision: 0, limits: limits)
+    check(table.put(key("12345678901"), []) == .tooLarge)
+    check(table.put(key("a"), [UInt8](repeating: 0, count: 1001)) == .tooLarge)
+    check(table.put(key("a"), [UInt8](repeating: 0, count: 1000)) == .done)
+    check(table.put(key("b"), [UInt8](repeating: 0, count: 1000)) == .full)
+    check(table.put(key("a"), [], isOnlyIfAbsent: true) == .exists)
+    check(table.put(key("a"), [1]) == .done)
+    check(table.put(key("b"), [UInt8](repeating: 0, count: 1000)) == .done)
+    check(
+      table.grant(1, ttlMilliseconds: 1, now: 0) && !table.grant(2, ttlMilliseconds: 1, now: 0))
+    _ = table.delete(key("a"))
+    _ = table.delete(key("b"))
+    check(table.usedBytes == 0)
+  }
+}
