@@ -1,5 +1,5 @@
-/* Counts the allocations of a process that has this preloaded. They are made by the C library, whose
- * own names for them stay callable. */
+/* Counts the allocations of a process that has this preloaded. The C library makes them; its own
+ * names for them stay callable. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stddef.h>

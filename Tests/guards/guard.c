@@ -14,8 +14,8 @@
 #include "../abi/peer.h"
 
 #ifdef __x86_64__
-/* Valgrind 3.19 lacks pidfd_open, without which the library shares no memory. The library's calls of
- * syscall() come here; under valgrind, a process gets a descriptor that never tells its end. */
+/* Valgrind 3.19 lacks pidfd_open, without which the library shares no memory. The library's calls
+ * of syscall() come here; under valgrind, a process gets a descriptor that never tells its end. */
 long syscall(long number, ...) {
   va_list list;
   va_start(list, number);
