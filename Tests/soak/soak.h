@@ -24,6 +24,7 @@ enum {
   CALL_MS = 10000,    /* for what blocks */
   TRANSFER_MS = 30000,
   SLACK_SECONDS = 10, /* beyond a deadline, on a loaded machine */
+  NOTICE_SECONDS = 2, /* in which an engine hears of the end of a peer, on a loaded machine */
 };
 
 #define VISIT_BYTES (4u << 20) /* of the initiator, for each peer */
@@ -161,10 +162,12 @@ static inline uint64_t nanoseconds_now(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Whether the peer was dead at any time since start. That it was stopped excuses nothing: it is
- * not for as long as any timeout. */
+/* Whether the peer was dead at any time since start, or so shortly before that requests may have
+ * been sent to the former process: those fail rather than being repeated into the new one. That it
+ * was stopped excuses nothing: it is not for as long as any timeout. */
 static inline int was_dead(const peer_t *peer, uint64_t start) {
-  return atomic_load(&peer->death_end) >= start;
+  uint64_t end = atomic_load(&peer->death_end); /* beyond every time while it is dead */
+  return end >= start || start - end < NOTICE_SECONDS * 1000000000ull;
 }
 
 #endif
