@@ -162,12 +162,17 @@ static inline uint64_t nanoseconds_now(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Whether the peer was dead at any time since start, or so shortly before that requests may have
- * been sent to the former process: those fail rather than being repeated into the new one. That it
- * was stopped excuses nothing: it is not for as long as any timeout. */
+/* Whether the peer was dead at any time since start. That it was stopped excuses nothing: it is
+ * not for as long as any timeout. */
 static inline int was_dead(const peer_t *peer, uint64_t start) {
+  return atomic_load(&peer->death_end) >= start;
+}
+
+/* Whether it came back so shortly before that requests may have been sent to the former process:
+ * those end as unreachable rather than being repeated into the new one. */
+static inline int is_just_back(const peer_t *peer, uint64_t start) {
   uint64_t end = atomic_load(&peer->death_end); /* beyond every time while it is dead */
-  return end >= start || start - end < NOTICE_SECONDS * 1000000000ull;
+  return end < start && start - end < NOTICE_SECONDS * 1000000000ull;
 }
 
 #endif

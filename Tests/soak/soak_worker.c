@@ -138,6 +138,8 @@ static int is_expected(const worker_t *worker, const job_t *job,
              nanoseconds_now() - worker->start >= worker->timeout_ms * 1000000;
     case MOONCAKE_STATE_FAILED:
       return (is_excused(status->error) && was_dead(job->peer, worker->start)) ||
+             (status->error == MOONCAKE_ERROR_UNREACHABLE &&
+              is_just_back(job->peer, worker->start)) ||
              (status->error == MOONCAKE_ERROR_NOT_REGISTERED && is_gone);
     default: return 0;
   }
