@@ -20,6 +20,7 @@ let package = Package(
   products: [
     .library(name: "mooncake", type: .dynamic, targets: ["MooncakeLibrary"]),
     .library(name: "MooncakeEngine", targets: ["MooncakeEngine"]),
+    .library(name: "MooncakeStore", targets: ["MooncakeStore"]),
     .executable(name: "mooncake-cli", targets: ["MooncakeCommand"]),
   ],
   dependencies: [
@@ -34,13 +35,19 @@ let package = Package(
     .systemLibrary(name: "CCurl", path: "Sources/CCurl"),
     .systemLibrary(name: "CHiredis", path: "Sources/CHiredis"),
     .systemLibrary(name: "CMicroHTTP", path: "Sources/CMicroHTTP"),
+    // Headers only: what it offers is compiled into its users.
+    .systemLibrary(name: "CXXHash", path: "Sources/CXXHash"),
     .target(name: "MooncakeSystem", dependencies: ["CLinux"], swiftSettings: releaseFlags),
     .target(
       name: "MooncakeEngine",
       dependencies: ["MooncakeSystem", "CLinux", "CJSON", "CCurl", "CHiredis", "CMicroHTTP"],
       swiftSettings: releaseFlags),
     .target(
-      name: "MooncakeABI", dependencies: ["MooncakeEngine", "MooncakeSystem", "CMooncake"],
+      name: "MooncakeStore", dependencies: ["MooncakeEngine", "MooncakeSystem", "CXXHash"],
+      swiftSettings: releaseFlags),
+    .target(
+      name: "MooncakeABI",
+      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CMooncake"],
       swiftSettings: releaseFlags),
     // Linker settings spread to everything that depends on a target, so this one has no dependents.
     .target(
@@ -58,7 +65,7 @@ let package = Package(
     .executableTarget(
       name: "MooncakeCommand",
       dependencies: [
-        "MooncakeEngine", "MooncakeSystem",
+        "MooncakeStore", "MooncakeEngine", "MooncakeSystem",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
         .product(name: "Histogram", package: "hdrhistogram-swift"),
       ],
@@ -72,6 +79,9 @@ let package = Package(
     .testTarget(
       name: "MooncakeEngineTests",
       dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON", "MooncakeTestPeer"],
+      swiftSettings: releaseFlags),
+    .testTarget(
+      name: "MooncakeStoreTests", dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem"],
       swiftSettings: releaseFlags),
   ]
 )

@@ -73,7 +73,17 @@ enum {
   /* This build, machine or peer cannot do it. */
   MOONCAKE_ERROR_UNSUPPORTED = -16,
   /* The operating system refused; the message has its reason. */
-  MOONCAKE_ERROR_SYSTEM = -17
+  MOONCAKE_ERROR_SYSTEM = -17,
+  /* The name is taken, or this store holds the payload already. */
+  MOONCAKE_ERROR_EXISTS = -18,
+  /* This store does not hold the payload. */
+  MOONCAKE_ERROR_NOT_HELD = -19,
+  /* The buffers are not of the payload's size, or the payload has other buffers. */
+  MOONCAKE_ERROR_SIZE_MISMATCH = -20,
+  /* Bytes arrived, but not those that were registered. */
+  MOONCAKE_ERROR_DIGEST_MISMATCH = -21,
+  /* No holder of the payload could be read; the message lists those tried, and why not. */
+  MOONCAKE_ERROR_NO_HOLDER = -22
 };
 
 /* Name of an error code, such as "MOONCAKE_ERROR_TIMEOUT"; "MOONCAKE_ERROR_UNKNOWN" for any other

@@ -21,6 +21,11 @@ public struct EngineError: Error, Sendable, CustomStringConvertible {
     case canceled = -15
     case unsupported = -16
     case system = -17
+    case exists = -18
+    case notHeld = -19
+    case sizeMismatch = -20
+    case digestMismatch = -21
+    case noHolder = -22
   }
 
   public let code: Code

@@ -1,0 +1,69 @@
+/// What a receiver asks a holder for: leave to read some shards that it lacks.
+package struct ShardRequest: Equatable, Sendable {
+  /// The holding that is asked.
+  package var holding: UInt64
+  package var version: PayloadVersion
+  /// Random for each `get`: one receiver, however often it asks.
+  package var reader: UInt64
+  /// The receiver as a holder, told onward to others; nil if it offers nothing.
+  package var own: HolderAddress?
+  /// What it has, or is getting elsewhere; empty with `wanted`.
+  package var have: ShardSet
+  /// Only these shards, for reading a range; nil: what the holder chooses.
+  package var wanted: Range<Int>?
+  /// Shards granted before by this holder whose reading has ended, well or not.
+  package var returned: [Int]
+  /// How many shards it would like to read; 0 only gives back.
+  package var limit: Int
+
+  package init(
+    holding: UInt64, version: PayloadVersion, reader: UInt64, own: HolderAddress?, have: ShardSet,
+    wanted: Range<Int>? = nil, returned: [Int], limit: Int
+  ) {
+    self.holding = holding
+    self.version = version
+    self.reader = reader
+    self.own = own
+    self.have = have
+    self.wanted = wanted
+    self.returned = returned
+    self.limit = limit
+  }
+}
+
+/// What a holder answers.
+package struct ShardAnswer: Equatable, Sendable {
+  package enum State: UInt64, Sendable {
+    /// Serves; what was granted may be read now.
+    case serving = 0
+    /// Serves others; ask again after `retryMilliseconds`.
+    case busy = 1
+    /// Holds this no longer, or never did.
+    case gone = 2
+  }
+  package var state: State
+  /// Shards that may be read from now on, until they are given back or for `leaseMilliseconds`.
+  package var granted: [Int]
+  package var leaseMilliseconds: UInt64
+  package var retryMilliseconds: UInt64
+  /// How many shards the holder has.
+  package var heldCount: Int
+  /// Receivers that read from it now.
+  package var readerCount: Int
+  /// Others that hold some of it.
+  package var peers: [HolderAddress]
+
+  package init(
+    state: State, granted: [Int] = [], leaseMilliseconds: UInt64 = 0,
+    retryMilliseconds: UInt64 = 0, heldCount: Int = 0, readerCount: Int = 0,
+    peers: [HolderAddress] = []
+  ) {
+    self.state = state
+    self.granted = granted
+    self.leaseMilliseconds = leaseMilliseconds
+    self.retryMilliseconds = retryMilliseconds
+    self.heldCount = heldCount
+    self.readerCount = readerCount
+    self.peers = peers
+  }
+}
