@@ -61,6 +61,11 @@ extension EngineError.Code {
     case .canceled: "MOONCAKE_ERROR_CANCELED"
     case .unsupported: "MOONCAKE_ERROR_UNSUPPORTED"
     case .system: "MOONCAKE_ERROR_SYSTEM"
+    case .exists: "MOONCAKE_ERROR_EXISTS"
+    case .notHeld: "MOONCAKE_ERROR_NOT_HELD"
+    case .sizeMismatch: "MOONCAKE_ERROR_SIZE_MISMATCH"
+    case .digestMismatch: "MOONCAKE_ERROR_DIGEST_MISMATCH"
+    case .noHolder: "MOONCAKE_ERROR_NO_HOLDER"
     }
   }
 }
