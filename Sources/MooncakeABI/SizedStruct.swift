@@ -1,3 +1,5 @@
+// swift-format-ignore-file: AlwaysUseLowerCamelCase
+
 // Structs of mooncake.h that begin with their own size and grow only at their end: callers bring any
 // version of them, from the first on.
 import CMooncake
