@@ -35,8 +35,8 @@ all: ## libmooncake.so and the mooncake program, in .build/release
 $(library) $(program):
 	$(MAKE) all
 
-examples: ## the C examples, in .build/examples
-	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
+examples: $(library) ## the C examples, in .build/examples
+	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples LIBRARY_FOLDER=$(abspath $(build))
 
 install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
 	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(INCLUDEDIR) \

@@ -107,7 +107,8 @@ final class HandleTable: Sendable {
   }
 
   private func release(_ key: UInt64) {
-    // Otherwise a callback of this call forked, and this is the child: its lock may be held forever.
+    // Otherwise a callback of this call forked, and this is the child, where the lock may be held
+    // forever.
     if self === Self.shared { state.withLock { $0.entries[key]?.userCount -= 1 } }
   }
 

@@ -1,7 +1,7 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
 
-// Structs of mooncake.h that begin with their own size and grow only at their end: callers bring any
-// version of them, from the first on.
+// Structs of mooncake.h that begin with their own size and grow only at their end: callers bring
+// any version of them, from the first on.
 import CMooncake
 import Glibc
 import MooncakeEngine
@@ -34,8 +34,8 @@ extension SizedStruct {
       if extra.contains(where: { $0 != 0 }) {
         throw EngineError(
           .unsupported,
-          "\(typeName) uses fields beyond the \(currentSize) bytes that this version of the library "
-            + "knows: load a newer library or leave them 0")
+          "\(typeName) uses fields beyond the \(currentSize) bytes that this version of the "
+            + "library knows: load a newer library or leave them 0")
       }
     }
     withUnsafeMutableBytes(of: &values) {

@@ -1,5 +1,5 @@
-/* What the store's programs share: a metadata server in this process, stores on it, and reading what
- * calls have found. */
+/* What the store's programs share: a metadata server in this process, stores on it, and reading
+ * what calls have found. */
 #ifndef ABI_STORE_H
 #define ABI_STORE_H
 
