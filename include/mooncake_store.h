@@ -6,9 +6,10 @@
  * SPDX-License-Identifier: Apache-2.0
  *
  *  - A payload has a name: 1 to 512 bytes of UTF-8 without control characters, not beginning with
- *    "/". Its version, 32 hexadecimal digits, is the digest of all its bytes: another content is
- *    another version, and no get ever mixes two.
- *  - A payload is cut into shards, each with a digest. Shards never span buffers.
+ *    "/".
+ *  - A payload is cut into shards, each with a digest; none spans two buffers. Its version, 32
+ *    hexadecimal digits, is the digest of these: the same bytes cut the same way are the same
+ *    version. No get ever mixes two.
  *  - Functions that take an operation block. Its deadline and its cancellation end them as TIMEOUT
  *    and CANCELED, and so does mooncake_store_destroy(); what they had begun is then undone.
  *    Besides what each says, they give INVALID_ARGUMENT, INVALID_HANDLE, FULL, SYSTEM, and of the
@@ -293,7 +294,7 @@ int32_t mooncake_store_write(mooncake_store_t *store, const char *name, uint64_t
 /* ---- Watching ----------------------------------------------------------------------------- */
 
 enum {
-  MOONCAKE_CHANGE_APPEARED = 0, /* a name is new */
+  MOONCAKE_CHANGE_APPEARED = 0, /* a name is new, or there when the watch begins */
   MOONCAKE_CHANGE_CHANGED = 1,  /* a name has a new version */
   MOONCAKE_CHANGE_VANISHED = 2  /* a name is gone; of *payload only the name is set */
 };
@@ -307,11 +308,11 @@ typedef void (*mooncake_store_watch_callback_t)(int32_t kind,
 
 typedef struct mooncake_store_watch mooncake_store_watch_t;
 
-/* Calls callback with every later change of a payload whose name begins with prefix (null or "":
- * all). The caller owns *watch and ends it with mooncake_store_watch_destroy(); after
- * mooncake_store_destroy() it is silent. context must last until either has returned.
- * Errors: INVALID_ARGUMENT, FULL (1,024 watches), SYSTEM; of the metadata service UNREACHABLE,
- * TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
+/* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED, and
+ * with every later change of one. The caller owns *watch and ends it with
+ * mooncake_store_watch_destroy(); after mooncake_store_destroy() it is silent. context must last
+ * until either has returned. Errors: INVALID_ARGUMENT, FULL (1,024 watches), SYSTEM; of the
+ * metadata service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
 int32_t mooncake_store_watch_create(mooncake_store_t *store, const char *prefix,
                                     mooncake_store_watch_t **watch,
                                     mooncake_store_watch_callback_t callback, void *context);
