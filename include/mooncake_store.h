@@ -308,8 +308,8 @@ typedef void (*mooncake_store_watch_callback_t)(int32_t kind,
 
 typedef struct mooncake_store_watch mooncake_store_watch_t;
 
-/* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED, and
- * with every later change of one. The caller owns *watch and ends it with
+/* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED,
+ * and with every later change of one. The caller owns *watch and ends it with
  * mooncake_store_watch_destroy(); after mooncake_store_destroy() it is silent. context must last
  * until either has returned. Errors: INVALID_ARGUMENT, FULL (1,024 watches), SYSTEM; of the
  * metadata service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
