@@ -258,9 +258,9 @@ int32_t mooncake_store_get(mooncake_store_t *store, const char *name,
 int32_t mooncake_store_delete_replica(mooncake_store_t *store, const char *name,
                                       const mooncake_store_operation_t *operation);
 
-/* Takes the name away: nobody finds it when this returns, and every store soon stops offering what
- * it has of it. Memory stays with those who have it until they unregister or delete it.
- * Errors: NOT_FOUND. Since 0.1. */
+/* Takes the name away: every store stops offering what it has of it, at the latest after a third of
+ * the lease in the metadata service; until then it may still be found. Memory stays with those who
+ * have it until they unregister or delete it. Errors: NOT_FOUND. Since 0.1. */
 int32_t mooncake_store_remove(mooncake_store_t *store, const char *name,
                               const mooncake_store_operation_t *operation);
 
