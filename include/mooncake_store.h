@@ -260,7 +260,8 @@ int32_t mooncake_store_delete_replica(mooncake_store_t *store, const char *name,
 
 /* Takes the name away: every store stops offering what it has of it, at the latest after a third of
  * the lease in the metadata service; until then it may still be found. Memory stays with those who
- * have it until they unregister or delete it. Errors: NOT_FOUND. Since 0.1. */
+ * have it until they unregister or delete it, which is BUSY while their store withdraws it.
+ * Errors: NOT_FOUND. Since 0.1. */
 int32_t mooncake_store_remove(mooncake_store_t *store, const char *name,
                               const mooncake_store_operation_t *operation);
 

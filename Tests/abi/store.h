@@ -4,6 +4,9 @@
 #define ABI_STORE_H
 
 #include <pthread.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 
 #include "mooncake.h"
 
@@ -95,6 +98,69 @@ static inline uint64_t settle_holders(mooncake_store_t *store, const char *name,
     if (seen != count) sleep_milliseconds(20);
   } while (seen != count && seconds_now() < end);
   return seen;
+}
+
+/* ---- A holder in a process of its own, which can be stopped and killed ---- */
+
+#define CHILD_PAYLOAD "of the child"
+#define CHILD_SEGMENT "the child's segment"
+
+enum { CHILD_LENGTH = 64 << 20, CHILD_SEED = 31 };
+
+typedef struct store_child {
+  pid_t pid;
+  int input;
+  int output;
+} store_child_t;
+
+static inline void child_run(int input, int output) {
+  unsigned char *memory = (unsigned char *)new_pages(CHILD_LENGTH);
+  mooncake_buffer_t buffer = {memory, CHILD_LENGTH};
+  fill_pattern(memory, CHILD_LENGTH, CHILD_SEED);
+  if (read(input, store_uri, sizeof store_uri) != sizeof store_uri) _exit(1);
+  mooncake_store_t *store = create_store(CHILD_SEGMENT);
+  REQUIRE_OK(mooncake_store_register(store, CHILD_PAYLOAD, &buffer, 1, NULL, NULL, NULL));
+  REQUIRE(write(output, "", 1) == 1);
+  for (;;) pause();
+}
+
+/* Starts it; call before this process has stores. */
+static inline store_child_t child_start(void) {
+  int to_child[2];
+  int to_parent[2];
+  REQUIRE(pipe(to_child) == 0 && pipe(to_parent) == 0);
+  pid_t pid = fork();
+  REQUIRE(pid >= 0);
+  if (pid == 0) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    close(to_child[1]);
+    child_run(to_child[0], to_parent[1]);
+  }
+  close(to_child[0]);
+  close(to_parent[1]);
+  store_child_t child = {pid, to_child[1], to_parent[0]};
+  return child;
+}
+
+/* Returns when it has published. */
+static inline void child_publish(const store_child_t *child) {
+  char ready;
+  REQUIRE(write(child->input, store_uri, sizeof store_uri) == sizeof store_uri);
+  REQUIRE(read(child->output, &ready, 1) == 1);
+}
+
+/* Returns when its threads do stand still. */
+static inline void child_stop(const store_child_t *child) {
+  int status = 0;
+  REQUIRE(kill(child->pid, SIGSTOP) == 0);
+  REQUIRE(waitpid(child->pid, &status, WUNTRACED) == child->pid && WIFSTOPPED(status));
+}
+
+static inline void child_kill(const store_child_t *child) {
+  kill(child->pid, SIGKILL);
+  waitpid(child->pid, NULL, 0);
+  close(child->input);
+  close(child->output);
 }
 
 #endif

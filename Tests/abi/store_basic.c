@@ -1,9 +1,6 @@
 /* Everything the store does, through its C interface: three stores of one process and one of a
  * process that is killed. Afterwards no descriptor and no thread is left. */
 #include <ctype.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 
 #include "store.h"
 
@@ -253,6 +250,18 @@ static void wrong_sizes(mooncake_store_t *store, unsigned char *memory) {
   CHECK_EQUAL(mooncake_store_delete_replica(store, "models/a", NULL), MOONCAKE_ERROR_NOT_HELD);
 }
 
+/* Repeats what ends a payload while the store itself works on it. */
+static int32_t settle_end(int32_t (*end_payload)(mooncake_store_t *, const char *,
+                                                 const mooncake_store_operation_t *),
+                          mooncake_store_t *store, const char *name) {
+  double end = seconds_now() + 10;
+  int32_t code;
+  while ((code = end_payload(store, name, NULL)) == MOONCAKE_ERROR_BUSY && seconds_now() < end) {
+    sleep_milliseconds(5);
+  }
+  return code;
+}
+
 /* The name is taken away by a store that has nothing of it. */
 static void removed(mooncake_store_t *a, mooncake_store_t *b, mooncake_store_t *c,
                     unsigned char *memory) {
@@ -271,63 +280,31 @@ static void removed(mooncake_store_t *a, mooncake_store_t *b, mooncake_store_t *
   /* The bytes stay until their holder gives them up. */
   CHECK(memcmp(replica, memory, MIB) == 0);
   REQUIRE_OK(mooncake_store_result_free(result));
-  REQUIRE_OK(mooncake_store_delete_replica(b, "gone", NULL));
-  REQUIRE_OK(mooncake_store_unregister(a, "gone", NULL));
+  /* Until the store has withdrawn it by itself, that is BUSY. */
+  REQUIRE_EQUAL(settle_end(mooncake_store_delete_replica, b, "gone"), MOONCAKE_OK);
+  REQUIRE_EQUAL(settle_end(mooncake_store_unregister, a, "gone"), MOONCAKE_OK);
   CHECK_EQUAL(mooncake_store_remove(c, "gone", NULL), MOONCAKE_ERROR_NOT_FOUND);
 }
 
 /* ---- A holder that is killed ---- */
 
-static int child_input;
-static int child_output;
-
-/* Waits for the address of the metadata server, publishes and sleeps until it is killed. */
-static pid_t start_child(void) {
-  int to_child[2];
-  int to_parent[2];
-  REQUIRE(pipe(to_child) == 0 && pipe(to_parent) == 0);
-  pid_t pid = fork();
-  REQUIRE(pid >= 0);
-  if (pid == 0) {
-    static unsigned char memory[MIB];
-    mooncake_buffer_t buffer = {memory, MIB};
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    close(to_child[1]);
-    if (read(to_child[0], store_uri, sizeof store_uri) != sizeof store_uri) _exit(1);
-    mooncake_store_t *store = create_store("the killed one");
-    REQUIRE_OK(mooncake_store_register(store, "orphan", &buffer, 1, NULL, NULL, NULL));
-    REQUIRE(write(to_parent[1], "", 1) == 1);
-    for (;;) pause();
-  }
-  close(to_child[0]);
-  close(to_parent[1]);
-  child_input = to_child[1];
-  child_output = to_parent[0];
-  return pid;
-}
-
-static void killed(mooncake_store_t *store, pid_t pid) {
+static void killed(mooncake_store_t *store, const store_child_t *child) {
   mooncake_store_operation_t operation = operation_defaults();
   mooncake_store_result_t *result = NULL;
-  char ready;
-  REQUIRE(write(child_input, store_uri, sizeof store_uri) == sizeof store_uri);
-  REQUIRE(read(child_output, &ready, 1) == 1);
-  CHECK_EQUAL(settle_holders(store, "orphan", 1), 1);
-  kill(pid, SIGKILL);
-  waitpid(pid, NULL, 0);
+  child_publish(child);
+  CHECK_EQUAL(settle_holders(store, CHILD_PAYLOAD, 1), 1);
+  child_kill(child);
   double start = seconds_now();
   operation.timeout_ms = 15000;
-  CHECK_EQUAL(mooncake_store_get(store, "orphan", NULL, 0, NULL, &operation, &result),
+  CHECK_EQUAL(mooncake_store_get(store, CHILD_PAYLOAD, NULL, 0, NULL, &operation, &result),
               MOONCAKE_ERROR_NO_HOLDER);
   CHECK(seconds_now() - start < 14);
   /* Who was tried. */
-  CHECK(strstr(mooncake_error_message(), "the killed one") != NULL);
-  close(child_input);
-  close(child_output);
+  CHECK(strstr(mooncake_error_message(), CHILD_SEGMENT) != NULL);
 }
 
 int main(void) {
-  pid_t child = start_child();
+  store_child_t child = child_start();
   unsigned char *memory = (unsigned char *)new_pages(TOTAL + 4096);
   unsigned char *copy = (unsigned char *)new_pages(TOTAL + 4096);
   changes_t changes = {.mutex = PTHREAD_MUTEX_INITIALIZER};
@@ -391,7 +368,7 @@ int main(void) {
   CHECK_EQUAL(mooncake_store_watch_destroy(watch), MOONCAKE_ERROR_INVALID_HANDLE);
 
   removed(a, b, c, memory);
-  killed(c, child);
+  killed(c, &child);
 
   REQUIRE_OK(mooncake_store_destroy(a));
   REQUIRE_OK(mooncake_store_destroy(b));
