@@ -196,7 +196,8 @@ extension P2PStore {
   private func complete(_ holding: Holding, _ bounds: Bounds) {
     keeper.put(holding.record, bounds.call)
     shared?.addReplica(
-      holding.name, segment: engine.name, holding.shardAddresses, bounds.call)
+      holding.name, version: holding.version, segment: engine.name, holding.shardAddresses,
+      bounds.call)
   }
 
   private func free(_ allocations: [UInt64]) {

@@ -11,9 +11,11 @@ extension P2PStore {
     try bounds.check("start")
     let payloads = try directory.list(prefix: prefix, bounds.call)
     guard let shared else { return payloads }
-    let known = Set(payloads.map(\.name))
-    let others = try shared.list(prefix: prefix, bounds.call).filter { !known.contains($0.name) }
-    return (payloads + others).sorted { $0.name < $1.name }
+    let known = Set(payloads.map { MetadataKey($0.name) })
+    let others = try shared.list(prefix: prefix, bounds.call).filter {
+      !known.contains(MetadataKey($0.name))
+    }
+    return (payloads + others).sorted { MetadataKey($0.name) < MetadataKey($1.name) }
   }
 
   /// What is known of a payload, with the length of each buffer, and who offers it.
