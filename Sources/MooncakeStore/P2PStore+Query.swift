@@ -2,7 +2,7 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Payloads whose names begin with a prefix, in order of names, with sizes and numbers of holders.
+  /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders.
   /// Those of the existing system are among them where both share an etcd.
   public func list(
     prefix: String, _ operation: StoreOperation = StoreOperation()
