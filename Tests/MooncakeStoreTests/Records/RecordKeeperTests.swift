@@ -104,7 +104,8 @@ private final class Process: Sendable {
   func oneOfManyCreatesAName(_ kind: MetadataService.Kind) throws {
     let service = try MetadataService(kind)
     let processes = try (0..<8).map { _ in try Process(service) }
-    let (winners, losers) = (Atomic(0), Atomic(0))
+    let winners = Atomic(0)
+    let losers = Atomic(0)
     let threads = try processes.enumerated().map { index, process in
       try WorkerThread.start(name: "create") {
         do throws(EngineError) {

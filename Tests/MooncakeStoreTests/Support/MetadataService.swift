@@ -174,3 +174,9 @@ func testRecord(
     holder: HolderAddress(holding: holding, rpc: "10.0.0.1:7", segment: "node-\(holding)"),
     isOrigin: isOrigin, isComplete: isComplete)
 }
+
+/// The code of the error that `body` throws.
+func code(_ body: () throws -> Void) -> EngineError.Code? {
+  do { try body() } catch { return (error as? EngineError)?.code }
+  return nil
+}
