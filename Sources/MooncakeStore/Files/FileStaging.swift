@@ -5,7 +5,7 @@ import MooncakeSystem
 
 /// Files on their way: in a hidden directory beside where they will be, complete in size, mapped, and
 /// put in their places only when every byte is there. What was made is removed on any failure.
-final class FileStaging {
+package final class FileStaging {
   /// Keeps a descriptor open where only what can be copied may stand.
   private final class OpenDirectory {
     let descriptor: FileDescriptor
@@ -27,7 +27,7 @@ final class FileStaging {
   /// Of each file of the list, in order; none of an empty one.
   private var memories: [FileMemory?] = []
 
-  init(directory: String, payload name: String, replacesFiles: Bool) {
+  package init(directory: String, payload name: String, replacesFiles: Bool) {
     var directory = directory
     while directory.utf8.count > 1 && directory.last == "/" { directory.removeLast() }
     self.directory = directory
@@ -41,7 +41,7 @@ final class FileStaging {
   static func isStaging(_ name: String) -> Bool { name.hasPrefix(prefix) }
 
   /// Makes room for the files of a payload and returns their memory. Again for another version.
-  func place(_ manifest: Manifest) throws(EngineError) -> [PayloadBuffer] {
+  package func place(_ manifest: Manifest) throws(EngineError) -> [PayloadBuffer] {
     discard()
     do throws(EngineError) {
       let list = try list(of: manifest)
@@ -67,7 +67,7 @@ final class FileStaging {
 
   /// Puts the files in their places; `syncs`: they survive a loss of power from then on. After a
   /// failure their memory stays until `discard`.
-  func commit(syncs: Bool) throws(EngineError) -> [MappedFile] {
+  package func commit(syncs: Bool) throws(EngineError) -> [MappedFile] {
     guard let hidden, let list else { return [] }
     if syncs { for file in list.files { try sync(hidden + "/" + file.path) } }
     // What has come into their way meanwhile is not overwritten.
@@ -93,7 +93,7 @@ final class FileStaging {
   }
 
   /// Removes everything that has not been put in its place.
-  func discard() {
+  package func discard() {
     list = nil
     memories = []
     if let hidden { Self.removeTree(hidden) }

@@ -4,17 +4,17 @@ import MooncakeEngine
 import MooncakeSystem
 
 /// Finds the files to publish.
-enum FileTree {
-  struct Found {
+package enum FileTree {
+  package struct Found {
     /// Where it is here.
-    var path: String
+    package var path: String
     /// Its path in the payload.
-    var name: String
+    package var name: String
   }
 
   /// Of one directory its contents; of several paths, or of a file, each under its last name. Links
   /// to files count as files. Sorted, so that the same files always are the same payload.
-  static func files(of paths: [String]) throws(EngineError) -> [Found] {
+  package static func files(of paths: [String]) throws(EngineError) -> [Found] {
     if paths.isEmpty { throw EngineError(.invalidArgument, "no file or directory is named") }
     var found: [Found] = []
     for path in paths {

@@ -4,7 +4,7 @@ import MooncakeEngine
 import MooncakeSystem
 
 /// A file whose bytes are a buffer of a payload, in memory without a second copy.
-final class MappedFile: Sendable {
+package final class MappedFile: Sendable {
   /// What changes when somebody writes into a file or puts another in its place.
   private struct State: Equatable {
     var device: UInt64
@@ -22,9 +22,9 @@ final class MappedFile: Sendable {
     }
   }
 
-  let path: String
-  let size: UInt64
-  let isExecutable: Bool
+  package let path: String
+  package let size: UInt64
+  package let isExecutable: Bool
   /// None for an empty file.
   private let memory: FileMemory?
   private let state: State
@@ -32,7 +32,7 @@ final class MappedFile: Sendable {
   private static let chunkBytes = 256 << 10
 
   /// Maps an existing file for reading.
-  init(reading path: String) throws(EngineError) {
+  package init(reading path: String) throws(EngineError) {
     // Without waiting, should it have become a pipe meanwhile.
     let file = try Self.open(path)
     let status = try Self.status(file, path)
@@ -57,19 +57,19 @@ final class MappedFile: Sendable {
   }
 
   /// The file as a buffer; nil for an empty one.
-  var buffer: PayloadBuffer? {
+  package var buffer: PayloadBuffer? {
     memory.map { PayloadBuffer(address: $0.address, length: size) }
   }
 
   /// Throws if the file is not what it was when it was mapped.
-  func check() throws(EngineError) {
+  package func check() throws(EngineError) {
     var status = stat()
     if stat(path, &status) != 0 || State(status) != state { throw Self.changed(path) }
   }
 
   /// The digest of some bytes. They are read, not touched in memory: a file that is cut short in
   /// between makes an error instead of ending the process.
-  func digest(offset: UInt64, length: UInt64) throws(EngineError) -> Digest {
+  package func digest(offset: UInt64, length: UInt64) throws(EngineError) -> Digest {
     let file = try Self.open(path)
     if State(try Self.status(file, path)) != state { throw Self.changed(path) }
     posix_fadvise(file.rawValue, Int(offset), Int(length), POSIX_FADV_SEQUENTIAL)
