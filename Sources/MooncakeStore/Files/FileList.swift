@@ -93,16 +93,20 @@ package struct FileList: Equatable, Sendable {
     if files.count > maximumFileCount {
       return "they are \(files.count), more than \(maximumFileCount)"
     }
-    var paths: Set<String> = []
-    var directories: Set<String> = []
+    // As bytes: two spellings of one letter are equal strings, but different files.
+    var paths: Set<[UInt8]> = []
+    var directories: Set<[UInt8]> = []
     for file in files {
       if let problem = problem(with: file.path) { return problem }
-      if !paths.insert(file.path).inserted { return "'\(file.path)' is there twice" }
-      for (index, byte) in file.path.utf8.enumerated() where byte == UInt8(ascii: "/") {
-        directories.insert(String(decoding: file.path.utf8.prefix(index), as: UTF8.self))
+      let bytes = Array(file.path.utf8)
+      if !paths.insert(bytes).inserted { return "'\(file.path)' is there twice" }
+      for (index, byte) in bytes.enumerated() where byte == UInt8(ascii: "/") {
+        directories.insert(Array(bytes[..<index]))
       }
     }
-    return directories.intersection(paths).min().map { "'\($0)' is a file and a directory" }
+    return files.first { directories.contains(Array($0.path.utf8)) }.map {
+      "'\($0.path)' is a file and a directory"
+    }
   }
 
   /// Why a path would leave the directory or confuse who reads it.

@@ -3,8 +3,8 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 
-/// Files on their way: in a hidden directory beside where they will be, complete in size, mapped, and
-/// put in their places only when every byte is there. What was made is removed on any failure.
+/// Files on their way: in a hidden directory beside where they will be, complete in size, mapped,
+/// and put in their places only when every byte is there. What was made is removed on any failure.
 package final class FileStaging {
   /// Keeps a descriptor open where only what can be copied may stand.
   private final class OpenDirectory {
@@ -73,11 +73,13 @@ package final class FileStaging {
     // What has come into their way meanwhile is not overwritten.
     try checkTargets(list)
     var result: [MappedFile] = []
-    var parents: Set<String> = [directory]
+    var parents = [Array(directory.utf8): directory]
     for (file, memory) in zip(list.files, memories) {
       let target = directory + "/" + file.path
       let parent = Self.parent(of: target)
-      if parents.insert(parent).inserted { try makeDirectories(upTo: parent) }
+      if parents.updateValue(parent, forKey: Array(parent.utf8)) == nil {
+        try makeDirectories(upTo: parent)
+      }
       if rename(hidden + "/" + file.path, target) != 0 {
         throw FileFailure.error(target, Errno.current, "renaming the complete file")
       }
@@ -85,7 +87,7 @@ package final class FileStaging {
         try MappedFile(
           received: target, size: file.size, isExecutable: file.isExecutable, memory: memory))
     }
-    if syncs { for parent in parents { try sync(parent) } }
+    if syncs { for parent in parents.values { try sync(parent) } }
     // They stay from here on.
     madeDirectories = []
     discard()
@@ -116,7 +118,7 @@ package final class FileStaging {
 
   private func checkTargets(_ list: FileList) throws(EngineError) {
     var status = stat()
-    var parents: Set<String> = []
+    var parents: Set<[UInt8]> = []
     for file in list.files {
       let target = directory + "/" + file.path
       if lstat(target, &status) == 0 {
@@ -129,7 +131,9 @@ package final class FileStaging {
         }
       }
       var parent = Self.parent(of: target)
-      while parent.utf8.count > directory.utf8.count, parents.insert(parent).inserted {
+      while parent.utf8.count > directory.utf8.count,
+        parents.insert(Array(parent.utf8)).inserted
+      {
         if stat(parent, &status) == 0 && status.st_mode & S_IFMT != S_IFDIR {
           throw EngineError(.exists, "\(parent) is a file, the payload has a directory there")
         }
