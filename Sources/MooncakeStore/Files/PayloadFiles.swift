@@ -1,7 +1,8 @@
 import MooncakeEngine
 import MooncakeSystem
 
-/// Files of this machine that a store offers as a payload. They must stay as they are; `check` tells.
+/// Files of this machine that a store offers as a payload. They must stay as they are; `check`
+/// tells.
 public final class PayloadFiles: Sendable {
   public let name: String
   /// Where they are.
@@ -23,9 +24,8 @@ public final class PayloadFiles: Sendable {
   deinit {
     do throws(EngineError) { try withdraw() } catch {
       // A call works on the name: the memory may not go yet, and nobody is left to free it.
-      if error.code == .busy {
-        for file in files.withLock({ $0 }) { _ = Unmanaged.passRetained(file) }
-      }
+      if error.code != .busy { return }
+      for file in files.withLock({ $0 }) { _ = Unmanaged.passRetained(file) }
     }
   }
 
