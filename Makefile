@@ -35,8 +35,8 @@ all: ## libmooncake.so and the mooncake program, in .build/release
 $(library) $(program):
 	$(MAKE) all
 
-examples: ## the C and Swift examples, in .build/examples and .build/swift-examples
-	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
+examples: $(library) ## the C and Swift examples, in .build/examples and .build/swift-examples
+	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples LIBRARY_FOLDER=$(abspath $(build))
 	$(SWIFT) build -c release --package-path examples/swift --scratch-path $(BUILD)/swift-examples
 
 install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
