@@ -73,6 +73,13 @@ let package = Package(
     .executableTarget(
       name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
+    .target(
+      name: "SwarmSimulation", dependencies: ["MooncakeStore", "CLinux"],
+      path: "Tests/SwarmSimulation",
+      swiftSettings: releaseFlags),
+    .executableTarget(
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore"],
+      path: "benchmarks/simulation", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
@@ -81,7 +88,8 @@ let package = Package(
       dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON", "MooncakeTestPeer"],
       swiftSettings: releaseFlags),
     .testTarget(
-      name: "MooncakeStoreTests", dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem"],
+      name: "MooncakeStoreTests",
+      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "SwarmSimulation"],
       swiftSettings: releaseFlags),
   ]
 )
