@@ -89,7 +89,9 @@ let package = Package(
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeStoreTests",
-      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "SwarmSimulation"],
+      dependencies: [
+        "MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash", "SwarmSimulation",
+      ],
       swiftSettings: releaseFlags),
   ]
 )
