@@ -43,7 +43,8 @@ let package = Package(
       dependencies: ["MooncakeSystem", "CLinux", "CJSON", "CCurl", "CHiredis", "CMicroHTTP"],
       swiftSettings: releaseFlags),
     .target(
-      name: "MooncakeStore", dependencies: ["MooncakeEngine", "MooncakeSystem", "CXXHash"],
+      name: "MooncakeStore",
+      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CXXHash"],
       swiftSettings: releaseFlags),
     .target(
       name: "MooncakeABI",
@@ -73,6 +74,13 @@ let package = Package(
     .executableTarget(
       name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
+    .target(
+      name: "SwarmSimulation", dependencies: ["MooncakeStore", "CLinux"],
+      path: "Tests/SwarmSimulation",
+      swiftSettings: releaseFlags),
+    .executableTarget(
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore", "CLinux"],
+      path: "benchmarks/simulation", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
@@ -82,7 +90,9 @@ let package = Package(
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeStoreTests",
-      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash"],
+      dependencies: [
+        "MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash", "SwarmSimulation",
+      ],
       swiftSettings: releaseFlags),
   ]
 )
