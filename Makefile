@@ -35,8 +35,10 @@ all: ## libmooncake.so and the mooncake program, in .build/release
 $(library) $(program):
 	$(MAKE) all
 
-examples: ## the C and Swift examples, in .build/examples and .build/swift-examples
+examples: ## the C examples, in .build/examples
 	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
+
+swift-examples: ## the Swift examples, in .build/swift-examples; needs libssl-dev
 	$(SWIFT) build -c release --package-path examples/swift --scratch-path $(BUILD)/swift-examples
 
 install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
@@ -95,5 +97,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench bench-quick fuzz \
-  soak format lint clean help
+.PHONY: all examples swift-examples install uninstall demo test test-program test-install bench \
+  bench-quick fuzz soak format lint clean help
