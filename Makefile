@@ -35,10 +35,8 @@ all: ## libmooncake.so and the mooncake program, in .build/release
 $(library) $(program):
 	$(MAKE) all
 
-examples: ## the C examples, in .build/examples
-	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
-
-swift-examples: ## the Swift examples, in .build/swift-examples; needs libssl-dev
+examples: $(library) ## the C and Swift examples, in .build/examples and .build/swift-examples
+	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples LIBRARY_FOLDER=$(abspath $(build))
 	$(SWIFT) build -c release --package-path examples/swift --scratch-path $(BUILD)/swift-examples
 
 install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
@@ -97,5 +95,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples swift-examples install uninstall demo test test-program test-install bench \
+.PHONY: all examples install uninstall demo test test-program test-install bench \
   bench-quick fuzz soak format lint clean help

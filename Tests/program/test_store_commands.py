@@ -80,7 +80,7 @@ class Store(unittest.TestCase):
             {"segment": "origin", "origin": True, "bytes": 300_011, "corrupt_shards": 0}])
         again = self.store("get", "t/whole", "--to", copy)
         self.assertEqual(again.returncode, 1)
-        self.assertIn("weights.bin exists", again.stderr)
+        self.assertIn("deep/er/run exists", again.stderr)
         self.rows(self.store("get", "t/whole", "--to", copy, "--force", "--sync", "--json"))
         (stat,) = self.rows(self.store("stat", "t/whole", "--json"))
         self.assertEqual([holder["segment"] for holder in stat["holders"]], ["origin"])

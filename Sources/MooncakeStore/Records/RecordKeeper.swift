@@ -336,8 +336,8 @@ package final class RecordKeeper: Sendable {
     }
     let isLate = state.withLock { state in
       guard let present = state.slots[key], present.isWanted else { return true }
-      // What has been registered meanwhile is the head's business, not this look's.
-      state.slots[key]?.isHeadOurs = now.isHeadOurs
+      // A head that has been published meanwhile is newer than what was seen here.
+      if present.isHeadOurs == slot.isHeadOurs { state.slots[key]?.isHeadOurs = now.isHeadOurs }
       state.slots[key]?.isSuperseded = now.isSuperseded
       return false
     }
