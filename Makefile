@@ -95,5 +95,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench bench-quick fuzz \
-  soak format lint clean help
+.PHONY: all examples install uninstall demo test test-program test-install bench \
+  bench-quick fuzz soak format lint clean help
