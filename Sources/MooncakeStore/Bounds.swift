@@ -1,19 +1,26 @@
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// The deadline, cancellation and progress of one running operation. Used by its caller's thread.
 package final class Bounds {
   package let deadline: Deadline
   private let operation: StoreOperation
   private let what: String
+  /// Whether the store that runs it closes.
+  private let isClosed: () -> Bool
   private var nextReport: UInt64 = 0
   private static let reportNanoseconds: UInt64 = 100_000_000
 
   /// `what` begins the errors; an operation without a timeout gets the default, 0 for none.
-  package init(_ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64) {
+  package init(
+    _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64,
+    isClosed: @escaping () -> Bool
+  ) {
     self.operation = operation
     self.what = what
+    self.isClosed = isClosed
     let milliseconds =
       operation.timeoutMilliseconds == 0 ? defaultMilliseconds : operation.timeoutMilliseconds
     deadline = milliseconds == 0 ? .never : .after(milliseconds: milliseconds)
@@ -39,6 +46,7 @@ package final class Bounds {
   /// Throws once the operation is to end.
   package func check(_ phase: String) throws(EngineError) {
     if isCanceled { throw EngineError(.canceled, "\(what): canceled (\(phase))") }
+    if isClosed() { throw EngineError(.canceled, "\(what): the store was closed (\(phase))") }
     if deadline.hasPassed {
       throw EngineError(.timeout, "\(what): the deadline passed (\(phase))")
     }
@@ -55,5 +63,59 @@ package final class Bounds {
     if !body(progress()) {
       throw EngineError(.canceled, "\(what): canceled by the progress callback")
     }
+  }
+
+  /// Sleeps until the descriptor is readable, or until it is time to look whether to go on.
+  package func sleep(orReadable descriptor: Int32) {
+    var items = [
+      pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0),
+    ]
+    let tick = min(deadline, .after(milliseconds: 100))
+    // An interruption is as good as a tick.
+    _ = poll(&items, 2, tick.remainingMilliseconds)
+  }
+
+  /// Runs what blocks on a worker, and waits for it as long as the operation may go on. What is
+  /// left behind then must end by itself and touch nothing of the caller's.
+  package func run<Result: Sendable>(
+    on workers: WorkerPool, _ phase: String,
+    _ body: @escaping @Sendable () throws(EngineError) -> Result
+  ) throws(EngineError) -> Result {
+    let errand: Errand<Result>
+    do throws(Errno) { errand = try Errand() } catch {
+      throw EngineError(.system, "\(what): making an event descriptor: \(error)")
+    }
+    let isAccepted = workers.run {
+      do throws(EngineError) {
+        errand.end(.success(try body()))
+      } catch {
+        errand.end(.failure(error))
+      }
+    }
+    if !isAccepted { throw EngineError(.canceled, "\(what): the store was closed (\(phase))") }
+    while true {
+      if let result = errand.result { return try result.get() }
+      try check(phase)
+      try report(
+        StoreProgress(
+          phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+      sleep(orReadable: errand.event.descriptor.rawValue)
+    }
+  }
+}
+
+/// What a worker does for a waiting caller.
+private final class Errand<Result: Sendable>: Sendable {
+  let event: EventFD
+  private let outcome = Lock<Swift.Result<Result, EngineError>?>(nil)
+
+  init() throws(Errno) { event = try EventFD() }
+
+  var result: Swift.Result<Result, EngineError>? { outcome.withLock { $0 } }
+
+  func end(_ result: Swift.Result<Result, EngineError>) {
+    outcome.withLock { $0 = result }
+    event.signal()
   }
 }

@@ -32,7 +32,8 @@ extension P2PStore {
   package func get(
     _ name: String, _ options: GetOptions, _ operation: StoreOperation, _ place: Placement
   ) throws(EngineError) -> GetResult {
-    let bounds = Bounds(operation, "getting payload '\(name)'", defaultMilliseconds: 0)
+    let bounds = bounds(
+      operation, "getting payload '\(name)'", defaultMilliseconds: 0)
     try PayloadName.check(name)
     try catalog.reserve(name)
     var held: Catalog.Entry?
@@ -114,10 +115,14 @@ extension P2PStore {
     for record in order {
       try bounds.check("fetching the manifest")
       do throws(EngineError) {
-        return try HolderConnection.fetchManifest(
-          engine, record.holder, target.version,
-          until: min(bounds.deadline, .after(milliseconds: 2000)))
+        let deadline = min(bounds.deadline, .after(milliseconds: 2000))
+        return try bounds.run(on: workers, "fetching the manifest") {
+          [engine] () throws(EngineError) in
+          try HolderConnection.fetchManifest(
+            engine, record.holder, target.version, until: deadline)
+        }
       } catch {
+        try bounds.check("fetching the manifest")
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
     }
@@ -183,7 +188,7 @@ extension P2PStore {
     let (directory, cancellation) = (directory, bounds.cancellation)
     let download = try PayloadDownload(
       engine, workers, manifest, into: layout, holding: entry.holding, holders: target.holders,
-      bounds, isClosed: { [catalog] in catalog.isClosed }
+      bounds
     ) { deadline throws(EngineError) in
       try directory.holders(
         of: target.name, target.version, limit: Self.neighborCount,

@@ -48,6 +48,6 @@ extension P2PStore {
   }
 
   private func queryBounds(_ what: String, _ operation: StoreOperation) -> Bounds {
-    Bounds(operation, what, defaultMilliseconds: engine.defaultTimeoutMilliseconds)
+    bounds(operation, what, defaultMilliseconds: engine.defaultTimeoutMilliseconds)
   }
 }

@@ -24,7 +24,7 @@ extension P2PStore {
     _ length: UInt64, _ operation: StoreOperation
   ) throws(EngineError) {
     let verb = opcode == .read ? "reading" : "writing"
-    let bounds = Bounds(
+    let bounds = bounds(
       operation, "\(verb) payload '\(name)'",
       defaultMilliseconds: engine.defaultTimeoutMilliseconds)
     try PayloadName.check(name)
@@ -45,7 +45,7 @@ extension P2PStore {
     }
     if length == 0 { return }
     var transfer = RangeTransfer(
-      engine, manifest, opcode, offset: offset, memory: memory, length: length, bounds)
+      engine, workers, manifest, opcode, offset: offset, memory: memory, length: length, bounds)
     try transfer.run(target.holders)
   }
 }

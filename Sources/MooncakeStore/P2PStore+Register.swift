@@ -27,7 +27,8 @@ extension P2PStore {
     _ operation: StoreOperation,
     digestOf: @escaping ShardHashing.Source
   ) throws(EngineError) -> PayloadInfo {
-    let bounds = Bounds(operation, "registering payload '\(name)'", defaultMilliseconds: 0)
+    let bounds = bounds(
+      operation, "registering payload '\(name)'", defaultMilliseconds: 0)
     try PayloadName.check(name)
     let sizes = layout.buffers.map(\.length)
     let shards = try ShardLayout(
@@ -87,7 +88,7 @@ extension P2PStore {
     _ name: String, isOrigin: Bool, _ operation: StoreOperation
   ) throws(EngineError) {
     let what = isOrigin ? "unregistering" : "deleting the replica of"
-    let bounds = Bounds(
+    let bounds = bounds(
       operation, "\(what) payload '\(name)'", defaultMilliseconds: drainMilliseconds)
     try PayloadName.check(name)
     guard let entry = try catalog.take(name, where: { $0.isOrigin == isOrigin }) else {
@@ -104,7 +105,7 @@ extension P2PStore {
   public func remove(
     _ name: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) {
-    let bounds = Bounds(
+    let bounds = bounds(
       operation, "removing payload '\(name)'",
       defaultMilliseconds: engine.defaultTimeoutMilliseconds)
     try PayloadName.check(name)

@@ -122,6 +122,14 @@ public final class P2PStore: Sendable {
     free(entry.allocations)
   }
 
+  func bounds(
+    _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64
+  ) -> Bounds {
+    Bounds(operation, what, defaultMilliseconds: defaultMilliseconds) { [catalog] in
+      catalog.isClosed
+    }
+  }
+
   func free(_ allocations: [UInt64]) {
     for address in allocations {
       try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)

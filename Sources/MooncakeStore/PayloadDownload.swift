@@ -65,7 +65,6 @@ package final class PayloadDownload {
   private let bounds: Bounds
   /// Where what has arrived is offered; nil to offer nothing.
   private let holding: Holding?
-  private let isClosed: () -> Bool
   private let discover: @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
   private let inbox: Inbox
   private let reader = UInt64.random(in: 1 ... .max)
@@ -82,7 +81,6 @@ package final class PayloadDownload {
     _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest,
     into layout: BufferLayout,
     holding: Holding?, holders: [HolderRecord], _ bounds: Bounds,
-    isClosed: @escaping () -> Bool,
     discover: @escaping @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
   ) throws(EngineError) {
     self.engine = engine
@@ -91,7 +89,6 @@ package final class PayloadDownload {
     self.layout = layout
     self.holding = holding
     self.bounds = bounds
-    self.isClosed = isClosed
     self.discover = discover
     do throws(Errno) { inbox = try Inbox() } catch {
       throw EngineError(.system, "making an event descriptor: \(error)")
@@ -108,7 +105,6 @@ package final class PayloadDownload {
     while !plan.isComplete {
       try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
       try bounds.report(progress)
-      if isClosed() { throw EngineError(.canceled, "the store was closed during a get") }
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
       if plan.isStuck(now) && flights.isEmpty { throw noHolder() }

@@ -5,6 +5,7 @@ import MooncakeSystem
 /// until all has moved.
 struct RangeTransfer {
   private let engine: TransferEngine
+  private let workers: WorkerPool
   private let manifest: Manifest
   private let opcode: Opcode
   private let memory: UnsafeMutableRawPointer
@@ -22,10 +23,12 @@ struct RangeTransfer {
   private static let pauseNanoseconds: UInt64 = 20_000_000
 
   init(
-    _ engine: TransferEngine, _ manifest: Manifest, _ opcode: Opcode, offset: UInt64,
+    _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest, _ opcode: Opcode,
+    offset: UInt64,
     memory: UnsafeMutableRawPointer, length: UInt64, _ bounds: Bounds
   ) {
     self.engine = engine
+    self.workers = workers
     self.manifest = manifest
     self.opcode = opcode
     self.memory = memory
@@ -41,13 +44,15 @@ struct RangeTransfer {
     for record in holders.shuffled() {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
-        let connection = try HolderConnection.open(
-          engine, record.holder, manifest,
-          until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)))
+        let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
+        let connection = try bounds.run(on: workers, "opening a holder") {
+          [engine, manifest] () throws(EngineError) in
+          try HolderConnection.open(engine, record.holder, manifest, until: deadline)
+        }
         defer { connection.close(engine) }
         while position < end { if try !step(connection) { break } }
       } catch {
-        if error.code == .canceled || error.code == .timeout && bounds.isOver { throw error }
+        try bounds.check("\(end - position) bytes left")
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
       if position == end { return }
@@ -96,13 +101,14 @@ struct RangeTransfer {
   private func ask(
     _ holder: HolderAddress, wanted: Range<Int>, returned: [Int]
   ) throws(EngineError) -> ShardAnswer {
-    try StoreService.ask(
-      engine, holder,
-      ShardRequest(
-        holding: holder.holding, version: manifest.version, reader: reader, own: nil,
-        have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, returned: returned,
-        limit: wanted.count),
-      until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)))
+    let request = ShardRequest(
+      holding: holder.holding, version: manifest.version, reader: reader, own: nil,
+      have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, returned: returned,
+      limit: wanted.count)
+    let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
+    return try bounds.run(on: workers, "asking a holder") { [engine] () throws(EngineError) in
+      try StoreService.ask(engine, holder, request, until: deadline)
+    }
   }
 
   /// Moves the part of the range that lies in some shards; returns up to where.
@@ -123,17 +129,33 @@ struct RangeTransfer {
           targetOffset: remote, length: stop - reached))
       reached = stop
     }
-    if requests.isEmpty { return reached }
-    do {
-      try requests.withUnsafeBufferPointer {
-        try engine.transfer(
-          $0, timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline))
-      }
-    } catch let error as EngineError {
-      throw error
-    } catch {
-      throw EngineError(.system, "\(error)")
-    }
+    if !requests.isEmpty { try run(requests) }
     return reached
+  }
+
+  /// Moves requests; on any failure none of them touches the caller's memory any more.
+  private func run(_ requests: [TransferRequest]) throws(EngineError) {
+    let batch = try engine.createBatch(capacity: requests.count)
+    defer { try? engine.freeBatch(batch) }
+    let event = try engine.eventDescriptor(of: batch)
+    try engine.submit(
+      batch, count: requests.count,
+      timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline),
+      notification: nil
+    ) { RawRequest(requests[$0]) }
+    do throws(EngineError) {
+      while try !engine.poll(batch).state.isTerminal {
+        try bounds.check("\(end - position) bytes left")
+        bounds.sleep(orReadable: event)
+      }
+    } catch {
+      try? engine.cancel(batch)
+      _ = try? engine.wait(batch)
+      throw error
+    }
+    let status = try engine.poll(batch)
+    if status.state != .completed {
+      throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
+    }
   }
 }
