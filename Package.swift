@@ -79,7 +79,7 @@ let package = Package(
       path: "Tests/SwarmSimulation",
       swiftSettings: releaseFlags),
     .executableTarget(
-      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore", "CLinux"],
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore"],
       path: "benchmarks/simulation", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],

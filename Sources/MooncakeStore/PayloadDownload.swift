@@ -26,20 +26,34 @@ package final class PayloadDownload {
   }
 
   private final class Inbox: Sendable {
-    let news = Lock<[News]>([])
+    /// nil once nobody takes them any more.
+    private let news = Lock<[News]?>([])
     let event: EventFD
     init() throws(Errno) { event = try EventFD() }
 
-    func put(_ item: News) {
-      news.withLock { $0.append(item) }
+    /// Returns false if what the news holds is the caller's to give back.
+    func put(_ item: News) -> Bool {
+      let isTaken = news.withLock { news in
+        news?.append(item)
+        return news != nil
+      }
       event.signal()
+      return isTaken
     }
 
     func take() -> [News] {
       event.clear()
       return news.withLock { news in
         defer { news = [] }
-        return news
+        return news ?? []
+      }
+    }
+
+    /// Takes the last ones.
+    func close() -> [News] {
+      news.withLock { news in
+        defer { news = nil }
+        return news ?? []
       }
     }
   }
@@ -154,7 +168,7 @@ package final class PayloadDownload {
       }
     case .discover:
       let isAccepted = workers.run { [inbox, discover] in
-        inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
+        _ = inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
       }
       if !isAccepted { note(.discovered([])) }
     }
@@ -164,17 +178,21 @@ package final class PayloadDownload {
     _ holder: HolderAddress, _ request: ShardRequest, _ milliseconds: UInt64
   ) {
     let isOpen = connections[holder] != nil
-    let isAccepted = workers.run { [engine, manifest, inbox] in
+    let isAccepted = workers.run { [engine, manifest, inbox, reader] in
       // The time in the queue is none of the holder's.
       let deadline = Deadline.after(milliseconds: milliseconds)
       do throws(EngineError) {
         if !isOpen {
-          inbox.put(.opened(try HolderConnection.open(engine, holder, manifest, until: deadline)))
+          let connection = try HolderConnection.open(engine, holder, manifest, until: deadline)
+          if !inbox.put(.opened(connection)) { return connection.close(engine) }
         }
-        inbox.put(
-          .answered(holder, try StoreService.ask(engine, holder, request, until: deadline)))
+        let answer = try StoreService.ask(engine, holder, request, until: deadline)
+        // The download may have ended meanwhile; the holder must not wait for us.
+        if !inbox.put(.answered(holder, answer)) {
+          Self.giveBack(answer.granted, to: holder, manifest, reader, engine)
+        }
       } catch {
-        inbox.put(.failed(holder, error))
+        _ = inbox.put(.failed(holder, error))
       }
     }
     if !isAccepted { note(.failed(holder, EngineError(.canceled, "the store is closing"))) }
@@ -309,15 +327,29 @@ package final class PayloadDownload {
       try? engine.freeBatch(flight.batch)
     }
     flights = []
-    for (holder, returned) in plan.unreturned {
-      guard connections[holder] != nil else { continue }
-      let request = ShardRequest(
-        holding: holder.holding, version: manifest.version, reader: reader, own: nil,
-        have: ShardSet(count: manifest.layout.shardCount), returned: returned, limit: 0)
-      _ = workers.run { [engine] in
-        _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
+    var returned = plan.unreturned.filter { connections[$0.0] != nil }
+    for item in inbox.close() {
+      switch item {
+      case .opened(let connection): connection.close(engine)
+      case .answered(let holder, let answer): returned.append((holder, answer.granted))
+      case .failed, .discovered: break
+      }
+    }
+    for (holder, shards) in returned where !shards.isEmpty {
+      _ = workers.run { [engine, manifest, reader] in
+        Self.giveBack(shards, to: holder, manifest, reader, engine)
       }
     }
     for connection in connections.values { connection.close(engine) }
+  }
+
+  private static func giveBack(
+    _ shards: [Int], to holder: HolderAddress, _ manifest: Manifest, _ reader: UInt64,
+    _ engine: TransferEngine
+  ) {
+    let request = ShardRequest(
+      holding: holder.holding, version: manifest.version, reader: reader, own: nil,
+      have: ShardSet(count: manifest.layout.shardCount), returned: shards, limit: 0)
+    _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
   }
 }

@@ -1,4 +1,4 @@
-import CLinux
+import Glibc
 import MooncakeStore
 import SwarmSimulation
 
@@ -98,14 +98,15 @@ let report = """
   # The swarm, simulated
 
   A payload of \(base.shardCount) shards of \(base.shardBytes >> 20) MiB; every node has a link of
-  \(Int(base.linkBytesPerSecond / 1e6)) MB/s up and down and \(base.latency / 1000) us of latency; all
-  receivers start within \(base.startSpread / 1_000_000) ms, seed \(base.seed). The clock is virtual, the choices are
-  made by the code of the store. Makespan runs from the first start to the last finish, in units of
-  one receiver's time. A flow gets the smaller of its fair shares at both ends and leaves the rest
-  unused, so real links do a little better.
+  \(Int(base.linkBytesPerSecond / 1e6)) MB/s up and down and \(base.latency / 1000) us of latency;
+  all receivers start within \(base.startSpread / 1_000_000) ms, seed \(base.seed). The clock is
+  virtual, the choices are made by the code of the store. Makespan runs from the first start to the
+  last finish, in units of one receiver's time. A flow gets the smaller of its fair shares at both
+  ends and leaves the rest unused, so real links do a little better.
 
   Metadata operations: head, one page of holders, lease, own record, its completion, and at most
-  \(base.plan.discoveryLimit) further pages while starving; renewals of the lease, which come with time, are left out.
+  \(base.plan.discoveryLimit) further pages while few holders are known; renewals of the
+  lease, which come with time, are left out.
   Bytes a node: heap of the receiver's plan and of its ledger at the end, without texts of
   addresses beyond 15 bytes.
 

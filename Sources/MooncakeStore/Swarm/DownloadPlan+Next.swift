@@ -165,14 +165,13 @@ extension DownloadPlan {
 
   // MARK: More holders
 
-  /// Starving: less is read than could be, and nobody is there to be asked soon.
+  /// Starving, and few are known: among many, the holders themselves tell of others.
   private var discoveryTime: UInt64 {
     if isDiscovering || untakenCount == 0 { return .max }
-    if neighbors.contains(where: \.isAlive) {
-      if discoveries >= settings.discoveryLimit || activeCount > 1 { return .max }
-    } else if !reads.isEmpty {
-      return .max
-    }
+    let living = holderCount
+    if living == 0 { return reads.isEmpty ? nextDiscovery : .max }
+    let isStarving = activeCount <= 1 && living < settings.neighborLimit / 2
+    if !isStarving || discoveries >= settings.discoveryLimit { return .max }
     return nextDiscovery
   }
 

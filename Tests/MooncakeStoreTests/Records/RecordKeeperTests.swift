@@ -91,7 +91,7 @@ private final class Process: Sendable {
     service.thaw()
     #expect(
       eventually {
-        (try? one.directory.head("a", testCall))??.origin == record.holder
+        (try? one.directory.head("a", testCall))?.origin == record.holder
           && (try? one.directory.allHolders(of: "a", testCall)) == [record]
       })
     usleep(3_000_000)
@@ -146,7 +146,7 @@ private final class Process: Sendable {
     #expect(try replica.directory.head("a", testCall)?.version == copy.version)
     origin.keeper.stop()
     // Neither one that has not all of it nor one of an older version.
-    #expect(eventually { (try? replica.directory.head("a", testCall))??.origin == copy.holder })
+    #expect(eventually { (try? replica.directory.head("a", testCall))?.origin == copy.holder })
     #expect(try replica.directory.head("a", testCall)?.version == copy.version)
     replica.keeper.remove(copy, testCall)
     usleep(1_500_000)

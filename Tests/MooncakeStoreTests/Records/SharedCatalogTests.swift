@@ -121,10 +121,10 @@ struct SharedCatalogTests {
     #expect(try catalog.document("a", testCall) == nil)
     try catalog.put(large, isCreateOnly: true, testCall)
     // One that others have made so large that a replica would not fit is left as it is.
-    let foreign = try document("b", segment: String(repeating: "s", count: 150), shardCount: 2500)
+    let foreign = try document("b", segment: String(repeating: "s", count: 150), shardCount: 2200)
     #expect(foreign.json.utf8.count < 512 << 10)
     try catalog.put(foreign, isCreateOnly: true, testCall)
-    catalog.addReplica("b", segment: "n", Array(repeating: 1 << 40, count: 2500), testCall)
+    catalog.addReplica("b", segment: "n", Array(repeating: 1 << 40, count: 2200), testCall)
     #expect(try catalog.document("b", testCall) == foreign)
   }
 

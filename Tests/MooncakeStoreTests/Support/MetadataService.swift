@@ -91,7 +91,7 @@ final class MetadataService: @unchecked Sendable {
     let service = try store()
     let isUp = eventually(within: 20_000) {
       let call = MetadataCall(until: .after(milliseconds: 1000))
-      return (try? service.get("mooncake/none", call)) != nil
+      return (try? service.list(prefix: "none", from: nil, limit: 1, call)) != nil
     }
     if !isUp { throw StartError(reason: "\(kind.program) does not answer at \(uri)") }
   }

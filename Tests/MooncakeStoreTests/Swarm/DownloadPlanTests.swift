@@ -60,6 +60,7 @@ import Testing
     #expect(plan.isComplete && plan.missingCount == 0)
     #expect(plan.unreturned.map(\.0) == [origin])
     #expect(Set(plan.unreturned[0].1) == [0, 1])
+    _ = actions(&plan, 6)
     #expect(plan.wakeTime == .max)
   }
 
@@ -149,6 +150,8 @@ import Testing
     plan.answered(by: origin, serving([1]), now: 0)
     _ = actions(&plan, 0)
     _ = plan.finished(1, from: origin, isIntact: false, now: 1)
+    // The ask for more was under way.
+    plan.askFailed(origin, reason: "x", isGone: false, now: 2)
     plan.add(origin, isOrigin: true)
     #expect(asks(actions(&plan, 5000 * millisecond)).count == 0)
     plan.discovered(now: 5001 * millisecond)
