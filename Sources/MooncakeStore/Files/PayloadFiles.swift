@@ -39,8 +39,8 @@ public final class PayloadFiles: Sendable {
     }
   }
 
-  /// Ends the offer and lets go of the files, which stay where they are. Nobody reads them when this
-  /// returns. Idempotent.
+  /// Ends the offer and lets go of the files, which stay where they are. Nobody reads them when
+  /// this returns. Idempotent.
   public func withdraw(_ operation: StoreOperation = StoreOperation()) throws(EngineError) {
     if files.withLock({ $0.isEmpty }) { return }
     let present = store.catalog.holding(of: name)?.address.holding
