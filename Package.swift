@@ -81,7 +81,8 @@ let package = Package(
       dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON", "MooncakeTestPeer"],
       swiftSettings: releaseFlags),
     .testTarget(
-      name: "MooncakeStoreTests", dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem"],
+      name: "MooncakeStoreTests",
+      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash"],
       swiftSettings: releaseFlags),
   ]
 )

@@ -76,6 +76,7 @@ extension TransferEngine {
     counter("rpc_metadata_requests", "Metadata requests answered.", rpc.metadataRequests)
     counter("rpc_notify_requests", "Notifications received.", rpc.notifyRequests)
     counter("rpc_probe_requests", "Probes answered.", rpc.probeRequests)
+    counter("rpc_service_requests", "Calls of services answered.", rpc.serviceRequests)
     counter("rpc_rejected_connections", "RPC connections rejected.", rpc.rejectedConnections)
     add("registered_buffers", "gauge", "Buffers registered.", local.buffers.snapshot.buffers.count)
     add(

@@ -59,6 +59,7 @@ public final class TransferEngine: @unchecked Sendable {
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
+  package let services = ServiceTable()
   /// nil without a metadata service.
   package let directory: MetadataDirectory?
   package let publisher: MetadataPublisher?
@@ -126,7 +127,8 @@ public final class TransferEngine: @unchecked Sendable {
         spinNanoseconds: spinNanoseconds, processors: processors))
     let handlers = RPCServer.Handlers(
       descriptor: { [local] in local.json },
-      notify: { [notifications] in notifications.append($0) })
+      notify: { [notifications] in notifications.append($0) },
+      service: { [services] in services.answer($0) })
     do throws(EngineError) {
       rpc = try RPCServer(listener: opened.listener, handlers: handlers)
     } catch {

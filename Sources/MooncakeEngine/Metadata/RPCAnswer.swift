@@ -10,6 +10,7 @@ package enum RPCAnswer {
     case .probe: return #"{"status":"success"}"#
     case .notify: return document.read { notified($0, handlers) }
     case .connection: return document.read { rejection(of: $0) }
+    case .service: return document.read { handlers.service($0) ?? #"{"error":"no such service"}"# }
     }
   }
 

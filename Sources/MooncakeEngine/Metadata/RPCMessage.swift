@@ -6,6 +6,9 @@ package enum RPCType: UInt8, Sendable, CaseIterable {
   case metadata = 1
   case notify = 2
   case probe = 3
+  /// A call of a service that runs on top of an engine; only between engines of this library. No
+  /// JSON text begins with this byte.
+  case service = 64
 }
 
 /// A received message.

@@ -10,13 +10,17 @@ package final class RPCServer: Sendable {
     package var descriptor: @Sendable () -> String?
     /// Takes a notification; returns nil, or why it was refused.
     package var notify: @Sendable (Notification) -> String?
+    /// Answers a call of a service; nil if nobody offers it.
+    package var service: @Sendable (JSONValue) -> String?
 
     package init(
       descriptor: @escaping @Sendable () -> String?,
-      notify: @escaping @Sendable (Notification) -> String?
+      notify: @escaping @Sendable (Notification) -> String?,
+      service: @escaping @Sendable (JSONValue) -> String? = { _ in nil }
     ) {
       self.descriptor = descriptor
       self.notify = notify
+      self.service = service
     }
   }
 
@@ -44,6 +48,7 @@ package final class RPCServer: Sendable {
     package var metadataRequests: UInt64 = 0
     package var notifyRequests: UInt64 = 0
     package var probeRequests: UInt64 = 0
+    package var serviceRequests: UInt64 = 0
     /// Closed without an answer for what they sent.
     package var rejectedConnections: UInt64 = 0
     /// Closed because they were silent or slow.

@@ -190,6 +190,7 @@ final class RPCServerLoop: @unchecked Sendable {
       case .metadata: counters.metadataRequests += 1
       case .notify: counters.notifyRequests += 1
       case .probe: counters.probeRequests += 1
+      case .service: counters.serviceRequests += 1
       }
     }
     let body = try RPCAnswer.body(to: message, handlers: handlers)

@@ -1,0 +1,50 @@
+import MooncakeSystem
+import Synchronization
+
+/// What runs on top of an engine and is called by its like in other processes.
+package final class ServiceTable: Sendable {
+  /// Answers a call in JSON; nil if it is meant for another handler. Runs on the RPC daemon's thread
+  /// and must not wait.
+  package typealias Handler = @Sendable (JSONValue) -> String?
+
+  private struct State {
+    var handlers: [UInt64: Handler] = [:]
+    var next: UInt64 = 0
+  }
+  private let state = Lock(State())
+
+  /// Returns what `remove` takes.
+  package func add(_ handler: @escaping Handler) -> UInt64 {
+    state.withLock { state in
+      state.next += 1
+      state.handlers[state.next] = handler
+      return state.next
+    }
+  }
+
+  /// A call that runs on another thread may still end afterwards.
+  package func remove(_ token: UInt64) { state.withLock { $0.handlers[token] = nil } }
+
+  func answer(_ call: JSONValue) -> String? {
+    for handler in state.withLock({ Array($0.handlers.values) }) {
+      if let answer = handler(call) { return answer }
+    }
+    return nil
+  }
+}
+
+extension TransferEngine {
+  /// Calls the services of the process whose RPC daemon is at `address`, "host:port".
+  package func callService(
+    at address: String, _ body: String, until deadline: Deadline
+  ) throws(EngineError) -> String {
+    try checkOpen()
+    let peer: HostPort
+    do throws(HostPortError) { peer = try HostPort(parsing: address) } catch {
+      throw EngineError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
+    }
+    return try RPCClient.call(
+      peer, type: .service, body: body, deadline: deadline,
+      cancellation: closeEvent.descriptor.rawValue)
+  }
+}

@@ -1,0 +1,187 @@
+extension DownloadPlan {
+  /// What a neighbor is to be asked for.
+  private enum Duty {
+    /// Shards.
+    case fetch
+    /// A sign of life, as nothing arrives.
+    case probe
+    /// Nothing: to renew the lease, or to give grants back.
+    case tell
+  }
+
+  /// What is to be done now; call until it returns nil.
+  package mutating func next(_ now: UInt64) -> Action? {
+    clock = now
+    if lastHope == nil { lastHope = now }
+    if !queue.isEmpty { return queue.removeFirst() }
+    if isComplete { return nil }
+    var best: (index: Int, score: Double)?
+    // Backwards: a stalled neighbor may be removed.
+    for index in neighbors.indices.reversed() {
+      guard let (time, duty) = duty(of: neighbors[index]), time <= now else { continue }
+      switch duty {
+      case .probe: return probe(index)
+      case .tell: return ask(index, limit: 0)
+      case .fetch where neighbors[index].readCount > 0: return fetch(index)
+      case .fetch:
+        let score = score(of: neighbors[index])
+        if score > best?.score ?? -1 { best = (index, score) }
+      }
+    }
+    if let best { return fetch(best.index) }
+    return move() ?? discover()
+  }
+
+  /// When `next` shall be called again, if nothing is reported before.
+  package var wakeTime: UInt64 {
+    if !queue.isEmpty { return 0 }
+    if isComplete { return .max }
+    var time = min(discoveryTime, moveTime)
+    for neighbor in neighbors { time = min(time, duty(of: neighbor)?.0 ?? .max) }
+    return time
+  }
+
+  var untakenCount: Int { shardCount - taken.memberCount }
+  private var activeCount: Int { neighbors.count { $0.isActive } }
+
+  /// Shards granted ahead by a holder.
+  private var window: Int {
+    Int(min(UInt64(settings.windowShards), max(2, settings.windowBytes / shardBytes)))
+  }
+
+  private func duty(of neighbor: Neighbor) -> (UInt64, Duty)? {
+    if neighbor.isAsking || neighbor.isBanned { return nil }
+    if neighbor.readCount > 0 {
+      let wantsMore =
+        untakenCount > 0 && neighbor.readCount <= window / 2 && neighbor.failures == 0
+        && !isSlow(neighbor)
+      let more = wantsMore ? neighbor.nextAsk : .max
+      let stall = neighbor.stallTime
+      if stall <= min(more, neighbor.renewal) { return (stall, .probe) }
+      return more <= neighbor.renewal ? (more, .fetch) : (neighbor.renewal, .tell)
+    }
+    let mayStart = untakenCount > 0 && activeCount < settings.holdersAtOnce
+    if mayStart && neighbor.nextAsk <= clock { return (neighbor.nextAsk, .fetch) }
+    if !neighbor.returned.isEmpty { return (0, .tell) }
+    return mayStart ? (neighbor.nextAsk, .fetch) : nil
+  }
+
+  // MARK: Asking
+
+  private mutating func ask(
+    _ index: Int, limit: Int, wanted: Range<Int>? = nil, timeoutMilliseconds: UInt64 = 2000
+  ) -> Action {
+    var have = taken
+    if let wanted { have.remove(wanted.lowerBound) }
+    let request = ShardRequest(
+      holding: neighbors[index].address.holding, version: version, reader: reader, own: own,
+      have: have, wanted: wanted, returned: neighbors[index].returned, limit: limit)
+    neighbors[index].returned = []
+    neighbors[index].renewal = .max
+    neighbors[index].asked = .init(limit: limit, moving: wanted?.lowerBound)
+    return .ask(neighbors[index].address, request, timeoutMilliseconds: timeoutMilliseconds)
+  }
+
+  /// Of the last shards each holder gets its share.
+  private mutating func fetch(_ index: Int) -> Action {
+    let share = max(1, untakenCount / settings.holdersAtOnce)
+    let isReading = neighbors[index].readCount > 0
+    return ask(
+      index, limit: min(window - neighbors[index].readCount, share),
+      timeoutMilliseconds: isReading ? 400 : 2000)
+  }
+
+  /// A holder that answers but sends nothing time and again is as good as dead.
+  private mutating func probe(_ index: Int) -> Action? {
+    if neighbors[index].probes == 5 {
+      drop(index, "answers, but nothing arrives")
+      return next(clock)
+    }
+    neighbors[index].probes += 1
+    return ask(index, limit: 0, timeoutMilliseconds: 400)
+  }
+
+  /// Speed that a new reader may expect; the origin is left to those who find nobody else.
+  private mutating func score(of neighbor: Neighbor) -> Double {
+    let speed = neighbor.heldCount == 0 ? 1 : neighbor.speed ?? typicalSpeed
+    let share = speed / Double(1 + neighbor.readerCount)
+    return share * (neighbor.isOrigin ? 0.5 : 1) * (0.5 + 0.5 * random.unit())
+  }
+
+  private var typicalSpeed: Double {
+    let speeds = neighbors.compactMap(\.speed)
+    return speeds.isEmpty ? 1e9 : speeds.reduce(0, +) / Double(speeds.count)
+  }
+
+  /// Far behind the fastest: what it holds already may end, but it gets no more.
+  private func isSlow(_ neighbor: Neighbor) -> Bool {
+    guard let speed = neighbor.speed else { return false }
+    return neighbors.contains { $0.readCount > 0 && $0.speed ?? 0 > speed * 8 }
+  }
+
+  // MARK: The last shards
+
+  private var moveTime: UInt64 { untakenCount == 0 && !reads.isEmpty ? nextMove : .max }
+
+  /// Takes a shard from the holder that is expected to need longest for what it owes, if another
+  /// needs less than half of that: asks that one for it, and only then cancels the first read.
+  private mutating func move() -> Action? {
+    if moveTime > clock { return nil }
+    nextMove = clock &+ 50_000_000
+    guard activeCount < settings.holdersAtOnce + 2,
+      let (shard, left) = latestShard(),
+      let index = neighbors.indices.filter({ isIdle(neighbors[$0]) })
+        .max(by: { expectedSpeed(neighbors[$0]) < expectedSpeed(neighbors[$1]) })
+    else { return nil }
+    let needed = Double(shardBytes) / expectedSpeed(neighbors[index])
+    if left < needed * 2 + 0.05 { return nil }
+    return ask(index, limit: 1, wanted: shard..<(shard + 1))
+  }
+
+  private func isIdle(_ neighbor: Neighbor) -> Bool {
+    neighbor.isAlive && !neighbor.isActive && neighbor.nextAsk <= clock && neighbor.heldCount != 0
+  }
+
+  private func expectedSpeed(_ neighbor: Neighbor) -> Double {
+    max(1, neighbor.speed ?? typicalSpeed)
+  }
+
+  /// A movable shard of the holder with the longest way to go, and the seconds it has left.
+  private func latestShard() -> (shard: Int, seconds: Double)? {
+    var latest: (shard: Int, seconds: Double)?
+    for neighbor in neighbors where neighbor.readCount > 0 {
+      let silence = Double(clock &- min(clock, neighbor.lastProgress)) * 1e-9
+      let seconds = Double(neighbor.pendingBytes) / expectedSpeed(neighbor)
+      let left = max(seconds, silence > 4 * seconds ? silence : 0)
+      if left <= latest?.seconds ?? 0 { continue }
+      let movable = reads.filter {
+        $0.value.holder == neighbor.address && !$0.value.isCanceled
+          && moves[$0.key, default: 0] < settings.moveLimit
+      }
+      if let shard = movable.keys.max() { latest = (shard, left) }
+    }
+    return latest
+  }
+
+  // MARK: More holders
+
+  /// Starving: less is read than could be, and nobody is there to be asked soon.
+  private var discoveryTime: UInt64 {
+    if isDiscovering || untakenCount == 0 { return .max }
+    if neighbors.contains(where: \.isAlive) {
+      if discoveries >= settings.discoveryLimit || activeCount > 1 { return .max }
+    } else if !reads.isEmpty {
+      return .max
+    }
+    return nextDiscovery
+  }
+
+  private mutating func discover() -> Action? {
+    if nextDiscovery == .max { nextDiscovery = clock &+ 300_000_000 }
+    if discoveryTime > clock { return nil }
+    discoveries += 1
+    nextDiscovery = clock &+ 300_000_000 << UInt64(min(discoveries, 2))
+    isDiscovering = true
+    return .discover
+  }
+}

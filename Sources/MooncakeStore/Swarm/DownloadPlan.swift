@@ -1,0 +1,343 @@
+/// A receiver's side of the swarm: decides whom to ask for shards, and when a holder has failed.
+///
+/// Which shards it gets is the holders' choice. It keeps a bounded number of neighbors, reads from
+/// a few of them at once, asks each again before its grants are used up, and gives what a dead or
+/// corrupt one owes to others. No shard is ever read twice at the same time: both reads would write
+/// the same memory.
+package struct DownloadPlan: Sendable {
+  package enum Action: Equatable, Sendable {
+    /// Send it; report with `answered` or `askFailed`.
+    case ask(HolderAddress, ShardRequest, timeoutMilliseconds: UInt64)
+    /// Read it; report with `progressed`, then `finished` or `failed`.
+    case read(HolderAddress, shard: Int)
+    /// End this read early; report as ever how it ended.
+    case cancel(HolderAddress, shard: Int)
+    /// Look for more holders in the metadata service; `add` them, then report with `discovered`.
+    case discover
+  }
+
+  package struct Settings: Sendable {
+    package var neighborLimit = 16
+    /// Holders that are asked or read at once.
+    package var holdersAtOnce = 4
+    /// What is granted ahead by a holder, at least two shards and at most `windowShards`.
+    package var windowBytes: UInt64 = 16 << 20
+    package var windowShards = 64
+    /// Others to turn to when a neighbor proves useless.
+    package var candidateLimit = 32
+    /// Looks into the metadata service while any neighbor lives.
+    package var discoveryLimit = 4
+    /// Without a living neighbor for so long it is stuck.
+    package var isolatedNanoseconds: UInt64 = 3_000_000_000
+    /// With living neighbors that have nothing for so long it is stuck.
+    package var starvedNanoseconds: UInt64 = 15_000_000_000
+    /// Times a shard may be taken from a slow holder.
+    package var moveLimit = 3
+
+    package init() {}
+  }
+
+  struct Read: Sendable {
+    let holder: HolderAddress
+    var isCanceled = false
+    /// Who has granted it too and gets it when this read has ended.
+    var successor: HolderAddress?
+  }
+
+  let settings: Settings
+  let shardCount: Int
+  let shardBytes: UInt64
+  let version: PayloadVersion
+  let own: HolderAddress?
+  let reader: UInt64
+  var random: SwarmRandom
+  /// Verified.
+  package private(set) var verified: ShardSet
+  /// Verified or being read.
+  var taken: ShardSet
+  var reads: [Int: Read] = [:]
+  var moves: [Int: Int] = [:]
+  var neighbors: [Neighbor] = []
+  private var candidates: [HolderAddress] = []
+  /// Holders not to be taken as neighbors, and until when.
+  private var avoided: [UInt64: UInt64] = [:]
+  private var origins: Set<UInt64> = []
+  var queue: [Action] = []
+  var isDiscovering = false
+  var discoveries = 0
+  var nextDiscovery: UInt64 = .max
+  var nextMove: UInt64 = 0
+  /// Latest time told.
+  var clock: UInt64 = 0
+  /// When it last looked as if the payload could be completed; nil: now.
+  var lastHope: UInt64?
+  /// Holders that failed and why, the latest of each.
+  package private(set) var tried: [(holder: HolderAddress, reason: String)] = []
+  package private(set) var corruptShardCount = 0
+
+  /// `own` is told to others as a holder of what is verified; nil offers nothing. `have` is there
+  /// already.
+  package init(
+    shardCount: Int, shardBytes: UInt64, version: PayloadVersion, own: HolderAddress?,
+    reader: UInt64, seed: UInt64, have: ShardSet? = nil, settings: Settings = Settings()
+  ) {
+    self.settings = settings
+    self.shardCount = shardCount
+    self.shardBytes = max(1, shardBytes)
+    self.version = version
+    self.own = own
+    self.reader = reader
+    random = SwarmRandom(seed: seed)
+    verified = have ?? ShardSet(count: shardCount)
+    taken = verified
+  }
+
+  package var isComplete: Bool { verified.isFull }
+  package var missingCount: Int { shardCount - verified.memberCount }
+  package var holderCount: Int { neighbors.count { $0.isAlive } }
+  package func isOrigin(_ holder: HolderAddress) -> Bool { origins.contains(holder.holding) }
+
+  /// Grants not given back yet, to be told to their holders at the end.
+  package var unreturned: [(HolderAddress, [Int])] {
+    neighbors.compactMap { neighbor in
+      let reading = reads.filter { $0.value.holder == neighbor.address }.map(\.key)
+      let shards = neighbor.returned + reading
+      return shards.isEmpty ? nil : (neighbor.address, shards)
+    }
+  }
+
+  /// Whether there is nobody left to hope for.
+  package func isStuck(_ now: UInt64) -> Bool {
+    guard let lastHope, !isComplete, reads.isEmpty, !isDiscovering,
+      !neighbors.contains(where: \.isAsking)
+    else { return false }
+    let grace =
+      neighbors.contains(where: \.isAlive)
+      ? settings.starvedNanoseconds : settings.isolatedNanoseconds
+    return now > lastHope &+ grace
+  }
+
+  // MARK: Holders
+
+  /// Takes a holder as a neighbor or, if there are enough, as one to turn to later.
+  package mutating func add(_ holder: HolderAddress, isOrigin: Bool) {
+    if holder.holding == own?.holding { return }
+    if isOrigin { origins.insert(holder.holding) }
+    if let known = index(of: holder) {
+      if isOrigin { neighbors[known].isOrigin = true }
+      return
+    }
+    if let until = avoided[holder.holding], until > clock { return }
+    // Reads of its former time here must have ended.
+    if reads.values.contains(where: { $0.holder.holding == holder.holding }) { return }
+    let isNeeded = isOrigin || neighbors.count < settings.neighborLimit
+    if isNeeded {
+      neighbors.append(Neighbor(holder, isOrigin: isOrigin))
+      candidates.removeAll { $0.holding == holder.holding }
+    } else if !candidates.contains(where: { $0.holding == holder.holding }) {
+      if candidates.count < settings.candidateLimit {
+        candidates.append(holder)
+      } else {
+        candidates[Int.random(in: candidates.indices, using: &random)] = holder
+      }
+    }
+  }
+
+  /// What `discover` found has been added.
+  package mutating func discovered(now: UInt64) {
+    clock = now
+    isDiscovering = false
+  }
+
+  // MARK: Asks
+
+  package mutating func answered(by holder: HolderAddress, _ answer: ShardAnswer, now: UInt64) {
+    clock = now
+    for peer in answer.peers { add(peer, isOrigin: false) }
+    guard let index = index(of: holder), let asked = neighbors[index].asked else { return }
+    neighbors[index].asked = nil
+    if answer.state == .gone {
+      drop(index, "holds it no longer")
+      return
+    }
+    if answer.state == .busy || answer.heldCount > (neighbors[index].heldCount ?? 0) {
+      lastHope = now
+    }
+    neighbors[index].failures = 0
+    neighbors[index].heldCount = answer.heldCount
+    neighbors[index].readerCount = answer.readerCount
+    let lease = min(answer.leaseMilliseconds, 86_400_000) * 1_000_000
+    neighbors[index].renewal = now &+ max(lease / 2, 250_000_000)
+    var isUseful = false
+    for (position, shard) in answer.granted.enumerated() {
+      if position < asked.limit && accept(shard, from: index, moving: asked.moving) {
+        isUseful = true
+      } else {
+        neighbors[index].returned.append(shard)
+      }
+    }
+    if isUseful {
+      lastHope = now
+      neighbors[index].refusals = 0
+    } else if asked.limit > 0 {
+      refused(index, retryMilliseconds: answer.retryMilliseconds)
+    }
+  }
+
+  /// `isGone`: the holder itself lives but has this payload no longer.
+  package mutating func askFailed(
+    _ holder: HolderAddress, reason: String, isGone: Bool, now: UInt64
+  ) {
+    clock = now
+    guard let index = index(of: holder) else { return }
+    neighbors[index].asked = nil
+    drop(index, reason)
+  }
+
+  private mutating func accept(_ shard: Int, from index: Int, moving: Int?) -> Bool {
+    guard shard >= 0, shard < shardCount else { return false }
+    let holder = neighbors[index].address
+    if !taken.contains(shard) {
+      begin(shard, from: index)
+      return true
+    }
+    guard moving == shard, let read = reads[shard], !read.isCanceled, read.holder != holder
+    else { return false }
+    reads[shard]?.isCanceled = true
+    reads[shard]?.successor = holder
+    moves[shard, default: 0] += 1
+    queue.append(.cancel(read.holder, shard: shard))
+    return true
+  }
+
+  private mutating func begin(_ shard: Int, from index: Int) {
+    taken.insert(shard)
+    reads[shard] = Read(holder: neighbors[index].address)
+    neighbors[index].beginRead(shardBytes, now: clock)
+    queue.append(.read(neighbors[index].address, shard: shard))
+  }
+
+  /// Comes again later; one that refuses time and again makes room for another.
+  private mutating func refused(_ index: Int, retryMilliseconds: UInt64) {
+    neighbors[index].refusals += 1
+    let refusals = neighbors[index].refusals
+    let patience = UInt64(50) << UInt64(min(refusals - 1, 3))
+    wait(index, milliseconds: max(patience, min(retryMilliseconds, 5000)))
+    if refusals < 3 || neighbors[index].isOrigin || neighbors[index].isActive { return }
+    guard neighbors[index].returned.isEmpty,
+      let other = candidates.indices.randomElement(using: &random)
+    else { return }
+    let former = neighbors[index].address
+    neighbors[index] = Neighbor(candidates[other], isOrigin: false)
+    candidates[other] = former
+  }
+
+  private mutating func wait(_ index: Int, milliseconds: UInt64) {
+    let jitter = 0.75 + 0.5 * random.unit()
+    neighbors[index].nextAsk = clock &+ UInt64(Double(milliseconds) * 1e6 * jitter)
+  }
+
+  // MARK: Reads
+
+  /// Bytes of shards have arrived; those of a finished shard need not be told.
+  package mutating func progressed(_ holder: HolderAddress, bytes: UInt64, now: UInt64) {
+    clock = now
+    guard let index = index(of: holder) else { return }
+    neighbors[index].progress(bytes, now: now)
+  }
+
+  /// A shard has arrived. Returns whether it is intact and was missing.
+  @discardableResult
+  package mutating func finished(
+    _ shard: Int, from holder: HolderAddress, isIntact: Bool, now: UInt64
+  ) -> Bool {
+    clock = now
+    guard let read = endRead(shard, holder, isWhole: true) else { return false }
+    if isIntact {
+      // It was faster than the one that was to take over.
+      if let successor = read.successor, let index = index(of: successor) {
+        neighbors[index].returned.append(shard)
+      }
+      verified.insert(shard)
+      lastHope = now
+      return true
+    }
+    corruptShardCount += 1
+    release(shard, read)
+    if let index = index(of: holder) {
+      drop(index, "sent shard \(shard) with a wrong digest", isForever: true)
+    }
+    return false
+  }
+
+  /// A read has ended without its bytes, also when the plan canceled it.
+  package mutating func failed(
+    _ shard: Int, from holder: HolderAddress, reason: String, isDead: Bool, now: UInt64
+  ) {
+    clock = now
+    guard let read = endRead(shard, holder, isWhole: false) else { return }
+    release(shard, read)
+    if read.isCanceled { return }
+    guard let index = index(of: holder) else { return }
+    neighbors[index].failures += 1
+    if isDead || neighbors[index].failures >= 3 {
+      drop(index, reason)
+    } else {
+      wait(index, milliseconds: 100)
+    }
+  }
+
+  private mutating func endRead(_ shard: Int, _ holder: HolderAddress, isWhole: Bool) -> Read? {
+    guard let read = reads[shard], read.holder == holder else { return nil }
+    reads[shard] = nil
+    if let index = index(of: holder), neighbors[index].readCount > 0 {
+      neighbors[index].endRead(shardBytes, isWhole: isWhole, now: clock)
+      neighbors[index].returned.append(shard)
+    }
+    return read
+  }
+
+  /// The shard is missing again, or read from the one that stands ready.
+  private mutating func release(_ shard: Int, _ read: Read) {
+    if let successor = read.successor, let index = index(of: successor) {
+      begin(shard, from: index)
+    } else {
+      taken.remove(shard)
+    }
+  }
+
+  // MARK: Failure
+
+  /// Ends what is read from a holder and does without it: for a while, or forever. An origin stays,
+  /// to be tried again.
+  mutating func drop(_ index: Int, _ reason: String, isForever: Bool = false) {
+    let holder = neighbors[index].address
+    note(holder, reason)
+    for (shard, read) in reads where read.holder == holder && !read.isCanceled {
+      reads[shard]?.isCanceled = true
+      queue.append(.cancel(holder, shard: shard))
+    }
+    for (shard, read) in reads where read.successor == holder { reads[shard]?.successor = nil }
+    neighbors[index].failures += 1
+    neighbors[index].returned = []
+    if neighbors[index].isOrigin {
+      neighbors[index].isBanned = isForever
+      wait(index, milliseconds: min(1000, 100 << UInt64(min(neighbors[index].failures, 5))))
+      return
+    }
+    neighbors.remove(at: index)
+    if avoided.count >= 256 { avoided = avoided.filter { $0.value == .max } }
+    if avoided.count < 4096 { avoided[holder.holding] = isForever ? .max : clock &+ 2_000_000_000 }
+    if let other = candidates.popLast() { add(other, isOrigin: false) }
+  }
+
+  private mutating func note(_ holder: HolderAddress, _ reason: String) {
+    tried.removeAll { $0.holder == holder }
+    if tried.count == 32 { tried.removeFirst() }
+    tried.append((holder, reason))
+  }
+
+  func index(of holder: HolderAddress) -> Int? {
+    neighbors.firstIndex { $0.address.holding == holder.holding }
+  }
+}

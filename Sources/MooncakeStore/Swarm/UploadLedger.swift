@@ -1,0 +1,184 @@
+/// A holder's side of the swarm: decides who may read which shards now.
+///
+/// The shard granted least often goes first, at random among equals, so an origin sends each shard
+/// once before it sends any twice, and receivers that ask the same holder get different ones.
+package struct UploadLedger: Sendable {
+  package struct Settings: Sendable {
+    /// Receivers that read at once; others are told to come again, and who else has it.
+    package var readersAtOnce = 4
+    /// More that may read what they name: ranges, and the last shards of a download.
+    package var extraReaders = 4
+    package var grantsPerReader = 64
+    package var leaseNanoseconds: UInt64 = 10_000_000_000
+    package var rememberedPeers = 32
+    package var toldPeers = 8
+    /// Peers not heard from for so long are not told onward.
+    package var peerNanoseconds: UInt64 = 30_000_000_000
+    /// The refused are told to come so late that about this many ask in a second.
+    package var refusalsPerSecond: UInt64 = 500
+    package var shortestRetryMilliseconds: UInt64 = 20
+    package var longestRetryMilliseconds: UInt64 = 2000
+
+    package init() {}
+  }
+
+  /// A receiver with grants; an ask renews the lease of all of them.
+  private struct Reader {
+    var shards: [Int]
+    var expiry: UInt64
+  }
+
+  private struct Peer {
+    var address: HolderAddress
+    var lastHeard: UInt64
+  }
+
+  private let settings: Settings
+  private var random: SwarmRandom
+  private var grantCounts: [UInt32]
+  private var readers: [UInt64: Reader] = [:]
+  private var peers: [Peer] = []
+  private var isWithdrawn = false
+  private var refusalSecond: UInt64 = 0
+  private var refusals: UInt64 = 0
+  private var refusalsBefore: UInt64 = 0
+
+  package init(shardCount: Int, seed: UInt64, settings: Settings = Settings()) {
+    self.settings = settings
+    random = SwarmRandom(seed: seed)
+    grantCounts = Array(repeating: 0, count: shardCount)
+  }
+
+  /// Answers a receiver. `available` are the shards that this holder has verified.
+  package mutating func answer(
+    _ request: ShardRequest, available: ShardSet, now: UInt64
+  ) -> ShardAnswer {
+    precondition(available.count == grantCounts.count)
+    dropExpired(now)
+    giveBack(request.returned, of: request.reader)
+    guard !isWithdrawn, request.have.count == grantCounts.count else {
+      return ShardAnswer(state: .gone)
+    }
+    let isNew = readers[request.reader] == nil
+    var answer = ShardAnswer(
+      state: .serving, leaseMilliseconds: settings.leaseNanoseconds / 1_000_000,
+      heldCount: available.memberCount)
+    if request.limit > 0 {
+      if admits(request, isNew: isNew) {
+        answer.granted = grant(request, available: available)
+      } else {
+        answer.state = .busy
+      }
+    }
+    readers[request.reader]?.expiry = now &+ settings.leaseNanoseconds
+    if answer.granted.isEmpty { answer.retryMilliseconds = retryMilliseconds(request, now) }
+    answer.readerCount = readers.count
+    // Who is being served knows enough others already.
+    if isNew || answer.granted.isEmpty { answer.peers = somePeers(except: request.own, now: now) }
+    if let own = request.own { remember(own, now: now) }
+    return answer
+  }
+
+  /// From now on every answer is `gone`, and no lease is renewed.
+  package mutating func withdraw() { isWithdrawn = true }
+
+  /// Grants neither given back nor expired.
+  package mutating func outstandingCount(now: UInt64) -> Int {
+    dropExpired(now)
+    return readers.values.reduce(0) { $0 + $1.shards.count }
+  }
+
+  /// When the last grant expires, if none is given back; 0 without grants.
+  package var lastExpiry: UInt64 { readers.values.reduce(0) { max($0, $1.expiry) } }
+
+  private mutating func dropExpired(_ now: UInt64) {
+    if readers.values.contains(where: { $0.expiry <= now }) {
+      readers = readers.filter { $0.value.expiry > now }
+    }
+  }
+
+  private mutating func giveBack(_ shards: [Int], of reader: UInt64) {
+    guard !shards.isEmpty, var entry = readers[reader] else { return }
+    entry.shards.removeAll { shards.contains($0) }
+    readers[reader] = entry.shards.isEmpty ? nil : entry
+  }
+
+  private func admits(_ request: ShardRequest, isNew: Bool) -> Bool {
+    let extra = request.wanted == nil ? 0 : settings.extraReaders
+    return !isNew || readers.count < settings.readersAtOnce + extra
+  }
+
+  private mutating func grant(_ request: ShardRequest, available: ShardSet) -> [Int] {
+    var reader = readers[request.reader] ?? Reader(shards: [], expiry: 0)
+    let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
+    let granted = choose(limit: limit, request, available: available, except: reader.shards)
+    if granted.isEmpty { return [] }
+    for shard in granted { grantCounts[shard] &+= 1 }
+    reader.shards += granted
+    readers[request.reader] = reader
+    return granted
+  }
+
+  /// One pass over the candidates that keeps the best few, best first.
+  private mutating func choose(
+    limit: Int, _ request: ShardRequest, available: ShardSet, except: [Int]
+  ) -> [Int] {
+    if limit <= 0 { return [] }
+    var best: [(key: UInt64, shard: Int)] = []
+    var random = random
+    available.forEach(notIn: request.have) { shard in
+      if let wanted = request.wanted {
+        if shard >= wanted.upperBound { return false }
+        if shard < wanted.lowerBound { return true }
+      }
+      let key = UInt64(grantCounts[shard]) << 32 | random.next() >> 32
+      if best.count == limit && key >= best[limit - 1].key { return true }
+      if except.contains(shard) { return true }
+      if best.count == limit { best.removeLast() }
+      best.insert((key, shard), at: best.firstIndex { $0.key > key } ?? best.count)
+      return true
+    }
+    self.random = random
+    return best.map(\.shard)
+  }
+
+  /// The more are refused, the later each shall come again, so that asking costs a holder the same
+  /// however many want it.
+  private mutating func retryMilliseconds(_ request: ShardRequest, _ now: UInt64) -> UInt64 {
+    let second = now / 1_000_000_000
+    if second != refusalSecond {
+      refusalsBefore = second == refusalSecond &+ 1 ? refusals : 0
+      refusals = 0
+      refusalSecond = second
+    }
+    if request.limit > 0 { refusals += 1 }
+    let waiting = max(refusals, refusalsBefore)
+    return min(
+      settings.longestRetryMilliseconds,
+      max(settings.shortestRetryMilliseconds, waiting * 1000 / settings.refusalsPerSecond))
+  }
+
+  /// A newcomer takes the place of a random one, so memory stays bounded and dead ones fade.
+  private mutating func remember(_ address: HolderAddress, now: UInt64) {
+    let peer = Peer(address: address, lastHeard: now)
+    if let known = peers.firstIndex(where: { $0.address.holding == address.holding }) {
+      peers[known] = peer
+    } else if peers.count < settings.rememberedPeers {
+      peers.append(peer)
+    } else {
+      peers[Int.random(in: peers.indices, using: &random)] = peer
+    }
+  }
+
+  private mutating func somePeers(except own: HolderAddress?, now: UInt64) -> [HolderAddress] {
+    var told: [HolderAddress] = []
+    let start = peers.isEmpty ? 0 : Int.random(in: peers.indices, using: &random)
+    for step in peers.indices where told.count < settings.toldPeers {
+      let peer = peers[(start + step) % peers.count]
+      if peer.address.holding == own?.holding { continue }
+      if now &- peer.lastHeard > settings.peerNanoseconds { continue }
+      told.append(peer.address)
+    }
+    return told
+  }
+}
