@@ -37,10 +37,9 @@ def swarm_tables(part):
     yield (f"Object of {size >> 20} MiB, links of {part['megabits']} Mbit/s both ways: one copy "
            f"takes a link {wire:.2f} s without any header. Time from the start of the first "
            "receiver's process until the last one has the whole, verified.")
-    yield ("| receivers | store, s | in units of one | origin alone, s | origin sent, copies "
-           "| payload of it | origin alone, copies | processors busy |\n|---|---|---|---|---|---|---"
-           "|---|")
-    rows = []
+    titles = ("receivers", "store, s", "in units of one", "origin alone, s",
+              "origin sent, copies", "payload of it", "origin alone, copies", "processors busy")
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for count, values in seconds[STORE].items():
         alone = seconds[ORIGIN].get(count, [])
         cells = (count, spread(values), f"{statistics.median(values) / one:.2f}",
@@ -120,10 +119,9 @@ def write(results, folder):
     parts = [
         "# The store",
         "A virtual machine with "
-        f"{first['processors']} cores of an AMD EPYC, Linux {first['kernel']}, nothing else "
-        "running. Medians, "
-        "with the lowest and highest of the repetitions. `scripts/store-lab` measures; raw values "
-        "with commit are in [store.json](store.json).",
+        f"{first['processors']} cores of an {first['processor']}, Linux {first['kernel']}, nothing "
+        "else running. Medians, with the lowest and highest of the repetitions. "
+        "`scripts/store-lab` measures; raw values with commit are in [store.json](store.json).",
         "\n".join(["| | goal | reached |", "|---|---|---|"]
                   + [f"| {' | '.join(row)} |" for row in goal_rows(results)]),
     ]
