@@ -35,6 +35,9 @@ extension EngineError.Code {
     case .canceled: (ERR_INVALID_ARGUMENT, 1)
     case .unsupported: (ERR_NOT_IMPLEMENTED, 8)
     case .system: (ERR_CONTEXT, 102)
+    // Of the store, which the drop-in interface does not have.
+    case .exists, .notHeld, .sizeMismatch: (ERR_INVALID_ARGUMENT, 1)
+    case .digestMismatch, .noHolder: (ERR_METADATA, 200)
     }
   }
 }

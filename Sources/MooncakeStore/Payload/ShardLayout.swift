@@ -101,6 +101,17 @@ package struct ShardLayout: Equatable, Sendable {
     return bufferOffsets[piece.buffer] + piece.offset
   }
 
+  /// Which bytes of the payload a shard is.
+  package func range(ofShard shard: Int) -> (offset: UInt64, length: UInt64) {
+    let piece = piece(ofShard: shard)
+    return (bufferOffsets[piece.buffer] + piece.offset, piece.length)
+  }
+
+  /// The shards that a range of the payload touches; it must not be empty or reach beyond the end.
+  package func shards(in range: Range<UInt64>) -> Range<Int> {
+    shard(at: range.lowerBound)..<(shard(at: range.upperBound - 1) + 1)
+  }
+
   /// Where a buffer begins in the payload.
   package func payloadOffset(ofBuffer buffer: Int) -> UInt64 { bufferOffsets[buffer] }
 
