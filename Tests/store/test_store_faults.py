@@ -15,7 +15,7 @@ import stores
 from stores import FAILURE, INTERRUPTED, MIB, NOT_FOUND, OK
 
 SIZE = 40 * MIB
-SHARD = ("--shard-size", "1M")
+SHARD = ("--shard-size", "1MiB")
 # The promise: how long a get may stand still when a holder is lost.
 GAP_SECONDS = 1.0
 

@@ -28,7 +28,7 @@ class RoundTrip(stores.StoreTest):
         self.start_service(kind)
         tree = self.make_tree()
         single = self.file("model.safetensors", 20 * MIB + 3)
-        self.publish("run/tree", tree, words=("--shard-size", "1M"))
+        self.publish("run/tree", tree, words=("--shard-size", "1MiB"))
         published = self.publish("run/single", single).published
         for name, wanted in (("run/tree", stores.digests(tree)),
                              ("run/single", {single.name: stores.sha256(single)})):
@@ -62,7 +62,7 @@ class RoundTrip(stores.StoreTest):
     def test_replica_serves_alone(self):
         self.start_service()
         source = self.file("model", 12 * MIB)
-        origin = self.publish("m", source, words=("--shard-size", "1M"))
+        origin = self.publish("m", source, words=("--shard-size", "1MiB"))
         self.serve("m", "--to", str(self.folder / "replica"))
         in_memory = self.serve("m")
         origin.signal(signal.SIGTERM)
@@ -104,7 +104,7 @@ class RoundTrip(stores.StoreTest):
         self.check_bytes(older, one)
         unknown = self.get("m", "--version", "0" * 32)
         unknown.finish((NOT_FOUND, FAILURE), 30)
-        self.assertFalse(any(unknown.folder.rglob("*")) if unknown.folder.exists() else False)
+        self.assertEqual(list(unknown.folder.rglob("*")), [])
         # The same content is the same version, whoever publishes it.
         self.assertEqual(self.publish("n", one).published["version"], first.published["version"])
         self.nothing_is_left()
@@ -114,7 +114,7 @@ class Wrong(stores.StoreTest):
     def test_names(self):
         self.start_service(services.Ours)
         source = self.file("f", 1000)
-        for name in ("", "/absolute", "line\nbreak", "n" * 513, b"\xff\xfe", "\x7f"):
+        for name in ("", "/absolute", "line\nbreak", "n" * 513, "\x7f"):
             words = ["publish", str(source), "--name", name, "--metadata", self.service.uri]
             for command in (words, ["get", name, "--to", str(self.folder / "x"), *words[-2:]],
                             ["stat", name, *words[-2:]], ["rm", name, *words[-2:]]):
@@ -141,7 +141,6 @@ class Wrong(stores.StoreTest):
 
     def test_paths(self):
         self.start_service(services.Ours)
-        (self.folder / "socket").mkdir()
         for words in (("publish", str(self.folder / "none"), "--name", "m"),
                       ("publish", "/dev/null", "--name", "m"),
                       ("get", "m", "--to", "/proc/nothing/here"),
@@ -169,7 +168,7 @@ class Wrong(stores.StoreTest):
         if not network.is_private():
             self.skipTest("mounting needs a mount namespace of its own")
         self.start_service(services.Ours)
-        self.publish("m", self.file("model", 12 * MIB), words=("--shard-size", "1M"))
+        self.publish("m", self.file("model", 12 * MIB), words=("--shard-size", "1MiB"))
         small = self.folder / "small"
         small.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=True)
@@ -184,40 +183,32 @@ class Wrong(stores.StoreTest):
 class Changing(stores.StoreTest):
     """A published file is mapped: what somebody does to it meanwhile must never pass as good."""
 
-    def get_is_right_or_fails(self, good):
+    def check_changed(self, holder):
+        """The get fails and leaves nothing; the holder notices and says why it ends."""
         process = self.get("m", "--timeout", "15")
-        process.process.wait(40)
-        code = process.process.returncode
-        self.assertGreaterEqual(code, 0, process.describe())
-        if code == OK:
-            self.check_bytes(process, good)
-        else:
-            self.assertEqual([path for path in process.folder.rglob("*")]
-                             if process.folder.exists() else [], [], process.describe())
-        return code, process
+        process.finish((MISMATCH, FAILURE, NOT_FOUND))
+        self.assertEqual(list(process.folder.rglob("*")), [], process.describe())
+        # A page that is no longer there must not end it by a signal.
+        holder.finish(MISMATCH, 20)
+        self.assertIn("has changed", holder.log())
+        self.assertEqual(services.keys(self.service.uri), [])
+
+    def publish_one(self):
+        self.start_service()
+        source = self.file("model", 16 * MIB)
+        return source, self.publish("m", source, words=("--shard-size", "1MiB"))
 
     def test_written_after_publishing(self):
-        self.start_service()
-        source, kept = self.file("model", 16 * MIB), self.folder / "kept"
-        shutil.copy(source, kept)
-        holder = self.publish("m", source, words=("--shard-size", "1M"))
+        source, holder = self.publish_one()
         with open(source, "r+b") as file:
             file.seek(5 * MIB)
             file.write(b"something else")
-        code, process = self.get_is_right_or_fails(kept)
-        self.assertIn(code, (MISMATCH, FAILURE, NOT_FOUND), process.describe())
-        self.assertIsNone(holder.process.poll(), holder.describe())
+        self.check_changed(holder)
 
     def test_truncated_after_publishing(self):
-        self.start_service()
-        source, kept = self.file("model", 16 * MIB), self.folder / "kept"
-        shutil.copy(source, kept)
-        holder = self.publish("m", source, words=("--shard-size", "1M"))
+        source, holder = self.publish_one()
         os.truncate(source, 3 * MIB)
-        code, process = self.get_is_right_or_fails(kept)
-        self.assertNotEqual(code, OK, process.describe())
-        # A page that is no longer there must not end the holder by a signal.
-        self.assertIsNone(holder.process.poll(), holder.describe())
+        self.check_changed(holder)
 
     def test_changed_while_hashing(self):
         self.start_service(services.Ours)
@@ -235,7 +226,7 @@ class Changing(stores.StoreTest):
         thread = threading.Thread(target=disturb)
         thread.start()
         try:
-            process = self.start("publish", str(tree), "--name", "m", "--shard-size", "1M")
+            process = self.start("publish", str(tree), "--name", "m", "--shard-size", "1MiB")
             lab.wait_until(lambda: process.lines() or process.process.poll() is not None, 40)
         finally:
             is_over.set()
@@ -246,7 +237,7 @@ class Changing(stores.StoreTest):
             get.process.wait(40)
             self.assertNotEqual(get.process.returncode, OK, "bytes that were never one state")
         else:
-            self.assertEqual(process.process.returncode, FAILURE, process.describe())
+            self.assertEqual(process.process.returncode, MISMATCH, process.describe())
             self.assertIn("chang", process.log())
             self.assertEqual(services.keys(self.service.uri), [])
 
@@ -256,7 +247,8 @@ class Republishing(stores.StoreTest):
         self.start_service()
         contents = [self.file(f"{index}/model", 12 * MIB, index) for index in range(3)]
         good = {stores.sha256(path) for path in contents}
-        holders = [self.publish("m", contents[0], words=("--shard-size", "256K"))]
+        shard = ("--shard-size", "256KiB")
+        holders = [self.publish("m", contents[0], words=shard)]
         seen, failed = set(), []
         is_over = threading.Event()
 
@@ -276,7 +268,7 @@ class Republishing(stores.StoreTest):
         for thread in threads:
             thread.start()
         for turn in range(1, 10):
-            holders.append(self.publish("m", contents[turn % 3], words=("--shard-size", "256K")))
+            holders.append(self.publish("m", contents[turn % 3], words=shard))
             # Gone while it is fetched: who follows goes on with the new one.
             holders.pop(0).signal(signal.SIGTERM if turn % 2 else signal.SIGKILL)
         is_over.set()

@@ -46,7 +46,7 @@ class Corrupted(stores.StoreTest):
         self.start_service()
         self.source = self.file("model", 24 * MIB)
         self.shards = 24 * MIB // SHARD
-        self.origin = self.publish("m", self.source, words=("--shard-size", "256K"))
+        self.origin = self.publish("m", self.source, words=("--shard-size", "256KiB"))
         self.replica = self.serve("m")
 
     def plant(self):
