@@ -43,7 +43,8 @@ let package = Package(
       dependencies: ["MooncakeSystem", "CLinux", "CJSON", "CCurl", "CHiredis", "CMicroHTTP"],
       swiftSettings: releaseFlags),
     .target(
-      name: "MooncakeStore", dependencies: ["MooncakeEngine", "MooncakeSystem", "CXXHash"],
+      name: "MooncakeStore",
+      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CXXHash"],
       swiftSettings: releaseFlags),
     .target(
       name: "MooncakeABI",

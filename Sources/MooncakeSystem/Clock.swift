@@ -13,6 +13,16 @@ package enum Clock {
   }
 }
 
+/// The time of day, which may jump.
+package enum WallClock {
+  /// Since 1970.
+  package static func milliseconds() -> UInt64 {
+    var time = timespec()
+    clock_gettime(CLOCK_REALTIME, &time)
+    return UInt64(clamping: time.tv_sec) &* 1000 &+ UInt64(clamping: time.tv_nsec) / 1_000_000
+  }
+}
+
 /// A point in monotonic time by which an operation must have ended.
 public struct Deadline: Sendable, Comparable {
   /// Absolute, on `Clock`; `UInt64.max` never comes.

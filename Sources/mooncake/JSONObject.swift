@@ -22,6 +22,10 @@ struct JSONObject {
     addRaw(key, "[" + values.map(\.text).joined(separator: ",") + "]")
   }
 
+  mutating func add(_ key: String, _ values: [String]) {
+    addRaw(key, "[" + values.map(Self.quoted).joined(separator: ",") + "]")
+  }
+
   var text: String { "{" + members.joined(separator: ",") + "}" }
 
   private mutating func addRaw(_ key: String, _ value: String) {

@@ -7,7 +7,9 @@ struct MooncakeCommand: ParsableCommand {
     commandName: "mooncake",
     abstract: "Moves memory between processes and machines.",
     version: programVersion,
-    subcommands: [BenchCommand.self, DoctorCommand.self, MetadataCommand.self])
+    subcommands: [
+      BenchCommand.self, DoctorCommand.self, MetadataCommand.self, StoreCommand.self,
+    ])
 }
 
 /// Groups the two sides of a measurement.

@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeStore
 import MooncakeSystem
 import Synchronization
 
@@ -7,9 +8,13 @@ final class StopRequest: Sendable {
   private let flag = Atomic<Bool>(false)
   private let event: EventFD
 
+  /// Ends what runs with it, on the first signal.
+  let cancellation: Cancellation
+
   /// Call before any thread is started: the signals are blocked here and taken by one thread.
   init() throws {
     event = try EventFD()
+    cancellation = try Cancellation()
     signal(SIGPIPE, SIG_IGN)
     var signals = sigset_t()
     sigemptyset(&signals)
@@ -49,6 +54,7 @@ final class StopRequest: Sendable {
       if sigwait(&signals, &number) != 0 { continue }
       if flag.exchange(true, ordering: .relaxed) { _exit(128 + number) }
       event.signal()
+      cancellation.cancel()
     }
   }
 }

@@ -1,7 +1,7 @@
 import MooncakeEngine
 
-/// What a payload is, fixed when it is registered: its layout, a digest for each shard, and what its
-/// publisher wants to travel with it. Its own digest is the payload's version.
+/// What a payload is, fixed when it is registered: its layout, a digest for each shard, and what
+/// its publisher wants to travel with it. Its own digest is the payload's version.
 ///
 /// The bytes, little-endian: magic, size, shard bytes, salt (8 each), flags, numbers of buffers,
 /// shards and attribute bytes (4 each); the buffers' sizes (8 each); the shards' digests (low half,

@@ -121,7 +121,7 @@ package struct ShardLayout: Equatable, Sendable {
     return firstShards[buffer] + Int((offset - bufferOffsets[buffer]) / shardBytes)
   }
 
-  /// The pieces that a range of the payload consists of, in order; nil if it reaches beyond the end.
+  /// The pieces that a range of the payload consists of, in order; nil if it reaches too far.
   package func pieces(offset: UInt64, length: UInt64) -> [Piece]? {
     let (end, overflow) = offset.addingReportingOverflow(length)
     if overflow || end > size { return nil }

@@ -1,0 +1,133 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// What one store holds, by name, and which names a call works on: one call a name at a time.
+final class Catalog: Sendable {
+  /// A payload in this process's memory.
+  struct Entry: Sendable {
+    var name: String
+    var isOrigin: Bool
+    /// nil: not offered to others.
+    var holding: Holding?
+    /// Registered with the engine.
+    var buffers: [BufferLayout.Buffer]
+    /// Memory that the store allocated, freed with the entry.
+    var allocations: [UInt64] = []
+    /// Whether it is listed for the existing system without being a holding.
+    var isShared = false
+  }
+
+  private enum Slot {
+    case busy
+    case held(Entry)
+  }
+  private struct State {
+    var slots: [String: Slot] = [:]
+    var holdings: [UInt64: Holding] = [:]
+    var isClosed = false
+  }
+  private let state = Lock(State())
+  private let releases = Futex()
+
+  /// Takes a name that this store does not hold for a call.
+  func reserve(_ name: String) throws(EngineError) {
+    try state.withLock { state throws(EngineError) in
+      if state.isClosed { throw Self.closed }
+      switch state.slots[name] {
+      case .none: state.slots[name] = .busy
+      case .busy: throw Self.busy(name)
+      case .held:
+        throw EngineError(
+          .exists,
+          "payload '\(name)': this store holds it already: end that with unregister or delete "
+            + "replica first")
+      }
+    }
+  }
+
+  /// Takes a name for a call; returns the entry that it replaces, if this store registered one.
+  func reserveReplacing(_ name: String) throws(EngineError) -> Entry? {
+    try state.withLock { state throws(EngineError) in
+      if state.isClosed { throw Self.closed }
+      switch state.slots[name] {
+      case .none:
+        state.slots[name] = .busy
+        return nil
+      case .busy: throw Self.busy(name)
+      case .held(let entry):
+        if !entry.isOrigin {
+          throw EngineError(
+            .exists, "payload '\(name)': this store holds a replica of it: delete that first")
+        }
+        state.slots[name] = .busy
+        return entry
+      }
+    }
+  }
+
+  /// Takes the entry of a name for a call that ends it; nil if there is none, or not such a one.
+  func take(_ name: String, where matches: (Entry) -> Bool) throws(EngineError) -> Entry? {
+    try state.withLock { state throws(EngineError) in
+      if state.isClosed { throw Self.closed }
+      switch state.slots[name] {
+      case .none: return nil
+      case .busy: throw Self.busy(name)
+      case .held(let entry):
+        guard matches(entry) else { return nil }
+        state.slots[name] = .busy
+        return entry
+      }
+    }
+  }
+
+  /// Ends a call that took a name: with an entry that is held from now on, or with none.
+  func release(_ name: String, holding entry: Entry? = nil) {
+    state.withLock { $0.slots[name] = entry.map { .held($0) } }
+    releases.increment()
+    releases.wakeAll()
+  }
+
+  /// Peers find a holding from now on.
+  func open(_ holding: Holding) { state.withLock { $0.holdings[holding.address.holding] = holding } }
+
+  func close(_ holding: Holding) { state.withLock { $0.holdings[holding.address.holding] = nil } }
+
+  /// The holding that a peer means.
+  func holding(_ number: UInt64) -> Holding? { state.withLock { $0.holdings[number] } }
+
+  /// The holding of a name; nil while a call works on it.
+  func holding(of name: String) -> Holding? {
+    state.withLock { state in
+      if case .held(let entry) = state.slots[name] { return entry.holding }
+      return nil
+    }
+  }
+
+  var isClosed: Bool { state.withLock { $0.isClosed } }
+
+  /// Refuses new calls, waits for those that run, and returns what is held.
+  func close() -> [Entry] {
+    state.withLock { $0.isClosed = true }
+    while true {
+      let seen = releases.value
+      let entries: [Entry]? = state.withLock { state in
+        var entries: [Entry] = []
+        for slot in state.slots.values {
+          guard case .held(let entry) = slot else { return nil }
+          entries.append(entry)
+        }
+        state.slots = [:]
+        return entries
+      }
+      if let entries { return entries }
+      releases.wait(while: seen, until: .never)
+    }
+  }
+
+  private static let closed = EngineError(.invalidHandle, "the store was closed")
+
+  private static func busy(_ name: String) -> EngineError {
+    EngineError(.busy, "payload '\(name)': another call of this store works on it")
+  }
+}

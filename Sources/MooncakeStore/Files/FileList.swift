@@ -1,0 +1,136 @@
+import MooncakeEngine
+
+/// The files that a payload consists of, as its manifest carries them. Those with bytes are its
+/// buffers, in the same order.
+package struct FileList: Equatable, Sendable {
+  package struct File: Equatable, Sendable {
+    /// Below the directory that was published, parts separated by "/".
+    package var path: String
+    package var size: UInt64
+    package var isExecutable: Bool
+
+    package init(path: String, size: UInt64, isExecutable: Bool = false) {
+      self.path = path
+      self.size = size
+      self.isExecutable = isExecutable
+    }
+  }
+
+  package static let maximumFileCount = 65_536
+  private static let maximumPathBytes = 4096
+  private static let maximumPartBytes = 255
+  private static let maximumPartCount = 64
+
+  package let files: [File]
+
+  /// Checks files found here.
+  package init(_ files: [File]) throws(EngineError) {
+    if let problem = Self.problem(with: files) {
+      throw EngineError(.invalidArgument, "these files cannot be a payload: \(problem)")
+    }
+    self.files = files
+  }
+
+  /// Reads the list of a peer's manifest, which may be anything.
+  package init(parsing manifest: Manifest) throws(EngineError) {
+    let document: JSONDocument
+    do throws(JSONError) { document = try JSONDocument(parsing: manifest.attributes) } catch {
+      throw Self.violation(error.description)
+    }
+    let files = try document.read(Self.files)
+    if let problem = Self.problem(with: files) { throw Self.violation(problem) }
+    let sizes = files.map(\.size).filter { $0 > 0 }
+    if sizes != manifest.layout.bufferSizes {
+      throw Self.violation("the sizes of the files are not those of the payload's buffers")
+    }
+    self.files = files
+  }
+
+  /// The list as a manifest's attributes.
+  package var json: [UInt8] {
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.name("files")
+    writer.beginArray()
+    for file in files {
+      writer.beginObject()
+      writer.member("path", file.path)
+      writer.member("size", file.size)
+      if file.isExecutable {
+        writer.name("executable")
+        writer.value(true)
+      }
+      writer.endObject()
+    }
+    writer.endArray()
+    writer.endObject()
+    return Array(writer.text.utf8)
+  }
+
+  private static func files(_ value: JSONValue) throws(EngineError) -> [File] {
+    guard let list = value["files"], list.isArray else {
+      throw violation("it has no array 'files'")
+    }
+    var files: [File] = []
+    for item in list.elements {
+      guard let path = item["path"]?.string, let size = item["size"]?.unsigned else {
+        throw violation("file \(files.count) has no path or no size")
+      }
+      if files.count == maximumFileCount {
+        throw violation("more than \(maximumFileCount) files")
+      }
+      files.append(File(path: path, size: size, isExecutable: item["executable"]?.isTrue == true))
+    }
+    return files
+  }
+
+  private static func violation(_ what: String) -> EngineError {
+    EngineError(.protocolViolation, "the payload's list of files is refused: \(what)")
+  }
+
+  private static func problem(with files: [File]) -> String? {
+    if files.isEmpty { return "there is none" }
+    if files.count > maximumFileCount {
+      return "they are \(files.count), more than \(maximumFileCount)"
+    }
+    // As bytes: two spellings of one letter are equal strings, but different files.
+    var paths: Set<[UInt8]> = []
+    var directories: Set<[UInt8]> = []
+    for file in files {
+      if let problem = problem(with: file.path) { return problem }
+      let bytes = Array(file.path.utf8)
+      if !paths.insert(bytes).inserted { return "'\(file.path)' is there twice" }
+      for (index, byte) in bytes.enumerated() where byte == UInt8(ascii: "/") {
+        directories.insert(Array(bytes[..<index]))
+      }
+    }
+    return files.first { directories.contains(Array($0.path.utf8)) }.map {
+      "'\($0.path)' is a file and a directory"
+    }
+  }
+
+  /// Why a path would leave the directory or confuse who reads it.
+  private static func problem(with path: String) -> String? {
+    // A hostile path is not repeated whole, nor with what would control a terminal.
+    let shown = String(
+      decoding: path.utf8.prefix(100).map { isControl($0) ? UInt8(ascii: "?") : $0 },
+      as: UTF8.self)
+    let bytes = path.utf8.count
+    if bytes > maximumPathBytes { return "the path '\(shown)...' has \(bytes) bytes" }
+    if path.utf8.contains(where: isControl) {
+      return "the path '\(shown)' has control characters"
+    }
+    let parts = path.utf8.split(separator: UInt8(ascii: "/"), omittingEmptySubsequences: false)
+    if parts.count > maximumPartCount { return "the path '\(shown)' is too deep" }
+    for part in parts {
+      if part.isEmpty { return "the path '\(shown)' has an empty part" }
+      if part.elementsEqual(".".utf8) || part.elementsEqual("..".utf8) {
+        return "the path '\(shown)' has a part '.' or '..'"
+      }
+      if part.count > maximumPartBytes { return "a name in '\(shown)' is too long" }
+    }
+    return nil
+  }
+
+  private static func isControl(_ byte: UInt8) -> Bool { byte < 0x20 || byte == 0x7F }
+}

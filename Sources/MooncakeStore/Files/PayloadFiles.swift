@@ -1,0 +1,139 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// Files of this machine that a store offers as a payload. They must stay as they are; `check`
+/// tells.
+public final class PayloadFiles: Sendable {
+  public let name: String
+  /// Where they are.
+  public let paths: [String]
+  private let store: P2PStore
+  private let isOrigin: Bool
+  private let holding: UInt64?
+  private let files: Lock<[MappedFile]>
+
+  init(_ store: P2PStore, _ name: String, isOrigin: Bool, _ files: [MappedFile]) {
+    self.store = store
+    self.name = name
+    self.isOrigin = isOrigin
+    paths = files.map(\.path)
+    holding = store.catalog.holding(of: name)?.address.holding
+    self.files = Lock(files)
+  }
+
+  deinit {
+    do throws(EngineError) { try withdraw() } catch {
+      // A call works on the name: the memory may not go yet, and nobody is left to free it.
+      if error.code != .busy { return }
+      for file in files.withLock({ $0 }) { _ = Unmanaged.passRetained(file) }
+    }
+  }
+
+  /// Throws if a file has changed, naming it, or if the payload is offered no longer because
+  /// somebody has removed its name.
+  public func check() throws(EngineError) {
+    for file in files.withLock({ $0 }) { try file.check() }
+    if let holding, store.catalog.holding(of: name)?.address.holding != holding {
+      throw EngineError(.notHeld, "payload '\(name)' was removed by its name")
+    }
+  }
+
+  /// Ends the offer and lets go of the files, which stay where they are. Nobody reads them when this
+  /// returns. Idempotent.
+  public func withdraw(_ operation: StoreOperation = StoreOperation()) throws(EngineError) {
+    if files.withLock({ $0.isEmpty }) { return }
+    let present = store.catalog.holding(of: name)?.address.holding
+    // Else this one has ended, and the store holds another payload of that name.
+    if present == nil || present == holding {
+      do throws(EngineError) {
+        if isOrigin {
+          try store.unregister(name, operation)
+        } else {
+          try store.deleteReplica(name, operation)
+        }
+      } catch {
+        // Nobody reads what a store does not hold, or held when it was closed.
+        if error.code != .notHeld && error.code != .invalidHandle { throw error }
+      }
+    }
+    files.withLock { $0 = [] }
+  }
+}
+
+/// How received files are written.
+public struct FileOptions: Sendable {
+  /// Replaces files that are there, instead of failing before anything is fetched.
+  public var replacesFiles = false
+  /// Returns only when the files would survive a loss of power.
+  public var syncs = false
+
+  public init() {}
+}
+
+extension P2PStore {
+  /// Publishes one directory, or files and directories, as one payload. Of one directory the
+  /// contents are listed, of several paths each under its last name. The files are mapped, not
+  /// copied; nobody may write them before the payload is withdrawn.
+  public func publish(
+    _ name: String, files paths: [String], _ options: RegisterOptions = RegisterOptions(),
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> (info: PayloadInfo, files: PayloadFiles) {
+    if options.isWritable {
+      throw EngineError(
+        .invalidArgument, "payload '\(name)': files are published for reading only")
+    }
+    let found = try FileTree.files(of: paths)
+    var files: [MappedFile] = []
+    var listed: [FileList.File] = []
+    for item in found {
+      let file = try MappedFile(reading: item.path)
+      listed.append(.init(path: item.name, size: file.size, isExecutable: file.isExecutable))
+      files.append(file)
+    }
+    var options = options
+    options.attributes = try FileList(listed).json
+    // Empty files are in the list only.
+    let filled = files.filter { $0.buffer != nil }
+    let layout = try Self.layout(name, filled.compactMap(\.buffer))
+    let info = try register(name, layout, options, operation) { piece throws(EngineError) in
+      try filled[piece.buffer].digest(offset: piece.offset, length: piece.length)
+    }
+    let result = PayloadFiles(self, name, isOrigin: true, files)
+    // A file hashed first may have changed while the last one was.
+    do throws(EngineError) { try result.check() } catch {
+      try result.withdraw(operation)
+      throw error
+    }
+    return (info, result)
+  }
+
+  /// Fetches a payload into files below a directory, which is made if it is not there. No file has
+  /// its name before all are complete and verified; on failure nothing is left. Payloads without a
+  /// list of files become one file with the last part of the payload's name. The files are offered
+  /// to others, if the options say so, until they are withdrawn.
+  public func get(
+    _ name: String, to directory: String, _ fileOptions: FileOptions = FileOptions(),
+    _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> (result: GetResult, files: PayloadFiles) {
+    if directory.isEmpty { throw EngineError(.invalidArgument, "no directory is named") }
+    let staging = FileStaging(
+      directory: directory, payload: name, replacesFiles: fileOptions.replacesFiles)
+    do throws(EngineError) {
+      let result = try get(name, options, operation) { manifest throws(EngineError) in
+        (try staging.place(manifest), [])
+      }
+      let files: [MappedFile]
+      do throws(EngineError) {
+        files = try staging.commit(syncs: fileOptions.syncs)
+      } catch {
+        // Before the memory goes.
+        try? deleteReplica(name)
+        throw error
+      }
+      return (result, PayloadFiles(self, name, isOrigin: false, files))
+    } catch {
+      staging.discard()
+      throw error
+    }
+  }
+}

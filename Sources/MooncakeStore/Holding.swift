@@ -1,0 +1,116 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// A payload, or part of one, in this process's memory, as others see it.
+package final class Holding: Sendable {
+  package let name: String
+  package let address: HolderAddress
+  package let manifest: Manifest
+  package let layout: BufferLayout
+  package let isOrigin: Bool
+  package let publishedMilliseconds: UInt64
+  /// Manifest and addresses of the buffers, in memory that peers read.
+  private let index: UInt64
+  private let engine: TransferEngine
+
+  private struct State {
+    var ledger: UploadLedger
+    var available: ShardSet
+    var isWithdrawn = false
+  }
+  private let state: Lock<State>
+
+  /// Offers nothing yet but what is available; the memory is registered by the caller.
+  package init(
+    name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
+    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64
+  ) throws(EngineError) {
+    self.name = name
+    self.engine = engine
+    self.manifest = manifest
+    self.layout = layout
+    self.isOrigin = isOrigin
+    self.publishedMilliseconds = publishedMilliseconds
+    let holding = UInt64.random(in: 1 ... .max)
+    address = HolderAddress(
+      holding: holding, rpc: engine.rpcAddress.description, segment: engine.name)
+    state = Lock(
+      State(
+        ledger: UploadLedger(shardCount: manifest.layout.shardCount, seed: holding), available: available))
+    let bytes = manifest.bytes
+    let memory = try engine.allocate(
+      length: UInt64(bytes.count + layout.buffers.count * Self.rowBytes), access: .remoteRead)
+    index = UInt64(UInt(bitPattern: memory))
+    bytes.withUnsafeBytes { memory.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
+    for (row, buffer) in layout.buffers.enumerated() {
+      let place = memory + bytes.count + row * Self.rowBytes
+      place.storeBytes(of: buffer.address.littleEndian, as: UInt64.self)
+      place.storeBytes(of: buffer.length.littleEndian, toByteOffset: 8, as: UInt64.self)
+    }
+  }
+
+  /// Bytes of a buffer in the table: its address and its length.
+  package static let rowBytes = 16
+
+  package var version: PayloadVersion { manifest.version }
+  package var isComplete: Bool { state.withLock { $0.available.isFull } }
+
+  /// Offers a shard from now on: its bytes are there and verified.
+  package func offer(_ shard: Int) { state.withLock { $0.available.insert(shard) } }
+
+  package func offers(_ shards: Range<Int>) -> Bool {
+    state.withLock { state in
+      !state.isWithdrawn && shards.allSatisfy { state.available.contains($0) }
+    }
+  }
+
+  // MARK: Calls
+
+  /// What a peer that wants to read this must know.
+  package func answerOpen() -> String {
+    let (held, isWithdrawn) = state.withLock { ($0.available.memberCount, $0.isWithdrawn) }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("state", isWithdrawn ? ShardAnswer.State.gone.rawValue : 0)
+    writer.member("version", version.description)
+    writer.member("manifest_address", index)
+    writer.member("manifest_bytes", UInt64(manifest.bytes.count))
+    writer.member("table_address", index + UInt64(manifest.bytes.count))
+    writer.member("buffers", UInt64(layout.buffers.count))
+    writer.member("held", UInt64(held))
+    writer.endObject()
+    return writer.text
+  }
+
+  package func answer(_ request: ShardRequest) -> ShardAnswer {
+    if request.version != version { return ShardAnswer(state: .gone) }
+    return state.withLock { state in
+      state.ledger.answer(request, available: state.available, now: Clock.now())
+    }
+  }
+
+  // MARK: End
+
+  /// Grants nothing any more.
+  package func stopGranting() {
+    state.withLock { state in
+      state.isWithdrawn = true
+      state.ledger.withdraw()
+    }
+  }
+
+  /// Stops granting and waits until what was granted has been given back or the deadline passes.
+  /// Returns whether readers were left.
+  package func drain(until deadline: Deadline, _ bounds: Bounds? = nil) -> Bool {
+    stopGranting()
+    while state.withLock({ $0.ledger.outstandingCount(now: Clock.now()) }) > 0 {
+      if deadline.hasPassed || bounds?.isOver == true { return true }
+      sleepBriefly(nanoseconds: 2_000_000)
+    }
+    return false
+  }
+
+  /// Frees what this holds beside the payload's memory.
+  package func close() { try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(index))!) }
+}

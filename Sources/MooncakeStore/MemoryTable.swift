@@ -1,0 +1,73 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// The memory that holdings of one store have registered with its engine. Several holdings may use
+/// the same ranges; they stay registered until the last one lets go.
+final class MemoryTable: Sendable {
+  private struct Entry {
+    var length: UInt64
+    var access: Access
+    var useCount = 1
+  }
+  private let engine: TransferEngine
+  private let entries = Lock<[UInt64: Entry]>([:])
+
+  init(_ engine: TransferEngine) { self.engine = engine }
+
+  /// Registers all buffers or none.
+  func register(
+    _ buffers: [BufferLayout.Buffer], location: String, access: Access
+  ) throws(EngineError) {
+    try entries.withLock { entries throws(EngineError) in
+      var new: [(address: UInt64, length: UInt64)] = []
+      var shared: [UInt64] = []
+      for buffer in buffers {
+        guard let entry = entries[buffer.address] else {
+          new.append((buffer.address, buffer.length))
+          continue
+        }
+        guard entry.length == buffer.length, entry.access == access else {
+          throw EngineError(
+            .overlap,
+            "0x\(String(buffer.address, radix: 16)): another payload of this store has registered "
+              + "\(entry.length) bytes there, not the same \(buffer.length) with the same access")
+        }
+        shared.append(buffer.address)
+      }
+      if !new.isEmpty {
+        do {
+          try new.withUnsafeBufferPointer { ranges in
+            try engine.register(ranges, location: location, access: access)
+          }
+        } catch let error as EngineError {
+          throw error
+        } catch {
+          throw EngineError(.system, "\(error)")
+        }
+      }
+      for range in new { entries[range.address] = Entry(length: range.length, access: access) }
+      for address in shared { entries[address]!.useCount += 1 }
+    }
+  }
+
+  /// Lets go of buffers; when this returns, nobody reads those that no other holding uses.
+  func unregister(_ buffers: [BufferLayout.Buffer]) {
+    entries.withLock { entries in
+      var last: [UInt64] = []
+      for buffer in buffers {
+        guard var entry = entries[buffer.address] else { continue }
+        entry.useCount -= 1
+        entries[buffer.address] = entry.useCount == 0 ? nil : entry
+        if entry.useCount == 0 { last.append(buffer.address) }
+      }
+      if last.isEmpty { return }
+      do {
+        try last.withUnsafeBufferPointer { try engine.unregister($0) }
+      } catch {
+        // The engine has closed, and with it nobody reads any more.
+        Log.debug("store: unregistering memory: \(error)")
+      }
+    }
+  }
+}

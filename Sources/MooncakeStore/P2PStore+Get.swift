@@ -1,0 +1,230 @@
+import MooncakeEngine
+import MooncakeSystem
+
+extension P2PStore {
+  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, and which
+  /// of them the store is to free in the end.
+  package typealias Placement =
+    (Manifest) throws(EngineError) -> (buffers: [PayloadBuffer], allocations: [UInt64])
+
+  /// Fetches a whole payload into the caller's buffers, or into memory that the engine allocates.
+  /// Blocks until every shard is there and verified. Others fetch from this process meanwhile and
+  /// afterwards, unless the options say otherwise; `deleteReplica` ends that.
+  public func get(
+    _ name: String, into buffers: [PayloadBuffer]? = nil, _ options: GetOptions = GetOptions(),
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> GetResult {
+    try get(name, options, operation) { [engine] manifest throws(EngineError) in
+      if let buffers { return (buffers, []) }
+      if manifest.layout.size == 0 { return ([], []) }
+      let address = try engine.allocate(
+        length: manifest.layout.size, location: options.location, access: .local)
+      // The holding registers it with the rights that it needs.
+      try engine.unregister(address)
+      return (
+        [PayloadBuffer(address: address, length: manifest.layout.size)],
+        [UInt64(UInt(bitPattern: address))]
+      )
+    }
+  }
+
+  /// As above; the caller provides the memory once it knows the manifest.
+  package func get(
+    _ name: String, _ options: GetOptions, _ operation: StoreOperation, _ place: Placement
+  ) throws(EngineError) -> GetResult {
+    let bounds = Bounds(operation, "getting payload '\(name)'", defaultMilliseconds: 0)
+    try PayloadName.check(name)
+    try catalog.reserve(name)
+    var held: Catalog.Entry?
+    defer { catalog.release(name, holding: held) }
+    let start = Clock.now()
+    while true {
+      try bounds.check("start")
+      guard let target = try locate(name, options, bounds) else {
+        guard let shared, options.version == nil,
+          let document = try shared.document(name, bounds.call)
+        else { throw notFound(name) }
+        return try getUnverified(document, options, bounds, place, &held, since: start)
+      }
+      do throws(EngineError) {
+        return try fetch(target, options, bounds, place, &held, since: start)
+      } catch {
+        // The version may have gone while the name has another one.
+        guard error.code == .noHolder, options.version == nil,
+          let now = try? locate(name, options, bounds), now.version != target.version
+        else { throw error }
+        if options.followsVersions { continue }
+        throw EngineError(
+          .notFound,
+          "payload '\(name)': version \(target.version) vanished while it was fetched; the name "
+            + "has version \(now.version) now: get it again, or ask to follow versions "
+            + "(\(error.message))")
+      }
+    }
+  }
+
+  /// A version of a payload and some of its holders.
+  struct Target {
+    var summary: PayloadSummary
+    var holders: [HolderRecord]
+    var name: String { summary.name }
+    var version: PayloadVersion { summary.version }
+  }
+
+  static let neighborCount = 16
+
+  /// Finds the version to work on; nil if nobody offers the name.
+  func locate(
+    _ name: String, _ options: GetOptions, _ bounds: Bounds
+  ) throws(EngineError) -> Target? {
+    try bounds.report(
+      StoreProgress(
+        phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+    let head = try directory.head(name, bounds.call)
+    if let head, options.version ?? head.version == head.version {
+      var holders = try directory.holders(
+        of: name, head.version, limit: Self.neighborCount, bounds.call)
+      if !holders.contains(where: { $0.holder == head.origin }) {
+        holders.append(HolderRecord(origin: head))
+      }
+      return Target(summary: head.summary, holders: holders)
+    }
+    // The origin may have died a moment ago, before another holder has taken its place.
+    let all = try directory.allHolders(of: name, limit: 256, bounds.call)
+    let matching = all.filter { options.version == nil || $0.version == options.version }
+    guard let newest = matching.max(by: { $0.publishedMilliseconds < $1.publishedMilliseconds })
+    else {
+      if let version = options.version, head != nil || !all.isEmpty {
+        throw EngineError(
+          .notFound,
+          "payload '\(name)': nobody holds version \(version); the present one is "
+            + "\(head?.version.description ?? all[0].version.description)")
+      }
+      return nil
+    }
+    return Target(
+      summary: newest.summary, holders: matching.filter { $0.version == newest.version })
+  }
+
+  /// Reads the manifest from whoever has it.
+  func manifest(of target: Target, _ bounds: Bounds) throws(EngineError) -> Manifest {
+    var failures: [String] = []
+    // Every receiver begins with another holder; the origin, which all know, comes last.
+    let order = target.holders.shuffled().sorted { !$0.isOrigin && $1.isOrigin }
+    for record in order {
+      try bounds.check("fetching the manifest")
+      do throws(EngineError) {
+        return try HolderConnection.fetchManifest(
+          engine, record.holder, target.version,
+          until: min(bounds.deadline, .after(milliseconds: 2000)))
+      } catch {
+        failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
+      }
+    }
+    throw EngineError(
+      .noHolder,
+      "payload '\(target.name)': no live holder of version \(target.version); tried: "
+        + failures.joined(separator: "; "))
+  }
+
+  private func fetch(
+    _ target: Target, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
+    _ held: inout Catalog.Entry?, since start: UInt64
+  ) throws(EngineError) -> GetResult {
+    let manifest = try manifest(of: target, bounds)
+    let (buffers, allocations) = try place(manifest)
+    var entry: Catalog.Entry
+    do throws(EngineError) {
+      let layout = try Self.layout(target.name, buffers, for: manifest)
+      // What peers may change is a snapshot here, which is of no use to others.
+      let isOffered = options.sharesOnward && !manifest.isWritable
+      entry = try accept(target, manifest, layout, isOffered, options)
+    } catch {
+      free(allocations)
+      throw error
+    }
+    entry.allocations = allocations
+    do throws(EngineError) {
+      if let holding = entry.holding { keeper.put(holding.record, bounds.call) }
+      let sources = try download(target, manifest, entry, bounds)
+      if let holding = entry.holding { complete(holding, bounds) }
+      held = entry
+      var info = target.summary.info(holderCount: UInt64(target.holders.count))
+      info.bufferSizes = manifest.layout.bufferSizes
+      return GetResult(
+        info: info, buffers: buffers, isVerified: !manifest.isWritable,
+        nanoseconds: Clock.now() &- start, sources: sources, attributes: manifest.attributes)
+    } catch {
+      withdraw(entry, until: .after(milliseconds: 0))
+      throw error
+    }
+  }
+
+  /// Registers the receiver's memory.
+  private func accept(
+    _ target: Target, _ manifest: Manifest, _ layout: BufferLayout, _ isOffered: Bool,
+    _ options: GetOptions
+  ) throws(EngineError) -> Catalog.Entry {
+    if isOffered {
+      return try offer(
+        target.name, manifest, layout, isOrigin: false, location: options.location,
+        available: ShardSet(count: manifest.layout.shardCount),
+        publishedMilliseconds: target.summary.publishedMilliseconds)
+    }
+    try memory.register(layout.buffers, location: options.location, access: .local)
+    return Catalog.Entry(
+      name: target.name, isOrigin: false, holding: nil, buffers: layout.buffers)
+  }
+
+  private func download(
+    _ target: Target, _ manifest: Manifest, _ entry: Catalog.Entry, _ bounds: Bounds
+  ) throws(EngineError) -> [GetResult.Source] {
+    let layout = BufferLayout(entry.buffers)!
+    let (directory, cancellation) = (directory, bounds.cancellation)
+    let download = try PayloadDownload(
+      engine, workers, manifest, into: layout, holding: entry.holding, holders: target.holders,
+      bounds, isClosed: { [catalog] in catalog.isClosed }
+    ) { deadline throws(EngineError) in
+      try directory.holders(
+        of: target.name, target.version, limit: Self.neighborCount,
+        MetadataCall(until: deadline, cancellation: cancellation))
+    }
+    return try download.run()
+  }
+
+  /// Tells others that the whole payload is here. What fails is repeated or harmless.
+  private func complete(_ holding: Holding, _ bounds: Bounds) {
+    keeper.put(holding.record, bounds.call)
+    shared?.addReplica(
+      holding.name, segment: engine.name, holding.shardAddresses, bounds.call)
+  }
+
+  private func free(_ allocations: [UInt64]) {
+    for address in allocations {
+      try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
+    }
+  }
+
+  /// Checks that whole shards fit into the buffers.
+  static func layout(
+    _ name: String, _ buffers: [PayloadBuffer], for manifest: Manifest
+  ) throws(EngineError) -> BufferLayout {
+    let layout = try layout(name, buffers)
+    if layout.size != manifest.layout.size {
+      throw EngineError(
+        .sizeMismatch,
+        "payload '\(name)': it has \(manifest.layout.size) bytes, the buffers have \(layout.size)")
+    }
+    for shard in 0..<manifest.layout.shardCount {
+      let range = manifest.layout.range(ofShard: shard)
+      if layout.address(of: range.offset, length: range.length) == nil {
+        throw EngineError(
+          .sizeMismatch,
+          "payload '\(name)': shard \(shard) (bytes \(range.offset) to "
+            + "\(range.offset + range.length)) crosses the end of a buffer: give buffers of the "
+            + "sizes that it was registered with, or one for all")
+      }
+    }
+    return layout
+  }
+}

@@ -1,0 +1,51 @@
+import MooncakeEngine
+import MooncakeSystem
+
+extension P2PStore {
+  /// Payloads whose names begin with a prefix, in order of names, with sizes and numbers of holders.
+  /// Those of the existing system are among them where both share an etcd.
+  public func list(
+    prefix: String, _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> [PayloadInfo] {
+    let bounds = queryBounds("listing payloads '\(prefix)'", operation)
+    try bounds.check("start")
+    let payloads = try directory.list(prefix: prefix, bounds.call)
+    guard let shared else { return payloads }
+    let known = Set(payloads.map(\.name))
+    let others = try shared.list(prefix: prefix, bounds.call).filter { !known.contains($0.name) }
+    return (payloads + others).sorted { $0.name < $1.name }
+  }
+
+  /// What is known of a payload, with the length of each buffer, and who offers it.
+  public func describe(
+    _ name: String, _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> (info: PayloadInfo, holders: [PayloadHolder]) {
+    let bounds = queryBounds("describing payload '\(name)'", operation)
+    try PayloadName.check(name)
+    try bounds.check("start")
+    guard let target = try locate(name, GetOptions(), bounds) else {
+      guard let document = try shared?.document(name, bounds.call) else { throw notFound(name) }
+      return (document.info, document.holders)
+    }
+    let all = try directory.allHolders(of: name, limit: .max, bounds.call)
+    let holders = all.filter { $0.version == target.version }
+    var info = target.summary.info(holderCount: UInt64(holders.count))
+    if let manifest = try? manifest(of: target, bounds) {
+      info.bufferSizes = manifest.layout.bufferSizes
+    }
+    return (info, all.map(\.payloadHolder))
+  }
+
+  /// Tells of payloads whose names begin with a prefix: first those that are there, then each that
+  /// appears, gets another version, or vanishes. The handler runs on a thread of the watch.
+  public func watch(
+    prefix: String, _ handler: @escaping @Sendable (PayloadChange) -> Void
+  ) throws(EngineError) -> PayloadWatch {
+    if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
+    return try PayloadWatch(directory, prefix: prefix, handler)
+  }
+
+  private func queryBounds(_ what: String, _ operation: StoreOperation) -> Bounds {
+    Bounds(operation, what, defaultMilliseconds: engine.defaultTimeoutMilliseconds)
+  }
+}

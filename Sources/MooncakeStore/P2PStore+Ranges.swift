@@ -1,0 +1,50 @@
+import MooncakeEngine
+import MooncakeSystem
+
+extension P2PStore {
+  /// Reads a range of a payload in place, from any holder that has it. The bytes are not checked
+  /// against digests, which cover whole shards.
+  public func read(
+    _ name: String, offset: UInt64, into memory: UnsafeMutableRawPointer, length: UInt64,
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) {
+    try move(.read, name, offset, memory, length, operation)
+  }
+
+  /// Writes a range of a payload in place, which must have been registered as writable.
+  public func write(
+    _ name: String, offset: UInt64, from memory: UnsafeRawPointer, length: UInt64,
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) {
+    try move(.write, name, offset, UnsafeMutableRawPointer(mutating: memory), length, operation)
+  }
+
+  private func move(
+    _ opcode: Opcode, _ name: String, _ offset: UInt64, _ memory: UnsafeMutableRawPointer,
+    _ length: UInt64, _ operation: StoreOperation
+  ) throws(EngineError) {
+    let verb = opcode == .read ? "reading" : "writing"
+    let bounds = Bounds(
+      operation, "\(verb) payload '\(name)'",
+      defaultMilliseconds: engine.defaultTimeoutMilliseconds)
+    try PayloadName.check(name)
+    if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
+    try bounds.check("start")
+    guard let target = try locate(name, GetOptions(), bounds) else { throw notFound(name) }
+    let manifest = try manifest(of: target, bounds)
+    let (end, overflow) = offset.addingReportingOverflow(length)
+    if overflow || end > manifest.layout.size {
+      throw EngineError(
+        .invalidArgument,
+        "payload '\(name)': bytes \(offset) to \(offset &+ length) are not in its \(manifest.layout.size)")
+    }
+    if opcode == .write && !manifest.isWritable {
+      throw EngineError(
+        .accessDenied, "payload '\(name)': it was not registered as writable")
+    }
+    if length == 0 { return }
+    var transfer = RangeTransfer(
+      engine, manifest, opcode, offset: offset, memory: memory, length: length, bounds)
+    try transfer.run(target.holders)
+  }
+}

@@ -1,0 +1,205 @@
+import MooncakeEngine
+import MooncakeSystem
+
+extension P2PStore {
+  /// Makes buffers a payload that others find by its name. The memory stays the caller's, and must
+  /// stay as it is until the payload is unregistered. A name that this or another store has
+  /// registered gets a new version, unless the options say otherwise; bytes of two versions are
+  /// never mixed.
+  @discardableResult
+  public func register(
+    _ name: String, _ buffers: [PayloadBuffer], _ options: RegisterOptions = RegisterOptions(),
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> PayloadInfo {
+    if buffers.isEmpty {
+      throw EngineError(.invalidArgument, "payload '\(name)': no buffers are given")
+    }
+    let layout = try Self.layout(name, buffers)
+    return try register(name, layout, options, operation) { piece in
+      let start = Self.pointer(layout.buffers[piece.buffer].address + piece.offset)
+      return Digest(of: UnsafeRawBufferPointer(start: start, count: Int(piece.length)))
+    }
+  }
+
+  /// As above; `digestOf` reads the bytes of a shard, on several threads at once.
+  package func register(
+    _ name: String, _ layout: BufferLayout, _ options: RegisterOptions,
+    _ operation: StoreOperation,
+    digestOf: @escaping ShardHashing.Source
+  ) throws(EngineError) -> PayloadInfo {
+    let bounds = Bounds(operation, "registering payload '\(name)'", defaultMilliseconds: 0)
+    try PayloadName.check(name)
+    let sizes = layout.buffers.map(\.length)
+    let shards = try ShardLayout(
+      bufferSizes: sizes,
+      shardBytes: options.shardBytes == 0
+        ? ShardLayout.defaultShardBytes(bufferSizes: sizes) : options.shardBytes)
+    let former = try catalog.reserveReplacing(name)
+    var entry: Catalog.Entry?
+    defer { catalog.release(name, holding: entry ?? former) }
+    try bounds.check("start")
+    if options.isCreateOnly {
+      let head = try directory.head(name, bounds.call)
+      if former != nil || head != nil { throw Self.taken(name) }
+    }
+    let digests = options.isWritable ? [] : try ShardHashing.run(shards, bounds, digestOf)
+    let manifest = try Manifest(
+      layout: shards, digests: digests, isWritable: options.isWritable,
+      // Without digests nothing else would tell two versions apart.
+      salt: options.isWritable ? .random(in: 1 ... .max) : 0, attributes: options.attributes)
+    let new = try offer(
+      name, manifest, layout, isOrigin: true, location: options.location,
+      available: ShardSet(count: manifest.layout.shardCount, isFull: true))
+    do throws(EngineError) {
+      try bounds.report(
+        StoreProgress(
+          phase: .publishing, doneBytes: layout.size, totalBytes: layout.size,
+          activeHolderCount: 0, holderCount: 0))
+      try publish(new.holding!, isCreateOnly: options.isCreateOnly, bounds)
+    } catch {
+      withdraw(new, until: .after(milliseconds: 0))
+      throw error
+    }
+    entry = new
+    if let former {
+      withdraw(
+        former, until: .after(milliseconds: drainMilliseconds), bounds, isReplaced: true)
+    }
+    return new.holding!.info(holderCount: 1)
+  }
+
+  /// Ends a payload that this store registered: nobody reads its memory when this returns. Replicas
+  /// stay, and the name with them; without any, it vanishes.
+  public func unregister(
+    _ name: String, _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) {
+    try end(name, isOrigin: true, operation)
+  }
+
+  /// Ends a replica that this store fetched, and frees its memory if the store allocated it.
+  public func deleteReplica(
+    _ name: String, _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) {
+    try end(name, isOrigin: false, operation)
+  }
+
+  private func end(
+    _ name: String, isOrigin: Bool, _ operation: StoreOperation
+  ) throws(EngineError) {
+    let what = isOrigin ? "unregistering" : "deleting the replica of"
+    let bounds = Bounds(
+      operation, "\(what) payload '\(name)'", defaultMilliseconds: drainMilliseconds)
+    try PayloadName.check(name)
+    guard let entry = try catalog.take(name, where: { $0.isOrigin == isOrigin }) else {
+      throw EngineError(
+        .notHeld,
+        "payload '\(name)': this store has not \(isOrigin ? "registered" : "fetched") it")
+    }
+    withdraw(
+      entry, until: min(bounds.deadline, .after(milliseconds: drainMilliseconds)), bounds)
+    catalog.release(name)
+  }
+
+  /// Removes a name everywhere: every holder withdraws the version that it has now.
+  public func remove(
+    _ name: String, _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) {
+    let bounds = Bounds(
+      operation, "removing payload '\(name)'",
+      defaultMilliseconds: engine.defaultTimeoutMilliseconds)
+    try PayloadName.check(name)
+    try bounds.check("start")
+    let isRemoved = try directory.remove(name, bounds.call)
+    let isSharedRemoved = try shared?.remove(name, bounds.call) ?? false
+    if !isRemoved && !isSharedRemoved { throw notFound(name) }
+  }
+
+  // MARK: Parts
+
+  /// Registers memory and lets peers find it by the holding's number, not yet by name.
+  func offer(
+    _ name: String, _ manifest: Manifest, _ layout: BufferLayout, isOrigin: Bool,
+    location: String, available: ShardSet, publishedMilliseconds: UInt64 = WallClock.milliseconds()
+  ) throws(EngineError) -> Catalog.Entry {
+    try memory.register(
+      layout.buffers, location: location,
+      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead)
+    do throws(EngineError) {
+      let holding = try Holding(
+        name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
+        publishedMilliseconds: publishedMilliseconds)
+      catalog.open(holding)
+      return Catalog.Entry(
+        name: name, isOrigin: isOrigin, holding: holding, buffers: layout.buffers)
+    } catch {
+      memory.unregister(layout.buffers)
+      throw error
+    }
+  }
+
+  private func publish(
+    _ holding: Holding, isCreateOnly: Bool, _ bounds: Bounds
+  ) throws(EngineError) {
+    try keeper.publish(
+      holding.head, holding.record, isCreateOnly: isCreateOnly, bounds.call)
+    guard let shared else { return }
+    do throws(EngineError) {
+      try shared.put(holding.document, isCreateOnly: isCreateOnly, bounds.call)
+    } catch {
+      keeper.remove(holding.record, bounds.call)
+      throw error
+    }
+  }
+
+  /// Takes a payload of this store from the metadata service and from memory. Where it is replaced,
+  /// the existing system's document is its successor's by now.
+  func withdraw(
+    _ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds? = nil,
+    isReplaced: Bool = false
+  ) {
+    let call = MetadataCall(
+      until: .after(milliseconds: 3000), cancellation: bounds?.cancellation ?? -1)
+    if let holding = entry.holding {
+      holding.stopGranting()
+      keeper.remove(holding.record, call)
+    }
+    if !isReplaced && (entry.holding != nil || entry.isShared) {
+      shared?.removeOwn(entry.name, segment: engine.name, call)
+    }
+    dissolve(entry, until: deadline, bounds)
+  }
+
+  static func layout(
+    _ name: String, _ buffers: [PayloadBuffer]
+  ) throws(EngineError) -> BufferLayout {
+    if buffers.count > ShardLayout.maximumBufferCount {
+      throw EngineError(
+        .invalidArgument,
+        "payload '\(name)': \(buffers.count) buffers, at most \(ShardLayout.maximumBufferCount) make "
+          + "a payload")
+    }
+    let layout = BufferLayout(
+      buffers.map { .init(address: UInt64(UInt(bitPattern: $0.address)), length: $0.length) })
+    guard let layout else {
+      throw EngineError(
+        .invalidArgument, "payload '\(name)': a buffer is null or empty, or wraps around")
+    }
+    return layout
+  }
+
+  static func pointer(_ address: UInt64) -> UnsafeRawPointer {
+    UnsafeRawPointer(bitPattern: UInt(address))!
+  }
+
+  static func taken(_ name: String) -> EngineError {
+    EngineError(
+      .exists, "payload '\(name)': the name is taken: choose another, or do not ask for create-only")
+  }
+
+  func notFound(_ name: String) -> EngineError {
+    EngineError(
+      .notFound,
+      "payload '\(name)': nobody offers it in metadata \(directory.uri): was it registered there, "
+        + "with the same MC_METADATA_CLUSTER_ID?")
+  }
+}

@@ -1,0 +1,155 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// Named payloads in the memory of many processes: registers its own, fetches those of others and
+/// offers them onward.
+///
+/// Every method may be called from any thread at any time; calls that name the same payload exclude
+/// each other. After `close` they throw.
+public final class P2PStore: Sendable {
+  public struct Options: Sendable {
+    /// Where payloads are found; nil: the engine's metadata service.
+    public var metadataURI: String?
+    /// How long the end of a holding waits for readers.
+    public var drainMilliseconds: UInt64 = 5000
+
+    public init() {}
+  }
+
+  /// The engine that moves the bytes.
+  public let engine: TransferEngine
+  package let directory: StoreDirectory
+  package let keeper: RecordKeeper
+  package let shared: SharedCatalog?
+  package let drainMilliseconds: UInt64
+  let memory: MemoryTable
+  let workers = WorkerPool(name: "mc-store-ask", threadLimit: 8)
+  let catalog = Catalog()
+  private let ownsEngine: Bool
+  private let service: UInt64
+  private let isClosed = Lock(false)
+
+  /// Uses an engine that stays the caller's and must be closed after the store.
+  public convenience init(
+    _ engine: TransferEngine, _ options: Options = Options()
+  ) throws(EngineError) {
+    try self.init(engine, options, ownsEngine: false)
+  }
+
+  /// Makes an engine of its own.
+  public convenience init(
+    engineOptions: TransferEngine.Options, _ options: Options = Options()
+  ) throws(EngineError) {
+    let engine = try TransferEngine(engineOptions)
+    do throws(EngineError) {
+      try self.init(engine, options, ownsEngine: true)
+    } catch {
+      engine.close()
+      throw error
+    }
+  }
+
+  private init(
+    _ engine: TransferEngine, _ options: Options, ownsEngine: Bool
+  ) throws(EngineError) {
+    self.engine = engine
+    self.ownsEngine = ownsEngine
+    drainMilliseconds = options.drainMilliseconds
+    let metadata = try Self.openDirectory(engine, options)
+    directory = StoreDirectory(metadata)
+    shared = SharedCatalog(metadata)
+    memory = MemoryTable(engine)
+    let (catalog, engineClosing) = (catalog, engine.closeEvent.descriptor.rawValue)
+    keeper = RecordKeeper(
+      directory, cancellation: engineClosing,
+      isComplete: { catalog.holding(of: $0)?.isComplete ?? false })
+    service = engine.services.add { call in
+      StoreService.answer(call, holding: { catalog.holding($0) })
+    }
+    keeper.onRemoval { [weak self] name in self?.withdrawRemoved(name) }
+  }
+
+  deinit { close() }
+
+  private static func openDirectory(
+    _ engine: TransferEngine, _ options: Options
+  ) throws(EngineError) -> MetadataDirectory {
+    if let text = options.metadataURI {
+      let uri = try MetadataURI(parsing: text)
+      if uri.service != .peerToPeer { return try MetadataDirectory(uri) }
+    } else if let directory = engine.directory {
+      return directory
+    }
+    throw EngineError(
+      .unsupported,
+      "the store needs a metadata service to find payloads: name one, such as etcd://host:2379, or "
+        + "start one with `mooncake metadata serve`")
+  }
+
+  /// Withdraws every payload, waiting for readers as long as the options say, and frees what the
+  /// store allocated. Idempotent; a second caller waits for the first.
+  public func close() {
+    isClosed.withLock { isClosed in
+      if isClosed { return }
+      isClosed = true
+      let entries = catalog.close()
+      let deadline = Deadline.after(milliseconds: drainMilliseconds)
+      for entry in entries { entry.holding?.stopGranting() }
+      keeper.stop()
+      let call = MetadataCall(until: .after(milliseconds: 2000))
+      for entry in entries where entry.holding != nil || entry.isShared {
+        shared?.removeOwn(entry.name, segment: engine.name, call)
+      }
+      for entry in entries { dissolve(entry, until: deadline) }
+      engine.services.remove(service)
+      workers.stop()
+      if ownsEngine { engine.close() }
+    }
+  }
+
+  /// Ends a holding: no grants, readers done or the deadline passed, memory unregistered and, if it
+  /// is the engine's, freed.
+  func dissolve(_ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds? = nil) {
+    if let holding = entry.holding {
+      if holding.drain(until: deadline, bounds) {
+        Log.warning(
+          "payload \(holding.name): readers were left when its memory was withdrawn; they go to "
+            + "other holders")
+      }
+    }
+    memory.unregister(entry.buffers)
+    if let holding = entry.holding {
+      catalog.close(holding)
+      holding.close()
+    }
+    for address in entry.allocations {
+      try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
+    }
+  }
+
+  /// Somebody has removed the name everywhere. The bytes stay where the caller expects them until it
+  /// ends its entry.
+  private func withdrawRemoved(_ name: String) {
+    _ = workers.run { [self] in
+      guard let entry = try? catalog.take(name, where: { _ in true }) else { return }
+      Log.warning("payload '\(name)': it was removed by its name; withdrawn here")
+      withdrawOffer(entry)
+      catalog.release(
+        name,
+        holding: Catalog.Entry(
+          name: name, isOrigin: entry.isOrigin, holding: nil, buffers: [],
+          allocations: entry.allocations))
+    }
+  }
+
+  private func withdrawOffer(_ entry: Catalog.Entry) {
+    if let holding = entry.holding {
+      _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
+      keeper.remove(holding.record, MetadataCall(until: .after(milliseconds: 3000)))
+      catalog.close(holding)
+      holding.close()
+    }
+    memory.unregister(entry.buffers)
+  }
+}

@@ -1,0 +1,322 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// Fetches the shards of one payload. The caller's thread runs it: it does what the plan says, keeps
+/// reads in flight, verifies what has arrived and offers it. Asking holders, which blocks, is left
+/// to workers.
+package final class PayloadDownload {
+  /// What workers have found out.
+  private enum News: Sendable {
+    case opened(HolderConnection)
+    case answered(HolderAddress, ShardAnswer)
+    case failed(HolderAddress, EngineError)
+    case discovered([HolderRecord])
+  }
+
+  /// One shard on its way.
+  private struct Flight {
+    let shard: Int
+    let connection: HolderConnection
+    let batch: BatchID
+    let event: Int32
+    var seenBytes: UInt64 = 0
+    var isCanceled = false
+  }
+
+  private final class Inbox: Sendable {
+    let news = Lock<[News]>([])
+    let event: EventFD
+    init() throws(Errno) { event = try EventFD() }
+
+    func put(_ item: News) {
+      news.withLock { $0.append(item) }
+      event.signal()
+    }
+
+    func take() -> [News] {
+      event.clear()
+      return news.withLock { news in
+        defer { news = [] }
+        return news
+      }
+    }
+  }
+
+  private let engine: TransferEngine
+  private let workers: WorkerPool
+  private let manifest: Manifest
+  private let layout: BufferLayout
+  private let bounds: Bounds
+  /// Where what has arrived is offered; nil to offer nothing.
+  private let holding: Holding?
+  private let isClosed: () -> Bool
+  private let discover: @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
+  private let inbox: Inbox
+  private let reader = UInt64.random(in: 1 ... .max)
+  private var plan: DownloadPlan
+  private var flights: [Flight] = []
+  private var connections: [HolderAddress: HolderConnection] = [:]
+  private var sources: [String: GetResult.Source] = [:]
+  private var doneBytes: UInt64 = 0
+
+  /// Longest wait between two looks at progress, cancellation and the plan.
+  private static let tickMilliseconds: UInt64 = 100
+
+  package init(
+    _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest, into layout: BufferLayout,
+    holding: Holding?, holders: [HolderRecord], _ bounds: Bounds,
+    isClosed: @escaping () -> Bool,
+    discover: @escaping @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
+  ) throws(EngineError) {
+    self.engine = engine
+    self.workers = workers
+    self.manifest = manifest
+    self.layout = layout
+    self.holding = holding
+    self.bounds = bounds
+    self.isClosed = isClosed
+    self.discover = discover
+    do throws(Errno) { inbox = try Inbox() } catch {
+      throw EngineError(.system, "making an event descriptor: \(error)")
+    }
+    plan = DownloadPlan(
+      shardCount: manifest.layout.shardCount, shardBytes: manifest.layout.shardBytes,
+      version: manifest.version, own: holding?.address, reader: reader, seed: reader)
+    add(holders)
+  }
+
+  /// Returns when every shard is there and verified; throws otherwise, with no read in flight.
+  package func run() throws(EngineError) -> [GetResult.Source] {
+    defer { finish() }
+    while !plan.isComplete {
+      try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
+      try bounds.report(progress)
+      if isClosed() { throw EngineError(.canceled, "the store was closed during a get") }
+      let now = Clock.now()
+      while let action = plan.next(now) { perform(action) }
+      if plan.isStuck(now) && flights.isEmpty { throw noHolder() }
+      wait()
+      for item in inbox.take() { note(item) }
+      checkFlights()
+    }
+    try bounds.report(progress, isLast: true)
+    return sources.values.sorted { $0.byteCount > $1.byteCount }
+  }
+
+  private var progress: StoreProgress {
+    StoreProgress(
+      phase: .transferring, doneBytes: doneBytes, totalBytes: manifest.layout.size,
+      activeHolderCount: Set(flights.map(\.connection.holder)).count,
+      holderCount: plan.holderCount)
+  }
+
+  private func noHolder() -> EngineError {
+    let tried = plan.tried.map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
+    return EngineError(
+      .noHolder,
+      "no live holder for \(plan.missingCount) of \(manifest.layout.shardCount) shards; tried: "
+        + (tried.isEmpty ? "nobody, none is known" : tried.joined(separator: "; ")))
+  }
+
+  // MARK: Waiting
+
+  private func wait() {
+    var items = [
+      pollfd(fd: inbox.event.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: bounds.cancellation, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: engine.closeEvent.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
+    ]
+    for flight in flights {
+      items.append(pollfd(fd: flight.event, events: Int16(POLLIN), revents: 0))
+    }
+    let until = min(
+      min(bounds.deadline, .after(milliseconds: Self.tickMilliseconds)),
+      Deadline(nanoseconds: plan.wakeTime))
+    // An interruption is as good as a tick.
+    _ = poll(&items, nfds_t(items.count), until.remainingMilliseconds)
+  }
+
+  // MARK: What the plan says
+
+  private func perform(_ action: DownloadPlan.Action) {
+    switch action {
+    case .ask(let holder, let request, let milliseconds):
+      ask(holder, request, milliseconds)
+    case .read(let holder, let shard): read(shard, from: holder)
+    case .cancel(let holder, let shard):
+      for index in flights.indices
+      where flights[index].shard == shard && flights[index].connection.holder == holder {
+        flights[index].isCanceled = true
+        try? engine.cancel(flights[index].batch)
+      }
+    case .discover:
+      let isAccepted = workers.run { [inbox, discover] in
+        inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
+      }
+      if !isAccepted { note(.discovered([])) }
+    }
+  }
+
+  private func ask(
+    _ holder: HolderAddress, _ request: ShardRequest, _ milliseconds: UInt64
+  ) {
+    let isOpen = connections[holder] != nil
+    let isAccepted = workers.run { [engine, manifest, inbox] in
+      // The time in the queue is none of the holder's.
+      let deadline = Deadline.after(milliseconds: milliseconds)
+      do throws(EngineError) {
+        if !isOpen {
+          inbox.put(.opened(try HolderConnection.open(engine, holder, manifest, until: deadline)))
+        }
+        inbox.put(
+          .answered(holder, try StoreService.ask(engine, holder, request, until: deadline)))
+      } catch {
+        inbox.put(.failed(holder, error))
+      }
+    }
+    if !isAccepted { note(.failed(holder, EngineError(.canceled, "the store is closing"))) }
+  }
+
+  private func read(_ shard: Int, from holder: HolderAddress) {
+    let range = manifest.layout.range(ofShard: shard)
+    guard let connection = connections[holder],
+      let remote = connection.layout.address(of: range.offset, length: range.length),
+      let local = layout.address(of: range.offset, length: range.length)
+    else {
+      plan.failed(
+        shard, from: holder, reason: "its buffers do not hold whole shards", isDead: true,
+        now: Clock.now())
+      return
+    }
+    do throws(EngineError) {
+      let batch = try engine.createBatch(capacity: 1)
+      do throws(EngineError) {
+        let event = try engine.eventDescriptor(of: batch)
+        try engine.submit(
+          batch, count: 1,
+          timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline),
+          notification: nil
+        ) { _ in
+          RawRequest(
+            opcode: Opcode.read.rawValue, segment: connection.segment, source: local,
+            targetOffset: remote, length: range.length)
+        }
+        flights.append(
+          Flight(shard: shard, connection: connection, batch: batch, event: event))
+      } catch {
+        try? engine.freeBatch(batch)
+        throw error
+      }
+    } catch {
+      plan.failed(
+        shard, from: holder, reason: error.message, isDead: false, now: Clock.now())
+    }
+  }
+
+  // MARK: What has happened
+
+  private func note(_ news: News) {
+    let now = Clock.now()
+    switch news {
+    case .opened(let connection):
+      if let former = connections.updateValue(connection, forKey: connection.holder) {
+        former.close(engine)
+      }
+    case .answered(let holder, let answer): plan.answered(by: holder, answer, now: now)
+    case .failed(let holder, let error):
+      plan.askFailed(
+        holder, reason: error.message, isGone: error.code == .notFound, now: now)
+    case .discovered(let records):
+      add(records)
+      plan.discovered(now: now)
+    }
+  }
+
+  private func add(_ records: [HolderRecord]) {
+    for record in records where record.holder != holding?.address {
+      plan.add(record.holder, isOrigin: record.isOrigin)
+    }
+  }
+
+  private func checkFlights() {
+    var index = 0
+    while index < flights.count {
+      let flight = flights[index]
+      guard let status = try? engine.poll(flight.batch) else {
+        flights.remove(at: index)
+        continue
+      }
+      if !status.state.isTerminal {
+        if status.transferredBytes > flight.seenBytes {
+          plan.progressed(
+            flight.connection.holder, bytes: status.transferredBytes - flight.seenBytes,
+            now: Clock.now())
+          flights[index].seenBytes = status.transferredBytes
+        }
+        index += 1
+        continue
+      }
+      flights.remove(at: index)
+      end(flight, status)
+      try? engine.freeBatch(flight.batch)
+    }
+  }
+
+  private func end(_ flight: Flight, _ status: BatchStatus) {
+    let holder = flight.connection.holder
+    let range = manifest.layout.range(ofShard: flight.shard)
+    guard status.state == .completed else {
+      let message = engine.failureMessage(of: flight.batch)
+      plan.failed(
+        flight.shard, from: holder,
+        reason: message.isEmpty ? "the read was \(status.state)" : message,
+        isDead: !flight.isCanceled, now: Clock.now())
+      return
+    }
+    let local = layout.address(of: range.offset, length: range.length)!
+    let bytes = UnsafeRawBufferPointer(start: P2PStore.pointer(local), count: Int(range.length))
+    let isIntact =
+      manifest.isWritable || Digest(of: bytes) == manifest.digests[flight.shard]
+    let isNews = plan.finished(
+      flight.shard, from: holder, isIntact: isIntact, now: Clock.now())
+    let isOrigin = plan.isOrigin(holder)
+    var source =
+      sources[holder.segment]
+      ?? GetResult.Source(
+        segment: holder.segment, isOrigin: isOrigin, byteCount: 0, corruptShardCount: 0)
+    source.byteCount += range.length
+    if !isIntact { source.corruptShardCount += 1 }
+    sources[holder.segment] = source
+    if isIntact && isNews {
+      doneBytes += range.length
+      holding?.offer(flight.shard)
+    }
+    if !isIntact {
+      Log.warning(
+        "payload version \(manifest.version): shard \(flight.shard) from \(holder.segment) does "
+          + "not match its digest; this holder is avoided")
+    }
+  }
+
+  /// Ends what is in flight, so that no byte arrives any more, and gives everything back.
+  private func finish() {
+    for flight in flights { try? engine.cancel(flight.batch) }
+    for flight in flights {
+      _ = try? engine.wait(flight.batch)
+      try? engine.freeBatch(flight.batch)
+    }
+    flights = []
+    for (holder, returned) in plan.unreturned {
+      guard connections[holder] != nil else { continue }
+      let request = ShardRequest(
+        holding: holder.holding, version: manifest.version, reader: reader, own: nil,
+        have: ShardSet(count: manifest.layout.shardCount), returned: returned, limit: 0)
+      _ = workers.run { [engine] in
+        _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
+      }
+    }
+    for connection in connections.values { connection.close(engine) }
+  }
+}

@@ -1,0 +1,139 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// Moves a range of a payload between the caller's memory and holders, one holder after another
+/// until all has moved.
+struct RangeTransfer {
+  private let engine: TransferEngine
+  private let manifest: Manifest
+  private let opcode: Opcode
+  private let memory: UnsafeMutableRawPointer
+  private let start: UInt64
+  private let end: UInt64
+  private let bounds: Bounds
+  private let reader = UInt64.random(in: 1 ... .max)
+  /// Everything before it has moved.
+  private var position: UInt64
+  private var failures: [String] = []
+
+  /// Most bytes, and shards, that are asked for at once.
+  private static let stepShards = 64
+  private static let askMilliseconds: UInt64 = 2000
+  private static let pauseNanoseconds: UInt64 = 20_000_000
+
+  init(
+    _ engine: TransferEngine, _ manifest: Manifest, _ opcode: Opcode, offset: UInt64,
+    memory: UnsafeMutableRawPointer, length: UInt64, _ bounds: Bounds
+  ) {
+    self.engine = engine
+    self.manifest = manifest
+    self.opcode = opcode
+    self.memory = memory
+    self.bounds = bounds
+    start = offset
+    end = offset + length
+    position = offset
+  }
+
+  /// A range that several holders have is read from any of them; what is written goes to the origin,
+  /// the only holder that a writable payload has.
+  mutating func run(_ holders: [HolderRecord]) throws(EngineError) {
+    for record in holders.shuffled() {
+      try bounds.check("\(end - position) bytes left")
+      do throws(EngineError) {
+        let connection = try HolderConnection.open(
+          engine, record.holder, manifest,
+          until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)))
+        defer { connection.close(engine) }
+        while position < end { if try !step(connection) { break } }
+      } catch {
+        if error.code == .canceled || error.code == .timeout && bounds.isOver { throw error }
+        failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
+      }
+      if position == end { return }
+    }
+    throw EngineError(
+      .noHolder,
+      "payload: no live holder for bytes \(position) to \(end); tried: "
+        + failures.joined(separator: "; "))
+  }
+
+  /// Moves what one grant allows; returns false if this holder has nothing more for us.
+  private mutating func step(_ connection: HolderConnection) throws(EngineError) -> Bool {
+    var shards = manifest.layout.shards(in: position..<end)
+    shards = shards.lowerBound..<min(shards.upperBound, shards.lowerBound + Self.stepShards)
+    let answer = try ask(connection.holder, wanted: shards, returned: [])
+    switch answer.state {
+    case .gone:
+      throw EngineError(.notFound, "it holds this version no longer")
+    case .busy:
+      try bounds.check("waiting for a busy holder")
+      sleepBriefly(
+        nanoseconds: min(answer.retryMilliseconds * 1_000_000, Self.pauseNanoseconds))
+      return true
+    case .serving: break
+    }
+    // The shards from the first one on that were granted without a gap.
+    let granted = Set(answer.granted)
+    var last = shards.lowerBound
+    while last < shards.upperBound, granted.contains(last) { last += 1 }
+    let reached: UInt64
+    do throws(EngineError) {
+      reached = try move(connection, shards.lowerBound..<last)
+    } catch {
+      _ = try? ask(connection.holder, wanted: 0..<0, returned: answer.granted)
+      throw error
+    }
+    // If it ended its offer meanwhile, the memory may have been something else already.
+    let farewell = try ask(connection.holder, wanted: 0..<0, returned: answer.granted)
+    if farewell.state == .gone { throw EngineError(.notFound, "it has just withdrawn this") }
+    let hasMoved = reached > position
+    position = reached
+    if !hasMoved { failures.append("\(connection.holder.segment): it lacks shard \(last)") }
+    return hasMoved
+  }
+
+  private func ask(
+    _ holder: HolderAddress, wanted: Range<Int>, returned: [Int]
+  ) throws(EngineError) -> ShardAnswer {
+    try StoreService.ask(
+      engine, holder,
+      ShardRequest(
+        holding: holder.holding, version: manifest.version, reader: reader, own: nil,
+        have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, returned: returned,
+        limit: wanted.count),
+      until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)))
+  }
+
+  /// Moves the part of the range that lies in some shards; returns up to where.
+  private func move(
+    _ connection: HolderConnection, _ shards: Range<Int>
+  ) throws(EngineError) -> UInt64 {
+    var requests: [TransferRequest] = []
+    var reached = position
+    for shard in shards {
+      let range = manifest.layout.range(ofShard: shard)
+      let stop = min(end, range.offset + range.length)
+      guard let remote = connection.layout.address(of: reached, length: stop - reached) else {
+        throw EngineError(.protocolViolation, "its buffers do not hold whole shards")
+      }
+      requests.append(
+        TransferRequest(
+          opcode: opcode, segment: connection.segment, source: memory + Int(reached - start),
+          targetOffset: remote, length: stop - reached))
+      reached = stop
+    }
+    if requests.isEmpty { return reached }
+    do {
+      try requests.withUnsafeBufferPointer {
+        try engine.transfer(
+          $0, timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline))
+      }
+    } catch let error as EngineError {
+      throw error
+    } catch {
+      throw EngineError(.system, "\(error)")
+    }
+    return reached
+  }
+}

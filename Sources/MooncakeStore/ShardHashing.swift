@@ -1,0 +1,79 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// Computes the digests of many shards on several threads.
+package enum ShardHashing {
+  /// Reads the bytes of a shard and returns their digest; called on several threads.
+  package typealias Source = @Sendable (ShardLayout.Piece) throws(EngineError) -> Digest
+
+  private struct State {
+    var next = 0
+    var doneBytes: UInt64 = 0
+    var digests: [Digest]
+    var failure: EngineError?
+  }
+
+  private final class Work: Sendable {
+    let state: Lock<State>
+    let layout: ShardLayout
+    let source: Source
+
+    init(_ layout: ShardLayout, _ source: @escaping Source) {
+      self.layout = layout
+      self.source = source
+      state = Lock(
+        State(digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount)))
+    }
+
+    /// Hashes shards until none is left; `between` may end it by throwing.
+    func run(between: (UInt64) throws(EngineError) -> Void) {
+      while true {
+        let index: Int? = state.withLock { state in
+          guard state.next < layout.shardCount, state.failure == nil else { return nil }
+          defer { state.next += 1 }
+          return state.next
+        }
+        guard let index else { return }
+        do throws(EngineError) {
+          let piece = layout.piece(ofShard: index)
+          let digest = try source(piece)
+          let done = state.withLock { state in
+            state.digests[index] = digest
+            state.doneBytes += piece.length
+            return state.doneBytes
+          }
+          try between(done)
+        } catch {
+          state.withLock { if $0.failure == nil { $0.failure = error } }
+        }
+      }
+    }
+  }
+
+  /// Below this, threads cost more than they bring.
+  private static let parallelBytes: UInt64 = 64 << 20
+  private static let threadLimit = 8
+
+  /// Runs on the caller's thread and, for much, on further ones.
+  package static func run(
+    _ layout: ShardLayout, _ bounds: Bounds, _ source: @escaping Source
+  ) throws(EngineError) -> [Digest] {
+    let work = Work(layout, source)
+    let threads =
+      layout.size < parallelBytes ? 1 : min(threadLimit, Processors.count, layout.shardCount)
+    let helpers = WorkerPool(name: "mc-store-hash", threadLimit: max(1, threads - 1))
+    for _ in 1..<max(1, threads) { _ = helpers.run { work.run { _ in } } }
+    work.run { done throws(EngineError) in
+      try bounds.check("hashing")
+      try bounds.report(
+        StoreProgress(
+          phase: .hashing, doneBytes: done, totalBytes: layout.size, activeHolderCount: 0,
+          holderCount: 0))
+    }
+    helpers.stop()
+    let (digests, failure) = work.state.withLock { ($0.digests, $0.failure) }
+    if let failure { throw failure }
+    return digests
+  }
+}

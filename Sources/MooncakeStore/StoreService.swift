@@ -1,0 +1,35 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// What stores of different processes say to each other.
+package enum StoreService {
+  package static let name = "store"
+
+  /// Asks a holder for leave to read. Blocks.
+  package static func ask(
+    _ engine: TransferEngine, _ holder: HolderAddress, _ request: ShardRequest,
+    until deadline: Deadline
+  ) throws(EngineError) -> ShardAnswer {
+    let text = try engine.callService(at: holder.rpc, request.json, until: deadline)
+    return try ShardAnswer(json: text, shardCount: request.have.count)
+  }
+
+  /// Answers a call that is meant for one of these holdings; nil if it is not.
+  package static func answer(
+    _ call: JSONValue, holding find: (UInt64) -> Holding?
+  ) -> String? {
+    guard call["service"]?.string == name,
+      let number = call["holding"]?.string.flatMap({ HexNumber.parse($0) }),
+      let holding = find(number)
+    else { return nil }
+    switch call["op"]?.string {
+    case "open": return holding.answerOpen()
+    case "ask":
+      guard
+        let request = try? ShardRequest(json: call, shardCount: holding.manifest.layout.shardCount)
+      else { return #"{"error":"malformed request"}"# }
+      return holding.answer(request).json
+    default: return #"{"error":"unknown operation"}"#
+    }
+  }
+}

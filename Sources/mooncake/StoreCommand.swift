@@ -1,0 +1,115 @@
+import ArgumentParser
+import MooncakeEngine
+import MooncakeStore
+import MooncakeSystem
+
+/// Groups what works on the P2P store.
+struct StoreCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "store",
+    abstract: "Publishes files under a name, and fetches them wherever they are needed.",
+    discussion: """
+      Whoever fetches a payload offers what has arrived to the others, so that many receivers take \
+      about the time of one. Exit codes: 0 done, 1 failed, 3 no such payload, 4 other bytes or \
+      sizes than those that were published, 64 wrong usage, 130 interrupted.
+      """,
+    subcommands: [
+      StorePublishCommand.self, StoreGetCommand.self, StoreServeCommand.self,
+      StoreListCommand.self, StoreStatCommand.self, StoreWatchCommand.self,
+      StoreRemoveCommand.self,
+    ])
+}
+
+/// Where the store is and how this process takes part; shared by all of its commands.
+struct StoreArguments: ParsableArguments {
+  @Option(
+    help: """
+      Metadata service, such as etcd://host:2379, redis://host:6379 or \
+      http://host:8080/metadata; default: MC_METADATA_SERVER.
+      """)
+  var metadata: String?
+
+  @Flag(help: "Prints JSON, one object a line.")
+  var json = false
+
+  @Option(help: "Name of this process's segment; default: its address.")
+  var segment: String?
+
+  @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
+  var bind: String?
+
+  @Option(help: "Host that peers connect to; default: the address listened on.")
+  var advertise: String?
+
+  @Option(help: "RPC port; 0: the system chooses.")
+  var port: UInt16 = 0
+
+  @Option(help: "How long the operation may take, such as 30, 500ms or 10m.")
+  var timeout: TimeSpan?
+
+  func validate() throws {
+    if metadataURI.isEmpty {
+      throw ValidationError(
+        "Name the metadata service with --metadata URI or in MC_METADATA_SERVER; "
+          + "`mooncake metadata serve` starts one.")
+    }
+    if let timeout, timeout.nanoseconds < 1_000_000 {
+      throw ValidationError("--timeout must be at least 1ms.")
+    }
+  }
+
+  private var metadataURI: String { metadata ?? Environment["MC_METADATA_SERVER"] ?? "" }
+
+  /// Bounds of one operation, which a signal ends.
+  func operation(_ stop: StopRequest, _ progress: ProgressDisplay? = nil) -> StoreOperation {
+    var operation = StoreOperation(timeoutMilliseconds: (timeout?.nanoseconds ?? 0) / 1_000_000)
+    operation.cancellation = stop.cancellation
+    if let progress {
+      operation.progress = { state in
+        progress.show(state)
+        return true
+      }
+    }
+    return operation
+  }
+
+  /// Runs `body` with a store of its own and turns failures into messages and exit codes.
+  func withStore(_ stop: StopRequest, _ body: (P2PStore) throws -> Void) throws {
+    do {
+      var options = TransferEngine.Options()
+      options.metadataURI = metadataURI
+      options.name = segment
+      options.bindAddress = bind
+      options.advertisedAddress = advertise
+      options.port = port
+      let store = try P2PStore(engineOptions: options)
+      defer { store.close() }
+      try body(store)
+    } catch let error as EngineError {
+      printError("mooncake: \(error.message)")
+      throw ExitCode(Self.exitCode(error, stop))
+    }
+  }
+
+  private static func exitCode(_ error: EngineError, _ stop: StopRequest) -> Int32 {
+    switch error.code {
+    case .canceled where stop.isRequested: 130
+    case .notFound: 3
+    case .digestMismatch, .sizeMismatch: 4
+    default: 1
+    }
+  }
+}
+
+/// How progress is shown; shared by the commands that take long.
+struct ProgressArguments: ParsableArguments {
+  @Flag(
+    help: """
+      Shows progress on stderr also where that is no terminal: a line each time, JSON with --json.
+      """)
+  var progress = false
+
+  func display(json: Bool) -> ProgressDisplay? {
+    ProgressDisplay.make(isForced: progress, json: json)
+  }
+}
