@@ -3,8 +3,8 @@ import MooncakeSystem
 /// Metadata in etcd, through its JSON gateway.
 package final class EtcdStore: MetadataStore {
   package let uri: MetadataURI
-  private let client: EtcdClient
-  private static let pageCount: UInt64 = 500
+  let client: EtcdClient
+  private static let pageCount = 500
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
@@ -12,18 +12,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
-    let phase = "get '\(key)'"
-    return try ask("/v3/kv/range", phase, call) {
-      $0.member("key", encoded(key))
-    } answer: {
-      value throws(EngineError) in
-      guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
-      guard let text = String(validating: try bytes(found, "value", phase), as: UTF8.self) else {
-        throw client.failure(
-          .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
-      }
-      return text
-    }
+    try getRevised(key, call)?.value
   }
 
   package func put(
@@ -75,14 +64,14 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func list(
-    prefix: String, from position: String?, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     return try ask("/v3/kv/range", phase, call) { writer in
       let start = position.map { Array($0.utf8) + [0] } ?? Self.start(prefix)
       writer.member("key", Base64.encode(start))
       writer.member("range_end", Base64.encode(Self.end(prefix)))
-      writer.member("limit", String(Self.pageCount))
+      writer.member("limit", String(max(1, min(limit, Self.pageCount))))
     } answer: { value throws(EngineError) in
       var page = MetadataPage(
         entries: [], revision: number(value["header"]?["revision"]), next: nil)
@@ -218,7 +207,7 @@ package final class EtcdStore: MetadataStore {
     if let lease { writer.member("lease", String(lease.id)) }
   }
 
-  private func encoded(_ text: String) -> String { Base64.encode(text.utf8) }
+  func encoded(_ text: String) -> String { Base64.encode(text.utf8) }
 
   private static func start(_ prefix: String) -> [UInt8] {
     prefix.isEmpty ? [0] : Array(prefix.utf8)
@@ -232,11 +221,11 @@ package final class EtcdStore: MetadataStore {
   }
 
   /// The gateway writes integers as strings and leaves out those that are 0.
-  private func number(_ value: JSONValue?) -> UInt64 {
+  func number(_ value: JSONValue?) -> UInt64 {
     value?.string.flatMap { UInt64($0) } ?? value?.unsigned ?? 0
   }
 
-  private func bytes(
+  func bytes(
     _ pair: JSONValue, _ name: String, _ phase: String
   ) throws(EngineError) -> [UInt8] {
     guard let bytes = Base64.decode(pair[name]?.string ?? "") else { throw malformed(phase) }
@@ -267,7 +256,7 @@ package final class EtcdStore: MetadataStore {
     return try document.read(body)
   }
 
-  private func ask<Result>(
+  func ask<Result>(
     _ path: String, _ phase: String, _ call: MetadataCall,
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result
@@ -276,7 +265,7 @@ package final class EtcdStore: MetadataStore {
     return try ask(path, phase, call, isRepeated: &isRepeated, write, answer: answer)
   }
 
-  private func ask<Result>(
+  func ask<Result>(
     _ path: String, _ phase: String, _ call: MetadataCall, isRepeated: inout Bool,
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result

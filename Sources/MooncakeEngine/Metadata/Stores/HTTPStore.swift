@@ -66,9 +66,10 @@ package final class HTTPStore: MetadataStore {
   // MARK: What only our server has
 
   package func list(
-    prefix: String, from position: String?, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage {
-    try page(prefix: prefix, from: position, "list '\(prefix)'", limit: 1000, call)
+    try page(
+      prefix: prefix, from: position, "list '\(prefix)'", limit: max(1, min(limit, 1000)), call)
   }
 
   private func page(

@@ -87,9 +87,10 @@ package protocol MetadataStore: AnyObject, Sendable {
   /// Returns whether something stood there.
   func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool
 
-  /// Keys from a prefix on, those after the key `position` if it is given.
+  /// Keys from a prefix on, those after the key `position` if it is given; not more than `limit`,
+  /// or than what the service gives at once.
   func list(
-    prefix: String, from position: String?, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage
 
   /// Waits until keys with a prefix change after a state, or the deadline passes.
@@ -117,12 +118,12 @@ extension MetadataStore {
   package func listAll(
     prefix: String, _ call: MetadataCall
   ) throws(EngineError) -> (entries: [MetadataEntry], revision: UInt64) {
-    var page = try list(prefix: prefix, from: nil, call)
+    var page = try list(prefix: prefix, from: nil, limit: .max, call)
     // Changes between the pages are told again by `changes`, so the first state is what counts.
     let revision = page.revision
     var entries = page.entries
     while let next = page.next {
-      page = try list(prefix: prefix, from: next, call)
+      page = try list(prefix: prefix, from: next, limit: .max, call)
       entries += page.entries
     }
     return (entries, revision)

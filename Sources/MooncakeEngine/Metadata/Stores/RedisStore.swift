@@ -62,7 +62,7 @@ package final class RedisStore: MetadataStore {
   }
 
   package func list(
-    prefix: String, from position: String?, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     var keys: Set<String> = []
@@ -77,11 +77,14 @@ package final class RedisStore: MetadataStore {
       cursor = String(decoding: next, as: UTF8.self)
       for case .text(let key) in found {
         // A key that is not UTF-8 is none of ours.
-        if let key = String(validating: key, as: UTF8.self) { keys.insert(key) }
+        guard let key = String(validating: key, as: UTF8.self) else { continue }
+        if let position, !position.utf8.lexicographicallyPrecedes(key.utf8) { continue }
+        keys.insert(key)
       }
     } while cursor != "0"
     var entries: [MetadataEntry] = []
-    let sorted = keys.sorted { $0.utf8.lexicographicallyPrecedes($1.utf8) }
+    // Redis keeps no order, so that every page has to look at all keys; only its values are few.
+    let sorted = keys.sorted { $0.utf8.lexicographicallyPrecedes($1.utf8) }.prefix(max(1, limit))
     for start in stride(from: 0, to: sorted.count, by: Self.scanCount) {
       let part = sorted[start..<min(start + Self.scanCount, sorted.count)]
       guard case .list(let values) = try ask(["MGET"] + part, phase, call) else {
@@ -93,7 +96,8 @@ package final class RedisStore: MetadataStore {
         entries.append(MetadataEntry(key: key, value: String(decoding: bytes, as: UTF8.self)))
       }
     }
-    return MetadataPage(entries: entries, revision: 0, next: nil)
+    let isCut = sorted.count < keys.count
+    return MetadataPage(entries: entries, revision: 0, next: isCut ? sorted.last : nil)
   }
 
   package func changes(

@@ -1,0 +1,52 @@
+extension EtcdStore {
+  /// What stands under a key, and the revision that wrote it; nil if nothing does.
+  package func getRevised(
+    _ key: String, _ call: MetadataCall
+  ) throws(EngineError) -> (value: String, revision: UInt64)? {
+    let phase = "get '\(key)'"
+    return try ask("/v3/kv/range", phase, call) {
+      $0.member("key", encoded(key))
+    } answer: { value throws(EngineError) in
+      guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
+      guard let text = String(validating: try bytes(found, "value", phase), as: UTF8.self) else {
+        throw client.failure(
+          .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
+      }
+      return (text, number(found["mod_revision"]))
+    }
+  }
+
+  /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
+  /// `revision`, 0 if it does not exist. Returns false, and changes nothing, otherwise.
+  package func replace(
+    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    let phase = "\(value == nil ? "delete" : "put") '\(key)' if unchanged"
+    var isRepeated = false
+    let isDone = try ask("/v3/kv/txn", phase, call, isRepeated: &isRepeated) { writer in
+      writer.name("compare")
+      writer.beginArray()
+      writer.beginObject()
+      writer.member("key", encoded(key))
+      writer.member("target", "MOD")
+      writer.member("mod_revision", String(revision))
+      writer.endObject()
+      writer.endArray()
+      writer.name("success")
+      writer.beginArray()
+      writer.beginObject()
+      writer.name(value == nil ? "request_delete_range" : "request_put")
+      writer.beginObject()
+      writer.member("key", encoded(key))
+      if let value { writer.member("value", encoded(value)) }
+      writer.endObject()
+      writer.endObject()
+      writer.endArray()
+    } answer: {
+      $0["succeeded"]?.isTrue ?? false
+    }
+    // The attempt that seemed to fail may be the one that took effect.
+    if isDone || !isRepeated { return isDone }
+    return try get(key, call) == value
+  }
+}

@@ -1,0 +1,60 @@
+import MooncakeEngine
+
+/// One holding as its process publishes it: written by nobody else, and gone with its lease.
+@dynamicMemberLookup
+package struct HolderRecord: Equatable, Sendable {
+  package var summary: PayloadSummary
+  package var holder: HolderAddress
+  /// Whether the process registered the payload, instead of getting it.
+  package var isOrigin: Bool
+  package var isComplete: Bool
+
+  package init(
+    _ summary: PayloadSummary, holder: HolderAddress, isOrigin: Bool, isComplete: Bool
+  ) {
+    self.summary = summary
+    self.holder = holder
+    self.isOrigin = isOrigin
+    self.isComplete = isComplete
+  }
+
+  /// What a head tells of the holder that it names.
+  package init(origin head: PayloadHead) {
+    self.init(head.summary, holder: head.origin, isOrigin: true, isComplete: true)
+  }
+
+  package subscript<Value>(dynamicMember path: KeyPath<PayloadSummary, Value>) -> Value {
+    summary[keyPath: path]
+  }
+
+  package var json: String {
+    var writer = JSONWriter()
+    writer.beginObject()
+    summary.write(to: &writer)
+    writer.name("holder")
+    holder.write(to: &writer)
+    writer.name("origin")
+    writer.value(isOrigin)
+    writer.name("complete")
+    writer.value(isComplete)
+    writer.endObject()
+    return writer.text
+  }
+
+  package init(json: String) throws(EngineError) {
+    self = try PayloadSummary.read(json) { value throws(EngineError) in
+      guard let holder = value["holder"] else { throw PayloadSummary.malformed("holder") }
+      return HolderRecord(
+        try PayloadSummary(parsing: value), holder: try HolderAddress(parsing: holder),
+        isOrigin: value["origin"]?.isTrue ?? false,
+        isComplete: value["complete"]?.isTrue ?? false)
+    }
+  }
+
+  /// What callers of the store see.
+  package var payloadHolder: PayloadHolder {
+    PayloadHolder(
+      segment: holder.segment, version: summary.version, isOrigin: isOrigin,
+      isComplete: isComplete)
+  }
+}

@@ -1,0 +1,169 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// The documents that this store and the existing system's share in etcd: who has which payload.
+/// Everybody changes a document by compare-and-swap; we touch only our own entries in it.
+package final class SharedCatalog: Sendable {
+  private let directory: StoreDirectory
+  private let etcd: EtcdStore
+
+  /// A longer document is not written: etcd refuses requests above 1.5 MiB unless told otherwise,
+  /// and each replica rewrites all of it.
+  static let maximumDocumentBytes = 512 << 10
+  /// Further replicas are known by their own records only.
+  static let maximumReplicaCount = 16
+  private static let attemptLimit = 16
+  /// Documents may be large.
+  private static let pageCount = 16
+
+  /// nil unless the metadata service is etcd.
+  package init?(_ directory: StoreDirectory) {
+    guard let etcd = directory.store as? EtcdStore else { return nil }
+    self.directory = directory
+    self.etcd = etcd
+  }
+
+  package func key(_ name: String) -> String { directory.prefix + "checkpoint/" + name }
+
+  /// The document of a payload; nil if there is none.
+  package func document(
+    _ name: String, _ call: MetadataCall
+  ) throws(EngineError) -> SharedDocument? {
+    try revised(name, call)?.document
+  }
+
+  private func revised(
+    _ name: String, _ call: MetadataCall
+  ) throws(EngineError) -> (document: SharedDocument, revision: UInt64)? {
+    guard let (text, revision) = try etcd.getRevised(key(name), call) else { return nil }
+    do throws(EngineError) {
+      let document = try SharedDocument(json: text)
+      if !document.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
+      return (document, revision)
+    } catch {
+      throw EngineError(
+        error.code,
+        "metadata \(directory.uri): key '\(key(name))': \(error.message): register the payload "
+          + "anew; else remove the key with `mooncake metadata delete`")
+    }
+  }
+
+  /// Payloads that have a document, in order of names. Malformed documents are passed over.
+  package func list(
+    prefix: String, _ call: MetadataCall
+  ) throws(EngineError) -> [PayloadInfo] {
+    var infos: [PayloadInfo] = []
+    var position: String?
+    repeat {
+      let page = try etcd.list(
+        prefix: key(prefix), from: position, limit: Self.pageCount, call)
+      for entry in page.entries {
+        guard let document = try? SharedDocument(json: entry.value),
+          key(document.name).utf8.elementsEqual(entry.key.utf8)
+        else { continue }
+        infos.append(document.info)
+      }
+      position = page.next
+    } while position != nil
+    return infos
+  }
+
+  /// Writes the document of a payload that was registered here. It replaces another one, whose
+  /// owners hold other bytes, unless only a new one is wanted.
+  package func put(
+    _ document: SharedDocument, isCreateOnly: Bool, _ call: MetadataCall
+  ) throws(EngineError) {
+    let key = key(document.name)
+    let text = document.json
+    let isShared = text.utf8.count <= Self.maximumDocumentBytes
+    if isCreateOnly {
+      let isFree =
+        try isShared
+        ? etcd.replace(key, writtenBy: 0, with: text, call) : etcd.get(key, call) == nil
+      if !isFree {
+        throw EngineError(
+          .exists,
+          "payload '\(document.name)': the existing system has it (key '\(key)'): choose another "
+            + "name, or do not ask for create-only")
+      }
+    } else if isShared {
+      try etcd.put(MetadataEntry(key: key, value: text), lease: nil, call)
+    } else {
+      _ = try etcd.delete(key, call)
+    }
+    if !isShared {
+      Log.info(
+        "payload '\(document.name)': its \(document.shards.count) shards make a document of "
+          + "\(text.utf8.count) bytes, above \(Self.maximumDocumentBytes): the existing system's "
+          + "store does not see it; larger shards would help")
+    }
+  }
+
+  /// Adds a replica of all shards to a document that has room; does nothing if there is none. Given
+  /// a version, only while the name has that one.
+  package func addReplica(
+    _ name: String, version: PayloadVersion? = nil, segment: String, _ addresses: [UInt64],
+    _ call: MetadataCall
+  ) {
+    change(name, "adding a replica", call) { document throws(EngineError) in
+      guard document.shards.count == addresses.count,
+        document.shards.allSatisfy({ $0.replicas.count < Self.maximumReplicaCount })
+      else { return false }
+      // In this order: a new version's head stands before its document is written, so that a
+      // document read before the head is this version's, or is not written any more.
+      if let version, try self.directory.head(name, call)?.version != version { return false }
+      for index in document.shards.indices {
+        document.shards[index].replicas.removeAll { $0.segment == segment }
+        document.shards[index].replicas.append(
+          SharedDocument.Location(segment: segment, offset: addresses[index]))
+      }
+      return true
+    }
+  }
+
+  /// Removes a segment's entries, and the document with the last one.
+  package func removeOwn(_ name: String, segment: String, _ call: MetadataCall) {
+    change(name, "removing own entries", call) { document throws(EngineError) in
+      var isChanged = false
+      for index in document.shards.indices {
+        let shard = document.shards[index]
+        document.shards[index].gold.removeAll { $0.segment == segment }
+        document.shards[index].replicas.removeAll { $0.segment == segment }
+        isChanged = isChanged || document.shards[index] != shard
+      }
+      return isChanged
+    }
+  }
+
+  /// Removes a payload's document; returns whether there was one.
+  package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    try etcd.delete(key(name), call)
+  }
+
+  /// Reads, changes and swaps until nobody came between. What fails is logged: the document only
+  /// helps processes of the existing system.
+  private func change(
+    _ name: String, _ what: String, _ call: MetadataCall,
+    _ body: (inout SharedDocument) throws(EngineError) -> Bool
+  ) {
+    do throws(EngineError) {
+      for attempt in 0..<Self.attemptLimit {
+        guard let found = try revised(name, call) else { return }
+        var document = found.document
+        guard try body(&document) else { return }
+        let text = document.isOrphaned ? nil : document.json
+        if let text, text.utf8.count > Self.maximumDocumentBytes { return }
+        if try etcd.replace(key(name), writtenBy: found.revision, with: text, call) { return }
+        let pause = UInt64.random(in: 1...UInt64(2 << min(attempt, 6)))
+        if Waiting.sleep(
+          until: min(call.deadline, .after(milliseconds: pause)), cancellation: call.cancellation)
+        {
+          break
+        }
+      }
+      Log.warning("payload '\(name)': \(what) in '\(key(name))': others change it all the time")
+    } catch {
+      Log.warning("payload '\(name)': \(what): \(error.message)")
+    }
+  }
+}
