@@ -89,7 +89,9 @@ final class Catalog: Sendable {
   }
 
   /// Peers find a holding from now on.
-  func open(_ holding: Holding) { state.withLock { $0.holdings[holding.address.holding] = holding } }
+  func open(_ holding: Holding) {
+    state.withLock { $0.holdings[holding.address.holding] = holding }
+  }
 
   func close(_ holding: Holding) { state.withLock { $0.holdings[holding.address.holding] = nil } }
 

@@ -17,7 +17,8 @@ package struct HolderConnection: Sendable {
 
   /// Asks the holder where things are and reads the table of its buffers. Blocks.
   package static func open(
-    _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest, until deadline: Deadline
+    _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest,
+    until deadline: Deadline
   ) throws(EngineError) -> HolderConnection {
     let index = try askIndex(engine, holder, deadline)
     guard index.version == manifest.version else { throw gone(holder) }
@@ -135,7 +136,8 @@ package struct HolderConnection: Sendable {
       for start in stride(from: 0, to: memory.count, by: Holding.rowBytes) {
         buffers.append(
           .init(
-            address: UInt64(littleEndian: memory.loadUnaligned(fromByteOffset: start, as: UInt64.self)),
+            address: UInt64(
+              littleEndian: memory.loadUnaligned(fromByteOffset: start, as: UInt64.self)),
             length: UInt64(
               littleEndian: memory.loadUnaligned(fromByteOffset: start + 8, as: UInt64.self))))
       }

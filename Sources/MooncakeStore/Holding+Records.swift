@@ -10,8 +10,6 @@ extension Holding {
       publishedMilliseconds: publishedMilliseconds, isWritable: manifest.isWritable)
   }
 
-  var head: PayloadHead { PayloadHead(summary, origin: address) }
-
   /// As it stands now.
   var record: HolderRecord {
     HolderRecord(summary, holder: address, isOrigin: isOrigin, isComplete: isComplete)

@@ -37,7 +37,8 @@ package final class Holding: Sendable {
       holding: holding, rpc: engine.rpcAddress.description, segment: engine.name)
     state = Lock(
       State(
-        ledger: UploadLedger(shardCount: manifest.layout.shardCount, seed: holding), available: available))
+        ledger: UploadLedger(shardCount: manifest.layout.shardCount, seed: holding),
+        available: available))
     let bytes = manifest.bytes
     let memory = try engine.allocate(
       length: UInt64(bytes.count + layout.buffers.count * Self.rowBytes), access: .remoteRead)

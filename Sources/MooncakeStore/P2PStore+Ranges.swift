@@ -36,7 +36,8 @@ extension P2PStore {
     if overflow || end > manifest.layout.size {
       throw EngineError(
         .invalidArgument,
-        "payload '\(name)': bytes \(offset) to \(offset &+ length) are not in its \(manifest.layout.size)")
+        "payload '\(name)': bytes \(offset) to \(offset &+ length) are not in its \(manifest.layout.size)"
+      )
     }
     if opcode == .write && !manifest.isWritable {
       throw EngineError(

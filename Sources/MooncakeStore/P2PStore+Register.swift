@@ -140,8 +140,7 @@ extension P2PStore {
   private func publish(
     _ holding: Holding, isCreateOnly: Bool, _ bounds: Bounds
   ) throws(EngineError) {
-    try keeper.publish(
-      holding.head, holding.record, isCreateOnly: isCreateOnly, bounds.call)
+    try keeper.publish(holding.record, isCreateOnly: isCreateOnly, bounds.call)
     guard let shared else { return }
     do throws(EngineError) {
       try shared.put(holding.document, isCreateOnly: isCreateOnly, bounds.call)
@@ -193,7 +192,8 @@ extension P2PStore {
 
   static func taken(_ name: String) -> EngineError {
     EngineError(
-      .exists, "payload '\(name)': the name is taken: choose another, or do not ask for create-only")
+      .exists, "payload '\(name)': the name is taken: choose another, or do not ask for create-only"
+    )
   }
 
   func notFound(_ name: String) -> EngineError {

@@ -56,15 +56,11 @@ public final class P2PStore: Sendable {
     self.engine = engine
     self.ownsEngine = ownsEngine
     drainMilliseconds = options.drainMilliseconds
-    let metadata = try Self.openDirectory(engine, options)
-    directory = StoreDirectory(metadata)
-    shared = SharedCatalog(metadata)
+    directory = StoreDirectory(try Self.openDirectory(engine, options))
+    shared = SharedCatalog(directory)
     memory = MemoryTable(engine)
-    let (catalog, engineClosing) = (catalog, engine.closeEvent.descriptor.rawValue)
-    keeper = RecordKeeper(
-      directory, cancellation: engineClosing,
-      isComplete: { catalog.holding(of: $0)?.isComplete ?? false })
-    service = engine.services.add { call in
+    keeper = try RecordKeeper(directory)
+    service = engine.services.add { [catalog] call in
       StoreService.answer(call, holding: { catalog.holding($0) })
     }
     keeper.onRemoval { [weak self] name in self?.withdrawRemoved(name) }

@@ -65,7 +65,8 @@ package final class PayloadDownload {
   private static let tickMilliseconds: UInt64 = 100
 
   package init(
-    _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest, into layout: BufferLayout,
+    _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest,
+    into layout: BufferLayout,
     holding: Holding?, holders: [HolderRecord], _ bounds: Bounds,
     isClosed: @escaping () -> Bool,
     discover: @escaping @Sendable (Deadline) throws(EngineError) -> [HolderRecord]

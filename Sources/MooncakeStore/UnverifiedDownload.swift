@@ -40,7 +40,8 @@ struct UnverifiedDownload {
     var waiting = shards.map { shard in
       (
         shard: shard,
-        locations: document.shards[shard].replicas.shuffled() + document.shards[shard].gold.shuffled()
+        locations: document.shards[shard].replicas.shuffled()
+          + document.shards[shard].gold.shuffled()
       )
     }
     waiting.reverse()
@@ -145,7 +146,9 @@ struct UnverifiedDownload {
   private mutating func segment(_ name: String) throws(EngineError) -> SegmentID {
     if let id = segments[name] { return id }
     let id = try engine.openSegment(
-      name, timeoutMilliseconds: min(3000, HolderConnection.milliseconds(until: bounds.deadline) &- 1) &+ 1)
+      name,
+      timeoutMilliseconds: min(3000, HolderConnection.milliseconds(until: bounds.deadline) &- 1)
+        &+ 1)
     segments[name] = id
     return id
   }
@@ -222,7 +225,8 @@ extension P2PStore {
           name: document.name, isOrigin: false, holding: nil, buffers: layout.buffers,
           allocations: allocations, isShared: options.sharesOnward)
         return GetResult(
-          info: document.info, buffers: buffers, isVerified: false, nanoseconds: Clock.now() &- start,
+          info: document.info, buffers: buffers, isVerified: false,
+          nanoseconds: Clock.now() &- start,
           sources: sources.values.sorted { $0.byteCount > $1.byteCount })
       } catch {
         memory.unregister(layout.buffers)

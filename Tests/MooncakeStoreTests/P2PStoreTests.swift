@@ -55,9 +55,18 @@ final class Memory: @unchecked Sendable {
   }
 }
 
-func code(_ body: () throws -> Void) -> EngineError.Code? {
-  do { try body() } catch { return (error as? EngineError)?.code }
-  return nil
+/// Expects a call to fail in a way.
+func expect(
+  _ code: EngineError.Code, sourceLocation: SourceLocation = #_sourceLocation,
+  _ body: () throws -> Void
+) {
+  do {
+    try body()
+    Issue.record("\(code) was expected, nothing was thrown", sourceLocation: sourceLocation)
+  } catch {
+    let message: Comment = "\(error)"
+    #expect((error as? EngineError)?.code == code, message, sourceLocation: sourceLocation)
+  }
 }
 
 @Suite struct P2PStoreTests {
@@ -99,7 +108,7 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     #expect(whole.sources.map(\.segment) == [receiver.engine.name])
     try third.deleteReplica("model/a")
     try receiver.deleteReplica("model/a")
-    #expect(code { _ = try third.get("model/a") } == .notFound)
+    expect(.notFound) { _ = try third.get("model/a") }
     #expect(try third.list(prefix: "").isEmpty)
   }
 
@@ -132,15 +141,15 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     #expect(first.version != second.version)
     var options = GetOptions()
     options.version = first.version
-    #expect(code { _ = try receiver.get("m", options) } == .notFound)
+    expect(.notFound) { _ = try receiver.get("m", options) }
     let memory = Memory(300_000)
     _ = try receiver.get("m", into: [memory.buffer])
     #expect(memory.holds(new))
     var createOnly = shards
     createOnly.isCreateOnly = true
     let third = try cluster.store()
-    #expect(code { try third.register("m", [old.buffer], createOnly) } == .exists)
-    #expect(code { try receiver.register("m", [old.buffer]) } == .exists)
+    expect(.exists) { try third.register("m", [old.buffer], createOnly) }
+    expect(.exists) { try receiver.register("m", [old.buffer]) }
   }
 
   @Test func rangesAreReadAndWrittenInPlace() throws {
@@ -156,14 +165,14 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     let news = Memory(100_001, seed: 7)
     try other.write("w", offset: 65_535, from: news.bytes.baseAddress!, length: 100_001)
     #expect(memcmp(memory.bytes.baseAddress! + 65_535, news.bytes.baseAddress!, 100_001) == 0)
-    #expect(
-      code { try other.read("w", offset: 499_999, into: part.bytes.baseAddress!, length: 2) }
-        == .invalidArgument)
+    expect(.invalidArgument) {
+      try other.read("w", offset: 499_999, into: part.bytes.baseAddress!, length: 2)
+    }
     let fixed = Memory(1000, seed: 8)
     try origin.register("fixed", [fixed.buffer])
-    #expect(
-      code { try other.write("fixed", offset: 0, from: part.bytes.baseAddress!, length: 1) }
-        == .accessDenied)
+    expect(.accessDenied) {
+      try other.write("fixed", offset: 0, from: part.bytes.baseAddress!, length: 1)
+    }
     // A copy of what may change is nobody's source.
     let copy = Memory(500_000)
     #expect(try other.get("w", into: [copy.buffer]).isVerified == false)
@@ -188,7 +197,7 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     try receiver.deleteReplica("m")
     var operation = StoreOperation()
     operation.timeoutMilliseconds = 20_000
-    #expect(code { _ = try last.get("m", into: [memory.buffer], .init(), operation) } == .noHolder)
+    expect(.noHolder) { _ = try last.get("m", into: [memory.buffer], .init(), operation) }
     #expect(try last.list(prefix: "").first?.holderCount == 1)
   }
 
@@ -198,23 +207,23 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     let model = Memory(300_000, seed: 10)
     try origin.register("m", [model.buffer], shards)
     let (short, long) = (Memory(299_999), Memory(300_001))
-    #expect(code { _ = try receiver.get("m", into: [short.buffer]) } == .sizeMismatch)
-    #expect(code { _ = try receiver.get("m", into: [long.buffer]) } == .sizeMismatch)
+    expect(.sizeMismatch) { _ = try receiver.get("m", into: [short.buffer]) }
+    expect(.sizeMismatch) { _ = try receiver.get("m", into: [long.buffer]) }
     let (left, right) = (Memory(100_000), Memory(200_000))
-    #expect(code { _ = try receiver.get("m", into: [left.buffer, right.buffer]) } == .sizeMismatch)
+    expect(.sizeMismatch) { _ = try receiver.get("m", into: [left.buffer, right.buffer]) }
     #expect(receiver.engine.local.buffers.snapshot.buffers.isEmpty)
-    #expect(code { try receiver.deleteReplica("m") } == .notHeld)
-    #expect(code { try receiver.unregister("m") } == .notHeld)
-    #expect(code { try origin.deleteReplica("m") } == .notHeld)
+    expect(.notHeld) { try receiver.deleteReplica("m") }
+    expect(.notHeld) { try receiver.unregister("m") }
+    expect(.notHeld) { try origin.deleteReplica("m") }
     for name in ["", "/a", "a\nb", String(repeating: "x", count: 513)] {
-      #expect(code { try origin.register(name, [model.buffer]) } == .invalidArgument)
-      #expect(code { _ = try origin.get(name) } == .invalidArgument)
+      expect(.invalidArgument) { try origin.register(name, [model.buffer]) }
+      expect(.invalidArgument) { _ = try origin.get(name) }
     }
-    #expect(code { try origin.register("e", []) } == .invalidArgument)
+    expect(.invalidArgument) { try origin.register("e", []) }
     var tiny = RegisterOptions()
     tiny.shardBytes = 1
     let large = Memory(2 << 20)
-    #expect(code { try origin.register("n", [large.buffer], tiny) } == .invalidArgument)
+    expect(.invalidArgument) { try origin.register("n", [large.buffer], tiny) }
   }
 
   @Test func cancelDeadlineAndCloseEndAGet() throws {
@@ -226,15 +235,15 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
     cancellation.cancel()
     var operation = StoreOperation()
     operation.cancellation = cancellation
-    #expect(code { _ = try receiver.get("m", operation: operation) } == .canceled)
+    expect(.canceled) { _ = try receiver.get("m", operation: operation) }
     operation = StoreOperation()
     operation.progress = { _ in false }
-    #expect(code { _ = try receiver.get("m", operation: operation) } == .canceled)
+    expect(.canceled) { _ = try receiver.get("m", operation: operation) }
     origin.close()
-    #expect(code { try origin.register("m", [model.buffer]) } == .invalidHandle)
-    #expect(code { _ = try receiver.get("m") } == .notFound)
+    expect(.invalidHandle) { try origin.register("m", [model.buffer]) }
+    expect(.notFound) { _ = try receiver.get("m") }
     receiver.close()
-    #expect(code { _ = try receiver.get("m") } == .invalidHandle)
+    expect(.invalidHandle) { _ = try receiver.get("m") }
   }
 
   @Test func aRemovedNameIsWithdrawnByItsHolders() throws {
@@ -249,7 +258,7 @@ func code(_ body: () throws -> Void) -> EngineError.Code? {
       try #require(!end.hasPassed)
       sleepBriefly(nanoseconds: 50_000_000)
     }
-    #expect(code { try receiver.remove("m") } == .notFound)
+    expect(.notFound) { try receiver.remove("m") }
   }
 
   @Test func aStoreWithoutAServiceSaysWhatToDo() throws {
