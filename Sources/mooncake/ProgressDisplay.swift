@@ -1,6 +1,7 @@
 import Glibc
 import MooncakeStore
 import MooncakeSystem
+import Synchronization
 
 /// Shows on stderr how far an operation is: a bar on a terminal, else a line each time.
 final class ProgressDisplay: Sendable {

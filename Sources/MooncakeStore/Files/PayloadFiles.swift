@@ -1,5 +1,6 @@
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// Files of this machine that a store offers as a payload. They must stay as they are; `check`
 /// tells.
