@@ -35,8 +35,9 @@ all: ## libmooncake.so and the mooncake program, in .build/release
 $(library) $(program):
 	$(MAKE) all
 
-examples: ## the C examples, in .build/examples
-	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples
+examples: $(library) ## the C and Swift examples, in .build/examples and .build/swift-examples
+	$(MAKE) -C examples/c OUT=$(abspath $(BUILD))/examples LIBRARY_FOLDER=$(abspath $(build))
+	$(SWIFT) build -c release --package-path examples/swift --scratch-path $(BUILD)/swift-examples
 
 install: $(library) $(program) ## library, headers, pkg-config file, program; PREFIX=, DESTDIR=
 	$(INSTALL) -d $(DESTDIR)$(BINDIR) $(DESTDIR)$(LIBDIR) $(DESTDIR)$(INCLUDEDIR) \
@@ -58,13 +59,13 @@ uninstall: ## removes what install has written; same PREFIX=, DESTDIR=
 	  $(addprefix $(DESTDIR)$(LIBDIR)/libmooncake.so,.$(version) .$(major) '') \
 	  $(addprefix $(DESTDIR)$(INCLUDEDIR)/,$(notdir $(headers)))
 
-demo: ## one trainer and three inferencers on a real model; MODEL=path
-	scripts/demo $(if $(MODEL),"$(MODEL)")
+demo: ## a trainer and inference nodes share a real model; MODEL=path, METADATA=etcd
+	METADATA="$(METADATA)" scripts/demo $(if $(MODEL),"$(MODEL)")
 
 test: ## everything that CI runs
 	scripts/test
 
-test-program: ## the mooncake program and the C examples
+test-program: ## the mooncake program and the examples
 	scripts/test-program
 
 test-install: ## make install into a scratch folder, and a program built against it

@@ -74,6 +74,13 @@ let package = Package(
     .executableTarget(
       name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
+    .target(
+      name: "SwarmSimulation", dependencies: ["MooncakeStore", "CLinux"],
+      path: "Tests/SwarmSimulation",
+      swiftSettings: releaseFlags),
+    .executableTarget(
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore", "CLinux"],
+      path: "benchmarks/simulation", swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
@@ -83,7 +90,9 @@ let package = Package(
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeStoreTests",
-      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash"],
+      dependencies: [
+        "MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash", "SwarmSimulation",
+      ],
       swiftSettings: releaseFlags),
   ]
 )

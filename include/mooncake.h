@@ -41,7 +41,7 @@ enum {
   MOONCAKE_OK = 0,
   /* An argument is null, empty, out of range or contradicts another. Fix the call. */
   MOONCAKE_ERROR_INVALID_ARGUMENT = -1,
-  /* The engine, segment or batch does not exist (any more). */
+  /* The engine, segment, batch or other handle does not exist (any more). */
   MOONCAKE_ERROR_INVALID_HANDLE = -2,
   /* The address range is not (any more) inside one registered buffer. */
   MOONCAKE_ERROR_NOT_REGISTERED = -3,
@@ -68,7 +68,7 @@ enum {
   MOONCAKE_ERROR_NOT_FOUND = -13,
   /* The deadline passed first. */
   MOONCAKE_ERROR_TIMEOUT = -14,
-  /* Ended by mooncake_batch_cancel() or mooncake_engine_destroy(). */
+  /* Ended by a cancel, by a progress callback or by the end of engine or store. */
   MOONCAKE_ERROR_CANCELED = -15,
   /* This build, machine or peer cannot do it. */
   MOONCAKE_ERROR_UNSUPPORTED = -16,
@@ -165,7 +165,7 @@ int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
 
 /* Cancels what is in flight, closes every connection, ends the engine's threads and frees its own
  * memory. Calls of other threads return MOONCAKE_ERROR_CANCELED or INVALID_HANDLE. Afterwards no
- * caller memory is touched. Blocking, at most a few seconds. Not from a completion callback:
+ * caller memory is touched. Blocking, at most a few seconds. Not from a callback of the library:
  * INVALID_ARGUMENT. Since 0.1. */
 int32_t mooncake_engine_destroy(mooncake_engine_t *engine);
 
@@ -428,4 +428,8 @@ int32_t mooncake_metadata_server_stop(mooncake_metadata_server_t *server);
 #ifdef __cplusplus
 }
 #endif
+
+/* The store: named payloads, registered, got, watched. */
+#include "mooncake_store.h"
+
 #endif

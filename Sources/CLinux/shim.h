@@ -14,6 +14,7 @@
 #include <ifaddrs.h>
 #include <linux/futex.h>
 #include <linux/mempolicy.h>
+#include <malloc.h>
 #include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>

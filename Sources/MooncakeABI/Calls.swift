@@ -32,6 +32,19 @@ func nativeCall(
   }
 }
 
+/// As `nativeCall` with an object behind another handle of mooncake.h.
+func nativeCall<Object: HandleObject>(
+  _ handle: OpaquePointer?, _ type: Object.Type, function: StaticString = #function,
+  _ body: (Object) throws(EngineError) -> Void
+) -> Int32 {
+  do throws(EngineError) {
+    try HandleTable.shared.with(handle, type, body)
+    return 0
+  } catch {
+    return failed(function, error)
+  }
+}
+
 @inline(never)
 private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
   report(function, error.message)

@@ -10,7 +10,7 @@ package func mooncake_engine_options_init(
   _ options: UnsafeMutablePointer<mooncake_engine_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
   nativeCall { () throws(EngineError) in
-    try writeDefaultOptions(try checkOutput(options, "options"), size: struct_size)
+    try writeDefaultOptions(options, size: struct_size)
   }
 }
 
@@ -40,11 +40,7 @@ package func mooncake_engine_create(
 @c @implementation
 package func mooncake_engine_destroy(_ engine: OpaquePointer?) -> Int32 {
   nativeCall { () throws(EngineError) in
-    if ThreadState.isInsideCompletionCallback {
-      throw EngineError(
-        .invalidArgument,
-        "a completion callback cannot destroy an engine: leave that to another thread")
-    }
+    try refuseInsideCallback()
     try EngineTable.shared.destroy(number(of: engine), .native)
   }
 }

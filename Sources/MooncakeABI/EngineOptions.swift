@@ -1,28 +1,23 @@
-// The sized options struct of mooncake_engine_create(): every version of it, from the first on.
+// The options of mooncake_engine_create().
 import CMooncake
-import Glibc
 import MooncakeEngine
 
-private let currentSize = MemoryLayout<mooncake_engine_options_t>.size
-/// Size of the struct in 0.1.
-private let firstSize = 72
-/// A larger struct_size is a mistake rather than a later version.
-private let maximumSize = 4096
+extension mooncake_engine_options_t: SizedStruct {
+  static var typeName: StaticString { "mooncake_engine_options_t" }
+  static var firstSize: Int { 72 }
+}
 
 /// Writes the defaults into a struct of the caller's size.
 func writeDefaultOptions(
-  _ options: UnsafeMutablePointer<mooncake_engine_options_t>, size: UInt32
+  _ options: UnsafeMutablePointer<mooncake_engine_options_t>?, size: UInt32
 ) throws(EngineError) {
-  let size = try checkSize(size)
   let defaults = TransferEngine.Options()
   var values = mooncake_engine_options_t()
-  values.struct_size = UInt32(size)
   values.default_timeout_ms = defaults.defaultTimeoutMilliseconds
   values.io_threads = UInt32(defaults.ioThreads)
   values.connections_per_peer = UInt32(defaults.connectionsPerPeer)
   values.spin_us = UInt32(defaults.spinMicroseconds)
-  memset(options, 0, size)
-  memcpy(options, &values, min(size, currentSize))
+  try values.write(to: options, "options", size: size)
 }
 
 /// Reads what a caller asks for.
@@ -30,9 +25,8 @@ func readOptions(
   _ given: UnsafePointer<mooncake_engine_options_t>?
 ) throws(EngineError) -> TransferEngine.Options {
   var options = TransferEngine.Options()
-  guard let given else { return options }
-  let values = try copyOptions(given)
-  if values.reserved != 0 { throw EngineError(.invalidArgument, "options.reserved is not 0") }
+  let values = try mooncake_engine_options_t.read(given)
+  try checkReserved(values.reserved, "options.reserved")
   guard let port = UInt16(exactly: values.port) else {
     throw EngineError(.invalidArgument, "options.port \(values.port) is beyond 65535")
   }
@@ -57,37 +51,6 @@ func readOptions(
   try replace(&options.spinMicroseconds, values.spin_us, 1...1_000_000, "options.spin_us")
   options.processors = try optionalText(values.processors, "options.processors")
   return options
-}
-
-private func checkSize(_ size: UInt32) throws(EngineError) -> Int {
-  guard size >= firstSize, size <= maximumSize else {
-    throw EngineError(
-      .invalidArgument,
-      "struct_size is \(size): set it to sizeof(mooncake_engine_options_t), which is "
-        + "\(currentSize) in this version")
-  }
-  return Int(size)
-}
-
-/// Brings a struct of any version to the current one.
-private func copyOptions(
-  _ given: UnsafePointer<mooncake_engine_options_t>
-) throws(EngineError) -> mooncake_engine_options_t {
-  let bytes = UnsafeRawPointer(given)
-  // The rest may not exist before its size is known.
-  let size = try checkSize(bytes.loadUnaligned(as: UInt32.self))
-  if size > currentSize {
-    let extra = UnsafeRawBufferPointer(start: bytes + currentSize, count: size - currentSize)
-    if extra.contains(where: { $0 != 0 }) {
-      throw EngineError(
-        .unsupported,
-        "options use fields beyond the \(currentSize) bytes that this version of the library "
-          + "knows: load a newer library or leave them 0")
-    }
-  }
-  var values = mooncake_engine_options_t()
-  memcpy(&values, bytes, min(size, currentSize))
-  return values
 }
 
 private func parseTransports(_ list: String) throws(EngineError) -> [String] {

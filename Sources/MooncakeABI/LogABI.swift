@@ -45,3 +45,13 @@ func refuseInsideLogCallback() throws(EngineError) {
     throw EngineError(.invalidArgument, "a log callback must not call the library")
   }
 }
+
+/// What ends something must not run on a thread that this something waits for.
+func refuseInsideCallback() throws(EngineError) {
+  if ThreadState.isInsideCallback {
+    throw EngineError(
+      .invalidArgument,
+      "a callback of the library cannot do this, which waits for callbacks: leave it to another "
+        + "thread")
+  }
+}

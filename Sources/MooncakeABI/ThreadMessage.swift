@@ -8,7 +8,7 @@ import MooncakeEngine
 struct ThreadState {
   private var message: UnsafeMutablePointer<CChar>?
   private var capacity = 0
-  private var completionCallbackDepth = 0
+  private var callbackDepth = 0
   private var logCallbackDepth = 0
 
   /// Longer messages are cut.
@@ -84,21 +84,21 @@ struct ThreadState {
 
   // MARK: - Callbacks
 
-  /// Whether the thread runs a completion callback of the host.
-  static var isInsideCompletionCallback: Bool {
-    (existing?.pointee.completionCallbackDepth ?? 0) > 0
+  /// Whether the thread runs a callback of the host, but for that of the log.
+  static var isInsideCallback: Bool {
+    (existing?.pointee.callbackDepth ?? 0) > 0
   }
 
   /// Whether the thread runs the host's log callback.
   @inline(__always)
   static var isInsideLogCallback: Bool { (existing?.pointee.logCallbackDepth ?? 0) > 0 }
 
-  /// Runs a completion callback of the host.
-  static func duringCompletionCallback(_ body: () -> Void) {
+  /// Runs a callback of the host, but for that of the log.
+  static func duringCallback<Value>(_ body: () -> Value) -> Value {
     guard let state = obtain() else { return body() }
-    state.pointee.completionCallbackDepth += 1
-    body()
-    state.pointee.completionCallbackDepth = max(0, state.pointee.completionCallbackDepth - 1)
+    state.pointee.callbackDepth += 1
+    defer { state.pointee.callbackDepth = max(0, state.pointee.callbackDepth - 1) }
+    return body()
   }
 
   /// Runs the host's log callback.
@@ -111,7 +111,7 @@ struct ThreadState {
 
   /// Lets the child of a fork out of the callbacks that its only thread was in.
   static func forgetCallbacks() {
-    existing?.pointee.completionCallbackDepth = 0
+    existing?.pointee.callbackDepth = 0
     existing?.pointee.logCallbackDepth = 0
   }
 }

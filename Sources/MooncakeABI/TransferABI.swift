@@ -141,7 +141,7 @@ package func mooncake_batch_set_callback(
     let host = HostBatchCallback(callback: callback, context: context)
     try engine.setCallback(batch) { batch, status in
       var status = mooncake_batch_status_t(status)
-      ThreadState.duringCompletionCallback { host.callback(batch, &status, host.context) }
+      ThreadState.duringCallback { host.callback(batch, &status, host.context) }
     }
   }
 }

@@ -23,7 +23,8 @@ final class Catalog: Sendable {
     case held(Entry)
   }
   private struct State {
-    var slots: [String: Slot] = [:]
+    /// By the bytes of the names: equal strings may be different names.
+    var slots: [MetadataKey: Slot] = [:]
     var holdings: [UInt64: Holding] = [:]
     var isClosed = false
   }
@@ -34,8 +35,8 @@ final class Catalog: Sendable {
   func reserve(_ name: String) throws(EngineError) {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
-      switch state.slots[name] {
-      case .none: state.slots[name] = .busy
+      switch state.slots[MetadataKey(name)] {
+      case .none: state.slots[MetadataKey(name)] = .busy
       case .busy: throw Self.busy(name)
       case .held:
         throw EngineError(
@@ -50,9 +51,9 @@ final class Catalog: Sendable {
   func reserveReplacing(_ name: String) throws(EngineError) -> Entry? {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
-      switch state.slots[name] {
+      switch state.slots[MetadataKey(name)] {
       case .none:
-        state.slots[name] = .busy
+        state.slots[MetadataKey(name)] = .busy
         return nil
       case .busy: throw Self.busy(name)
       case .held(let entry):
@@ -60,7 +61,7 @@ final class Catalog: Sendable {
           throw EngineError(
             .exists, "payload '\(name)': this store holds a replica of it: delete that first")
         }
-        state.slots[name] = .busy
+        state.slots[MetadataKey(name)] = .busy
         return entry
       }
     }
@@ -70,12 +71,12 @@ final class Catalog: Sendable {
   func take(_ name: String, where matches: (Entry) -> Bool) throws(EngineError) -> Entry? {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
-      switch state.slots[name] {
+      switch state.slots[MetadataKey(name)] {
       case .none: return nil
       case .busy: throw Self.busy(name)
       case .held(let entry):
         guard matches(entry) else { return nil }
-        state.slots[name] = .busy
+        state.slots[MetadataKey(name)] = .busy
         return entry
       }
     }
@@ -83,7 +84,7 @@ final class Catalog: Sendable {
 
   /// Ends a call that took a name: with an entry that is held from now on, or with none.
   func release(_ name: String, holding entry: Entry? = nil) {
-    state.withLock { $0.slots[name] = entry.map { .held($0) } }
+    state.withLock { $0.slots[MetadataKey(name)] = entry.map { .held($0) } }
     releases.increment()
     releases.wakeAll()
   }
@@ -101,7 +102,7 @@ final class Catalog: Sendable {
   /// The holding of a name; nil while a call works on it.
   func holding(of name: String) -> Holding? {
     state.withLock { state in
-      if case .held(let entry) = state.slots[name] { return entry.holding }
+      if case .held(let entry) = state.slots[MetadataKey(name)] { return entry.holding }
       return nil
     }
   }

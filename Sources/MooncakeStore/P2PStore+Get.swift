@@ -2,8 +2,8 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, and which
-  /// of them the store is to free in the end.
+  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, and
+  /// which of them the store is to free in the end.
   package typealias Placement =
     (Manifest) throws(EngineError) -> (buffers: [PayloadBuffer], allocations: [UInt64])
 
@@ -200,13 +200,8 @@ extension P2PStore {
   private func complete(_ holding: Holding, _ bounds: Bounds) {
     keeper.put(holding.record, bounds.call)
     shared?.addReplica(
-      holding.name, segment: engine.name, holding.shardAddresses, bounds.call)
-  }
-
-  private func free(_ allocations: [UInt64]) {
-    for address in allocations {
-      try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
-    }
+      holding.name, version: holding.version, segment: engine.name, holding.shardAddresses,
+      bounds.call)
   }
 
   /// Checks that whole shards fit into the buffers.

@@ -2,7 +2,7 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Payloads whose names begin with a prefix, in order of names, with sizes and numbers of holders.
+  /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders.
   /// Those of the existing system are among them where both share an etcd.
   public func list(
     prefix: String, _ operation: StoreOperation = StoreOperation()
@@ -11,9 +11,11 @@ extension P2PStore {
     try bounds.check("start")
     let payloads = try directory.list(prefix: prefix, bounds.call)
     guard let shared else { return payloads }
-    let known = Set(payloads.map(\.name))
-    let others = try shared.list(prefix: prefix, bounds.call).filter { !known.contains($0.name) }
-    return (payloads + others).sorted { $0.name < $1.name }
+    let known = Set(payloads.map { MetadataKey($0.name) })
+    let others = try shared.list(prefix: prefix, bounds.call).filter {
+      !known.contains(MetadataKey($0.name))
+    }
+    return (payloads + others).sorted { MetadataKey($0.name) < MetadataKey($1.name) }
   }
 
   /// What is known of a payload, with the length of each buffer, and who offers it.

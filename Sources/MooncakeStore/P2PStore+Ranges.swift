@@ -36,7 +36,7 @@ extension P2PStore {
     if overflow || end > manifest.layout.size {
       throw EngineError(
         .invalidArgument,
-        "payload '\(name)': bytes \(offset) to \(offset &+ length) are not in its \(manifest.layout.size)"
+        "payload '\(name)': \(length) bytes at \(offset) are not in its \(manifest.layout.size)"
       )
     }
     if opcode == .write && !manifest.isWritable {

@@ -174,8 +174,8 @@ extension P2PStore {
     if buffers.count > ShardLayout.maximumBufferCount {
       throw EngineError(
         .invalidArgument,
-        "payload '\(name)': \(buffers.count) buffers, at most \(ShardLayout.maximumBufferCount) make "
-          + "a payload")
+        "payload '\(name)': \(buffers.count) buffers, at most "
+          + "\(ShardLayout.maximumBufferCount) make a payload")
     }
     let layout = BufferLayout(
       buffers.map { .init(address: UInt64(UInt(bitPattern: $0.address)), length: $0.length) })

@@ -119,13 +119,17 @@ public final class P2PStore: Sendable {
       catalog.close(holding)
       holding.close()
     }
-    for address in entry.allocations {
+    free(entry.allocations)
+  }
+
+  func free(_ allocations: [UInt64]) {
+    for address in allocations {
       try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
     }
   }
 
-  /// Somebody has removed the name everywhere. The bytes stay where the caller expects them until it
-  /// ends its entry.
+  /// Somebody has removed the name everywhere. The bytes stay where the caller expects them until
+  /// it ends its entry.
   private func withdrawRemoved(_ name: String) {
     _ = workers.run { [self] in
       guard let entry = try? catalog.take(name, where: { _ in true }) else { return }

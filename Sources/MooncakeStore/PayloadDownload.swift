@@ -3,9 +3,9 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Fetches the shards of one payload. The caller's thread runs it: it does what the plan says, keeps
-/// reads in flight, verifies what has arrived and offers it. Asking holders, which blocks, is left
-/// to workers.
+/// Fetches the shards of one payload. The caller's thread runs it: it does what the plan says,
+/// keeps reads in flight, verifies what has arrived and offers it. Asking holders, which blocks, is
+/// left to workers.
 package final class PayloadDownload {
   /// What workers have found out.
   private enum News: Sendable {

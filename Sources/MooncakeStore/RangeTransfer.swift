@@ -35,8 +35,8 @@ struct RangeTransfer {
     position = offset
   }
 
-  /// A range that several holders have is read from any of them; what is written goes to the origin,
-  /// the only holder that a writable payload has.
+  /// A range that several holders have is read from any of them; what is written goes to the
+  /// origin, the only holder that a writable payload has.
   mutating func run(_ holders: [HolderRecord]) throws(EngineError) {
     for record in holders.shuffled() {
       try bounds.check("\(end - position) bytes left")

@@ -11,6 +11,8 @@ package enum StoreService {
     until deadline: Deadline
   ) throws(EngineError) -> ShardAnswer {
     let text = try engine.callService(at: holder.rpc, request.json, until: deadline)
+    // Its process lives, but knows nothing of the holding any more.
+    if text == RPCAnswer.noService { return ShardAnswer(state: .gone) }
     return try ShardAnswer(json: text, shardCount: request.have.count)
   }
 

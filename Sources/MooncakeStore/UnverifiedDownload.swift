@@ -167,76 +167,72 @@ extension P2PStore {
 
   /// Fetches what the existing system registered and joins its replicas.
   func getUnverified(
-    _ first: SharedDocument, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
+    _ document: SharedDocument, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
   ) throws(EngineError) -> GetResult {
     Log.info(
-      "payload '\(first.name)' has no digests: it was registered by the existing system; its bytes "
-        + "are not verified")
-    var document = first
-    let geometry = try Manifest(
-      layout: document.layout, digests: [], isWritable: true)
+      "payload '\(document.name)' has no digests: it was registered by the existing system; its "
+        + "bytes are not verified")
+    let geometry = try Manifest(layout: document.layout, digests: [], isWritable: true)
     let (buffers, allocations) = try place(geometry)
+    var entry = Catalog.Entry(
+      name: document.name, isOrigin: false, holding: nil, buffers: [], allocations: allocations)
     do throws(EngineError) {
       let layout = try Self.layout(document.name, buffers, for: geometry)
       try memory.register(
         layout.buffers, location: options.location,
         access: options.sharesOnward ? .remoteRead : .local)
-      do throws(EngineError) {
-        var shards = Array(document.shards.indices)
-        var download = UnverifiedDownload(engine, document, into: layout, bounds)
-        var sources: [String: GetResult.Source] = [:]
-        for round in 1... {
-          try download.run(shards)
-          sources.merge(download.sources) { first, second in
-            var sum = first
-            sum.byteCount += second.byteCount
-            return sum
-          }
-          let now = try self.shared?.document(document.name, bounds.call)
-          guard let now, now.isSamePayload(as: document) else {
-            throw EngineError(
-              .notFound,
-              "payload '\(document.name)': it was replaced or removed while it was fetched")
-          }
-          // A location that is listed no longer may have been something else when it was read.
-          shards = shards.filter { shard in
-            guard let origin = download.origins[shard] else { return true }
-            return !now.shards[shard].gold.contains(origin)
-              && !now.shards[shard].replicas.contains(origin)
-          }
-          if shards.isEmpty { break }
-          if round == Self.roundLimit {
-            throw EngineError(
-              .noHolder, "payload '\(document.name)': its holders change faster than it is read")
-          }
-          document = now
-          download = UnverifiedDownload(engine, document, into: layout, bounds)
+      entry.buffers = layout.buffers
+      let sources = try fetch(document, into: layout, bounds)
+      if options.sharesOnward {
+        let addresses = (0..<geometry.layout.shardCount).map { shard in
+          let range = geometry.layout.range(ofShard: shard)
+          return layout.address(of: range.offset, length: range.length)!
         }
-        if options.sharesOnward {
-          shared?.addReplica(
-            document.name, segment: engine.name,
-            (0..<geometry.layout.shardCount).map {
-              let range = geometry.layout.range(ofShard: $0)
-              return layout.address(of: range.offset, length: range.length)!
-            }, bounds.call)
-        }
-        held = Catalog.Entry(
-          name: document.name, isOrigin: false, holding: nil, buffers: layout.buffers,
-          allocations: allocations, isShared: options.sharesOnward)
-        return GetResult(
-          info: document.info, buffers: buffers, isVerified: false,
-          nanoseconds: Clock.now() &- start,
-          sources: sources.values.sorted { $0.byteCount > $1.byteCount })
-      } catch {
-        memory.unregister(layout.buffers)
-        throw error
+        entry.isShared = true
+        shared?.addReplica(document.name, segment: engine.name, addresses, bounds.call)
       }
+      held = entry
+      return GetResult(
+        info: document.info, buffers: buffers, isVerified: false,
+        nanoseconds: Clock.now() &- start, sources: sources)
     } catch {
-      for address in allocations {
-        try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
-      }
+      dissolve(entry, until: .after(milliseconds: 0))
       throw error
     }
+  }
+
+  /// Reads until every shard came from a location that was still listed afterwards.
+  private func fetch(
+    _ first: SharedDocument, into layout: BufferLayout, _ bounds: Bounds
+  ) throws(EngineError) -> [GetResult.Source] {
+    var document = first
+    var shards = Array(document.shards.indices)
+    var sources: [String: GetResult.Source] = [:]
+    for _ in 0..<Self.roundLimit {
+      var download = UnverifiedDownload(engine, document, into: layout, bounds)
+      try download.run(shards)
+      sources.merge(download.sources) { first, second in
+        var sum = first
+        sum.byteCount += second.byteCount
+        return sum
+      }
+      guard let now = try shared?.document(document.name, bounds.call),
+        now.isSamePayload(as: document)
+      else {
+        throw EngineError(
+          .notFound, "payload '\(document.name)': it was replaced or removed while it was fetched")
+      }
+      // A location that is listed no longer may have been something else when it was read.
+      shards = shards.filter { shard in
+        guard let origin = download.origins[shard] else { return true }
+        return !now.shards[shard].gold.contains(origin)
+          && !now.shards[shard].replicas.contains(origin)
+      }
+      if shards.isEmpty { return sources.values.sorted { $0.byteCount > $1.byteCount } }
+      document = now
+    }
+    throw EngineError(
+      .noHolder, "payload '\(document.name)': its holders change faster than it is read")
   }
 }

@@ -26,6 +26,10 @@ struct JSONObject {
     addRaw(key, "[" + values.map(Self.quoted).joined(separator: ",") + "]")
   }
 
+  mutating func add(_ key: String, _ values: [UInt64]) {
+    addRaw(key, "[" + values.map { String($0) }.joined(separator: ",") + "]")
+  }
+
   var text: String { "{" + members.joined(separator: ",") + "}" }
 
   private mutating func addRaw(_ key: String, _ value: String) {

@@ -92,8 +92,9 @@ struct StoreArguments: ParsableArguments {
   }
 
   private static func exitCode(_ error: EngineError, _ stop: StopRequest) -> Int32 {
-    switch error.code {
-    case .canceled where stop.isRequested: 130
+    // A signal may end an operation in the middle of something else that fails.
+    if stop.isRequested { return 130 }
+    return switch error.code {
     case .notFound: 3
     case .digestMismatch, .sizeMismatch: 4
     default: 1

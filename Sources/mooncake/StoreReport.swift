@@ -66,7 +66,7 @@ struct StoreReport {
   func print(_ info: PayloadInfo, holders: [PayloadHolder]) {
     if isJSON {
       var json = object(info)
-      json.add("buffer_sizes", info.bufferSizes.map { String($0) })
+      json.add("buffer_sizes", info.bufferSizes)
       json.add("holders", holders.map(object))
       return printLine(json.text)
     }

@@ -53,8 +53,8 @@ struct StorePublishCommand: ParsableCommand {
       let (info, files) = try payloads.publish(
         name, files: paths, options, store.operation(stop, display))
       display?.end()
-      report.print(published: info, files: files.paths)
       if let readyFile { try write(report.published(info, files.paths), to: readyFile) }
+      report.print(published: info, files: files.paths)
       try hold(payloads, files, stop, json: store.json)
     }
   }

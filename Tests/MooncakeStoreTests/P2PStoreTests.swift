@@ -96,7 +96,7 @@ func expect(
     let (described, holders) = try receiver.describe("model/a")
     #expect(described.version == info.version)
     #expect(Set(holders.map(\.segment)) == [origin.engine.name, receiver.engine.name])
-    #expect(holders.allSatisfy(\.isComplete))
+    #expect(holders.allSatisfy { $0.isComplete })
     #expect(try receiver.list(prefix: "model/").map(\.name) == ["model/a"])
 
     // The replica alone is enough.

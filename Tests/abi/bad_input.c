@@ -430,14 +430,14 @@ static void names_and_messages(void) {
   CHECK(strcmp(mooncake_error_name(0), "MOONCAKE_OK") == 0);
   CHECK(strcmp(mooncake_error_name(-1), "MOONCAKE_ERROR_INVALID_ARGUMENT") == 0);
   CHECK(strcmp(mooncake_error_name(-14), "MOONCAKE_ERROR_TIMEOUT") == 0);
-  CHECK(strcmp(mooncake_error_name(-17), "MOONCAKE_ERROR_SYSTEM") == 0);
-  for (int32_t code = -17; code <= 0; code += 1) {
+  CHECK(strcmp(mooncake_error_name(-22), "MOONCAKE_ERROR_NO_HOLDER") == 0);
+  for (int32_t code = -22; code <= 0; code += 1) {
     CHECK(strcmp(mooncake_error_name(code), "MOONCAKE_ERROR_UNKNOWN") != 0);
-    for (int32_t other = -17; other < code; other += 1) {
+    for (int32_t other = -22; other < code; other += 1) {
       CHECK(strcmp(mooncake_error_name(code), mooncake_error_name(other)) != 0);
     }
   }
-  int32_t unknown[] = {1, -18, 1000, INT32_MAX, INT32_MIN};
+  int32_t unknown[] = {1, -23, 1000, INT32_MAX, INT32_MIN};
   for (size_t index = 0; index < sizeof unknown / sizeof unknown[0]; index += 1) {
     CHECK(strcmp(mooncake_error_name(unknown[index]), "MOONCAKE_ERROR_UNKNOWN") == 0);
   }

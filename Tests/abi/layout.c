@@ -217,6 +217,94 @@ SIZE(mooncake_notification_t, 16);
 FIELD(mooncake_notification_t, name, 0, 8);
 FIELD(mooncake_notification_t, message, 8, 8);
 
+/* ---- mooncake_store.h ---- */
+
+VALUE(MOONCAKE_PHASE_LOCATING, 0);
+VALUE(MOONCAKE_PHASE_HASHING, 1);
+VALUE(MOONCAKE_PHASE_TRANSFERRING, 2);
+VALUE(MOONCAKE_PHASE_PUBLISHING, 3);
+VALUE(MOONCAKE_PHASE_DRAINING, 4);
+VALUE(MOONCAKE_CHANGE_APPEARED, 0);
+VALUE(MOONCAKE_CHANGE_CHANGED, 1);
+VALUE(MOONCAKE_CHANGE_VANISHED, 2);
+
+SIZE(mooncake_store_options_t, 24);
+FIELD(mooncake_store_options_t, struct_size, 0, 4);
+FIELD(mooncake_store_options_t, reserved, 4, 4);
+FIELD(mooncake_store_options_t, metadata_uri, 8, 8);
+FIELD(mooncake_store_options_t, drain_ms, 16, 8);
+
+SIZE(mooncake_store_progress_t, 40);
+FIELD(mooncake_store_progress_t, phase, 0, 4);
+FIELD(mooncake_store_progress_t, reserved, 4, 4);
+FIELD(mooncake_store_progress_t, done_bytes, 8, 8);
+FIELD(mooncake_store_progress_t, total_bytes, 16, 8);
+FIELD(mooncake_store_progress_t, active_holder_count, 24, 8);
+FIELD(mooncake_store_progress_t, holder_count, 32, 8);
+
+SIZE(mooncake_store_operation_t, 40);
+FIELD(mooncake_store_operation_t, struct_size, 0, 4);
+FIELD(mooncake_store_operation_t, reserved, 4, 4);
+FIELD(mooncake_store_operation_t, timeout_ms, 8, 8);
+FIELD(mooncake_store_operation_t, cancellation, 16, 8);
+FIELD(mooncake_store_operation_t, progress, 24, 8);
+FIELD(mooncake_store_operation_t, context, 32, 8);
+
+SIZE(mooncake_payload_info_t, 80);
+FIELD(mooncake_payload_info_t, name, 0, 8);
+FIELD(mooncake_payload_info_t, version, 8, 8);
+FIELD(mooncake_payload_info_t, size, 16, 8);
+FIELD(mooncake_payload_info_t, shard_bytes, 24, 8);
+FIELD(mooncake_payload_info_t, shard_count, 32, 8);
+FIELD(mooncake_payload_info_t, buffer_count, 40, 8);
+FIELD(mooncake_payload_info_t, buffer_sizes, 48, 8);
+FIELD(mooncake_payload_info_t, holder_count, 56, 8);
+FIELD(mooncake_payload_info_t, published_ms, 64, 8);
+FIELD(mooncake_payload_info_t, is_writable, 72, 4);
+FIELD(mooncake_payload_info_t, reserved, 76, 4);
+
+SIZE(mooncake_payload_holder_t, 24);
+FIELD(mooncake_payload_holder_t, segment, 0, 8);
+FIELD(mooncake_payload_holder_t, version, 8, 8);
+FIELD(mooncake_payload_holder_t, is_origin, 16, 4);
+FIELD(mooncake_payload_holder_t, is_complete, 20, 4);
+
+SIZE(mooncake_payload_source_t, 32);
+FIELD(mooncake_payload_source_t, segment, 0, 8);
+FIELD(mooncake_payload_source_t, bytes, 8, 8);
+FIELD(mooncake_payload_source_t, corrupt_shard_count, 16, 8);
+FIELD(mooncake_payload_source_t, is_origin, 24, 4);
+FIELD(mooncake_payload_source_t, reserved, 28, 4);
+
+SIZE(mooncake_store_report_t, 80);
+FIELD(mooncake_store_report_t, payload_count, 0, 8);
+FIELD(mooncake_store_report_t, payloads, 8, 8);
+FIELD(mooncake_store_report_t, holder_count, 16, 8);
+FIELD(mooncake_store_report_t, holders, 24, 8);
+FIELD(mooncake_store_report_t, buffer_count, 32, 8);
+FIELD(mooncake_store_report_t, buffers, 40, 8);
+FIELD(mooncake_store_report_t, source_count, 48, 8);
+FIELD(mooncake_store_report_t, sources, 56, 8);
+FIELD(mooncake_store_report_t, duration_ns, 64, 8);
+FIELD(mooncake_store_report_t, is_verified, 72, 4);
+FIELD(mooncake_store_report_t, reserved, 76, 4);
+
+SIZE(mooncake_store_register_options_t, 32);
+FIELD(mooncake_store_register_options_t, struct_size, 0, 4);
+FIELD(mooncake_store_register_options_t, create_only, 4, 4);
+FIELD(mooncake_store_register_options_t, shard_bytes, 8, 8);
+FIELD(mooncake_store_register_options_t, location, 16, 8);
+FIELD(mooncake_store_register_options_t, writable, 24, 4);
+FIELD(mooncake_store_register_options_t, reserved, 28, 4);
+
+SIZE(mooncake_store_get_options_t, 32);
+FIELD(mooncake_store_get_options_t, struct_size, 0, 4);
+FIELD(mooncake_store_get_options_t, follow_versions, 4, 4);
+FIELD(mooncake_store_get_options_t, version, 8, 8);
+FIELD(mooncake_store_get_options_t, location, 16, 8);
+FIELD(mooncake_store_get_options_t, receive_only, 24, 4);
+FIELD(mooncake_store_get_options_t, reserved, 28, 4);
+
 int main(void) {
   printf("layouts, constants and signatures are as published\n");
   return 0;

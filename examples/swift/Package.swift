@@ -20,5 +20,11 @@ let package = Package(
     .executableTarget(
       name: "Inferencer",
       dependencies: [.product(name: "MooncakeEngine", package: "libmooncake"), "ModelTransfer"]),
+    .executableTarget(
+      name: "StorePublish",
+      dependencies: [.product(name: "MooncakeStore", package: "libmooncake"), "ModelTransfer"]),
+    .executableTarget(
+      name: "StoreGet",
+      dependencies: [.product(name: "MooncakeStore", package: "libmooncake"), "ModelTransfer"]),
   ]
 )

@@ -3,8 +3,8 @@ import Synchronization
 
 /// What runs on top of an engine and is called by its like in other processes.
 package final class ServiceTable: Sendable {
-  /// Answers a call in JSON; nil if it is meant for another handler. Runs on the RPC daemon's thread
-  /// and must not wait.
+  /// Answers a call in JSON; nil if it is meant for another handler. Runs on the RPC daemon's
+  /// thread and must not wait.
   package typealias Handler = @Sendable (JSONValue) -> String?
 
   private struct State {

@@ -1,5 +1,8 @@
 /// What the RPC daemon says to each kind of request.
 package enum RPCAnswer {
+  /// Answers a call that no service takes.
+  package static let noService = #"{"error":"no such service"}"#
+
   /// The JSON text that answers a message; an error if its body is no JSON.
   package static func body(
     to message: RPCMessage, handlers: RPCServer.Handlers
@@ -10,7 +13,7 @@ package enum RPCAnswer {
     case .probe: return #"{"status":"success"}"#
     case .notify: return document.read { notified($0, handlers) }
     case .connection: return document.read { rejection(of: $0) }
-    case .service: return document.read { handlers.service($0) ?? #"{"error":"no such service"}"# }
+    case .service: return document.read { handlers.service($0) ?? noService }
     }
   }
 

@@ -74,7 +74,7 @@ package enum FileTree {
     if stat(path, &status) != 0 {
       let error = Errno.current
       if isLink(path) {
-        throw EngineError(.notFound, "\(path) is a link that leads nowhere: \(error)")
+        throw EngineError(.invalidArgument, "\(path) is a link that leads nowhere: \(error)")
       }
       throw FileFailure.error(path, error)
     }
@@ -134,7 +134,6 @@ enum FileFailure {
   static func error(_ path: String, _ error: Errno, _ what: String = "") -> EngineError {
     let code: EngineError.Code =
       switch error.rawValue {
-      case ENOENT, ENOTDIR: .notFound
       case EACCES, EPERM, EROFS: .accessDenied
       case ENOSPC, EDQUOT: .full
       case EEXIST: .exists

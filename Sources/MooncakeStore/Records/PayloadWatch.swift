@@ -80,15 +80,18 @@ private final class PayloadWatchLoop: Sendable {
     var known: [MetadataKey: Known] = [:]
     var backoff: UInt64 = 0
     var nextCheck = Deadline.never
+    // A service that comes back may have lost what its holders are about to put again.
+    var patience = Deadline(nanoseconds: 0)
     while !isStopping.load(ordering: .acquiring) {
       do throws(EngineError) {
         for change in try watch.next(call(until: nextCheck)) { take(change, &known) }
-        let isLeft = try recheck(&known)
+        let isLeft = try recheck(&known, patience)
         nextCheck = isLeft ? .after(milliseconds: Self.recheckMilliseconds) : .never
         if backoff > 0 { Log.info("metadata \(directory.uri): payloads are watched again") }
         backoff = 0
       } catch {
         if error.code == .canceled { continue }
+        patience = .after(milliseconds: directory.ttlMilliseconds)
         if backoff == 0 { Log.warning("watching payloads '\(prefix)': \(error.message)") }
         backoff = min(
           Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
@@ -128,13 +131,15 @@ private final class PayloadWatchLoop: Sendable {
   }
 
   /// Tells of those that are gone; returns whether some are left to look at again.
-  private func recheck(_ known: inout [MetadataKey: Known]) throws(EngineError) -> Bool {
+  private func recheck(
+    _ known: inout [MetadataKey: Known], _ patience: Deadline
+  ) throws(EngineError) -> Bool {
     var isLeft = false
     for (key, payload) in known where payload.isHeadless {
       let name = payload.head.name
       let removed = try directory.removedVersion(name, call(until: .never))
       let isHeld = try directory.hasHolders(name, call(until: .never))
-      if isHeld && removed != payload.head.version {
+      if (isHeld || !patience.hasPassed) && removed != payload.head.version {
         isLeft = true
         continue
       }

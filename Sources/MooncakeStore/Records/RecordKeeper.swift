@@ -2,9 +2,9 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Keeps what a process publishes about its holdings true: one lease for all records, renewed by one
-/// thread, `mc-store`, which puts again what the service has lost and sees to it that the name of
-/// each payload that is here leads to somebody.
+/// Keeps what a process publishes about its holdings true: one lease for all records, renewed by
+/// one thread, `mc-store`, which puts again what the service has lost and sees to it that the name
+/// of each payload that is here leads to somebody.
 ///
 /// Calls talk to the service on their caller's thread and wait for nobody else; what fails is
 /// repeated by the thread.
@@ -311,8 +311,8 @@ package final class RecordKeeper: Sendable {
       cancellation: stopping.descriptor.rawValue)
   }
 
-  /// Looks at the head of a payload that is held here, and puts one that is missing. Returns whether
-  /// the payload has been removed.
+  /// Looks at the head of a payload that is held here, and puts one that is missing. Returns
+  /// whether the payload has been removed.
   private func tend(_ key: String, _ slot: Slot) throws(EngineError) -> Bool {
     let own = headEntry(slot)
     let text = try store.get(own.key, call)
@@ -336,8 +336,8 @@ package final class RecordKeeper: Sendable {
     }
     let isLate = state.withLock { state in
       guard let present = state.slots[key], present.isWanted else { return true }
-      // What has been registered meanwhile is the head's business, not this look's.
-      state.slots[key]?.isHeadOurs = now.isHeadOurs
+      // A head that has been published meanwhile is newer than what was seen here.
+      if present.isHeadOurs == slot.isHeadOurs { state.slots[key]?.isHeadOurs = now.isHeadOurs }
       state.slots[key]?.isSuperseded = now.isSuperseded
       return false
     }

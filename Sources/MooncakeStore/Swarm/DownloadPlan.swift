@@ -227,9 +227,12 @@ package struct DownloadPlan: Sendable {
     guard neighbors[index].returned.isEmpty,
       let other = candidates.indices.randomElement(using: &random)
     else { return }
-    let former = neighbors[index].address
+    let former = neighbors[index]
     neighbors[index] = Neighbor(candidates[other], isOrigin: false)
-    candidates[other] = former
+    // Asking at the same pace, whoever it is.
+    neighbors[index].nextAsk = former.nextAsk
+    neighbors[index].refusals = 2
+    candidates[other] = former.address
   }
 
   private mutating func wait(_ index: Int, milliseconds: UInt64) {

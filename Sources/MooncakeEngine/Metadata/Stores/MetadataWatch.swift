@@ -21,7 +21,15 @@ package final class MetadataWatch {
         if !changes.isEmpty { return changes }
         continue
       }
-      switch try store.changes(prefix: prefix, since: revision, call) {
+      let outcome: MetadataChanges
+      do throws(EngineError) {
+        outcome = try store.changes(prefix: prefix, since: revision, call)
+      } catch {
+        // The service may come back empty, and count from the beginning again.
+        self.revision = nil
+        throw error
+      }
+      switch outcome {
       case .unknown: self.revision = nil
       case .changes(let changes, let latest):
         self.revision = latest

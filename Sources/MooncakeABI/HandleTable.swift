@@ -1,0 +1,130 @@
+// Handles of everything but engines, which have a table of their own that does not lock. A handle
+// looks like a pointer to C but is a number that is never used twice: nothing a caller passes is
+// ever dereferenced.
+import CMooncake
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// What a handle of mooncake.h may stand for.
+protocol HandleObject: AnyObject, Sendable {
+  /// For messages, "a store".
+  static var noun: StaticString { get }
+  /// How many of them a process may have.
+  static var capacity: Int { get }
+}
+
+/// The objects that C programs hold by handles.
+final class HandleTable: Sendable {
+  private struct Entry: Sendable {
+    let object: any HandleObject
+    /// Calls that are using it.
+    var userCount = 0
+    var isClosing = false
+  }
+
+  private struct State: Sendable {
+    var entries: [UInt64: Entry] = [:]
+    var last: UInt64 = 0
+    /// Objects of each type, with those that are being made.
+    var counts: [ObjectIdentifier: Int] = [:]
+  }
+  private let state = Lock(State())
+
+  // Replaced only in a forked child, before it has a second thread: another thread of the parent
+  // may have held the lock at the fork, and the objects' threads do not exist there.
+  private(set) nonisolated(unsafe) static var shared: HandleTable = {
+    pthread_atfork(nil, nil) { forget() }
+    return HandleTable()
+  }()
+
+  private static func forget() {
+    // Its objects must not be ended: their threads cannot be joined.
+    _ = Unmanaged.passRetained(shared)
+    shared = HandleTable()
+    shared.state.withLock { $0.last = UInt64(getpid()) << 32 }
+  }
+
+  /// Makes an object and a handle for it.
+  func insert<Object: HandleObject>(
+    _ make: () throws(EngineError) -> Object
+  ) throws(EngineError) -> OpaquePointer? {
+    let type = ObjectIdentifier(Object.self)
+    let hasRoom = state.withLock { state in
+      if state.counts[type, default: 0] >= Object.capacity { return false }
+      state.counts[type, default: 0] += 1
+      return true
+    }
+    if !hasRoom {
+      throw EngineError(
+        .full,
+        "the process has \(Object.capacity) handles of the kind \(Object.noun): end one first")
+    }
+    let object: Object
+    do throws(EngineError) { object = try make() } catch {
+      state.withLock { $0.counts[type, default: 1] -= 1 }
+      throw error
+    }
+    let handle = state.withLock { state in
+      state.last += 1
+      // Odd, so that it is no aligned pointer; the bits of an engine's kind are 0.
+      let handle = state.last << 3 | 1
+      state.entries[handle] = Entry(object: object)
+      return handle
+    }
+    return OpaquePointer(bitPattern: UInt(handle))
+  }
+
+  /// Runs `body` with the object behind a handle; `remove` waits for that.
+  func with<Object: HandleObject, Value>(
+    _ handle: OpaquePointer?, _ type: Object.Type,
+    _ body: (Object) throws(EngineError) -> Value
+  ) throws(EngineError) -> Value {
+    try refuseInsideLogCallback()
+    let key = number(of: handle)
+    let object = try acquire(key, type)
+    defer { release(key) }
+    return try body(object)
+  }
+
+  /// Refuses further calls, runs `close`, which makes those inside return, and forgets the object
+  /// once they have.
+  func remove<Object: HandleObject>(
+    _ handle: OpaquePointer?, _ type: Object.Type, _ close: (Object) -> Void
+  ) throws(EngineError) {
+    try refuseInsideLogCallback()
+    let key = number(of: handle)
+    let object = try acquire(key, type, isClosing: true)
+    close(object)
+    while state.withLock({ ($0.entries[key]?.userCount ?? 0) > 1 }) { usleep(50) }
+    let entry = state.withLock { state in
+      state.counts[ObjectIdentifier(type), default: 1] -= 1
+      return state.entries.removeValue(forKey: key)
+    }
+    // Its end may take time: not under the lock.
+    _ = entry
+  }
+
+  private func release(_ key: UInt64) {
+    // Otherwise a callback of this call forked, and this is the child, where the lock may be held
+    // forever.
+    if self === Self.shared { state.withLock { $0.entries[key]?.userCount -= 1 } }
+  }
+
+  private func acquire<Object: HandleObject>(
+    _ key: UInt64, _ type: Object.Type, isClosing: Bool = false
+  ) throws(EngineError) -> Object {
+    let object: Object? = state.withLock { state in
+      guard let entry = state.entries[key], !entry.isClosing, let object = entry.object as? Object
+      else { return nil }
+      state.entries[key]?.userCount += 1
+      state.entries[key]?.isClosing = isClosing
+      return object
+    }
+    if let object { return object }
+    throw EngineError(
+      .invalidHandle,
+      "the handle is null, foreign, from before a fork, or of \(Object.noun) that was ended")
+  }
+}

@@ -1,0 +1,79 @@
+// swift-format-ignore-file: AlwaysUseLowerCamelCase
+
+// Structs of mooncake.h that begin with their own size and grow only at their end: callers bring
+// any version of them, from the first on.
+import CMooncake
+import Glibc
+import MooncakeEngine
+
+/// A larger struct_size is a mistake rather than a later version.
+private let maximumSize = 4096
+
+/// A struct whose first field is `uint32_t struct_size`. All zeros are the defaults.
+protocol SizedStruct {
+  init()
+  var struct_size: UInt32 { get set }
+  /// How C calls it.
+  static var typeName: StaticString { get }
+  /// Its size in the version that brought it.
+  static var firstSize: Int { get }
+}
+
+extension SizedStruct {
+  private static var currentSize: Int { MemoryLayout<Self>.size }
+
+  /// Brings a caller's struct to the current version; null gives the defaults.
+  static func read(_ given: UnsafePointer<Self>?) throws(EngineError) -> Self {
+    var values = Self()
+    guard let given else { return values }
+    let bytes = UnsafeRawPointer(given)
+    // The rest may not exist before its size is known.
+    let size = try checkSize(bytes.loadUnaligned(as: UInt32.self))
+    if size > currentSize {
+      let extra = UnsafeRawBufferPointer(start: bytes + currentSize, count: size - currentSize)
+      if extra.contains(where: { $0 != 0 }) {
+        throw EngineError(
+          .unsupported,
+          "\(typeName) uses fields beyond the \(currentSize) bytes that this version of the "
+            + "library knows: load a newer library or leave them 0")
+      }
+    }
+    withUnsafeMutableBytes(of: &values) {
+      $0.copyMemory(from: UnsafeRawBufferPointer(start: bytes, count: min(size, currentSize)))
+    }
+    return values
+  }
+
+  /// Writes itself as the defaults into a struct of the caller's size.
+  func write(
+    to output: UnsafeMutablePointer<Self>?, _ argument: StaticString, size: UInt32
+  ) throws(EngineError) {
+    let output = try checkOutput(output, argument)
+    let size = try Self.checkSize(size)
+    var values = self
+    values.struct_size = UInt32(size)
+    memset(output, 0, size)
+    _ = withUnsafeBytes(of: values) { memcpy(output, $0.baseAddress!, min(size, $0.count)) }
+  }
+
+  private static func checkSize(_ size: UInt32) throws(EngineError) -> Int {
+    guard size >= firstSize, size <= maximumSize else {
+      throw EngineError(
+        .invalidArgument,
+        "struct_size is \(size): set it to sizeof(\(typeName)), which is \(currentSize) in this "
+          + "version")
+    }
+    return Int(size)
+  }
+}
+
+/// Checks a field that later versions may give a meaning.
+func checkReserved(_ value: UInt32, _ argument: StaticString) throws(EngineError) {
+  if value != 0 { throw EngineError(.invalidArgument, "\(argument) is not 0") }
+}
+
+/// Checks a field that says yes or no.
+func checkFlag(_ value: UInt32, _ argument: StaticString) throws(EngineError) -> Bool {
+  if value > 1 { throw EngineError(.invalidArgument, "\(argument) is \(value), not 0 or 1") }
+  return value == 1
+}
