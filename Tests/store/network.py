@@ -55,8 +55,8 @@ class Node:
         return run(*self.command(words))
 
     def limit(self, megabits):
-        """Bits a second of the link, each way; 10 ms of it are buffered."""
-        queue = max(64_000, int(megabits * 1e6 / 8 * 0.01))
+        """Bits a second of the link, each way; as a switch does, it buffers 50 ms."""
+        queue = max(64_000, int(megabits * 1e6 / 8 * 0.05))
         for prefix, device in (((), self.port), (self.command(()), "eth0")):
             run(*prefix, "tc", "qdisc", "replace", "dev", device, "root", "handle", "1:", "htb",
                 "default", "1")
