@@ -92,7 +92,11 @@ extension P2PStore {
     }
     // The origin may have died a moment ago, before another holder has taken its place.
     let all = try directory.allHolders(of: name, limit: 256, bounds.call)
-    let matching = all.filter { options.version == nil || $0.version == options.version }
+    // A name that was removed is gone at once, not only when its holders have learned of it.
+    let removed = all.isEmpty ? nil : try directory.removedVersion(name, bounds.call)
+    let matching = all.filter {
+      $0.version != removed && (options.version == nil || $0.version == options.version)
+    }
     guard let newest = matching.max(by: { $0.publishedMilliseconds < $1.publishedMilliseconds })
     else {
       if let version = options.version, head != nil || !all.isEmpty {

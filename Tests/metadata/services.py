@@ -22,16 +22,20 @@ TTL = 2
 VARIABLES = {"MC_METADATA_TTL": str(TTL), "MC_LOG_LEVEL": "INFO", "MOONCAKE_PEER_BYTES": "8388608"}
 
 
-def port_is_open(port):
+LOOPBACK = "127.0.0.1"
+
+
+def port_is_open(port, host=LOOPBACK):
     with socket.socket() as any_socket:
         any_socket.settimeout(0.5)
-        return any_socket.connect_ex(("127.0.0.1", port)) == 0
+        return any_socket.connect_ex((host, port)) == 0
 
 
 class Service:
     """One process, or several, with a folder of their own."""
 
-    def __init__(self):
+    def __init__(self, host=LOOPBACK):
+        self.host = host
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="metadata-"))
         self.log = open(self.folder / "log", "ab")
         self.process = None
@@ -41,7 +45,11 @@ class Service:
             command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL, env=variables,
             cwd=self.folder,
         )
-        if not lab.wait_until(lambda: port_is_open(port) or process.poll() is not None, 20):
+
+        def is_over():
+            return port_is_open(port, self.host) or process.poll() is not None
+
+        if not lab.wait_until(is_over, 20):
             raise RuntimeError(f"{command[0]} does not listen: {self.text()}")
         if process.poll() is not None:
             raise RuntimeError(f"{command[0]} ended: {self.text()}")
@@ -78,12 +86,12 @@ class Etcd(Service):
 
     has_leases = True
 
-    def __init__(self, tls=False):
-        super().__init__()
+    def __init__(self, tls=False, host=LOOPBACK):
+        super().__init__(host)
         self.port = lab.free_ports(2)
         self.scheme = "http"
         self.flags = []
-        self.uri = f"etcd://127.0.0.1:{self.port}"
+        self.uri = f"etcd://{host}:{self.port}"
         if tls:
             self.scheme = "https"
             make_certificates(self.folder)
@@ -96,7 +104,7 @@ class Etcd(Service):
         self.start()
 
     def start(self):
-        client = f"{self.scheme}://127.0.0.1:{self.port}"
+        client = f"{self.scheme}://{self.host}:{self.port}"
         peer = f"http://127.0.0.1:{self.port + 1}"
         self.process = self.launch(
             ["etcd", "--data-dir", str(self.folder / "data"), "--listen-client-urls", client,
@@ -112,7 +120,7 @@ class Etcd(Service):
     def control(self, *words):
         """Runs etcdctl."""
         done = subprocess.run(
-            ["etcdctl", "--endpoints", f"127.0.0.1:{self.port}", *words],
+            ["etcdctl", "--endpoints", f"{self.host}:{self.port}", *words],
             env=dict(os.environ, ETCDCTL_API="3"), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=20,
         )
@@ -158,17 +166,18 @@ class EtcdCluster(Service):
 class Redis(Service):
     has_leases = True
 
-    def __init__(self, password=None):
-        super().__init__()
+    def __init__(self, password=None, host=LOOPBACK):
+        super().__init__(host)
         self.port = lab.free_ports(1)
         self.password = password
         userinfo = f":{password}@" if password else ""
-        self.uri = f"redis://{userinfo}127.0.0.1:{self.port}/1"
+        self.uri = f"redis://{userinfo}{host}:{self.port}/1"
         self.start()
 
     def start(self):
-        words = ["redis-server", "--bind", "127.0.0.1", "--port", str(self.port), "--save", "",
-                 "--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always"]
+        words = ["redis-server", "--bind", self.host, "--port", str(self.port), "--save", "",
+                 "--protected-mode", "no", "--dir", str(self.folder), "--appendonly", "yes",
+                 "--appendfsync", "always"]
         if self.password:
             words += ["--requirepass", self.password]
         self.process = self.launch(words, self.port)
@@ -182,11 +191,11 @@ class Ours(Service):
 
     has_leases = True
 
-    def __init__(self, directory=False, *flags):
-        super().__init__()
+    def __init__(self, directory=False, *flags, host=LOOPBACK):
+        super().__init__(host)
         self.port = lab.free_ports(1)
-        self.uri = f"http://127.0.0.1:{self.port}/metadata"
-        self.flags = list(flags)
+        self.uri = f"http://{host}:{self.port}/metadata"
+        self.flags = ["--host", host, *flags]
         if directory:
             self.flags += ["--directory", str(self.folder / "data")]
         self.start()

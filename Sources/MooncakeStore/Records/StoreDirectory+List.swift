@@ -25,6 +25,10 @@ extension StoreDirectory {
         infos[key]?.holderCount += 1
       }
     }
+    // The holders of a removed name may not have learned of it yet.
+    for (key, removed) in headless.isEmpty ? [:] : try removedVersions(prefix: start, call) {
+      headless[key]?.removeAll { $0.version == removed }
+    }
     for (key, records) in headless {
       guard let newest = Self.newest(records) else { continue }
       let count = records.count { $0.version == newest.version }

@@ -130,8 +130,23 @@ package final class StoreDirectory: Sendable {
   func removedVersion(
     _ name: String, _ call: MetadataCall
   ) throws(EngineError) -> PayloadVersion? {
-    guard let text = try store.get(tombstoneKey(name), call) else { return nil }
-    return try? PayloadSummary.read(text) { value throws(EngineError) in
+    try store.get(tombstoneKey(name), call).flatMap(Self.removedVersion)
+  }
+
+  /// The same of every name that begins with `start`.
+  func removedVersions(
+    prefix start: String, _ call: MetadataCall
+  ) throws(EngineError) -> [MetadataKey: PayloadVersion] {
+    var versions: [MetadataKey: PayloadVersion] = [:]
+    for entry in try store.listAll(prefix: tombstoneKey(start), call).entries {
+      let name = String(entry.key.dropFirst(tombstoneKey("").count))
+      versions[MetadataKey(name)] = Self.removedVersion(entry.value)
+    }
+    return versions
+  }
+
+  private static func removedVersion(_ tombstone: String) -> PayloadVersion? {
+    try? PayloadSummary.read(tombstone) { value throws(EngineError) in
       value["removed"]?.string.flatMap { PayloadVersion($0) }
     }
   }
