@@ -113,7 +113,13 @@ package final class StoreDirectory: Sendable {
   package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
     let text = try store.get(headKey(name), call)
     let head = text.flatMap { try? PayloadHead(json: $0) }
-    let newest = try head == nil ? Self.newest(allHolders(of: name, limit: 256, call)) : nil
+    var newest: HolderRecord?
+    if head == nil {
+      // Those that have not learned of a removal yet are no reason for another.
+      let removed = try removedVersion(name, call)
+      newest = Self.newest(
+        try allHolders(of: name, limit: 256, call).filter { $0.version != removed })
+    }
     if let version = head?.version ?? newest?.version {
       // First this, since a holder that finds no head looks here before it puts one.
       let lease = try store.grant(ttlMilliseconds: Self.tombstoneMilliseconds, call)

@@ -324,7 +324,7 @@ package struct DownloadPlan: Sendable {
     neighbors[index].failures += 1
     neighbors[index].returned = []
     if neighbors[index].isOrigin {
-      neighbors[index].isBanned = isForever
+      neighbors[index].isBanned = neighbors[index].isBanned || isForever
       wait(index, milliseconds: min(1000, 100 << UInt64(min(neighbors[index].failures, 5))))
       return
     }

@@ -7,6 +7,7 @@ import Testing
   private func time(of scenario: Scenario) -> UInt64 {
     var one = scenario
     one.receiverCount = 1
+    one.faults = []
     return Simulation(one).run().makespan
   }
 
