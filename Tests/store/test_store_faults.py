@@ -32,9 +32,10 @@ class FaultTest(stores.NetworkTest):
         return process
 
     def finish_and_measure(self, process, node, meter, lost_at, what):
-        result = process.finish()
+        result = process.line(40)
         ended = time.monotonic()
         meter.end()
+        process.finish()
         self.check_bytes(process, self.source)
         self.assertTrue(result["verified"], result)
         # The end of the last shards is no standing still, nor is the renaming.
