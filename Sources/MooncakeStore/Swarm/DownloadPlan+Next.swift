@@ -44,16 +44,18 @@ extension DownloadPlan {
   var untakenCount: Int { shardCount - taken.memberCount }
   private var activeCount: Int { neighbors.count { $0.isActive } }
 
-  /// Shards granted ahead by a holder.
-  private var window: Int {
-    Int(min(UInt64(settings.windowShards), max(2, settings.windowBytes / shardBytes)))
+  /// Shards granted ahead by a holder: what arrives while the next question is answered.
+  private func window(of neighbor: Neighbor) -> Int {
+    let ahead = UInt64(min(neighbor.speed ?? 0, 1e12) * settings.windowSeconds)
+    let bytes = max(settings.windowBytes, ahead)
+    return Int(min(UInt64(settings.windowShards), max(2, bytes / shardBytes)))
   }
 
   private func duty(of neighbor: Neighbor) -> (UInt64, Duty)? {
     if neighbor.isAsking || neighbor.isBanned { return nil }
     if neighbor.readCount > 0 {
       let wantsMore =
-        untakenCount > 0 && neighbor.readCount <= window / 2 && neighbor.failures == 0
+        untakenCount > 0 && neighbor.readCount <= window(of: neighbor) / 2 && neighbor.failures == 0
         && !isSlow(neighbor)
       let more = wantsMore ? neighbor.nextAsk : .max
       let stall = neighbor.stallTime
@@ -87,7 +89,7 @@ extension DownloadPlan {
     let share = max(1, untakenCount / settings.holdersAtOnce)
     let isReading = neighbors[index].readCount > 0
     return ask(
-      index, limit: min(window - neighbors[index].readCount, share),
+      index, limit: min(window(of: neighbors[index]) - neighbors[index].readCount, share),
       timeoutMilliseconds: isReading ? 400 : 2000)
   }
 

@@ -22,6 +22,8 @@ package struct DownloadPlan: Sendable {
     package var holdersAtOnce = 4
     /// What is granted ahead by a holder, at least two shards and at most `windowShards`.
     package var windowBytes: UInt64 = 16 << 20
+    /// More where a holder is so fast that asking for that much at a time would slow it down.
+    package var windowSeconds = 0.03
     package var windowShards = 64
     /// Others to turn to when a neighbor proves useless.
     package var candidateLimit = 32
