@@ -35,6 +35,11 @@ package final class Bounds {
       until: min(deadline, .after(milliseconds: 10_000)), cancellation: cancellation)
   }
 
+  /// A call that may as well be repeated later: two seconds at most.
+  package var shortCall: MetadataCall {
+    MetadataCall(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
+  }
+
   package var isCanceled: Bool {
     if cancellation < 0 { return false }
     var item = pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0)

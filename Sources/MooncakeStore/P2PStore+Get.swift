@@ -126,6 +126,7 @@ extension P2PStore {
             engine, record.holder, target.version, until: deadline)
         }
       } catch {
+        if error.code == .canceled { throw error }
         try bounds.check("fetching the manifest")
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
@@ -154,7 +155,7 @@ extension P2PStore {
     }
     entry.allocations = allocations
     do throws(EngineError) {
-      if let holding = entry.holding { keeper.put(holding.record, bounds.call) }
+      if let holding = entry.holding { keeper.put(holding.record, bounds.shortCall) }
       let sources = try download(target, manifest, entry, bounds)
       if let holding = entry.holding { complete(holding, bounds) }
       held = entry
@@ -203,10 +204,10 @@ extension P2PStore {
 
   /// Tells others that the whole payload is here. What fails is repeated or harmless.
   private func complete(_ holding: Holding, _ bounds: Bounds) {
-    keeper.put(holding.record, bounds.call)
+    keeper.put(holding.record, bounds.shortCall)
     shared?.addReplica(
       holding.name, version: holding.version, segment: engine.name, holding.shardAddresses,
-      bounds.call)
+      bounds.shortCall)
   }
 
   /// Checks that whole shards fit into the buffers.

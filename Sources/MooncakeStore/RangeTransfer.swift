@@ -52,6 +52,7 @@ struct RangeTransfer {
         defer { connection.close(engine) }
         while position < end { if try !step(connection) { break } }
       } catch {
+        if error.code == .canceled { throw error }
         try bounds.check("\(end - position) bytes left")
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
