@@ -171,8 +171,9 @@ package struct DownloadPlan: Sendable {
     let lease = min(answer.leaseMilliseconds, 86_400_000) * 1_000_000
     neighbors[index].renewal = now &+ max(lease / 2, 250_000_000)
     var isUseful = false
-    for (position, shard) in answer.granted.enumerated() {
-      if position < asked.limit && accept(shard, from: index, moving: asked.moving) {
+    // What nobody asked for is not given back either: that would be one more answer like this.
+    for shard in answer.granted.prefix(asked.limit) {
+      if accept(shard, from: index, moving: asked.moving) {
         isUseful = true
       } else {
         neighbors[index].returned.append(shard)

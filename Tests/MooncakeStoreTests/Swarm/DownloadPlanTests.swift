@@ -143,6 +143,20 @@ import Testing
     #expect(plan.missingCount == 100)
   }
 
+  @Test func grantsThatNobodyAskedForKeepNobodyBusy() {
+    var plan = plan(10)
+    plan.add(origin, isOrigin: true)
+    var askCount = 0
+    var pending = asks(actions(&plan, 0))
+    while !pending.isEmpty && askCount < 100 {
+      askCount += pending.count
+      // Whatever it is asked and told, it grants the same shards at once.
+      for (holder, _) in pending { plan.answered(by: holder, serving([1, 2]), now: 1) }
+      pending = asks(actions(&plan, 1))
+    }
+    #expect(askCount < 10)
+  }
+
   @Test func aCorruptOriginIsNeverAskedAgain() {
     var plan = plan(10)
     plan.add(origin, isOrigin: true)
