@@ -1,6 +1,6 @@
 // Feeds arbitrary bytes to everything of the store that reads what peers and metadata services
-// hold: manifests, lists of files, records, documents, questions and answers, and lets both sides
-// of the swarm act on what was read. A trap, a sanitizer report or a broken round trip is a finding.
+// hold: manifests, lists of files, records, documents, questions and answers. Both sides of the
+// swarm act on what was read. A trap, a sanitizer report or a broken round trip is a finding.
 
 import MooncakeEngine
 import MooncakeStore
@@ -70,13 +70,13 @@ private func act(on request: ShardRequest) {
   var available = ShardSet(count: shardCount)
   for shard in stride(from: 0, to: shardCount, by: 2) { available.insert(shard) }
   var ledger = UploadLedger(shardCount: shardCount, seed: 1)
-  for now in [1, 2, 20_000_000_000] as [UInt64] {
-    let answer = ledger.answer(request, available: available, now: now)
+  for time in [1, 2, 20_000_000_000] as [UInt64] {
+    let answer = ledger.answer(request, available: available, now: time)
     for shard in answer.granted
     where !available.contains(shard) || request.have.contains(shard) {
       fatalError("shard \(shard) is granted, which is not there or not wanted")
     }
-    _ = ledger.outstandingCount(now: now)
+    _ = ledger.outstandingCount(now: time)
   }
 }
 
@@ -87,19 +87,19 @@ private func act(on answer: ShardAnswer) {
     shardCount: shardCount, shardBytes: 1 << 20, version: PayloadVersion(high: 1, low: 2), own: nil,
     reader: 3, seed: 4)
   plan.add(holder, isOrigin: true)
-  for now in 1...8 as ClosedRange<UInt64> {
+  for time in 1...8 as ClosedRange<UInt64> {
     var steps = 0
-    while let action = plan.next(now * 100_000_000) {
+    while let action = plan.next(time * 100_000_000) {
       steps += 1
       if steps > 10_000 { fatalError("the plan never rests") }
       switch action {
       case .ask(let asked, _, _):
-        plan.answered(by: asked, answer, now: now * 100_000_000)
+        plan.answered(by: asked, answer, now: time * 100_000_000)
       case .read(let from, let shard):
-        plan.finished(shard, from: from, isIntact: shard % 3 != 0, now: now * 100_000_000)
+        plan.finished(shard, from: from, isIntact: shard % 3 != 0, now: time * 100_000_000)
       case .cancel(let from, let shard):
-        plan.failed(shard, from: from, reason: "-", isDead: false, now: now * 100_000_000)
-      case .discover: plan.discovered(now: now * 100_000_000)
+        plan.failed(shard, from: from, reason: "-", isDead: false, now: time * 100_000_000)
+      case .discover: plan.discovered(now: time * 100_000_000)
       }
     }
   }
