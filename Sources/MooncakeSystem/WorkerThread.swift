@@ -35,6 +35,9 @@ package final class WorkerThread: @unchecked Sendable {
   /// Waits until the thread has ended.
   package func join() { pthread_join(handle, nil) }
 
+  /// Instead of `join`: its resources go when it ends.
+  package func detach() { pthread_detach(handle) }
+
   /// Whether the caller runs on this thread.
   package var isCurrent: Bool { pthread_equal(handle, pthread_self()) != 0 }
 

@@ -36,7 +36,9 @@ public final class PayloadWatch: Sendable {
   public func stop() {
     loop.requestStop()
     let thread = thread.withLock { $0.take() }
-    if let thread, !thread.isCurrent { thread.join() }
+    guard let thread else { return }
+    // A handler that stops its own watch cannot wait for it.
+    if thread.isCurrent { thread.detach() } else { thread.join() }
   }
 }
 
