@@ -48,7 +48,8 @@ extension DownloadPlan {
   private func window(of neighbor: Neighbor) -> Int {
     let ahead = UInt64(min(neighbor.speed ?? 0, 1e12) * settings.windowSeconds)
     let bytes = max(settings.windowBytes, ahead)
-    return Int(min(UInt64(settings.windowShards), max(2, bytes / shardBytes)))
+    let limit = neighbor.isProven ? settings.windowShards : settings.unprovenShards
+    return Int(min(UInt64(limit), max(2, bytes / shardBytes)))
   }
 
   private func duty(of neighbor: Neighbor) -> (UInt64, Duty)? {

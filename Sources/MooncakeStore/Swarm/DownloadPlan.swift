@@ -22,6 +22,8 @@ package struct DownloadPlan: Sendable {
     package var holdersAtOnce = 4
     /// What is granted ahead by a holder, at least two shards and at most `windowShards`.
     package var windowBytes: UInt64 = 16 << 20
+    /// Of a holder that has not sent a good shard yet: all of them may be corrupt.
+    package var unprovenShards = 4
     /// More where a holder is so fast that asking for that much at a time would slow it down.
     package var windowSeconds = 0.03
     package var windowShards = 64
@@ -266,6 +268,7 @@ package struct DownloadPlan: Sendable {
       }
       verified.insert(shard)
       lastHope = now
+      if let index = index(of: holder) { neighbors[index].isProven = true }
       return true
     }
     corruptShardCount += 1

@@ -4,6 +4,8 @@ struct Neighbor: Sendable {
   var isOrigin: Bool
   /// Sent a shard that did not match its digest: never asked again.
   var isBanned = false
+  /// Whether a shard of its matched the digest.
+  var isProven = false
   /// What the ask on its way is for; nil: none is.
   var asked: Ask?
   /// Not to be asked for shards before.

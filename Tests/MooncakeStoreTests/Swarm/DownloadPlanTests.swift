@@ -157,6 +157,18 @@ import Testing
     #expect(askCount < 10)
   }
 
+  @Test func fewShardsAreAskedOfWhomNothingIsKnown() {
+    var plan = DownloadPlan(
+      shardCount: 400, shardBytes: 1 << 18, version: PayloadVersion(high: 1, low: 2), own: nil,
+      reader: 7, seed: 1)
+    plan.add(origin, isOrigin: true)
+    #expect(asks(actions(&plan, 0)).map(\.1.limit) == [4])
+    plan.answered(by: origin, serving([0, 1, 2, 3], held: 400), now: 1)
+    #expect(asks(actions(&plan, 1)).isEmpty)
+    plan.finished(0, from: origin, isIntact: true, now: 2)
+    #expect(asks(actions(&plan, 2)).map(\.1.limit) == [61])
+  }
+
   @Test func aCorruptOriginIsNeverAskedAgain() {
     var plan = plan(10)
     plan.add(origin, isOrigin: true)
