@@ -31,8 +31,8 @@ package struct DownloadPlan: Sendable {
     package var candidateLimit = 32
     /// Looks into the metadata service while any neighbor lives.
     package var discoveryLimit = 4
-    /// Without a living neighbor for so long it is stuck.
-    package var isolatedNanoseconds: UInt64 = 3_000_000_000
+    /// Without a living neighbor for so long it is stuck; longer than a network that is back needs.
+    package var isolatedNanoseconds: UInt64 = 10_000_000_000
     /// With living neighbors that have nothing for so long it is stuck.
     package var starvedNanoseconds: UInt64 = 15_000_000_000
     /// Times a shard may be taken from a slow holder.
