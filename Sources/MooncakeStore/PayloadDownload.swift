@@ -124,7 +124,8 @@ package final class PayloadDownload {
   }
 
   private func noHolder() -> EngineError {
-    let tried = plan.tried.map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
+    var tried = plan.tried.map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
+    tried += plan.useless.map { "\($0.segment) at \($0.rpc): it answers, but grants none of them" }
     return EngineError(
       .noHolder,
       "no live holder for \(plan.missingCount) of \(manifest.layout.shardCount) shards; tried: "
@@ -185,7 +186,7 @@ package final class PayloadDownload {
         let answer = try StoreService.ask(engine, holder, request, until: deadline)
         // The download may have ended meanwhile; the holder must not wait for us.
         if !inbox.put(.answered(holder, answer)) {
-          Self.giveBack(answer.granted, to: holder, manifest, reader, engine)
+          Self.takeLeave(of: holder, manifest, reader, engine)
         }
       } catch {
         _ = inbox.put(.failed(holder, error))
@@ -323,29 +324,26 @@ package final class PayloadDownload {
       try? engine.freeBatch(flight.batch)
     }
     flights = []
-    var returned = plan.unreturned.filter { connections[$0.0] != nil }
+    var reached = Set(connections.keys)
     for item in inbox.close() {
-      switch item {
-      case .opened(let connection): connection.close(engine)
-      case .answered(let holder, let answer): returned.append((holder, answer.granted))
-      case .failed, .discovered: break
-      }
+      guard case .opened(let connection) = item else { continue }
+      reached.insert(connection.holder)
+      connection.close(engine)
     }
-    for (holder, shards) in returned where !shards.isEmpty {
+    for holder in plan.lenders where reached.contains(holder) {
       _ = workers.run { [engine, manifest, reader] in
-        Self.giveBack(shards, to: holder, manifest, reader, engine)
+        Self.takeLeave(of: holder, manifest, reader, engine)
       }
     }
     for connection in connections.values { connection.close(engine) }
   }
 
-  private static func giveBack(
-    _ shards: [Int], to holder: HolderAddress, _ manifest: Manifest, _ reader: UInt64,
-    _ engine: TransferEngine
+  private static func takeLeave(
+    of holder: HolderAddress, _ manifest: Manifest, _ reader: UInt64, _ engine: TransferEngine
   ) {
-    let request = ShardRequest(
-      holding: holder.holding, version: manifest.version, reader: reader, own: nil,
-      have: ShardSet(count: manifest.layout.shardCount), returned: shards, limit: 0)
+    let request = ShardRequest.farewell(
+      to: holder, version: manifest.version, reader: reader,
+      shardCount: manifest.layout.shardCount)
     _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
   }
 }

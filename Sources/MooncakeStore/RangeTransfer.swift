@@ -13,6 +13,8 @@ struct RangeTransfer {
   private let end: UInt64
   private let bounds: Bounds
   private let reader = UInt64.random(in: 1 ... .max)
+  /// Of the latest ask.
+  private var turn: UInt64 = 0
   /// Everything before it has moved.
   private var position: UInt64
   private var failures: [String] = []
@@ -68,7 +70,7 @@ struct RangeTransfer {
   private mutating func step(_ connection: HolderConnection) throws(EngineError) -> Bool {
     var shards = manifest.layout.shards(in: position..<end)
     shards = shards.lowerBound..<min(shards.upperBound, shards.lowerBound + Self.stepShards)
-    let answer = try ask(connection.holder, wanted: shards, returned: [])
+    let answer = try ask(connection.holder, wanted: shards)
     switch answer.state {
     case .gone:
       throw EngineError(.notFound, "it holds this version no longer")
@@ -87,11 +89,11 @@ struct RangeTransfer {
     do throws(EngineError) {
       reached = try move(connection, shards.lowerBound..<last)
     } catch {
-      _ = try? ask(connection.holder, wanted: 0..<0, returned: answer.granted)
+      _ = try? ask(connection.holder, wanted: 0..<0)
       throw error
     }
     // If it ended its offer meanwhile, the memory may have been something else already.
-    let farewell = try ask(connection.holder, wanted: 0..<0, returned: answer.granted)
+    let farewell = try ask(connection.holder, wanted: 0..<0)
     if farewell.state == .gone { throw EngineError(.notFound, "it has just withdrawn this") }
     let hasMoved = reached > position
     position = reached
@@ -99,12 +101,14 @@ struct RangeTransfer {
     return hasMoved
   }
 
-  private func ask(
-    _ holder: HolderAddress, wanted: Range<Int>, returned: [Int]
+  /// Asks for shards; whatever it granted before is not read any more.
+  private mutating func ask(
+    _ holder: HolderAddress, wanted: Range<Int>
   ) throws(EngineError) -> ShardAnswer {
+    turn += 1
     let request = ShardRequest(
       holding: holder.holding, version: manifest.version, reader: reader, own: nil,
-      have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, returned: returned,
+      have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, turn: turn, reading: [],
       limit: wanted.count)
     let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
     return try bounds.run(on: workers, "asking a holder") { [engine] () throws(EngineError) in

@@ -176,10 +176,9 @@ package final class Simulation {
     unfinishedCount -= 1
     outcome.completeCount += 1
     outcome.makespan = max(outcome.makespan, now - firstStart)
-    for (holder, shards) in nodes[node].plan!.unreturned {
-      let request = ShardRequest(
-        holding: holder.holding, version: version, reader: UInt64(node), own: nil,
-        have: ShardSet(count: scenario.shardCount), returned: shards, limit: 0)
+    for holder in nodes[node].plan!.lenders {
+      let request = ShardRequest.farewell(
+        to: holder, version: version, reader: UInt64(node), shardCount: scenario.shardCount)
       queue.add(
         .askArrives(from: node, to: self.node(holder), request, deadline: .max),
         at: now + scenario.latency)

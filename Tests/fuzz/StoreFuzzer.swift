@@ -114,8 +114,8 @@ private let vocabulary = [
   "\"buffers\":", "\"published_ms\":", "\"writable\":", "\"complete\":", "\"origin\":",
   "\"size_list\":[", "\"max_shard_size\":", "\"gold\":[", "\"replica_list\":",
   "\"segment_name\":\"h:1\",", "\"offset\":", "\"service\":\"store\",", "\"op\":\"ask\",",
-  "\"reader\":", "\"have\":\"AAAAAAAAAAAAAA==\",", "\"from\":", "\"to\":", "\"returned\":[",
-  "\"limit\":",
+  "\"reader\":", "\"have\":\"AAAAAAAAAAAAAA==\",", "\"from\":", "\"to\":", "\"turn\":",
+  "\"reading\":[", "\"limit\":",
   "\"state\":", "\"granted\":[", "\"lease_ms\":", "\"retry_ms\":", "\"held\":", "\"readers\":",
   "\"peers\":[", "\"own\":",
 ]

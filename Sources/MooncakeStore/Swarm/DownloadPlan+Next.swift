@@ -5,7 +5,7 @@ extension DownloadPlan {
     case fetch
     /// A sign of life, as nothing arrives.
     case probe
-    /// Nothing: to renew the lease, or to give grants back.
+    /// Nothing: to renew the lease, or to tell that grants are not used any more.
     case tell
   }
 
@@ -65,7 +65,7 @@ extension DownloadPlan {
     }
     let mayStart = untakenCount > 0 && activeCount < settings.holdersAtOnce
     if mayStart && neighbor.nextAsk <= clock { return (neighbor.nextAsk, .fetch) }
-    if !neighbor.returned.isEmpty { return (0, .tell) }
+    if neighbor.isOwedWord { return (0, .tell) }
     return mayStart ? (neighbor.nextAsk, .fetch) : nil
   }
 
@@ -76,10 +76,13 @@ extension DownloadPlan {
   ) -> Action {
     var have = taken
     if let wanted { have.remove(wanted.lowerBound) }
+    let holder = neighbors[index].address
+    let reading = reads.filter { $0.value.holder == holder || $0.value.successor == holder }
+    turn += 1
     let request = ShardRequest(
-      holding: neighbors[index].address.holding, version: version, reader: reader, own: own,
-      have: have, wanted: wanted, returned: neighbors[index].returned, limit: limit)
-    neighbors[index].returned = []
+      holding: holder.holding, version: version, reader: reader, own: own, have: have,
+      wanted: wanted, turn: turn, reading: Array(reading.keys), limit: limit)
+    neighbors[index].isOwedWord = false
     neighbors[index].renewal = .max
     neighbors[index].asked = .init(limit: limit, moving: wanted?.lowerBound)
     return .ask(neighbors[index].address, request, timeoutMilliseconds: timeoutMilliseconds)

@@ -67,6 +67,8 @@ package struct DownloadPlan: Sendable {
   private var avoided: [UInt64: UInt64] = [:]
   private var origins: Set<UInt64> = []
   var queue: [Action] = []
+  /// Of the latest ask.
+  var turn: UInt64 = 0
   var isDiscovering = false
   var discoveries = 0
   var nextDiscovery: UInt64 = .max
@@ -101,13 +103,14 @@ package struct DownloadPlan: Sendable {
   package var holderCount: Int { neighbors.count { $0.isAlive } }
   package func isOrigin(_ holder: HolderAddress) -> Bool { origins.contains(holder.holding) }
 
-  /// Grants not given back yet, to be told to their holders at the end.
-  package var unreturned: [(HolderAddress, [Int])] {
-    neighbors.compactMap { neighbor in
-      let reading = reads.filter { $0.value.holder == neighbor.address }.map(\.key)
-      let shards = neighbor.returned + reading
-      return shards.isEmpty ? nil : (neighbor.address, shards)
-    }
+  /// Those who count grants, or may, and are to be told at the end that nothing is read any more.
+  package var lenders: [HolderAddress] {
+    neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address)
+  }
+
+  /// Living holders without anything that is missing.
+  package var useless: [HolderAddress] {
+    neighbors.filter { $0.isAlive && $0.heldCount != nil && !$0.isActive }.map(\.address)
   }
 
   /// Whether there is nobody left to hope for.
@@ -168,17 +171,18 @@ package struct DownloadPlan: Sendable {
       lastHope = now
     }
     neighbors[index].failures = 0
+    tried.removeAll { $0.holder == holder }
     neighbors[index].heldCount = answer.heldCount
     neighbors[index].readerCount = answer.readerCount
     let lease = min(answer.leaseMilliseconds, 86_400_000) * 1_000_000
     neighbors[index].renewal = now &+ max(lease / 2, 250_000_000)
     var isUseful = false
-    // What nobody asked for is not given back either: that would be one more answer like this.
+    // What nobody asked for is no reason to answer: that would bring one more like this.
     for shard in answer.granted.prefix(asked.limit) {
       if accept(shard, from: index, moving: asked.moving) {
         isUseful = true
       } else {
-        neighbors[index].returned.append(shard)
+        neighbors[index].isOwedWord = true
       }
     }
     if isUseful {
@@ -229,7 +233,7 @@ package struct DownloadPlan: Sendable {
     let patience = UInt64(50) << UInt64(min(refusals - 1, 3))
     wait(index, milliseconds: max(patience, min(retryMilliseconds, 5000)))
     if refusals < 3 || neighbors[index].isOrigin || neighbors[index].isActive { return }
-    guard neighbors[index].returned.isEmpty,
+    guard !neighbors[index].isOwedWord,
       let other = candidates.indices.randomElement(using: &random)
     else { return }
     let former = neighbors[index]
@@ -264,7 +268,7 @@ package struct DownloadPlan: Sendable {
     if isIntact {
       // It was faster than the one that was to take over.
       if let successor = read.successor, let index = index(of: successor) {
-        neighbors[index].returned.append(shard)
+        neighbors[index].isOwedWord = true
       }
       verified.insert(shard)
       lastHope = now
@@ -301,7 +305,7 @@ package struct DownloadPlan: Sendable {
     reads[shard] = nil
     if let index = index(of: holder), neighbors[index].readCount > 0 {
       neighbors[index].endRead(shardBytes, isWhole: isWhole, now: clock)
-      neighbors[index].returned.append(shard)
+      neighbors[index].isOwedWord = true
     }
     return read
   }
@@ -328,7 +332,7 @@ package struct DownloadPlan: Sendable {
     }
     for (shard, read) in reads where read.successor == holder { reads[shard]?.successor = nil }
     neighbors[index].failures += 1
-    neighbors[index].returned = []
+    neighbors[index].isOwedWord = false
     if neighbors[index].isOrigin {
       neighbors[index].isBanned = neighbors[index].isBanned || isForever
       wait(index, milliseconds: min(1000, 100 << UInt64(min(neighbors[index].failures, 5))))

@@ -21,8 +21,8 @@ struct Neighbor: Sendable {
   var readCount = 0
   /// Granted bytes that have not arrived.
   var pendingBytes: UInt64 = 0
-  /// Grants to give back with the next ask.
-  var returned: [Int] = []
+  /// Whether it counts grants, or may, that are not used any more.
+  var isOwedWord = false
   /// When the lease of its grants wants renewal.
   var renewal: UInt64 = .max
   /// Bytes a second while it sends; nil: nothing measured.

@@ -30,7 +30,8 @@ extension ShardRequest {
       writer.member("from", UInt64(wanted.lowerBound))
       writer.member("to", UInt64(wanted.upperBound))
     }
-    if !returned.isEmpty { writer.write("returned", returned) }
+    writer.member("turn", turn)
+    if !reading.isEmpty { writer.write("reading", reading) }
     writer.member("limit", UInt64(limit))
     writer.endObject()
     return writer.text
@@ -55,7 +56,8 @@ extension ShardRequest {
       holding: try parseHexadecimal(value["holding"], "holding"), version: version,
       reader: try parseHexadecimal(value["reader"], "reader"), own: own,
       have: try parseShardSet(value["have"], shardCount: shardCount), wanted: wanted,
-      returned: try parseShards(value["returned"], "returned", shardCount: shardCount),
+      turn: try parseNumber(value["turn"], "turn", upTo: .max),
+      reading: try parseShards(value["reading"], "reading", shardCount: shardCount),
       limit: Int(
         try parseNumber(value["limit"], "limit", upTo: UInt64(ShardMessageLimits.grantCount))))
   }

@@ -11,14 +11,17 @@ package struct ShardRequest: Equatable, Sendable {
   package var have: ShardSet
   /// Only these shards, for reading a range; nil: what the holder chooses.
   package var wanted: Range<Int>?
-  /// Shards granted before by this holder whose reading has ended, well or not.
-  package var returned: [Int]
-  /// How many shards it would like to read; 0 only gives back.
+  /// Counts what a receiver says: a holder passes over what it has said before the latest.
+  package var turn: UInt64
+  /// Shards granted by this holder that it is still reading: what else was granted is given back.
+  /// All of them each time, so that a lost question or answer leaves no grant behind.
+  package var reading: [Int]
+  /// How many shards it would like to read; 0 only tells.
   package var limit: Int
 
   package init(
     holding: UInt64, version: PayloadVersion, reader: UInt64, own: HolderAddress?, have: ShardSet,
-    wanted: Range<Int>? = nil, returned: [Int], limit: Int
+    wanted: Range<Int>? = nil, turn: UInt64, reading: [Int], limit: Int
   ) {
     self.holding = holding
     self.version = version
@@ -26,8 +29,18 @@ package struct ShardRequest: Equatable, Sendable {
     self.own = own
     self.have = have
     self.wanted = wanted
-    self.returned = returned
+    self.turn = turn
+    self.reading = reading
     self.limit = limit
+  }
+
+  /// A receiver's last words to a holder: it reads nothing any more.
+  package static func farewell(
+    to holder: HolderAddress, version: PayloadVersion, reader: UInt64, shardCount: Int
+  ) -> ShardRequest {
+    ShardRequest(
+      holding: holder.holding, version: version, reader: reader, own: nil,
+      have: ShardSet(count: shardCount), turn: .max, reading: [], limit: 0)
   }
 }
 

@@ -24,8 +24,10 @@ package struct UploadLedger: Sendable {
 
   /// A receiver with grants; an ask renews the lease of all of them.
   private struct Reader {
-    var shards: [Int]
-    var expiry: UInt64
+    var shards: [Int] = []
+    var expiry: UInt64 = 0
+    /// Of the latest ask.
+    var turn: UInt64 = 0
   }
 
   private struct Peer {
@@ -55,7 +57,11 @@ package struct UploadLedger: Sendable {
   ) -> ShardAnswer {
     precondition(available.count == grantCounts.count)
     dropExpired(now)
-    giveBack(request.returned, of: request.reader)
+    // It has come late, and nobody waits for the answer any more.
+    if let reader = readers[request.reader], reader.turn >= request.turn {
+      return ShardAnswer(state: .busy)
+    }
+    keep(request.reading, of: request.reader)
     guard !isWithdrawn, request.have.count == grantCounts.count else {
       return ShardAnswer(state: .gone)
     }
@@ -71,6 +77,7 @@ package struct UploadLedger: Sendable {
       }
     }
     readers[request.reader]?.expiry = now &+ settings.leaseNanoseconds
+    readers[request.reader]?.turn = request.turn
     if answer.granted.isEmpty { answer.retryMilliseconds = retryMilliseconds(request, now) }
     answer.readerCount = readers.count
     // Who is being served knows enough others already.
@@ -97,9 +104,10 @@ package struct UploadLedger: Sendable {
     }
   }
 
-  private mutating func giveBack(_ shards: [Int], of reader: UInt64) {
-    guard !shards.isEmpty, var entry = readers[reader] else { return }
-    entry.shards.removeAll { shards.contains($0) }
+  /// Takes back what else was granted.
+  private mutating func keep(_ reading: [Int], of reader: UInt64) {
+    guard var entry = readers[reader] else { return }
+    entry.shards.removeAll { !reading.contains($0) }
     readers[reader] = entry.shards.isEmpty ? nil : entry
   }
 
@@ -109,9 +117,9 @@ package struct UploadLedger: Sendable {
   }
 
   private mutating func grant(_ request: ShardRequest, available: ShardSet) -> [Int] {
-    var reader = readers[request.reader] ?? Reader(shards: [], expiry: 0)
+    var reader = readers[request.reader] ?? Reader()
     let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
-    let granted = choose(limit: limit, request, available: available, except: reader.shards)
+    let granted = choose(limit: limit, request, available: available)
     if granted.isEmpty { return [] }
     for shard in granted { grantCounts[shard] &+= 1 }
     reader.shards += granted
@@ -121,7 +129,7 @@ package struct UploadLedger: Sendable {
 
   /// One pass over the candidates that keeps the best few, best first.
   private mutating func choose(
-    limit: Int, _ request: ShardRequest, available: ShardSet, except: [Int]
+    limit: Int, _ request: ShardRequest, available: ShardSet
   ) -> [Int] {
     if limit <= 0 { return [] }
     var best: [(key: UInt64, shard: Int)] = []
@@ -133,7 +141,6 @@ package struct UploadLedger: Sendable {
       }
       let key = UInt64(grantCounts[shard]) << 32 | random.next() >> 32
       if best.count == limit && key >= best[limit - 1].key { return true }
-      if except.contains(shard) { return true }
       if best.count == limit { best.removeLast() }
       best.insert((key, shard), at: best.firstIndex { $0.key > key } ?? best.count)
       return true

@@ -20,12 +20,12 @@ import Testing
     for shard in [0, 63, 76] { have.insert(shard) }
     var request = ShardRequest(
       holding: .max, version: PayloadVersion(high: 1, low: .max), reader: 5, own: peer,
-      have: have, wanted: 3..<77, returned: [0, 76], limit: 64)
+      have: have, wanted: 3..<77, turn: .max, reading: [0, 76], limit: 64)
     #expect(try parseRequest(request.json) == request)
     request.own = nil
     request.wanted = nil
     request.have = ShardSet(count: 77)
-    request.returned = []
+    request.reading = []
     #expect(try parseRequest(request.json) == request)
     #expect(request.json.contains(#""service":"store","op":"ask","holding":"ffffffffffffffff""#))
   }
@@ -48,9 +48,11 @@ import Testing
     (#""limit":2"#, #""limit":1025"#),
     (#""limit":2"#, #""limit":18446744073709551616"#),
     (#""limit":2"#, #""limit":1.5"#),
-    (#""limit":2"#, #""limit":2,"returned":[77]"#),
-    (#""limit":2"#, #""limit":2,"returned":7"#),
-    (#""limit":2"#, #""limit":2,"returned":["1"]"#),
+    (#""limit":2"#, #""limit":2,"reading":[77]"#),
+    (#""limit":2"#, #""limit":2,"reading":7"#),
+    (#""limit":2"#, #""limit":2,"reading":["1"]"#),
+    (#""turn":9"#, #""turn":-9"#),
+    (#""turn":9"#, #""turn":"9""#),
     (#""limit":2"#, #""limit":2,"have":"AAAA""#),
     (#""limit":2"#, #""limit":2,"have":"?""#),
     (#""limit":2"#, #""limit":2,"have":"/////////////w==""#),
@@ -63,7 +65,7 @@ import Testing
   func malformedRequests(part: String, replacement: String) throws {
     let request = ShardRequest(
       holding: 1, version: PayloadVersion(high: 1, low: 2), reader: 5, own: nil,
-      have: ShardSet(count: 77), returned: [], limit: 2)
+      have: ShardSet(count: 77), turn: 9, reading: [], limit: 2)
     let parts = split(request.json, at: part)
     #expect(parts != nil, "the part must be there")
     guard let parts else { return }
