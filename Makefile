@@ -59,7 +59,11 @@ uninstall: ## removes what install has written; same PREFIX=, DESTDIR=
 	  $(addprefix $(DESTDIR)$(LIBDIR)/libmooncake.so,.$(version) .$(major) '') \
 	  $(addprefix $(DESTDIR)$(INCLUDEDIR)/,$(notdir $(headers)))
 
-demo: ## a trainer and inference nodes share a real model; MODEL=path, METADATA=etcd
+# What is written in Python installs the rest itself.
+python:
+	@command -v python3 >/dev/null || scripts/install-deps demo
+
+demo: python ## a trainer and inference nodes share a real model; MODEL=path, METADATA=etcd
 	METADATA="$(METADATA)" scripts/demo $(if $(MODEL),"$(MODEL)")
 
 test: ## everything that CI runs
@@ -71,16 +75,16 @@ test-program: ## the mooncake program and the examples
 test-install: ## make install into a scratch folder, and a program built against it
 	scripts/test-install
 
-bench: all ## speed against every peer and the machine's limits; rewrites benchmarks/ (20 minutes)
+bench: python all ## speed against every peer and the machine's limits; rewrites benchmarks/ (20 minutes)
 	benchmarks/bench.py --program $(program) --library $(library)
 
-bench-quick: all ## the same in two minutes, to the screen only
+bench-quick: python all ## the same in two minutes, to the screen only
 	benchmarks/bench.py --quick --program $(program) --library $(library)
 
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
 
-soak: $(library) ## moves bytes among peers that are killed and stopped; SOAK_SECONDS=
+soak: python $(library) ## moves bytes among peers that are killed and stopped; SOAK_SECONDS=
 	scripts/soak --duration $(SOAK_SECONDS)
 
 format: ## rewrites the Swift sources in the project's format
@@ -95,5 +99,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall demo test test-program test-install bench \
+.PHONY: all examples install uninstall python demo test test-program test-install bench \
   bench-quick fuzz soak format lint clean help
