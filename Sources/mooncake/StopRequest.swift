@@ -15,7 +15,9 @@ final class StopRequest: Sendable {
   init() throws {
     event = try EventFD()
     cancellation = try Cancellation()
+    // What cannot be written is an error of the write.
     signal(SIGPIPE, SIG_IGN)
+    signal(SIGXFSZ, SIG_IGN)
     var signals = sigset_t()
     sigemptyset(&signals)
     sigaddset(&signals, SIGINT)

@@ -1,5 +1,6 @@
 """Peers and services that die, freeze and come back."""
 
+import resource
 import time
 import unittest
 
@@ -194,6 +195,26 @@ class Services(FaultTest):
                 self.appear(service, "target", 1)
                 target.quit()
                 self.assertEqual(services.keys(service.uri), ["mooncake/kept"])
+
+    def test_journal_that_cannot_be_written(self):
+        service = self.start(services.Ours, True)
+        raw = services.Raw(service.uri)
+        self.addCleanup(raw.close)
+        put = lambda key: raw.ask("PUT", {"key": key}, b"value")
+        self.assertEqual(put("mooncake/before")[0], 200)
+        limit = resource.RLIMIT_FSIZE
+        size = (service.folder / "data" / "journal").stat().st_size
+        limits = resource.prlimit(service.process.pid, limit, (size + 10, resource.RLIM_INFINITY))
+        status, text = put("mooncake/full")
+        self.assertEqual(status, 507, text)
+        self.assertIn(b"the journal cannot be written: File too large", text)
+        self.assertEqual(put("mooncake/still-full")[0], 507)
+        # What was refused meanwhile stands in memory, so the next record that gets in keeps it.
+        resource.prlimit(service.process.pid, limit, limits)
+        self.assertEqual(put("mooncake/after")[0], 200)
+        service.restart(empty=False)
+        self.assertEqual(services.keys(service.uri), [
+            f"mooncake/{name}" for name in ("after", "before", "full", "still-full")])
 
     def test_cluster_loses_a_member(self):
         service = self.start(services.EtcdCluster)

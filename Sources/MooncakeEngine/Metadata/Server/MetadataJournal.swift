@@ -20,6 +20,10 @@ package final class MetadataJournal {
   private let path: String
   private var fileBytes: Int
   private var pending: [UInt8] = []
+  /// A record could not be written: what follows makes no sense without it.
+  private var isBehind = false
+  /// The file as it was when it could not be written anew.
+  private var failedFileBytes = 0
   private static let name = "journal"
   private static let head = Array("mooncake metadata 1\n".utf8)
   private static let slackBytes = 4 << 20
@@ -58,7 +62,7 @@ package final class MetadataJournal {
   ) throws(EngineError) {
     if fileBytes == 0 {
       pending = Self.head
-      do throws(Errno) { try commit() } catch { throw Self.failure(path, "\(error)") }
+      do throws(Errno) { try commit { [] } } catch { throw Self.failure(path, "\(error)") }
       return
     }
     // The bytes are parsed in place; their pages are the kernel's to take back.
@@ -92,14 +96,20 @@ package final class MetadataJournal {
 
   package var hasPending: Bool { !pending.isEmpty }
 
-  /// Makes what was added safe. After an error none of it is, and the file is as before.
-  package func commit() throws(Errno) {
+  /// Makes what was added safe. After an error none of it is, and the file is as before; then the
+  /// next one writes it anew from the whole contents, so that nothing is missing in between.
+  package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
     defer { pending.removeAll(keepingCapacity: pending.count < 1 << 20) }
+    if isBehind {
+      try rewrite(contents())
+      return
+    }
     do throws(Errno) {
       try Self.write(pending, to: file.rawValue, at: fileBytes)
       if fdatasync(file.rawValue) != 0 { throw Errno.current }
     } catch {
+      isBehind = true
       _ = ftruncate(file.rawValue, fileBytes)
       throw error
     }
@@ -108,29 +118,44 @@ package final class MetadataJournal {
 
   /// Whether the file is mostly history.
   package func isWorthRewriting(liveBytes: Int) -> Bool {
-    fileBytes > Self.slackBytes + liveBytes * 2
+    fileBytes > max(failedFileBytes, liveBytes * 2) + Self.slackBytes
   }
 
-  /// Replaces the file by one that says the same in fewer records.
+  /// Replaces the file by one that says the same in fewer records. After an error it is as before.
   package func rewrite(_ records: some Sequence<Record>) throws(Errno) {
     let newPath = path + "/" + Self.name + ".new"
-    let new = try FileDescriptor.open(newPath, flags: O_RDWR | O_CREAT | O_TRUNC)
+    do throws(Errno) {
+      let new = try FileDescriptor.open(newPath, flags: O_RDWR | O_CREAT | O_TRUNC)
+      let byteCount = try Self.write(records, to: new.rawValue)
+      if fsync(new.rawValue) != 0 { throw Errno.current }
+      if rename(newPath, path + "/" + Self.name) != 0 { throw Errno.current }
+      file = new
+      fileBytes = byteCount
+    } catch {
+      unlink(newPath)
+      failedFileBytes = fileBytes
+      throw error
+    }
+    // Until that is safe, too, a crash may bring the former file back.
+    isBehind = fsync(directory.rawValue) != 0
+    if isBehind { throw Errno.current }
+  }
+
+  /// Writes a whole file; returns its length.
+  private static func write(
+    _ records: some Sequence<Record>, to file: Int32
+  ) throws(Errno) -> Int {
     var written = 0
-    var bytes = Self.head
+    var bytes = head
     for record in records {
-      Self.encode(record, into: &bytes)
+      encode(record, into: &bytes)
       if bytes.count < 1 << 20 { continue }
-      try Self.write(bytes, to: new.rawValue, at: written)
+      try write(bytes, to: file, at: written)
       written += bytes.count
       bytes.removeAll(keepingCapacity: true)
     }
-    try Self.write(bytes, to: new.rawValue, at: written)
-    written += bytes.count
-    if fsync(new.rawValue) != 0 { throw Errno.current }
-    if rename(newPath, path + "/" + Self.name) != 0 { throw Errno.current }
-    if fsync(directory.rawValue) != 0 { throw Errno.current }
-    file = new
-    fileBytes = written
+    try write(bytes, to: file, at: written)
+    return written + bytes.count
   }
 
   private static func write(_ bytes: [UInt8], to file: Int32, at offset: Int) throws(Errno) {

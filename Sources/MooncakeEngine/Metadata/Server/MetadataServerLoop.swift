@@ -156,20 +156,28 @@ final class MetadataServerLoop: @unchecked Sendable {
     for record in rules.records { journal?.append(record) }
     rules.records = []
     do throws(Errno) {
-      try journal?.commit()
-      if journal?.isWorthRewriting(liveBytes: rules.table.usedBytes) == true {
-        try journal?.rewrite(rules.snapshot)
-      }
+      try journal?.commit { rules.snapshot }
+      compact()
     } catch {
       Log.error("metadata server: the journal cannot be written: \(error)")
       for exchange in committing {
-        exchange.answer = MetadataExchange.Answer(507, "the journal cannot be written: \(error)\n")
+        exchange.answer = MetadataExchange.Answer(
+          507, "in memory only, a restart loses it: the journal cannot be written: \(error)\n")
       }
     }
     if committing.isEmpty { return }
     for exchange in committing { library.resume(exchange.connection) }
     committing = []
     _ = library.run(daemon)
+  }
+
+  private func compact() {
+    guard journal?.isWorthRewriting(liveBytes: rules.table.usedBytes) == true else { return }
+    do throws(Errno) {
+      try journal?.rewrite(rules.snapshot)
+    } catch {
+      Log.warning("metadata server: the journal goes on growing: writing it anew: \(error)")
+    }
   }
 
   private func serveWatchers(_ now: UInt64) {

@@ -50,7 +50,7 @@ struct MetadataJournalTests {
   private func write(_ folder: Folder, _ records: [Record]) throws {
     let journal = try MetadataJournal(directory: folder.path, limits: MetadataLimits()) { _ in }
     for record in records { journal.append(record) }
-    try journal.commit()
+    try journal.commit { [] }
   }
 
   @Test func keepsEverything() throws {
@@ -109,11 +109,11 @@ struct MetadataJournalTests {
       for index in 0..<1000 {
         journal.append(.put(key: "k", value: [UInt8(index % 256)], lease: 0))
       }
-      try journal.commit()
+      try journal.commit { [] }
       #expect(!journal.isWorthRewriting(liveBytes: 1 << 20))
       try journal.rewrite([.put(key: "k", value: [9], lease: 0)])
       journal.append(.delete(key: "x"))
-      try journal.commit()
+      try journal.commit { [] }
     }
     #expect(try read(folder) == [.put(key: "k", value: [9], lease: 0), .delete(key: "x")])
     #expect(folder.bytes.count < 200)
