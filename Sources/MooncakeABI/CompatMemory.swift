@@ -80,7 +80,7 @@ package func openSegment(
 ) -> Int32 {
   compatibleCall(engine) { record throws(EngineError) in
     let name = try segmentName(segment_name)
-    if name == record.engine.name { return LOCAL_SEGMENT }
+    if record.engine.isOwn(name) { return LOCAL_SEGMENT }
     if let id = record.engine.cachedSegment(name) { return id }
     return try record.engine.openSegment(name)
   }
@@ -94,7 +94,7 @@ package func openSegmentNoCache(
   compatibleCall(engine) { record throws(EngineError) in
     let engine = record.engine
     let name = try segmentName(segment_name)
-    if name == engine.name { return LOCAL_SEGMENT }
+    if engine.isOwn(name) { return LOCAL_SEGMENT }
     guard let id = engine.cachedSegment(name) else { return try engine.openSegment(name) }
     do throws(EngineError) {
       let again = try engine.openSegment(name)
@@ -129,7 +129,7 @@ package func removeLocalSegment(
 ) -> Int32 {
   compatibleCall(engine) { record throws(EngineError) in
     let name = try segmentName(segment_name)
-    if name == record.engine.name { return 0 }
+    if record.engine.isOwn(name) { return 0 }
     // First opens that raced count more than once; the bound keeps a racing opener from holding
     // this call.
     for _ in 0..<1024 {

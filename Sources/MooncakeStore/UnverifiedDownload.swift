@@ -8,7 +8,7 @@ struct UnverifiedDownload {
   private let document: SharedDocument
   private let layout: BufferLayout
   private let bounds: Bounds
-  private var segments: [String: SegmentID] = [:]
+  private var segments: [MetadataKey: SegmentID] = [:]
   private var unreachable: [String: String] = [:]
   private(set) var sources: [String: GetResult.Source] = [:]
   /// Where each shard came from.
@@ -144,12 +144,12 @@ struct UnverifiedDownload {
   }
 
   private mutating func segment(_ name: String) throws(EngineError) -> SegmentID {
-    if let id = segments[name] { return id }
+    if let id = segments[MetadataKey(name)] { return id }
     let id = try engine.openSegment(
       name,
       timeoutMilliseconds: min(3000, HolderConnection.milliseconds(until: bounds.deadline) &- 1)
         &+ 1)
-    segments[name] = id
+    segments[MetadataKey(name)] = id
     return id
   }
 

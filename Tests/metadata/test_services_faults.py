@@ -106,6 +106,27 @@ class Peers(FaultTest):
 
         self.assertTrue(lab.wait_until(is_back, 3 * TTL + 2, pause=0.2), old.log_tail())
 
+    def test_what_another_puts_stays(self):
+        for kind in KINDS:
+            with self.subTest(service=kind.__name__):
+                service = self.start(kind)
+                peer = self.peer(service, "target")
+                services.command("put", service.uri, "mooncake/ram/target", "another's")
+                time.sleep(2 * TTL + 1)
+                found = services.command("get", service.uri, "mooncake/ram/target")
+                self.assertEqual(found, "another's\n", peer.log_tail())
+
+    def test_names_that_look_alike(self):
+        for kind in KINDS:
+            service = self.start(kind)
+            names = ["mooncake/e\u0301", "mooncake/\u00e9"]
+            for name in names:
+                services.command("put", service.uri, name, "value")
+            self.assertEqual(services.keys(service.uri), names, kind.__name__)
+        actor = self.peer(service, "actor")
+        for target in [self.peer(service, name) for name in ("e\u0301", "\u00e9")]:
+            self.moves(actor, target)
+
     def test_lost_lease(self):
         service = self.start(services.Etcd)
         self.peer(service, "target")

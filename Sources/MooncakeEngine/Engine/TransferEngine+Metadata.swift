@@ -58,7 +58,7 @@ extension TransferEngine {
 
   /// Where the RPC daemon of a segment's owner is, "host:port".
   func rpcAddress(of name: String, deadline: Deadline) throws(EngineError) -> String {
-    if name == self.name { return rpcAddress.description }
+    if isOwn(name) { return rpcAddress.description }
     guard let directory else { return name }
     return try directory.route(
       to: name, MetadataCall(until: deadline, cancellation: closeEvent.descriptor.rawValue)

@@ -2,6 +2,9 @@ import MooncakeSystem
 import Synchronization
 
 extension TransferEngine {
+  /// Whether a name is this engine's. Names are bytes: others may only look alike.
+  package func isOwn(_ name: String) -> Bool { name.utf8.elementsEqual(self.name.utf8) }
+
   /// Finds a peer and fetches its descriptor. A known name keeps its id and gets a fresh
   /// descriptor.
   public func openSegment(
@@ -10,7 +13,7 @@ extension TransferEngine {
     try checkOpen()
     let name = String(name.drop { $0 == "/" })
     if name.isEmpty { throw EngineError(.invalidArgument, "the segment name is empty") }
-    if name == self.name { return 0 }
+    if isOwn(name) { return 0 }
     return try logged { () throws(EngineError) in
       try openRemote(name, deadline(timeoutMilliseconds))
     }
@@ -223,7 +226,8 @@ extension TransferEngine {
     let isSameProcess = new.incarnation == old.descriptor.incarnation
     let isSamePlace =
       new.tcpDataHost == old.descriptor.tcpDataHost
-      && new.tcpDataPort == old.descriptor.tcpDataPort && new.name == old.descriptor.name
+      && new.tcpDataPort == old.descriptor.tcpDataPort
+      && new.name.utf8.elementsEqual(old.descriptor.name.utf8)
       && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
     if isSamePlace && isSameProcess {
       // A peer that could not be reached when it was opened is not tried each time.

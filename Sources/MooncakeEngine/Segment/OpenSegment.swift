@@ -84,7 +84,7 @@ package final class SegmentTable: Sendable {
   private struct State: Sendable {
     /// Index is the id; 0 is the engine's own. Ids are never reused.
     var segments: [OpenSegment?] = []
-    var ids: [String: SegmentID] = [:]
+    var ids: [MetadataKey: SegmentID] = [:]
     var openCounts: [SegmentID: Int] = [:]
   }
 
@@ -102,14 +102,16 @@ package final class SegmentTable: Sendable {
     return found
   }
 
-  package func id(of name: String) -> SegmentID? { state.withLock { $0.ids[name] } }
+  package func id(of name: String) -> SegmentID? { state.withLock { $0.ids[MetadataKey(name)] } }
 
   package var all: [OpenSegment] { state.withLock { $0.segments.compactMap { $0 } } }
 
   /// Counts one more open of a known name.
   package func retain(_ name: String) -> OpenSegment? {
     state.withLock { state in
-      guard let id = state.ids[name], let segment = state.segments[Int(id)] else { return nil }
+      guard let id = state.ids[MetadataKey(name)], let segment = state.segments[Int(id)] else {
+        return nil
+      }
       state.openCounts[id, default: 0] += 1
       return segment
     }
@@ -120,7 +122,7 @@ package final class SegmentTable: Sendable {
     _ name: String, route: SegmentRoute
   ) throws(EngineError) -> (segment: OpenSegment, isNew: Bool) {
     let result: (OpenSegment, Bool)? = state.withLock { state in
-      if let id = state.ids[name], let segment = state.segments[Int(id)] {
+      if let id = state.ids[MetadataKey(name)], let segment = state.segments[Int(id)] {
         state.openCounts[id, default: 0] += 1
         return (segment, false)
       }
@@ -130,7 +132,7 @@ package final class SegmentTable: Sendable {
       let id = SegmentID(state.segments.count)
       let segment = OpenSegment(id: id, name: name, route: route)
       state.segments.append(segment)
-      state.ids[name] = id
+      state.ids[MetadataKey(name)] = id
       state.openCounts[id] = 1
       return (segment, true)
     }
@@ -152,7 +154,7 @@ package final class SegmentTable: Sendable {
         return nil
       }
       state.openCounts[id] = nil
-      state.ids[segment.name] = nil
+      state.ids[MetadataKey(segment.name)] = nil
       state.segments[Int(id)] = nil
       return segment
     }

@@ -1,22 +1,3 @@
-/// A key as the bytes it is made of: texts that only look alike are different keys.
-package struct MetadataKey: Hashable, Comparable, Sendable {
-  package let text: String
-
-  package init(_ text: String) { self.text = text }
-
-  package static func == (left: MetadataKey, right: MetadataKey) -> Bool {
-    left.text.utf8.elementsEqual(right.text.utf8)
-  }
-
-  package static func < (left: MetadataKey, right: MetadataKey) -> Bool {
-    left.text.utf8.lexicographicallyPrecedes(right.text.utf8)
-  }
-
-  package func hash(into hasher: inout Hasher) {
-    for byte in text.utf8 { hasher.combine(byte) }
-  }
-}
-
 /// What a metadata server may hold.
 package struct MetadataLimits: Sendable {
   package var keyBytes = 2048

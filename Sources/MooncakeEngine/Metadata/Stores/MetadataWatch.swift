@@ -5,7 +5,7 @@ import MooncakeSystem
 package final class MetadataWatch {
   private let store: any MetadataStore
   private let prefix: String
-  private var known: [String: Int] = [:]
+  private var known: [MetadataKey: Int] = [:]
   private var revision: UInt64?
 
   package init(_ store: any MetadataStore, prefix: String) {
@@ -43,10 +43,11 @@ package final class MetadataWatch {
     let (entries, revision) = try store.listAll(prefix: prefix, call)
     var gone = known
     var changes: [MetadataChange] = []
-    for entry in entries where gone.removeValue(forKey: entry.key) != entry.value.hashValue {
-      changes.append(.put(entry))
+    for entry in entries {
+      let former = gone.removeValue(forKey: MetadataKey(entry.key))
+      if former != entry.value.hashValue { changes.append(.put(entry)) }
     }
-    changes += gone.keys.sorted().map { .delete(key: $0) }
+    changes += gone.keys.sorted().map { .delete(key: $0.text) }
     for change in changes { note(change) }
     self.revision = revision
     return changes
@@ -54,8 +55,8 @@ package final class MetadataWatch {
 
   private func note(_ change: MetadataChange) {
     switch change {
-    case .put(let entry): known[entry.key] = entry.value.hashValue
-    case .delete(let key): known[key] = nil
+    case .put(let entry): known[MetadataKey(entry.key)] = entry.value.hashValue
+    case .delete(let key): known[MetadataKey(key)] = nil
     }
   }
 }

@@ -14,6 +14,12 @@ package final class RedisStore: MetadataStore {
   private static let scanCount = 1000
   private static let listPauseMilliseconds: UInt64 = 500
 
+  /// Gives a key its time again if it still holds what this process has put: another's may have
+  /// been put to stay.
+  private static let renewOwn =
+    "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('pexpire',KEYS[1],ARGV[2]) "
+    + "else return 0 end"
+
   /// Removes a key if it still holds what this process has put.
   private static let deleteOwn =
     "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('del',KEYS[1]) else return 0 end"
@@ -65,7 +71,7 @@ package final class RedisStore: MetadataStore {
     prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage {
     let phase = "list '\(prefix)'"
-    var keys: Set<String> = []
+    var keys: Set<MetadataKey> = []
     var cursor = "0"
     repeat {
       let command = [
@@ -79,12 +85,12 @@ package final class RedisStore: MetadataStore {
         // A key that is not UTF-8 is none of ours.
         guard let key = String(validating: key, as: UTF8.self) else { continue }
         if let position, !position.utf8.lexicographicallyPrecedes(key.utf8) { continue }
-        keys.insert(key)
+        keys.insert(MetadataKey(key))
       }
     } while cursor != "0"
     var entries: [MetadataEntry] = []
     // Redis keeps no order, so that every page has to look at all keys; only its values are few.
-    let sorted = keys.sorted { $0.utf8.lexicographicallyPrecedes($1.utf8) }.prefix(max(1, limit))
+    let sorted = keys.sorted().prefix(max(1, limit)).map(\.text)
     for start in stride(from: 0, to: sorted.count, by: Self.scanCount) {
       let part = sorted[start..<min(start + Self.scanCount, sorted.count)]
       guard case .list(let values) = try ask(["MGET"] + part, phase, call) else {
@@ -123,16 +129,12 @@ package final class RedisStore: MetadataStore {
   ) throws(EngineError) -> Bool {
     guard let lease else { return true }
     let phase = "renew keys"
-    let commands = entries.flatMap { entry in
-      [["PEXPIRE", entry.key, String(lease.ttlMilliseconds)], ["GET", entry.key]]
+    let commands = entries.map {
+      ["EVAL", Self.renewOwn, "1", $0.key, $0.value, String(lease.ttlMilliseconds)]
     }
-    let replies = try ask(commands, phase, call)
-    for (entry, reply) in zip(entries, stride(from: 1, to: replies.count, by: 2)) {
-      guard case .text(let bytes) = replies[reply], bytes.elementsEqual(entry.value.utf8) else {
-        return false
-      }
+    return try ask(commands, phase, call).allSatisfy {
+      if case .number(1) = $0 { true } else { false }
     }
-    return true
   }
 
   package func revoke(
