@@ -58,7 +58,7 @@ struct BenchTargetCommand: ParsableCommand {
       throw ValidationError("--buffer-size must be at least 1 and fit the address space.")
     }
     try require(1...4096, engines, "--engines")
-    if engines > 1 && engine.port != 0 {
+    if engines > 1 && engine.listening.port != 0 {
       throw ValidationError("--port is for one engine; leave it out with --engines.")
     }
     if pattern != nil && fill != nil {

@@ -9,14 +9,7 @@ struct EngineArguments: ParsableArguments {
   @Option(help: "Name of the segment; free with a metadata service only.")
   var name: String?
 
-  @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
-  var bind: String?
-
-  @Option(help: "Host that peers connect to; default: the address listened on.")
-  var advertise: String?
-
-  @Option(help: "RPC port; 0: the system chooses.")
-  var port: UInt16 = 0
+  @OptionGroup var listening: ListenArguments
 
   @Option(help: "I/O threads per direction, 1 to 64; 0: the engine chooses.")
   var ioThreads: Int = TransferEngine.Options().ioThreads
@@ -46,9 +39,7 @@ struct EngineArguments: ParsableArguments {
     var options = TransferEngine.Options()
     options.metadataURI = metadata
     options.name = name
-    options.bindAddress = bind
-    options.advertisedAddress = advertise
-    options.port = port
+    listening.set(&options)
     options.ioThreads = ioThreads
     options.processors = processors
     options.connectionsPerPeer = connections

@@ -35,14 +35,7 @@ struct StoreArguments: ParsableArguments {
   @Option(help: "Name of this process's segment; default: its address.")
   var segment: String?
 
-  @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
-  var bind: String?
-
-  @Option(help: "Host that peers connect to; default: the address listened on.")
-  var advertise: String?
-
-  @Option(help: "RPC port; 0: the system chooses.")
-  var port: UInt16 = 0
+  @OptionGroup var listening: ListenArguments
 
   @Option(help: "How long the operation may take, such as 30, 500ms or 10m.")
   var timeout: TimeSpan?
@@ -79,9 +72,7 @@ struct StoreArguments: ParsableArguments {
       var options = TransferEngine.Options()
       options.metadataURI = metadataURI
       options.name = segment
-      options.bindAddress = bind
-      options.advertisedAddress = advertise
-      options.port = port
+      listening.set(&options)
       let store = try P2PStore(engineOptions: options)
       defer { store.close() }
       try body(store)
