@@ -136,7 +136,7 @@ struct FetchArguments: ParsableArguments {
   var to: String?
 
   @Option(help: "Only this version, 32 hexadecimal digits; default: the present one.")
-  var version: PayloadVersion?
+  var payloadVersion: PayloadVersion?
 
   @Flag(help: "Starts over if the version vanishes while the name has another one.")
   var follow = false
@@ -161,7 +161,7 @@ struct FetchArguments: ParsableArguments {
     let display = progress.display(json: store.json)
     let operation = store.operation(stop, display)
     var options = GetOptions()
-    options.version = version
+    options.version = payloadVersion
     options.followsVersions = follow
     let report = StoreReport(isJSON: store.json)
     guard let to else {

@@ -141,7 +141,8 @@ class Store(unittest.TestCase):
         for words, code, said in (
             (("get", "t/unknown"), 3, "t/unknown"), (("stat", "t/unknown"), 3, "t/unknown"),
             (("rm", "t/unknown"), 3, "t/unknown"), (("get", ""), 1, "name"),
-            (("get", "x", "--version", "12"), 64, "version"), (("get", "x", "--force"), 64, "--to"),
+            (("get", "x", "--payload-version", "12"), 64, "version"),
+            (("get", "x", "--force"), 64, "--to"),
             (("publish", self.folder / "nowhere", "--name", "x"), 1, "nowhere"),
             (("publish", "x", "--name", "x", "--shard-size", "0"), 64, "--shard-size"),
         ):

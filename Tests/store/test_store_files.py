@@ -100,10 +100,10 @@ class RoundTrip(stores.StoreTest):
         newest = self.get("m")
         newest.finish()
         self.check_bytes(newest, two)
-        older = self.get("m", "--version", first.published["version"])
+        older = self.get("m", "--payload-version", first.published["version"])
         older.finish()
         self.check_bytes(older, one)
-        unknown = self.get("m", "--version", "0" * 32)
+        unknown = self.get("m", "--payload-version", "0" * 32)
         unknown.finish((NOT_FOUND, FAILURE), 30)
         self.assertEqual(list(unknown.folder.rglob("*")), [])
         # The same content is the same version, whoever publishes it.
