@@ -83,10 +83,12 @@ package final class TCPConnectionGroup: Sendable {
   package let peer: TCPPeer
   package let endpoints: [TCPEndpoint]
 
-  package init(peer: TCPPeer, connectionCount: Int, loops: [TCPClientLoop]) {
+  /// The first connection, which alone serves a peer with little to do, belongs to the loop
+  /// `firstLoop`.
+  package init(peer: TCPPeer, connectionCount: Int, loops: [TCPClientLoop], firstLoop: Int) {
     self.peer = peer
     endpoints = (0..<connectionCount).map {
-      TCPEndpoint(peer: peer, loop: loops[$0 % loops.count])
+      TCPEndpoint(peer: peer, loop: loops[(firstLoop + $0) % loops.count])
     }
   }
 

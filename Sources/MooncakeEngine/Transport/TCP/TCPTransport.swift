@@ -1,4 +1,5 @@
 import MooncakeSystem
+import Synchronization
 
 /// The TCP transport of one engine: its server, its client loops and its totals.
 package final class TCPTransport: @unchecked Sendable {
@@ -9,12 +10,24 @@ package final class TCPTransport: @unchecked Sendable {
     package var spinNanoseconds: UInt64
     /// Where its threads run; nil for anywhere.
     package var processors: ProcessorSet?
+
+    package init(
+      threadCount: Int, connectionsPerPeer: Int, spinNanoseconds: UInt64,
+      processors: ProcessorSet? = nil
+    ) {
+      self.threadCount = threadCount
+      self.connectionsPerPeer = connectionsPerPeer
+      self.spinNanoseconds = spinNanoseconds
+      self.processors = processors
+    }
   }
 
   package let counters = TCPCounters()
   package let loops: [TCPClientLoop]
   package let server: TCPServer
   private let settings: Settings
+  /// Peers of other hosts.
+  private let peerCount = Atomic(0)
 
   /// Serves on `listener` and starts the client threads.
   package init(
@@ -67,8 +80,14 @@ package final class TCPTransport: @unchecked Sendable {
       segmentName: descriptor.name, addresses: addresses,
       usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
       handlers: handlers)
+    // Many peers with little each must not all be left to one loop. Inside one host they may: the
+    // targets take the processors that further loops would need.
+    let firstLoop =
+      peer.isLocal
+      ? 0 : peerCount.wrappingAdd(1, ordering: .relaxed).oldValue % loops.count
     return TCPConnectionGroup(
-      peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops)
+      peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops,
+      firstLoop: firstLoop)
   }
 
   private static func dataHost(of descriptor: SegmentDescriptor) -> String {
