@@ -1,3 +1,5 @@
+import Glibc
+
 /// An endpoint's share in the bulk of its loop while many have some for peers of this host.
 ///
 /// Few at once: what is in flight then stays in the caches between the two copies. Over a network
@@ -6,6 +8,8 @@ struct BulkTurn {
   static let limit = 4
   /// What one may start before the next is let in.
   static let byteCount = 4 << 20
+  /// What is received at a time: fewer wake-ups, and the peer is still sending meanwhile.
+  static let receiveBytes = 256 << 10
   /// A peer that is silent for so long keeps nobody waiting.
   static let patienceNanoseconds: UInt64 = 2_000_000
 
@@ -41,6 +45,23 @@ extension TCPEndpoint {
 
   @inline(__always)
   var waitsForBulkTurns: Bool { loop.limitsBulk && peer.isLocal }
+
+  /// While many peers send bulk, each wakes the loop when there is much to receive, never beyond
+  /// the end of an answer. A refusal is noticed all the same, for the peer closes behind it. With
+  /// few peers the stream of each keeps the loop awake, and waiting would only delay it.
+  func adjustLowWater() {
+    var wanted = 1
+    if waitsForBulkTurns, sentCount > 0, let slice = queue.first, BulkTurn.concerns(slice),
+      slice.pointee.opcode == .read
+    {
+      let statusBytes = isAcknowledged ? TCPWire.statusBytes : 0
+      wanted = min(statusBytes + slice.pointee.length - receiveOffset, BulkTurn.receiveBytes)
+    }
+    if wanted == lowWater { return }
+    var value = Int32(wanted)
+    let size = socklen_t(MemoryLayout<Int32>.size)
+    if setsockopt(descriptor, SOL_SOCKET, SO_RCVLOWAT, &value, size) == 0 { lowWater = wanted }
+  }
 
   /// Whether the next large request may be sent.
   @inline(__always)

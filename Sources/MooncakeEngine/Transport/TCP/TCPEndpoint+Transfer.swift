@@ -38,6 +38,7 @@ extension TCPEndpoint {
     }
     // Armed only for what could go out at once: a writable socket would keep the driver awake.
     updateInterest(blocked: maySend)
+    adjustLowWater()
     return isAny
   }
 
@@ -188,6 +189,7 @@ extension TCPEndpoint {
       lastUse = Clock.now()
       earliestDeadline = .max
     }
+    adjustLowWater()
     return isAny
   }
 

@@ -56,6 +56,8 @@ package final class TCPEndpoint: @unchecked Sendable {
   var restNanoseconds: UInt64 = 0
   var lastUse: UInt64 = 0
   var turn = BulkTurn()
+  /// Bytes that must have arrived before the socket counts as readable.
+  var lowWater = 1
   var lastError = EngineError(.unreachable, "")
 
   static let inflightLimit = 1024
@@ -234,6 +236,7 @@ extension TCPEndpoint {
     state = .idle
     descriptor = -1
     wantsWritable = false
+    lowWater = 1
     rewind()
   }
 

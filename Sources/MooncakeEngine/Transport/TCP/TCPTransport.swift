@@ -26,7 +26,7 @@ package final class TCPTransport: @unchecked Sendable {
   package let loops: [TCPClientLoop]
   package let server: TCPServer
   private let settings: Settings
-  /// Peers of other hosts.
+  /// Peers that connections were made for.
   private let peerCount = Atomic(0)
 
   /// Serves on `listener` and starts the client threads.
@@ -80,14 +80,11 @@ package final class TCPTransport: @unchecked Sendable {
       segmentName: descriptor.name, addresses: addresses,
       usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
       handlers: handlers)
-    // Many peers with little each must not all be left to one loop. Inside one host they may: the
-    // targets take the processors that further loops would need.
-    let firstLoop =
-      peer.isLocal
-      ? 0 : peerCount.wrappingAdd(1, ordering: .relaxed).oldValue % loops.count
+    // Many peers with little each must not all be left to one loop.
+    let peerIndex = peerCount.wrappingAdd(1, ordering: .relaxed).oldValue
     return TCPConnectionGroup(
       peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops,
-      firstLoop: firstLoop)
+      firstLoop: peerIndex % loops.count)
   }
 
   private static func dataHost(of descriptor: SegmentDescriptor) -> String {

@@ -3,7 +3,8 @@ import MooncakeSystem
 import Testing
 
 @Suite struct TCPTransportTests {
-  private func firstLoops(ofPeersAt host: String) throws -> [Int] {
+  /// A peer with little to do is served by its first connection alone.
+  @Test func peersAreSpreadOverTheLoops() throws {
     let settings = TCPTransport.Settings(
       threadCount: 3, connectionsPerPeer: 2, spinNanoseconds: 1000)
     let local = try #require(SocketAddress(numeric: "127.0.0.1", port: 0))
@@ -11,18 +12,13 @@ import Testing
       listener: Socket.listening(on: local), buffers: BufferTable(), settings: settings)
     defer { transport.stop() }
     // Connections are made when they are used, and these never are.
-    let descriptor = SegmentDescriptor(name: "peer", tcpDataHost: host, tcpDataPort: 9)
-    return try (0..<6).map { _ in
+    let descriptor = SegmentDescriptor(name: "peer", tcpDataHost: "127.0.0.1", tcpDataPort: 9)
+    let firstLoops = try (0..<6).map { _ in
       let group = try transport.connect(
         to: descriptor, deadline: .never, handlers: .init(trouble: {}, refusal: { _ in }))
       #expect(group.endpoints.count == 2)
       return group.endpoints[0].loop.index
     }
-  }
-
-  /// A peer with little to do is served by its first connection alone.
-  @Test func peersOfOtherHostsAreSpreadOverTheLoops() throws {
-    #expect(try firstLoops(ofPeersAt: "192.0.2.1") == [0, 1, 2, 0, 1, 2])
-    #expect(try firstLoops(ofPeersAt: "127.0.0.1") == [0, 0, 0, 0, 0, 0])
+    #expect(firstLoops == [0, 1, 2, 0, 1, 2])
   }
 }
