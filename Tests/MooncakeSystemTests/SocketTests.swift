@@ -34,6 +34,23 @@ struct SocketAddressTests {
 }
 
 struct SocketTests {
+  @Test func localSettings() throws {
+    let socket = try Socket(family: AF_INET)
+    socket.setLocal(bufferBytes: 100_000)
+    var name = [UInt8](repeating: 0, count: 16)
+    var length = socklen_t(name.count)
+    #expect(
+      getsockopt(socket.rawValue, Int32(IPPROTO_TCP), TCP_CONGESTION, &name, &length) == 0)
+    #expect(String(decoding: name.prefix { $0 != 0 }, as: UTF8.self) == "reno")
+    for option in [SO_SNDBUF, SO_RCVBUF] {
+      var size: Int32 = 0
+      var length = socklen_t(MemoryLayout<Int32>.size)
+      #expect(getsockopt(socket.rawValue, SOL_SOCKET, option, &size, &length) == 0)
+      // The kernel adds as much again for its own use.
+      #expect(size == 200_000)
+    }
+  }
+
   @Test(arguments: ["127.0.0.1", "::1"])
   func connectAcceptAndTalk(_ host: String) throws {
     let listener = try Socket.listening(on: SocketAddress(numeric: host, port: 0)!)

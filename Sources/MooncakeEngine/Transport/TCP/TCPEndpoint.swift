@@ -174,7 +174,7 @@ extension TCPEndpoint {
     do throws(Errno) {
       let socket = try Socket(family: address.family)
       socket.setNoDelay()
-      if address.isLoopback { socket.setBuffers(TCPWire.localSocketBufferBytes) }
+      if address.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
       try socket.startConnect(to: address)
       token = try loop.watch(socket.rawValue, events: Epoll.writable | Epoll.readable, for: self)
       wantsWritable = true

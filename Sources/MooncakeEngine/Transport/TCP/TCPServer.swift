@@ -104,7 +104,7 @@ package final class TCPServer: @unchecked Sendable {
     try? socket.set(SOL_SOCKET, SO_KEEPALIVE, 1)
     try? socket.set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 60)
     guard let peer = try? socket.peerAddress() else { return }
-    if peer.isLoopback { socket.setBuffers(TCPWire.localSocketBufferBytes) }
+    if peer.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
     loop.adopt(socket, peer: peer.description)
   }
 }
