@@ -345,7 +345,8 @@ int32_t mooncake_batch_wait(mooncake_engine_t *engine, mooncake_batch_t batch, u
  * may still complete first. Since 0.1. */
 int32_t mooncake_batch_cancel(mooncake_engine_t *engine, mooncake_batch_t batch);
 
-/* Frees the batch. Errors: BUSY while a request is not terminal. Since 0.1. */
+/* Frees the batch. Errors: BUSY while a request is not terminal; never once every request was seen
+ * terminal. Since 0.1. */
 int32_t mooncake_batch_free(mooncake_engine_t *engine, mooncake_batch_t batch);
 
 /* *fd is readable when every submitted request is terminal; a later submit on the batch resets it.

@@ -291,8 +291,9 @@ int submitTransferWithNotify(transfer_engine_t engine, batch_id_t batch_id,
 int getTransferStatus(transfer_engine_t engine, batch_id_t batch_id, size_t task_id,
                       struct transfer_status *status);
 
-/* Frees the batch. Returns 4 while a task is not terminal, 1 for a wrong engine or batch. Ours: it
- * is enough that all tasks are terminal; nobody needs to have polled them. Since 0.1. */
+/* Frees the batch. Returns 4 while a task is not terminal, never once every task was seen terminal;
+ * 1 for a wrong engine or batch. Ours: it is enough that all tasks are terminal; nobody needs to
+ * have polled them. Since 0.1. */
 int freeBatchID(transfer_engine_t engine, batch_id_t batch_id);
 
 /* ---- Notifications ------------------------------------------------------------------------ */

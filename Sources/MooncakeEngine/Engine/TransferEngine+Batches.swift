@@ -47,7 +47,7 @@ extension TransferEngine {
   public func poll(_ id: BatchID) throws(EngineError) -> BatchStatus {
     try batches.with(id) { batch throws(EngineError) in
       drivePolled(batch)
-      return batch.status
+      return finalStatus(of: batch)
     }
   }
 
@@ -76,8 +76,15 @@ extension TransferEngine {
       guard waitUntilTerminal(batch, deadline) else {
         throw EngineError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
       }
-      return batch.status
+      return finalStatus(of: batch)
     }
+  }
+
+  /// The status; if it is terminal, every other sign of the end is there as well.
+  private func finalStatus(of batch: Batch) -> BatchStatus {
+    let status = batch.status
+    if status.state.isTerminal { batch.waitUntilSignaled() }
+    return status
   }
 
   /// Ends every request that is not terminal as canceled, soon.
@@ -91,7 +98,7 @@ extension TransferEngine {
 
   /// Frees a batch whose requests are all terminal.
   public func freeBatch(_ id: BatchID) throws(EngineError) {
-    try batches.remove(id) { $0.isTerminal }
+    try batches.remove(id) { $0.settle() }
   }
 
   /// Why the first request that did not complete failed; empty if none did.

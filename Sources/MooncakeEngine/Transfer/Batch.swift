@@ -6,6 +6,9 @@ import Synchronization
 ///
 /// Life: `beginSubmit`, slices queued, each ended by `Batch.end`; the end that brings `outstanding`
 /// to zero announces the batch. `announcing` keeps `free` away until that announcement has let go.
+///
+/// Pollers see the end of the last request a few instructions before that of the batch; `settle`
+/// waits for the second where the first was seen.
 package final class Batch: @unchecked Sendable {
   // Unchecked: tasks are written by one submitter before they are published, then through atomics.
   package let capacity: Int
@@ -16,7 +19,8 @@ package final class Batch: @unchecked Sendable {
 
   private let isSubmitting = Atomic<Bool>(false)
   private let submitted = Atomic<Int>(0)
-  private let outstanding = Atomic<Int>(0)
+  /// What the batch waits for: requests in the low half, above them its notifications.
+  private let outstanding = Atomic<UInt64>(0)
   private let announcing = Atomic<Int>(0)
   private let terminal = Atomic<Int>(0)
   private let completed = Atomic<Int>(0)
@@ -46,9 +50,13 @@ package final class Batch: @unchecked Sendable {
     }
   }
   private let notification = Lock<PendingNotification?>(nil)
-  private let holdsNotification = Atomic<Bool>(false)
-  /// From the submit with a notification until that is delivered or dropped.
-  private let isUndelivered = Atomic<Bool>(false)
+
+  // Parts of `outstanding`.
+  private static let requestMask: UInt64 = 1 << 32 - 1
+  /// A notification waits for the last request. Who ends that one must take it.
+  private static let holdsNotification: UInt64 = 1 << 32
+  /// One notification on its way; after another submit there may be several.
+  private static let delivery: UInt64 = 1 << 33
 
   // The engine outlives every use of its batches.
   package unowned(unsafe) let announcer: (any BatchAnnouncer)?
@@ -151,34 +159,36 @@ extension Batch {
 
   /// Publishes `count` prepared tasks; from here each must end through `Batch.end`.
   package func publish(_ count: Int, notification pending: PendingNotification?) {
-    announcing.wrappingAdd(1, ordering: .acquiringAndReleasing)
-    var held = 0
-    if let pending {
-      let replaced = notification.withLock { slot in
-        defer { slot = pending }
-        return slot != nil
+    // A batch whose requests had all ended ends before it begins anew.
+    _ = settle()
+    var old = outstanding.load(ordering: .acquiring)
+    while true {
+      if old & Self.requestMask == 0, old & Self.holdsNotification != 0 {
+        // The former notification belongs to what has ended; who ended it takes it right now.
+        sched_yield()
+        old = outstanding.load(ordering: .acquiring)
+        continue
       }
-      held = replaced ? 0 : 1
-      isUndelivered.store(true, ordering: .releasing)
-      holdsNotification.store(true, ordering: .releasing)
+      // The former end is announced with its own status, before there is another.
+      if old == 0 { waitUntilQuiet() }
+      let held = pending == nil ? old : old | Self.holdsNotification
+      let (isAdded, current) = outstanding.weakCompareExchange(
+        expected: old, desired: held + UInt64(count),
+        successOrdering: .acquiringAndReleasing, failureOrdering: .acquiring)
+      if isAdded { break }
+      old = current
     }
+    // None of the requests ends before this returns, so nobody takes the notification meanwhile.
+    if let pending { notification.withLock { $0 = pending } }
     submitted.wrappingAdd(count, ordering: .releasing)
-    let old = outstanding.wrappingAdd(count + held, ordering: .acquiringAndReleasing).oldValue
-    if old != 0 {
-      announcing.wrappingSubtract(1, ordering: .acquiringAndReleasing)
-    } else {
-      waitForAnnouncements(upTo: 1)
+    if old == 0 {
+      announcing.wrappingAdd(1, ordering: .acquiringAndReleasing)
       clearEvent()
     }
   }
 
   /// Ends what `beginSubmit` began; tasks that were not published are given back.
   package func endSubmit() { isSubmitting.store(false, ordering: .releasing) }
-
-  /// An announcement in progress lasts microseconds: it only signals.
-  private func waitForAnnouncements(upTo limit: Int) {
-    while announcing.load(ordering: .acquiring) > limit { sched_yield() }
-  }
 
   private func clearEvent() {
     let descriptor = eventDescriptor.load(ordering: .acquiring)
@@ -203,7 +213,7 @@ extension Batch {
     if outcome != .completed { batch.recordFailure(outcome, reason) }
     // Before the task's end: afterwards the batch, and with it a slice of its own, may be gone.
     if slice.pointee.isPooled { batch.pool.give(slice) }
-    if task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task) }
+    if let final = task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task, final) }
   }
 
   private func recordFailure(_ outcome: Outcome, _ reason: () -> String) {
@@ -216,54 +226,52 @@ extension Batch {
     if outcome.state != .canceled { Log.warning(message) }
   }
 
-  private func endTask(_ task: UnsafeMutablePointer<TransferTask>) {
-    let status = task.pointee.status
-    if status.state == .completed { completed.wrappingAdd(1, ordering: .relaxed) }
-    transferredBytes.wrappingAdd(status.transferredBytes, ordering: .relaxed)
+  private func endTask(_ task: UnsafeMutablePointer<TransferTask>, _ final: Outcome) {
+    // The counters first: who sees the task's end sees it counted.
+    if final == .completed { completed.wrappingAdd(1, ordering: .relaxed) }
+    transferredBytes.wrappingAdd(task.pointee.byteCount, ordering: .relaxed)
     terminal.wrappingAdd(1, ordering: .relaxed)
-    releaseOutstanding()
+    task.pointee.publish(final)
+    let left = outstanding.wrappingSubtract(1, ordering: .sequentiallyConsistent).newValue
+    // Unless one of these holds, the batch may be gone.
+    if left == 0 { return announce() }
+    if left & Self.requestMask == 0, left & Self.holdsNotification != 0 { releaseNotification() }
   }
 
-  /// Ends the hold that an undelivered notification has on the batch.
+  /// Sends the notification that the last request has left over, or drops it after a failure.
+  private func releaseNotification() {
+    let pending = notification.withLock { slot in
+      defer { slot = nil }
+      return slot
+    }
+    guard let pending, let announcer, failureWord.load(ordering: .acquiring) == 0 else {
+      return endHold(Self.holdsNotification)
+    }
+    // One step, so that the batch never looks ended in between.
+    outstanding.wrappingAdd(Self.delivery - Self.holdsNotification, ordering: .releasing)
+    announcer.deliver(pending, of: self)
+  }
+
+  /// Ends the hold that a notification on its way has on the batch.
   package func endNotification(_ error: EngineError?) {
     if let error { recordFailure(.failed(error.code)) { error.message } }
-    dropNotificationHold()
+    endHold(Self.delivery)
+  }
+
+  private func endHold(_ hold: UInt64) {
+    let left = outstanding.wrappingSubtract(hold, ordering: .sequentiallyConsistent).newValue
+    if left == 0 { announce() }
   }
 
   /// Status of one request. A completed one is held back while the batch owes its notification, so
   /// that whoever polls requests sees the end only when the peer has been told.
   package func status(of index: Int) -> TransferStatus {
     var status = tasks[index].status
-    if status.state == .completed, isUndelivered.load(ordering: .acquiring) {
-      status.state = .waiting
-    }
+    if status.state == .completed, owesNotification { status.state = .waiting }
     return status
   }
 
-  private func dropNotificationHold() {
-    isUndelivered.store(false, ordering: .releasing)
-    releaseOutstanding()
-  }
-
-  private func releaseOutstanding() {
-    // A held notification goes out when only it is left.
-    let left = outstanding.wrappingSubtract(1, ordering: .sequentiallyConsistent).newValue
-    if left == 0 { return announce() }
-    if left == 1, holdsNotification.exchange(false, ordering: .acquiringAndReleasing) {
-      releaseNotification()
-    }
-  }
-
-  private func releaseNotification() {
-    let pending = notification.withLock { slot in
-      defer { slot = nil }
-      return slot
-    }
-    guard let pending else { return }
-    if failureWord.load(ordering: .acquiring) != 0 { return dropNotificationHold() }
-    guard let announcer else { return dropNotificationHold() }
-    announcer.deliver(pending, of: self)
-  }
+  private var owesNotification: Bool { outstanding.load(ordering: .acquiring) > Self.requestMask }
 
   private func announce() {
     let callback = self.callback.withLock { $0 }
@@ -294,10 +302,26 @@ extension Batch {
   @inline(__always)
   package var isTerminal: Bool { outstanding.load(ordering: .sequentiallyConsistent) == 0 }
 
+  /// As `isTerminal`, and true for whoever has seen the end of every request: the threads that
+  /// ended them are a few instructions from ending the batch.
+  @inline(__always)
+  package func settle() -> Bool {
+    while true {
+      let left = outstanding.load(ordering: .sequentiallyConsistent)
+      if left == 0 { return true }
+      // A notification on its way may take long; until then nobody has seen every end.
+      if left >= Self.delivery { return false }
+      let count = submitted.load(ordering: .acquiring)
+      if terminal.load(ordering: .acquiring) != count { return false }
+      let hasFailed = failureWord.load(ordering: .acquiring) != 0
+      if left & Self.requestMask == 0 && !hasFailed { return false }
+      sched_yield()
+    }
+  }
+
   /// Whether somebody is told of the batch's end who does not wait or poll for it.
   package var hasListener: Bool {
-    eventDescriptor.load(ordering: .acquiring) >= 0 || hasCallback
-      || isUndelivered.load(ordering: .relaxed)
+    eventDescriptor.load(ordering: .acquiring) >= 0 || hasCallback || owesNotification
   }
 
   package var submittedCount: Int { submitted.load(ordering: .acquiring) }
@@ -309,13 +333,21 @@ extension Batch {
   package func requestCancel() { cancelRequested.store(true, ordering: .releasing) }
 
   package var status: BatchStatus {
-    let isTerminal = self.isTerminal
+    while true {
+      let seen = currentStatus
+      // Another thread's submit in between would mix the counts of before and after it.
+      if seen.submittedCount == UInt64(submittedCount) { return seen }
+    }
+  }
+
+  private var currentStatus: BatchStatus {
+    let submittedCount = UInt64(self.submittedCount)
+    let isTerminal = settle()
     let failure = Outcome(rawValue: failureWord.load(ordering: .acquiring))
     let state: TransferState =
       !isTerminal ? .waiting : failure == .waiting ? .completed : failure.state
     return BatchStatus(
-      state: state, error: isTerminal ? failure.error : nil,
-      submittedCount: UInt64(submitted.load(ordering: .acquiring)),
+      state: state, error: isTerminal ? failure.error : nil, submittedCount: submittedCount,
       completedCount: UInt64(completed.load(ordering: .acquiring)),
       terminalCount: UInt64(terminal.load(ordering: .acquiring)),
       transferredBytes: transferredBytes.load(ordering: .relaxed))
@@ -365,6 +397,14 @@ extension Batch {
     hasCallback = true
   }
 
-  /// Waits until no announcement touches the batch any more.
-  package func waitUntilQuiet() { waitForAnnouncements(upTo: 0) }
+  /// Waits until no announcement touches the batch any more. One in progress lasts microseconds: it
+  /// only signals.
+  package func waitUntilQuiet() {
+    while announcing.load(ordering: .acquiring) > 0 { sched_yield() }
+  }
+
+  /// Makes sure that the event descriptor shows an end of the batch that the caller has seen.
+  package func waitUntilSignaled() {
+    if eventDescriptor.load(ordering: .acquiring) >= 0 { waitUntilQuiet() }
+  }
 }

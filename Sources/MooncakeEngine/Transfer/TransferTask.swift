@@ -64,9 +64,9 @@ package struct TransferTask: ~Copyable {
     remainingSlices.store(UInt32(sliceCount), ordering: .relaxed)
   }
 
-  /// Counts one slice as ended; returns whether the task became terminal by it.
+  /// Counts one slice as ended; returns how the task ends if that was its last. `publish` follows.
   @inline(__always)
-  package func endSlice(_ outcome: Outcome, byteCount: Int) -> Bool {
+  package func endSlice(_ outcome: Outcome, byteCount: Int) -> Outcome? {
     if outcome == .completed {
       transferredBytes.wrappingAdd(UInt64(byteCount), ordering: .relaxed)
     } else {
@@ -76,10 +76,17 @@ package struct TransferTask: ~Copyable {
     }
     // Acquire-release: the last slice's end must see what the others' ends wrote.
     let left = remainingSlices.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
-    if left != 0 { return false }
+    if left != 0 { return nil }
     let failure = failureWord.load(ordering: .relaxed)
-    let final = failure == 0 ? Outcome.completed.rawValue : failure
-    outcomeWord.store(final, ordering: .releasing)
-    return true
+    return failure == 0 ? .completed : Outcome(rawValue: failure)
+  }
+
+  /// Bytes of the slices that completed.
+  package var byteCount: UInt64 { transferredBytes.load(ordering: .relaxed) }
+
+  /// Shows pollers the end.
+  @inline(__always)
+  package func publish(_ final: Outcome) {
+    outcomeWord.store(final.rawValue, ordering: .releasing)
   }
 }

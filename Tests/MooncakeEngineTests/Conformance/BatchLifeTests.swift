@@ -159,6 +159,30 @@ struct BatchLifeTests {
     try engine.freeBatch(batch)
   }
 
+  /// Who has polled every request to its end may free the batch at once.
+  @Test(arguments: TransportKind.allCases)
+  func freedAsSoonAsPolled(_ kind: TransportKind) throws {
+    let remote = GuardedMemory(4 << 20)
+    try withPair(kind, registering: remote) { pair in
+      let engine = pair.initiator
+      let local = GuardedMemory(4 << 20)
+      // The larger are what threads of the engine copy.
+      for (rounds, count) in [(1000, 64), (100, 1 << 20)] {
+        let requests = (0..<2).map {
+          pair.read(into: local.address + $0 * count, from: remote.address + $0 * count, count)
+        }
+        for round in 0..<rounds {
+          let batch = try engine.start(requests)
+          for index in 0..<2 {
+            while try engine.poll(batch, request: index).state == .waiting {}
+          }
+          if round % 2 == 0 { #expect(try engine.poll(batch).state == .completed) }
+          try engine.freeBatch(batch)
+        }
+      }
+    }
+  }
+
   @Test(arguments: TransportKind.allCases)
   func staleIDs(_ kind: TransportKind) throws {
     try Self.withMemory(kind) { pair, _, request in
@@ -308,6 +332,35 @@ struct BatchLifeTests {
   }
 
   // MARK: - Notifications
+
+  /// Submits with notifications that overlap: each is told only after what it was submitted with.
+  @Test(arguments: TransportKind.allCases)
+  func overlappingNotifications(_ kind: TransportKind) throws {
+    let remote = GuardedMemory(4096)
+    try withPair(kind, registering: remote) { pair in
+      let engine = pair.initiator
+      let count = 200
+      let batch = try engine.createBatch(capacity: count)
+      let local = GuardedMemory(4096)
+      for index in 0..<count {
+        local.address.storeBytes(of: UInt64(index + 1), as: UInt64.self)
+        try engine.submit(
+          batch, [pair.write(from: local.address, to: remote.address, 8)],
+          notification: Notification(name: "n", message: String(index + 1)))
+        // The value written is there before it is told of, and nothing later is told of yet.
+        while try engine.poll(batch, request: index).state == .waiting {
+          let written = remote.address.load(as: UInt64.self)
+          if let told = pair.target.receiveNotification() {
+            #expect(UInt64(told.message)! <= max(written, remote.address.load(as: UInt64.self)))
+          }
+          if index % 3 != 0 && written == UInt64(index + 1) { break }
+        }
+      }
+      let status = try engine.wait(batch, timeoutMilliseconds: 20_000)
+      #expect(status.state == .completed && status.completedCount == UInt64(count))
+      try engine.freeBatch(batch)
+    }
+  }
 
   @Test(arguments: TransportKind.allCases)
   func notificationWithABatch(_ kind: TransportKind) throws {

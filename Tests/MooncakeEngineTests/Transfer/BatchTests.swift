@@ -197,6 +197,94 @@ struct BatchTests {
     #expect(announcer.announcements.load(ordering: .relaxed) == 50)
   }
 
+  /// Who has seen every request end finds the batch ended, by every sign that there is.
+  @Test func endedWithItsLastRequest() throws {
+    let batch = makeBatch(4000)
+    let states = Box<[TransferState]>([])
+    try batch.setCallback { _, status in states.update { $0.append(status.state) } }
+    let descriptor = try batch.openEventDescriptor()
+    let published = Atomic<Int>(0)
+    let complaints = Complaints()
+    let rounds = batch.capacity / 2
+    let ender = try WorkerThread.start(name: "ender") {
+      for index in 0..<(2 * rounds) {
+        while published.load(ordering: .acquiring) <= index { sched_yield() }
+        Batch.end(batch.slices + index, .completed)
+      }
+    }
+    for round in 0..<rounds {
+      let range = try submit(batch, 2)
+      published.store(range.upperBound, ordering: .releasing)
+      while range.contains(where: { !batch.status(of: $0).state.isTerminal }) { sched_yield() }
+      switch round % 3 {
+      case 0: complaints.require(batch.settle(), "round \(round): may not be freed")
+      case 1: complaints.require(batch.status.state == .completed, "round \(round)")
+      // A further submit is a further end.
+      default: break
+      }
+    }
+    ender.join()
+    batch.waitUntilQuiet()
+    #expect(complaints.all.isEmpty, "\(complaints.all.prefix(3))")
+    #expect(states.value == [TransferState](repeating: .completed, count: rounds))
+    #expect(isReadable(descriptor, within: 0))
+  }
+
+  /// A failed request shows at once, and its batch may be freed although it had a notification.
+  @Test func endedWithAFailureAndANotification() throws {
+    let batch = makeBatch(2000)
+    let published = Atomic<Int>(0)
+    let complaints = Complaints()
+    let ender = try WorkerThread.start(name: "ender") {
+      for index in 0..<batch.capacity {
+        while published.load(ordering: .acquiring) <= index { sched_yield() }
+        Batch.end(batch.slices + index, .failed(.unreachable), reason: "broken")
+      }
+    }
+    for index in 0..<batch.capacity {
+      _ = try submit(batch, 1, notification: Notification(name: "n", message: "m"))
+      published.store(index + 1, ordering: .releasing)
+      while !batch.status(of: index).state.isTerminal { sched_yield() }
+      complaints.require(batch.settle(), "request \(index)")
+    }
+    ender.join()
+    #expect(complaints.all.isEmpty, "\(complaints.all.prefix(3))")
+    #expect(announcer.delivered.withLock { $0.isEmpty })
+  }
+
+  /// A notification never leaves before the requests that it was submitted with have ended.
+  @Test func overlappingNotifications() throws {
+    let batch = makeBatch(4000)
+    let published = Atomic<Int>(0)
+    let ended = Atomic<Int>(0)
+    let complaints = Complaints()
+    let ender = try WorkerThread.start(name: "ender") { [announcer] in
+      for index in 0..<batch.capacity {
+        while published.load(ordering: .acquiring) <= index { sched_yield() }
+        // Before the end itself, so that what is delivered by it is never too late here.
+        ended.store(index + 1, ordering: .releasing)
+        Batch.end(batch.slices + index, .completed)
+        for sent in announcer.delivered.withLock({ taken in
+          defer { taken = [] }
+          return taken
+        }) {
+          let last = Int(sent.message) ?? 0
+          complaints.require(last <= index, "\(last) was told at the end of \(index)")
+          batch.endNotification(nil)
+        }
+      }
+    }
+    for index in 0..<batch.capacity {
+      _ = try submit(batch, 1, notification: Notification(name: "n", message: String(index)))
+      // The next submit overlaps with the end of this one.
+      while ended.load(ordering: .acquiring) < index { sched_yield() }
+      published.store(index + 1, ordering: .releasing)
+    }
+    ender.join()
+    #expect(complaints.all.isEmpty, "\(complaints.all.prefix(3))")
+    #expect(batch.isTerminal && batch.status.completedCount == UInt64(batch.capacity))
+  }
+
   @Test func sleepEndsAtItsDeadline() throws {
     let batch = makeBatch(1)
     _ = try submit(batch, 1)
