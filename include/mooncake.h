@@ -358,7 +358,8 @@ int32_t mooncake_batch_event_fd(mooncake_engine_t *engine, mooncake_batch_t batc
 typedef void (*mooncake_batch_callback_t)(mooncake_batch_t batch,
                                           const mooncake_batch_status_t *status, void *context);
 
-/* Sets the callback of a batch before its first submit: BUSY after it. Since 0.1. */
+/* Sets the callback of a batch before its first submit: BUSY after it. Errors: SYSTEM if its thread
+ * cannot be started. Since 0.1. */
 int32_t mooncake_batch_set_callback(mooncake_engine_t *engine, mooncake_batch_t batch,
                                     mooncake_batch_callback_t callback, void *context);
 

@@ -59,7 +59,12 @@ public final class P2PStore: Sendable {
     directory = StoreDirectory(try Self.openDirectory(engine, options))
     shared = SharedCatalog(directory)
     memory = MemoryTable(engine)
-    keeper = try RecordKeeper(directory)
+    // What was removed by its name must be withdrawn, whatever the state of the host.
+    try workers.reserve()
+    do throws(EngineError) { keeper = try RecordKeeper(directory) } catch {
+      workers.stop()
+      throw error
+    }
     service = engine.services.add { [catalog] call in
       StoreService.answer(call, holding: { catalog.holding($0) })
     }

@@ -129,6 +129,8 @@ extension TransferEngine {
   package func setCallback(
     _ id: BatchID, _ callback: @escaping @Sendable (BatchID, BatchStatus) -> Void
   ) throws(EngineError) {
+    // Its thread now: at the end of the batch nobody could be told that there is none.
+    try callbacks.reserve()
     try batches.with(id) { batch throws(EngineError) in try batch.setCallback(callback) }
   }
 

@@ -20,6 +20,8 @@ extension TransferEngine {
   }
 
   private func openRemote(_ name: String, _ deadline: Deadline) throws(EngineError) -> SegmentID {
+    // Recovery needs it later, when a failure could not be told any more.
+    try workers.reserve()
     if let known = segments.retain(name) {
       do throws(EngineError) {
         try refresh(known, deadline: deadline)
@@ -133,10 +135,12 @@ extension TransferEngine {
       slice.pointee.isRefetched = true
     }
     guard segment.enqueueRecovery(slice) else { return }
-    if !workers.run({ [self] in runRecovery(segment) }) { runRecovery(segment) }
+    if workers.run({ [self] in runRecovery(segment, mayAsk: true) }) { return }
+    // The caller may drive connections, so it must not wait for a peer.
+    runRecovery(segment, mayAsk: false)
   }
 
-  private func runRecovery(_ segment: OpenSegment) {
+  private func runRecovery(_ segment: OpenSegment, mayAsk: Bool) {
     repeat {
       var waiting = segment.takeRecovery()
       var failure: EngineError?
@@ -144,6 +148,7 @@ extension TransferEngine {
         do throws(EngineError) {
           try refresh(segment, deadline: recoveryDeadline(waiting))
         } catch {
+          guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
           failure = error
         }
       }

@@ -27,7 +27,10 @@ extension TransferEngine {
       if count == 0 && notification == nil { return }
       throw EngineError(.invalidArgument, "there is no request to submit")
     }
-    try notification?.validate()
+    if let notification {
+      try notification.validate()
+      try workers.reserve()
+    }
     try whileOpen { () throws(EngineError) in
       let deadline = deadline(timeoutMilliseconds).nanoseconds
       let first = try batch.beginSubmit(count)

@@ -12,6 +12,8 @@ package final class WorkerPool: Sendable {
     var threadCount = 0
     var threads: Set<pthread_t> = []
     var idleCount = 0
+    /// Whether one thread stays until the pool stops.
+    var isReserved = false
     var isStopping = false
   }
 
@@ -28,29 +30,52 @@ package final class WorkerPool: Sendable {
     self.threadLimit = threadLimit
   }
 
-  /// Runs a job soon; returns false, and does not run it, once the pool is stopping.
+  /// Keeps one thread from now on, so that `run` refuses nothing before the pool stops.
+  package func reserve() throws(EngineError) {
+    let failure: Errno? = state.withLock { state in
+      if state.isReserved || state.isStopping { return nil }
+      if state.threadCount == 0, let failure = startThread(&state) { return failure }
+      state.isReserved = true
+      return nil
+    }
+    if let failure {
+      throw EngineError(.system, "\(describeFailure(failure))")
+    }
+  }
+
+  /// Runs a job soon; returns false, and does not run it, once the pool is stopping, or where there
+  /// is no thread and none can be started.
   package func run(_ job: @escaping Job) -> Bool {
-    enum Decision { case refuse, wake, start }
-    let decision: Decision = state.withLock { state in
-      if state.isStopping { return .refuse }
-      state.jobs.append(job)
-      if state.idleCount >= state.jobs.count || state.threadCount == threadLimit { return .wake }
-      state.threadCount += 1
-      return .start
-    }
-    switch decision {
-    case .refuse: return false
-    case .wake: wake()
-    case .start:
-      // The pool must outlive its threads: `stop` waits for them.
-      do throws(Errno) {
-        try WorkerThread.startDetached(name: name) { [self] in work() }
-      } catch {
-        Log.error("starting a worker thread: \(error)")
-        return withdraw()
+    var failure: Errno?
+    let isAccepted: Bool = state.withLock { state in
+      if state.isStopping { return false }
+      if state.idleCount <= state.jobs.count && state.threadCount < threadLimit {
+        failure = startThread(&state)
       }
+      // The threads there are get to it.
+      if state.threadCount > 0 { state.jobs.append(job) }
+      return state.threadCount > 0
     }
-    return true
+    if isAccepted { wake() }
+    if let failure { Log.error(describeFailure(failure)) }
+    return isAccepted
+  }
+
+  /// Under the lock, so that every thread counted is one that runs. Returns why there is none.
+  private func startThread(_ state: inout State) -> Errno? {
+    do throws(Errno) {
+      // The pool must outlive its threads: `stop` waits for them.
+      try WorkerThread.startDetached(name: name) { [self] in work() }
+      state.threadCount += 1
+      return nil
+    } catch {
+      return error
+    }
+  }
+
+  private func describeFailure(_ error: Errno) -> String {
+    "starting the thread \(name): \(error): raise the limit of threads (ulimit -u, or pids.max of "
+      + "the control group)"
   }
 
   /// Refuses further jobs and waits until the accepted ones have run. Called from a job, when the
@@ -73,16 +98,6 @@ package final class WorkerPool: Sendable {
     doorbell.wakeAll()
   }
 
-  /// A thread could not be started: the job stays if another thread will get to it.
-  private func withdraw() -> Bool {
-    state.withLock { state in
-      state.threadCount -= 1
-      if state.threadCount > 0 { return true }
-      _ = state.jobs.popLast()
-      return false
-    }
-  }
-
   private func work() {
     state.withLock { _ = $0.threads.insert(pthread_self()) }
     while let job = nextJob() { job() }
@@ -93,9 +108,10 @@ package final class WorkerPool: Sendable {
   private func nextJob() -> Job? {
     enum Step {
       case job(Job)
-      case leave, wait
+      case leave
+      case wait(until: Deadline)
     }
-    var deadline = Deadline.after(milliseconds: Self.idleMilliseconds)
+    let deadline = Deadline.after(milliseconds: Self.idleMilliseconds)
     var isCountedIdle = false
     while true {
       let bell = doorbell.value
@@ -103,21 +119,21 @@ package final class WorkerPool: Sendable {
         if isCountedIdle { state.idleCount -= 1 }
         isCountedIdle = false
         if !state.jobs.isEmpty { return .job(state.jobs.removeFirst()) }
-        if state.isStopping || deadline.hasPassed {
+        let stays = state.isReserved && state.threadCount == 1
+        if state.isStopping || (deadline.hasPassed && !stays) {
           state.threadCount -= 1
           state.threads.remove(pthread_self())
           return .leave
         }
         state.idleCount += 1
         isCountedIdle = true
-        return .wait
+        return .wait(until: stays ? .never : deadline)
       }
       switch step {
       case .job(let job): return job
       case .leave: return nil
-      case .wait: doorbell.wait(while: bell, until: deadline)
+      case .wait(let end): doorbell.wait(while: bell, until: end)
       }
-      deadline = min(deadline, .after(milliseconds: Self.idleMilliseconds))
     }
   }
 }

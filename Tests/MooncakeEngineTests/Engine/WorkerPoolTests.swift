@@ -61,6 +61,28 @@ struct WorkerPoolTests {
     #expect(done.value == 20)
   }
 
+  /// The reserved thread outlives the time after which the others leave, and takes jobs then.
+  @Test func aReservedThreadStays() throws {
+    let pool = WorkerPool(name: "test", threadLimit: 3)
+    try pool.reserve()
+    try pool.reserve()
+    let names = Box<Set<pthread_t>>([])
+    for _ in 0..<3 {
+      _ = pool.run {
+        names.update { $0.insert(pthread_self()) }
+        usleep(20_000)
+      }
+    }
+    usleep(2_300_000)
+    let later = Box<pthread_t?>(nil)
+    #expect(pool.run { later.value = pthread_self() })
+    #expect(eventually { later.value != nil })
+    #expect(names.value.contains(later.value!))
+    pool.stop()
+    try pool.reserve()
+    #expect(!pool.run {})
+  }
+
   @Test func jobsOfManyThreads() throws {
     let pool = WorkerPool(name: "test", threadLimit: 4)
     let done = Atomic<Int>(0)
