@@ -192,12 +192,19 @@ extension TransferEngine {
         slice, .failed(verdict == .accessDenied ? .accessDenied : .notRegistered),
         reason: describeRefusal(segment, slice))
     }
-    let endpoint = route.connections.leastBusy()
-    var queue = SliceQueue()
-    queue.append(slice)
-    let byteCount = slice.pointee.length
-    endpoint.push(queue, byteCount: byteCount)
-    endpoint.loop.kick()
+    do throws(EngineError) {
+      // A loop that has stopped would never end the slice.
+      try whileOpen { () throws(EngineError) in
+        let endpoint = route.connections.leastBusy()
+        var queue = SliceQueue()
+        queue.append(slice)
+        let byteCount = slice.pointee.length
+        endpoint.push(queue, byteCount: byteCount)
+        endpoint.loop.kick()
+      }
+    } catch {
+      Batch.end(slice, .canceled, reason: "segment \(segment.name): \(error.message)")
+    }
   }
 
   /// The memory of a segment's peer, if it is reached so.

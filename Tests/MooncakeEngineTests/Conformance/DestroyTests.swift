@@ -264,6 +264,72 @@ struct DestroyTests {
     }
   }
 
+  /// A slice that comes back after the loops have stopped ends instead of waiting for ever.
+  @Test func aSliceThatIsSentAgain() throws {
+    let memory = GuardedMemory(4096)
+    try withPair(.tcp, registering: memory) { pair in
+      let engine = pair.initiator
+      let segment = try engine.segments.segment(pair.segment)
+      let local = GuardedMemory(4096)
+      for closes in [false, true] {
+        if closes { engine.close() }
+        let batch = Batch(capacity: 1, pool: engine.pool, announcer: nil)
+        let first = try batch.beginSubmit(1)
+        batch.prepare(
+          first, segment: pair.segment,
+          Slice(
+            task: batch.tasks, local: local.address,
+            remote: UInt64(UInt(bitPattern: memory.address)), length: 4096, deadline: .max,
+            opcode: .read, isPooled: false))
+        batch.publish(1, notification: nil)
+        batch.endSubmit()
+        engine.resubmit(segment, batch.slices)
+        #expect(batch.sleep(until: .after(milliseconds: 5000)))
+        #expect(batch.status.state == (closes ? .canceled : .completed))
+        batch.waitUntilQuiet()
+      }
+    }
+  }
+
+  /// The peer restarts under the same name while one-call transfers run and the engine ends.
+  @Test(.timeLimit(.minutes(2)))
+  func aPeerThatRestarts() throws {
+    for round in 0..<6 {
+      let first = try PeerProcess.serving(byteCount: 1 << 20)
+      let port = UInt16(first.name.split(separator: ":").last ?? "") ?? 0
+      let engine = try makeEngine { $0.connectionsPerPeer = 4 }
+      let segment = try engine.openSegment(first.name)
+      let address = first.address
+      let isRunning = Atomic<Bool>(true)
+      let callers = try (0..<3).map { index in
+        try WorkerThread.start(name: "caller") {
+          let local = GuardedMemory(1 << 20)
+          while isRunning.load(ordering: .acquiring) {
+            let count: UInt64 = index == 0 ? 1 << 20 : 100
+            try? engine.transfer([
+              TransferRequest(
+                opcode: index == 1 ? .write : .read, segment: segment, source: local.address,
+                targetOffset: address, length: count)
+            ])
+            if engine.isClosing { return }
+          }
+        }
+      }
+      usleep(20_000)
+      first.kill()
+      let second = try PeerProcess.serving(byteCount: 1 << 20, port: port)
+      defer { second.kill() }
+      // From before the restart is known until after it.
+      usleep(UInt32(round) * 40_000)
+      let milliseconds = elapsedMilliseconds {
+        engine.close()
+        isRunning.store(false, ordering: .releasing)
+        for caller in callers { caller.join() }
+      }
+      #expect(milliseconds < 3000, "round \(round): \(milliseconds) ms")
+    }
+  }
+
   /// 200 engines come and go; descriptors, threads and memory stay as they were.
   @Test func cyclesLeaveNothing() throws {
     let process = try PeerProcess(["cycles", "200"])
