@@ -272,7 +272,8 @@ enum { MOONCAKE_OPCODE_READ = 0, MOONCAKE_OPCODE_WRITE = 1 };
 typedef struct mooncake_transfer_request {
   int32_t opcode;             /* MOONCAKE_OPCODE_* */
   mooncake_segment_t segment; /* the target */
-  void *source;               /* local memory: filled by a read, sent by a write */
+  void *source;               /* local memory: filled by a read, sent by a write. Registered
+                                 throughout or not at all */
   uint64_t target_offset;     /* address inside one buffer of the target segment */
   uint64_t length;            /* bytes; 0 completes at once */
 } mooncake_transfer_request_t;
@@ -314,7 +315,8 @@ int32_t mooncake_batch_create(mooncake_engine_t *engine, uint64_t capacity,
 
 /* Appends count requests; indices continue over the submits of a batch. All arguments are checked
  * before any request starts; afterwards a failure lives in the status. Two threads must not submit
- * to one batch at once: BUSY. Errors: INVALID_ARGUMENT, INVALID_HANDLE, FULL. Since 0.1. */
+ * to one batch at once: BUSY. Errors: INVALID_ARGUMENT, INVALID_HANDLE, FULL, NOT_REGISTERED (a
+ * local range that lies partly in registered memory of this engine). Since 0.1. */
 int32_t mooncake_batch_submit(mooncake_engine_t *engine, mooncake_batch_t batch,
                               const mooncake_transfer_request_t *requests, uint64_t count,
                               uint64_t timeout_ms);

@@ -166,11 +166,13 @@ extension TransferEngine {
   private func copyAtOnce(_ raw: RawRequest) throws(EngineError) -> Bool {
     guard let sharedMemory, raw.length <= UInt64(SharedMemoryTransport.inlineBytes),
       raw.length > 0, let opcode = Opcode(rawValue: raw.opcode),
-      let local = UnsafeMutableRawPointer(bitPattern: UInt(raw.source))
+      let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source)),
+      !raw.source.addingReportingOverflow(raw.length).overflow
     else { return false }
     return try whileOpen { () throws(EngineError) in
       guard let peer = try segments.segment(raw.segment).route.sharedMemory else { return false }
-      return sharedMemory.copy(peer, opcode, local, raw.targetOffset, Int(raw.length))
+      _ = try local.ranges.find(raw.source, raw.length, request: 0)
+      return sharedMemory.copy(peer, opcode, source, raw.targetOffset, Int(raw.length))
     }
   }
 

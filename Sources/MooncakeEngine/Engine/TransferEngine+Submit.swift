@@ -37,9 +37,13 @@ extension TransferEngine {
       defer { batch.endSubmit() }
       var byteCount: UInt64 = 0
       var checkedSegment: SegmentID = 0
+      var stretch = LocalRanges.Stretch.nothing
       for index in 0..<count {
         let raw = request(index)
         let slice = try check(raw, index, batch.tasks + (first + index), deadline)
+        if raw.length > 0, !stretch.holds(raw.source, raw.length) {
+          stretch = try local.ranges.find(raw.source, raw.length, request: index)
+        }
         if raw.segment != checkedSegment {
           _ = try segments.segment(raw.segment)
           checkedSegment = raw.segment

@@ -4,6 +4,8 @@ import Synchronization
 /// The engine's own segment: what it publishes to peers.
 package final class LocalSegment: Sendable {
   package let buffers = BufferTable()
+  /// What the local side of requests is checked against.
+  package let ranges: LocalRanges
   private let identity: SegmentDescriptor
 
   private struct Published: Sendable {
@@ -13,7 +15,10 @@ package final class LocalSegment: Sendable {
   private let published = Lock(Published())
 
   /// `identity` is a descriptor without buffers. A segment always starts empty.
-  package init(identity: SegmentDescriptor) { self.identity = identity }
+  package init(identity: SegmentDescriptor) {
+    self.identity = identity
+    ranges = LocalRanges(buffers)
+  }
 
   package var name: String { identity.name }
 

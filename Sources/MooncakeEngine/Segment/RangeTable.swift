@@ -25,20 +25,32 @@ package final class RangeTable: Sendable {
   package func find(_ address: UInt64, _ length: UInt64) -> Int {
     buffers.withUnsafeBufferPointer { buffers in
       guard length > 0 else { return -1 }
-      // The last buffer that begins at or before the address.
-      var low = 0
-      var high = buffers.count
-      while low < high {
-        let middle = (low + high) >> 1
-        if buffers[middle].address <= address { low = middle + 1 } else { high = middle }
-      }
-      guard low > 0 else { return -1 }
-      let buffer = buffers[low - 1]
+      let count = Self.countBeginning(upTo: address, in: buffers)
+      guard count > 0 else { return -1 }
+      let buffer = buffers[count - 1]
       let offset = address &- buffer.address
       // Overflow-safe: both sides stay below the buffer's length.
       guard offset < buffer.length, length <= buffer.length &- offset else { return -1 }
-      return low - 1
+      return count - 1
     }
+  }
+
+  /// How many buffers begin at or before an address.
+  func countBeginning(upTo address: UInt64) -> Int {
+    buffers.withUnsafeBufferPointer { Self.countBeginning(upTo: address, in: $0) }
+  }
+
+  @inline(__always)
+  private static func countBeginning(
+    upTo address: UInt64, in buffers: UnsafeBufferPointer<RemoteBuffer>
+  ) -> Int {
+    var low = 0
+    var high = buffers.count
+    while low < high {
+      let middle = (low + high) >> 1
+      if buffers[middle].address <= address { low = middle + 1 } else { high = middle }
+    }
+    return low
   }
 }
 
