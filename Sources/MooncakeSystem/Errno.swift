@@ -10,8 +10,16 @@ public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   /// The calling thread's `errno`.
   package static var current: Errno { Errno(errno) }
 
-  /// The system's text, such as "Connection refused".
+  /// The system's text, such as "Connection refused", with what it leaves open.
   public var description: String {
+    switch self {
+    case .tooManyOpenFiles: "\(text): this process is out of descriptors, raise ulimit -n"
+    case .tooManyOpenFilesInSystem: "\(text): this machine is out of descriptors, raise fs.file-max"
+    default: text
+    }
+  }
+
+  private var text: String {
     var text = [CChar](repeating: 0, count: 128)
     // The GNU variant may return a static text instead of filling the buffer.
     guard let message = strerror_r(rawValue, &text, text.count) else { return "errno \(rawValue)" }
@@ -22,6 +30,8 @@ public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   package static let wouldBlock = Errno(EAGAIN)
   package static let connectionRefused = Errno(ECONNREFUSED)
   package static let timedOut = Errno(ETIMEDOUT)
+  package static let tooManyOpenFiles = Errno(EMFILE)
+  package static let tooManyOpenFilesInSystem = Errno(ENFILE)
 }
 
 /// Repeats a system call while a signal interrupts it; -1 becomes the thrown error number.

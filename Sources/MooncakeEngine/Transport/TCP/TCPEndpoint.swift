@@ -203,12 +203,18 @@ extension TCPEndpoint {
 
   private func connectFailed(_ error: Errno) {
     loop.counters.clientConnectFailures.wrappingAdd(1, ordering: .relaxed)
-    lastError = EngineError(
-      .unreachable,
-      "\(peer.description): connect: \(error)"
-        + (error == .connectionRefused ? ": has the process ended?" : ""))
+    lastError = describeConnect(error)
     closeSocket()
     rest()
+  }
+
+  private func describeConnect(_ error: Errno) -> EngineError {
+    let what = "\(peer.description): connect: \(error)"
+    switch error {
+    case .connectionRefused: return EngineError(.unreachable, "\(what): has the process ended?")
+    case .tooManyOpenFiles, .tooManyOpenFilesInSystem: return EngineError(.system, what)
+    default: return EngineError(.unreachable, what)
+    }
   }
 
   /// Waits before the next connect; gives up on what is queued when the peer has failed too long.
@@ -385,8 +391,8 @@ extension TCPEndpoint {
 
   private func describeTimeout(_ slice: SlicePointer, _ phase: String) -> String {
     "\(peer.description): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
-      + "0x\(String(slice.pointee.remote, radix: 16)): deadline passed while \(phase): "
-      + "is the peer alive and the timeout long enough?"
+      + "0x\(String(slice.pointee.remote, radix: 16)): deadline passed while \(phase)"
+      + (lastError.code == .system ? "" : ": is the peer alive and the timeout long enough?")
   }
 
   private func retire() {
