@@ -25,7 +25,7 @@
  * What this implementation adds to the original, in general:
  *  - Nothing a caller passes or a peer sends ends the process; malformed JSON closes a connection.
  *  - Every transfer has a deadline, MC_TRANSFER_TIMEOUT seconds (default 30), over connecting,
- *    queueing, moving and retrying. One that misses it ends as STATUS_TIMEOUT, which is terminal:
+ *    queueing, moving and retrying. One that misses it ends as STATUS_FAILED, which is terminal:
  *    afterwards the library never touches its memory, and the batch can be freed.
  *  - Peers reach only registered memory, with the rights of its registration.
  *  - A local segment starts empty, also where a crashed process of the same name left entries.
@@ -59,8 +59,8 @@ extern "C" {
 #define OPCODE_READ (0)
 #define OPCODE_WRITE (1)
 
-/* Status of a transfer. CANCELED, COMPLETED, TIMEOUT and FAILED are terminal. PENDING and INVALID
- * exist for source compatibility and are never reported. */
+/* Status of a transfer. COMPLETED and FAILED are terminal: every transfer ends as one of them. The
+ * others but WAITING exist for source compatibility and are never reported. */
 #define STATUS_WAITING (0)
 #define STATUS_PENDING (1)
 #define STATUS_INVALID (2)
@@ -97,7 +97,8 @@ typedef void *transport_t;
 /* One read or write. */
 struct transfer_request {
   int opcode;             /* OPCODE_* */
-  void *source;           /* local memory: filled by a read, sent by a write */
+  void *source;           /* local memory: filled by a read, sent by a write. Registered
+                             throughout or not at all */
   segment_id_t target_id; /* LOCAL_SEGMENT or what openSegment() gave */
   uint64_t target_offset; /* address inside one registered buffer of the target */
   uint64_t length;        /* bytes; 0 completes at once */
@@ -237,8 +238,8 @@ int unregisterLocalMemoryBatch(transfer_engine_t engine, void **addr_list, size_
  * P2PHANDSHAKE mode the name is the peer's "host:port". Opening a name again gives the same id from
  * the cache; the engine's own name gives 0 once a transport is installed. An id is never used for
  * another name. Blocking at the first open of a name, within the deadline of a transfer.
- * Errors: a negative value (ERR_INVALID_ARGUMENT for a null, empty or overlong name). Ours: a peer
- * that restarted under the same name is found again without reopening. Since 0.1. */
+ * Errors: -1, as the original. Ours: a peer that restarted under the same name is found again
+ * without reopening. Since 0.1. */
 segment_id_t openSegment(transfer_engine_t engine, const char *segment_name);
 
 /* As openSegment(), but fetches the descriptor also if it is cached; if only that fails, it is
@@ -274,7 +275,8 @@ batch_id_t allocateBatchID(transfer_engine_t engine, size_t batch_size);
  * before any is added; afterwards a failure lives in the status of its task. The entries may be
  * reused on return. Two threads must not submit to one batch at once: one of them may get 4.
  * Returns 1 (engine, batch, null entries, opcode, target id, range), 2 (more than the batch has
- * room for), 8 (no transport installed for the target's protocol). Since 0.1. */
+ * room for), 3 (a source that lies partly in registered memory), 8 (no transport installed for the
+ * target's protocol). Since 0.1. */
 int submitTransfer(transfer_engine_t engine, batch_id_t batch_id, struct transfer_request *entries,
                    size_t count);
 
@@ -286,8 +288,9 @@ int submitTransferWithNotify(transfer_engine_t engine, batch_id_t batch_id,
                              struct transfer_request *entries, size_t count,
                              notify_msg_t notify_msg);
 
-/* Reads the status of the task_id-th request of the batch. Written only if 0 is returned.
- * Returns 1 (engine, batch, task_id out of range, null status). Since 0.1. */
+/* Reads the status of the task_id-th request of the batch. Returns 1 (engine, batch, task_id out of
+ * range, null status). Ours: *status is then STATUS_FAILED with 0 bytes, so that a program that
+ * looks only there comes to an end. Since 0.1. */
 int getTransferStatus(transfer_engine_t engine, batch_id_t batch_id, size_t task_id,
                       struct transfer_status *status);
 

@@ -119,7 +119,9 @@ private func unavailable(_ name: String) -> EngineError {
   ]
   if known.contains(name) {
     return EngineError(
-      .unsupported, "transport '\(name)' is not available in this version: install 'tcp'")
+      .unsupported,
+      "transport '\(name)' is not available in this version: install 'tcp', which reaches every "
+        + "peer (programs often call the option protocol)")
   }
   return EngineError(
     .invalidArgument, "transport '\(name.prefix(100))' is unknown: install 'tcp'")

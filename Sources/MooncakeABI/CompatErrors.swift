@@ -2,6 +2,7 @@
 // errors map to them.
 import CMooncake
 import MooncakeEngine
+import MooncakeSystem
 import Synchronization
 
 /// What the drop-in layer knows about an engine.
@@ -83,12 +84,57 @@ func compatibleValue<Value>(
   }
 }
 
+/// Runs `body`, which opens a segment; -1 for every failure, which is what programs compare with.
+@inline(__always)
+func compatibleSegment(
+  _ handle: transfer_engine_t?, function: StaticString = #function,
+  _ body: (EngineRecord) throws(EngineError) -> Int32
+) -> Int32 {
+  compatibleValue(handle, function: function, body) ?? ERR_INVALID_ARGUMENT
+}
+
 @inline(never)
 private func compatibleFailure(
   _ function: StaticString, _ error: EngineError
 ) -> (error: Int32, batch: Int32) {
-  report(function, error.message)
+  ThreadState.setMessage(function, error.message)
+  // Programs know no other place to look than the log, which is locked while its callback runs.
+  if !ThreadState.isInsideLogCallback, error.code != .busy, !error.isLogged {
+    let message = ThreadState.message.map { String(cString: $0) }
+    CompatibilityLog.shared.warning(message ?? error.message)
+  }
   return error.code.compatible
+}
+
+/// Why calls failed. A program that repeats a bad call does not fill the log.
+final class CompatibilityLog: Sendable {
+  static let shared = CompatibilityLog()
+  private struct State: Sendable {
+    var windowStart: UInt64 = 0
+    var lineCount = 0
+    var omittedCount = 0
+  }
+  private let state = Lock(State())
+  private static let linesPerSecond = 20
+
+  func warning(_ line: String) {
+    let omitted: Int? = state.withLock { state in
+      let now = Clock.now()
+      if now &- state.windowStart >= 1_000_000_000 {
+        state.windowStart = now
+        state.lineCount = 0
+      }
+      state.lineCount += 1
+      if state.lineCount > Self.linesPerSecond {
+        state.omittedCount += 1
+        return nil
+      }
+      defer { state.omittedCount = 0 }
+      return state.omittedCount
+    }
+    guard let omitted else { return }
+    Log.warning(omitted == 0 ? line : "\(line) (\(omitted) such lines were left out)")
+  }
 }
 
 /// The number that a handle of transfer_engine_c.h stands for.

@@ -78,7 +78,7 @@ private func locationText(_ location: UnsafePointer<CChar>?) throws(EngineError)
 package func openSegment(
   _ engine: transfer_engine_t?, _ segment_name: UnsafePointer<CChar>?
 ) -> Int32 {
-  compatibleCall(engine) { record throws(EngineError) in
+  compatibleSegment(engine) { record throws(EngineError) in
     let name = try segmentName(segment_name)
     if record.engine.isOwn(name) { return LOCAL_SEGMENT }
     if let id = record.engine.cachedSegment(name) { return id }
@@ -91,7 +91,7 @@ package func openSegment(
 package func openSegmentNoCache(
   _ engine: transfer_engine_t?, _ segment_name: UnsafePointer<CChar>?
 ) -> Int32 {
-  compatibleCall(engine) { record throws(EngineError) in
+  compatibleSegment(engine) { record throws(EngineError) in
     let engine = record.engine
     let name = try segmentName(segment_name)
     if engine.isOwn(name) { return LOCAL_SEGMENT }

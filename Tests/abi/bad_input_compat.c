@@ -98,7 +98,8 @@ static void try_handle(transfer_engine_t engine) {
   EXPECT(ERR_INVALID_ARGUMENT, showLinks(engine, text, sizeof text, 1));
   enableGracefulShutdown(engine);
   destroyTransferEngine(engine);
-  CHECK_EQUAL(status.status, 42);
+  CHECK_EQUAL(status.status, STATUS_FAILED);
+  CHECK_EQUAL(status.transferred_bytes, 0);
   CHECK_EQUAL(size, 0);
   CHECK(strcmp(text, "untouched") == 0);
 }
@@ -262,7 +263,8 @@ static void bad_requests(transfer_engine_t engine, unsigned char *memory) {
   REQUIRE_EQUAL(submitTransfer(engine, batch, requests, 1), 0);
   EXPECT(1, getTransferStatus(engine, batch, 0, NULL));
   EXPECT(1, getTransferStatus(engine, batch, 1, &status));
-  CHECK_EQUAL(status.status, 42);
+  CHECK_EQUAL(status.status, STATUS_FAILED);
+  CHECK_EQUAL(status.transferred_bytes, 0);
   EXPECT(ERR_INVALID_ARGUMENT, genNotifyInEngine(engine, 0, no_name));
   EXPECT(ERR_INVALID_ARGUMENT, genNotifyInEngine(engine, 0, no_text));
   EXPECT(ERR_INVALID_ARGUMENT, genNotifyInEngine(engine, 0, too_long));

@@ -30,6 +30,8 @@ public struct EngineError: Error, Sendable, CustomStringConvertible {
 
   public let code: Code
   public let message: String
+  /// Whether the log tells of it already.
+  package var isLogged = false
 
   public init(_ code: Code, _ message: String) {
     self.code = code

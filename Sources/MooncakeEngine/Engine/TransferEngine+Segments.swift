@@ -95,7 +95,9 @@ extension TransferEngine {
   ) throws(EngineError) -> Result {
     do throws(EngineError) { return try body() } catch {
       Log.warning(error.message)
-      throw error
+      var logged = error
+      logged.isLogged = true
+      throw logged
     }
   }
 }
@@ -146,9 +148,9 @@ extension TransferEngine {
       var failure: EngineError?
       if segment.id != 0 && !isClosing {
         do throws(EngineError) {
+          guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
           try refresh(segment, deadline: recoveryDeadline(waiting))
         } catch {
-          guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
           failure = error
         }
       }
