@@ -164,6 +164,36 @@ struct ConcurrencyTests {
     }
   }
 
+  /// Many engines open one at the same moment: each gets in.
+  @Test(arguments: TransportKind.allCases)
+  func manyOpenersAtOnce(_ kind: TransportKind) throws {
+    let memory = GuardedMemory(4096)
+    memory.fill(Pattern(seed: 3))
+    let target = try makeEngine(kind)
+    defer { target.close() }
+    try target.register(memory.address, length: 4096, access: .remoteRead)
+    let address = UInt64(UInt(bitPattern: memory.address))
+    let engines = try (0..<12).map { _ in try makeEngine(kind) { $0.ioThreads = 1 } }
+    defer { for engine in engines { engine.close() } }
+    let arrived = Atomic<Int>(0)
+    let complaints = Complaints()
+    try onThreads(engines.count) { index in
+      complaints.check("engine \(index)") {
+        arrived.add(1, ordering: .sequentiallyConsistent)
+        while arrived.load(ordering: .sequentiallyConsistent) < engines.count { sched_yield() }
+        let local = GuardedMemory(4096)
+        let segment = try engines[index].openSegment(target.name)
+        try engines[index].transfer([
+          TransferRequest(
+            opcode: .read, segment: segment, source: local.address, targetOffset: address,
+            length: 4096)
+        ])
+        complaints.require(local.matches(Pattern(seed: 3)), "engine \(index)")
+      }
+    }
+    #expect(complaints.all.isEmpty, "\(complaints.all.prefix(5))")
+  }
+
   /// An engine's own segment is a target like any other.
   @Test(arguments: TransportKind.allCases)
   func ownSegment(_ kind: TransportKind) throws {
