@@ -76,6 +76,17 @@ final class PeerProcess: @unchecked Sendable {
 
   func resume() { Glibc.kill(pid, SIGCONT) }
 
+  /// Memory that the process has in use, in bytes.
+  func residentBytes() -> Int {
+    let file = open("/proc/\(pid)/statm", O_RDONLY | O_CLOEXEC)
+    if file < 0 { return -1 }
+    defer { close(file) }
+    var bytes = [UInt8](repeating: 0, count: 256)
+    let count = read(file, &bytes, bytes.count)
+    let fields = String(decoding: bytes.prefix(max(0, count)), as: UTF8.self).split(separator: " ")
+    return fields.count > 1 ? (Int(fields[1]) ?? -1) * MemoryMapping.pageBytes : -1
+  }
+
   /// Ends the process at once.
   func kill() {
     if hasEnded { return }

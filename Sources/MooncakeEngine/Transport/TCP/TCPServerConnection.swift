@@ -306,10 +306,22 @@ extension TCPServerConnection {
       budget -= count
       if replies[replyIndex].length >= Self.bulkBytes { loop.noteBulk() }
       consume(count)
+      forgetSent()
     }
-    replies.removeAll(keepingCapacity: replies.capacity <= 4 * Self.replyLimit)
-    replyIndex = 0
     return .keep
+  }
+
+  /// Forgets what was sent, also where a peer always leaves something unsent. What moves is never
+  /// more than what goes.
+  private func forgetSent() {
+    if replyIndex == replies.count {
+      replies.removeAll(keepingCapacity: replies.capacity <= 4 * Self.replyLimit)
+    } else if replyIndex >= max(Self.replyLimit, replies.count / 2) {
+      replies.removeFirst(replyIndex)
+    } else {
+      return
+    }
+    replyIndex = 0
   }
 
   /// Fills vectors with what is due next, one chunk at most; returns their number.

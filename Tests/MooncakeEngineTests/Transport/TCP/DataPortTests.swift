@@ -63,6 +63,48 @@ struct DataPortTests {
     }
   }
 
+  /// A peer that always has another answer to come: what was sent is forgotten all the same.
+  /// MOONCAKE_STRESS_REQUESTS for more of them.
+  @Test func aConnectionThatIsNeverDrained() throws {
+    let size = 4096
+    let total = Environment["MOONCAKE_STRESS_REQUESTS"].flatMap { Int($0) } ?? 300_000
+    let process = try PeerProcess.serving(byteCount: 1 << 20)
+    defer { process.kill() }
+    let engine = try makeEngine()
+    defer { engine.close() }
+    let segment = try engine.openSegment(process.name)
+    let port = try engine.descriptor(of: segment).tcpDataPort
+    let peer = try RPCTestPeer(to: #require(SocketAddress(numeric: "127.0.0.1", port: port)))
+    let header = wireHeader(.read, address: process.address, size: UInt64(size))
+    let answerBytes = size + TCPWire.statusBytes
+    // The sockets hold less than half of this between them, so the rest waits at the server.
+    let backlog = 900
+    try peer.socket.set(SOL_SOCKET, SO_RCVBUF, 64 << 10)
+    let headers = [UInt8]((0..<100).map { _ in header }.joined())
+    let chunk = UnsafeMutableRawBufferPointer.allocate(
+      byteCount: 100 * answerBytes, alignment: 8)
+    defer { chunk.deallocate() }
+    var asked = 0
+    var received = 0
+    var before = 0
+    while asked < total {
+      while asked * answerBytes - received < backlog * answerBytes {
+        try peer.send(headers)
+        asked += 100
+      }
+      guard let count = try peer.socket.tryReceive(into: chunk) else {
+        try peer.socket.wait(for: POLLIN, until: .after(milliseconds: 10_000))
+        continue
+      }
+      try #require(count > 0)
+      received += count
+      if before == 0 && asked >= total / 10 { before = process.residentBytes() }
+    }
+    let growth = process.residentBytes() - before
+    print("never drained: \(total) requests, the server grew by \(growth >> 10) KiB")
+    #expect(before > 0 && growth < 2 << 20, "\(growth) bytes")
+  }
+
   /// Both framings on one connection, request by request.
   @Test func mixedFramings() throws {
     let memory = GuardedMemory(4096)
