@@ -83,6 +83,17 @@ package struct Socket: ~Copyable, Sendable {
   /// Gives the descriptor to the caller, who must close it.
   package consuming func release() -> Int32 { descriptor.release() }
 
+  /// Asks a silent peer after the time whether it is still there.
+  package func keepAlive(idleSeconds: Int32) {
+    try? set(SOL_SOCKET, SO_KEEPALIVE, 1)
+    try? set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, idleSeconds)
+  }
+
+  /// How long the kernel tries to reach a peer that does not answer.
+  package func setPatience(milliseconds: Int32) {
+    try? set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, milliseconds)
+  }
+
   package func setNoDelay() { try? set(Int32(IPPROTO_TCP), TCP_NODELAY, 1) }
 
   package func localAddress() throws(Errno) -> SocketAddress {

@@ -170,7 +170,10 @@ extension TransferEngine {
       !raw.source.addingReportingOverflow(raw.length).overflow
     else { return false }
     return try whileOpen { () throws(EngineError) in
-      guard let peer = try segments.segment(raw.segment).route.sharedMemory else { return false }
+      let route = try segments.segment(raw.segment).route
+      guard let peer = route.sharedMemory, route.connections.peer.unfenced.isEmpty else {
+        return false
+      }
       _ = try local.ranges.find(raw.source, raw.length, request: 0)
       return sharedMemory.copy(peer, opcode, source, raw.targetOffset, Int(raw.length))
     }

@@ -61,6 +61,10 @@ extension TransferEngine {
       "client_connections", "gauge", "Data connections to peers.",
       tcp.clientConnections.load(ordering: .relaxed))
     add(
+      "fenced_connections", "gauge",
+      "Connections given up with unanswered writes that the peer has not closed yet.",
+      tcp.fences.load(ordering: .relaxed))
+    add(
       "server_connections", "gauge", "Data connections of peers.",
       tcp.connections.load(ordering: .relaxed))
     counter(

@@ -142,7 +142,11 @@ private struct Dispatcher {
       return
     }
     let route = segment.route
-    if let shared = engine.sharedMemory, let peer = route.sharedMemory, peer.isUsable {
+    // What a broken connection left at the target must land before anything new does, and only TCP
+    // waits for that.
+    if let shared = engine.sharedMemory, let peer = route.sharedMemory, peer.isUsable,
+      route.connections.peer.unfenced.isEmpty
+    {
       var rest = copy(batch, range, peer, shared)
       if !rest.isEmpty { send(segment, route) { rest.popFirst() } }
       return

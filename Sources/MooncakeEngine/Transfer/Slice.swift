@@ -75,6 +75,23 @@ package struct SliceQueue {
     return slice
   }
 
+  /// Moves every slice out.
+  package mutating func takeAll() -> SliceQueue {
+    defer { self = SliceQueue() }
+    return self
+  }
+
+  /// The first deadline among the slices; `max` without any.
+  package var earliestDeadline: UInt64 {
+    var earliest = UInt64.max
+    var cursor = first
+    while let slice = cursor {
+      earliest = min(earliest, slice.pointee.deadline)
+      cursor = slice.pointee.next
+    }
+    return earliest
+  }
+
   /// Moves the slices for which `isWanted` holds to the returned queue; order is kept in both.
   package mutating func removeAll(where isWanted: (SlicePointer) -> Bool) -> SliceQueue {
     var kept = SliceQueue()

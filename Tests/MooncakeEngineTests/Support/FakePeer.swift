@@ -199,6 +199,15 @@ final class FakeConnection: Sendable {
   /// Closes both directions; the descriptor goes with the object.
   func finish() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
 
+  /// Ends the connection as a process does that dies with input unread.
+  func reset() {
+    socket.resetOnClose()
+    // A connect to nowhere is the one way to reset without giving the descriptor back.
+    var address = sockaddr(
+      sa_family: sa_family_t(AF_UNSPEC), sa_data: (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+    _ = connect(socket.rawValue, &address, socklen_t(MemoryLayout<sockaddr>.size))
+  }
+
   static func frame(_ word: UInt64) -> [UInt8] {
     withUnsafeBytes(of: word.littleEndian) { Array($0) }
   }

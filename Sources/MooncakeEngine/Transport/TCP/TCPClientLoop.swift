@@ -21,7 +21,7 @@ package final class TCPClientLoop: @unchecked Sendable {
   private let sweepRequested = Atomic<Bool>(false)
   private let isStopping = Atomic<Bool>(false)
   private let wakeup: EventFD
-  private let epoll: Epoll
+  let epoll: Epoll
   let counters: TCPCounters
   /// Position among the transport's loops, below 64.
   package let index: Int
@@ -36,7 +36,10 @@ package final class TCPClientLoop: @unchecked Sendable {
   private let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 128)
   var active: [TCPEndpoint] = []
   private var watched: [UInt64: TCPEndpoint] = [:]
-  private var nextToken: UInt64 = 1
+  /// Connections given up with unanswered writes.
+  var fences: [UInt64: TCPFence] = [:]
+  var fenceScratch: UnsafeMutableRawPointer?
+  var nextToken: UInt64 = 1
   /// When the present turn began.
   var now: UInt64 = 0
   /// Whether some endpoint waits for others before it may move bulk.
@@ -83,6 +86,7 @@ package final class TCPClientLoop: @unchecked Sendable {
     headers.deallocate()
     statuses.deallocate()
     events.deallocate()
+    fenceScratch?.deallocate()
   }
 
   package func start(name: String, on processors: ProcessorSet?) throws(Errno) {
@@ -105,6 +109,7 @@ package final class TCPClientLoop: @unchecked Sendable {
     for endpoint in watched.values { endpoints[ObjectIdentifier(endpoint)] = endpoint }
     for endpoint in endpoints.values { endpoint.shutDown() }
     active.removeAll()
+    dropFences()
     flushCounters()
     isDriven.store(false, ordering: .sequentiallyConsistent)
   }
@@ -254,6 +259,7 @@ extension TCPClientLoop {
     {
       var wake = deadline.nanoseconds
       for endpoint in active { wake = min(wake, endpoint.nextTimer) }
+      if !fences.isEmpty { wake = min(wake, fenceTimer) }
       if hasWaitingBulk { wake = min(wake, Clock.now() &+ BulkTurn.patienceNanoseconds) }
       let timeout = Deadline(nanoseconds: wake).remainingMilliseconds
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
@@ -272,9 +278,11 @@ extension TCPClientLoop {
     self.now = now
     var isBusy = takeReady()
     attendTimers(now)
-    if active.count <= Self.directLimit, active.allSatisfy({ $0.isConnected }) {
+    if active.count <= Self.directLimit, fences.isEmpty,
+      active.allSatisfy({ $0.isConnected })
+    {
       for index in active.indices where active[index].progress() { isBusy = true }
-    } else if !active.isEmpty {
+    } else if !active.isEmpty || !fences.isEmpty {
       let count = epoll.wait(into: events, timeoutMilliseconds: 0)
       dispatch(count)
       isBusy = isBusy || count > 0
@@ -291,6 +299,8 @@ extension TCPClientLoop {
         wakeup.clear()
       } else if let endpoint = watched[token] {
         endpoint.handle(events[index].events)
+      } else {
+        progressFence(token)
       }
     }
   }
@@ -306,6 +316,7 @@ extension TCPClientLoop {
     if sweeps {
       for endpoint in watched.values where !endpoint.isActive { endpoint.attend(now, sweeps: true) }
     }
+    if !fences.isEmpty { expireFences() }
   }
 
   @discardableResult
@@ -319,8 +330,9 @@ extension TCPClientLoop {
       endpoint.isScheduled.store(false, ordering: .sequentiallyConsistent)
       endpoint.probeIdle()
       endpoint.takeInbox()
+      endpoint.reviewHeld()
       if endpoint.peer.isRetired { endpoint.sweep(Clock.now()) }
-      if !endpoint.queue.isEmpty && !endpoint.isActive {
+      if endpoint.hasSlices && !endpoint.isActive {
         endpoint.isActive = true
         active.append(endpoint)
       }
@@ -333,7 +345,7 @@ extension TCPClientLoop {
   private func settle() {
     var index = 0
     while index < active.count {
-      if active[index].queue.isEmpty {
+      if !active[index].hasSlices {
         if active[index].peer.isRetired { active[index].closeSocket() }
         active[index].isActive = false
         active.swapAt(index, active.count - 1)
@@ -342,7 +354,7 @@ extension TCPClientLoop {
         index += 1
       }
     }
-    activeCount.store(active.count, ordering: .sequentiallyConsistent)
+    activeCount.store(active.count + fences.count, ordering: .sequentiallyConsistent)
     flushCounters()
   }
 

@@ -139,16 +139,25 @@ extension TCPEndpoint {
     // A refusal may have arrived before the reset: it tells more than the broken pipe.
     _ = receive()
     guard case .connected = state else { return }
-    disconnect(EngineError(.unreachable, "\(peer.description): sending requests: \(error)"))
+    disconnect(
+      EngineError(.unreachable, "\(peer.description): sending requests: \(error)"),
+      ending(error))
   }
 
   /// Fails one slice that is on the wire; the connection cannot be used past it.
   private func failSlice(_ slice: SlicePointer, _ outcome: Outcome, _ reason: String) {
-    disconnect(EngineError(.unreachable, reason), blames: false)
-    let failed = queue.removeAll { $0 == slice }
+    disconnect(EngineError(.unreachable, reason), .open, blames: false)
+    // The end of a write that was sent in part waits for nothing: only later ones there do.
+    endAll(queue.removeAll { $0 == slice }, outcome, reason)
+    endAll(held.removeAll { $0 == slice }, outcome, reason)
     sendSlice = queue.first
-    endAll(failed, outcome, reason)
-    if queue.isEmpty { earliestDeadline = .max }
+    if !hasSlices { earliestDeadline = .max }
+  }
+
+  /// A reset was sent by a peer that has closed the connection. All other errors are this side's
+  /// opinion.
+  private func ending(_ error: Errno) -> Ending {
+    error.rawValue == ECONNRESET || error.rawValue == EPIPE ? .fenced : .lost
   }
 }
 
@@ -187,7 +196,7 @@ extension TCPEndpoint {
     }
     if queue.isEmpty {
       lastUse = Clock.now()
-      earliestDeadline = .max
+      if held.isEmpty { earliestDeadline = .max }
     }
     adjustLowWater()
     return isAny
@@ -274,8 +283,10 @@ extension TCPEndpoint {
       + "0x\(String(slice.pointee.remote, radix: 16))"
     switch status {
     case .rejected:
+      // The peer reads no further request and has answered those before.
       disconnect(
-        EngineError(.notRegistered, "\(what): the peer refused the address"), blames: false)
+        EngineError(.notRegistered, "\(what): the peer refused the address"), .fenced,
+        blames: false)
       let refused = queue.removeAll { $0 == slice }
       sendSlice = queue.first
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
@@ -286,7 +297,7 @@ extension TCPEndpoint {
       disconnect(
         EngineError(
           .protocolViolation,
-          "\(what): the answer is no status frame: the peer speaks another protocol"))
+          "\(what): the answer is no status frame: the peer speaks another protocol"), .open)
       peer.reportTrouble()
     }
   }
@@ -294,7 +305,8 @@ extension TCPEndpoint {
   private func talksOutOfTurn() {
     disconnect(
       EngineError(
-        .protocolViolation, "\(peer.description): the peer sent bytes that nobody asked for"))
+        .protocolViolation, "\(peer.description): the peer sent bytes that nobody asked for"),
+      .open)
   }
 
   private func receiveFailed(_ error: Errno) {
@@ -304,22 +316,36 @@ extension TCPEndpoint {
         + "the destination memory is not writable"
       return failSlice(slice, .failed(.invalidArgument), reason)
     }
-    disconnect(EngineError(.unreachable, "\(peer.description): waiting for an answer: \(error)"))
+    disconnect(
+      EngineError(.unreachable, "\(peer.description): waiting for an answer: \(error)"),
+      ending(error))
   }
 
   private func endOfStream() {
-    if peer.isOneShot, let slice = queue.first, slice.pointee.opcode == .write, sentCount > 0 {
+    if peer.isOneShot, let slice = queue.first, slice.pointee.opcode == .write, sentCount > 0,
+      hasPeerReadEverything
+    {
       endFirst(.completed)
       return finishOneShot()
     }
     let progress = receiveOffset > 0 ? " after \(receiveOffset) bytes of an answer" : ""
     disconnect(
-      EngineError(.unreachable, "\(peer.description): the peer closed the connection\(progress)"))
+      EngineError(.unreachable, "\(peer.description): the peer closed the connection\(progress)"),
+      .fenced)
+  }
+
+  /// Whether the peer's kernel has acknowledged all data that was sent. A peer that closes with
+  /// some of it unread resets the connection, and what comes after a close is never acknowledged:
+  /// so before an orderly end of the stream this means that the peer has read it. The end of this
+  /// side's stream counts as a byte.
+  private var hasPeerReadEverything: Bool {
+    var unacknowledged: Int32 = 0
+    return ioctl(descriptor, UInt(TIOCOUTQ), &unacknowledged) == 0 && unacknowledged <= 1
   }
 
   /// Version 1 servers up to 0.3.9 close after each request, so every request gets a connection.
   private func finishOneShot() {
     closeSocket()
-    if queue.isEmpty { earliestDeadline = .max }
+    if !hasSlices { earliestDeadline = .max }
   }
 }

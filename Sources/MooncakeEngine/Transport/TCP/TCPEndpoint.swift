@@ -30,8 +30,10 @@ package final class TCPEndpoint: @unchecked Sendable {
   package let load = Atomic<Int>(0)
 
   var queue = SliceQueue()
+  /// Writes that wait until nothing of an earlier one can land where they go.
+  var held = SliceQueue()
   var state = State.idle
-  private var socket: Socket?
+  var socket: Socket?
   /// The socket's descriptor while there is one.
   private(set) var descriptor: Int32 = -1
   var token: UInt64 = 0
@@ -50,7 +52,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   /// After a fault one slice goes alone, so that the fault is known to be its own.
   var sendsAlone = false
   var receivesAlone = false
-  /// A bound below every queued slice's deadline.
+  /// A bound below the deadline of every slice, queued or held.
   var earliestDeadline = UInt64.max
   var failingSince: UInt64 = 0
   var restNanoseconds: UInt64 = 0
@@ -69,6 +71,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   static let failureWindowNanoseconds: UInt64 = 3_000_000_000
   static let firstRestNanoseconds: UInt64 = 5_000_000
   static let longestRestNanoseconds: UInt64 = 500_000_000
+  static let patienceMilliseconds: Int32 = 24 * 3600 * 1000
 
   init(peer: TCPPeer, loop: TCPClientLoop) {
     self.peer = peer
@@ -89,9 +92,15 @@ package final class TCPEndpoint: @unchecked Sendable {
     return false
   }
 
+  var hasSlices: Bool { !queue.isEmpty || !held.isEmpty }
+
+  /// How many slices of the queue the connection carries, whole or in part.
+  var onWireCount: Int { sentCount + (sendOffset > 0 ? 1 : 0) }
+
   /// Takes over what other threads queued.
   func takeInbox() {
     var new = inbox.takeAll()
+    if !new.isEmpty && !peer.unfenced.isEmpty { hold(&new) }
     guard let first = new.first else { return }
     var slice: SlicePointer? = first
     while let current = slice {
@@ -175,6 +184,9 @@ extension TCPEndpoint {
       let socket = try Socket(family: address.family)
       socket.setNoDelay()
       if address.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
+      // Deadlines decide how long a peer is waited for. A connection that the kernel gives up
+      // leaves open what becomes of its writes.
+      socket.setPatience(milliseconds: Self.patienceMilliseconds)
       try socket.startConnect(to: address)
       token = try loop.watch(socket.rawValue, events: Epoll.writable | Epoll.readable, for: self)
       wantsWritable = true
@@ -201,7 +213,7 @@ extension TCPEndpoint {
     _ = send()
   }
 
-  private func connectFailed(_ error: Errno) {
+  func connectFailed(_ error: Errno) {
     loop.counters.clientConnectFailures.wrappingAdd(1, ordering: .relaxed)
     lastError = describeConnect(error)
     closeSocket()
@@ -218,7 +230,7 @@ extension TCPEndpoint {
   }
 
   /// Waits before the next connect; gives up on what is queued when the peer has failed too long.
-  private func rest() {
+  func rest() {
     let now = Clock.now()
     if failingSince == 0 { failingSince = now }
     restNanoseconds = min(
@@ -227,14 +239,18 @@ extension TCPEndpoint {
     peer.reportTrouble()
     if now - failingSince >= Self.failureWindowNanoseconds {
       let error = lastError
-      while !queue.isEmpty { endFirst(.failed(error.code), reason: error.message) }
+      endAll(queue.takeAll(), .failed(error.code), error.message)
+      endAll(held.takeAll(), .failed(error.code), error.message)
       earliestDeadline = .max
       sendSlice = nil
     }
   }
 
-  func closeSocket() {
-    guard let socket = socket.take() else { return }
+  func closeSocket() { _ = takeSocket() }
+
+  /// Takes the connection out of use; it is closed with the result.
+  func takeSocket() -> Socket? {
+    guard let socket = socket.take() else { return nil }
     loop.unwatch(socket.rawValue, token: token)
     if case .connected = state {
       loop.counters.clientConnections.wrappingSubtract(1, ordering: .relaxed)
@@ -244,12 +260,13 @@ extension TCPEndpoint {
     wantsWritable = false
     lowWater = 1
     rewind()
+    return socket
   }
 
   /// The next connection sends everything from the start.
-  private func rewind() {
+  func rewind() {
     var cursor = queue.first
-    for _ in 0..<sentCount + (sendOffset > 0 ? 1 : 0) {
+    for _ in 0..<onWireCount {
       guard let slice = cursor else { break }
       slice.pointee.wasSent = true
       cursor = slice.pointee.next
@@ -281,146 +298,8 @@ extension TCPEndpoint {
     if count >= 0 || errno != EAGAIN { closeIdle() }
   }
 
-  /// Takes the connection out of use after an error and decides what becomes of its slices.
-  func disconnect(_ error: EngineError, blames: Bool = true) {
-    loop.counters.clientDisconnects.wrappingAdd(1, ordering: .relaxed)
-    lastError = error
-    var sent = sentCount + (sendOffset > 0 ? 1 : 0)
-    closeSocket()
-    if blames {
-      // Slices on the wire may be tried again, but not forever.
-      let exhausted = queue.removeAll { slice in
-        defer { sent -= 1 }
-        guard sent > 0 else { return false }
-        slice.pointee.attempts += 1
-        return slice.pointee.attempts >= Self.attemptLimit
-      }
-      endAll(exhausted, .failed(error.code), error.message)
-      sendSlice = queue.first
-      loop.counters.retries.wrappingAdd(UInt64(queue.count), ordering: .relaxed)
-      rest()
-    }
-  }
-
   func endAll(_ slices: consuming SliceQueue, _ outcome: Outcome, _ reason: String) {
     var slices = slices
     while let slice = slices.popFirst() { end(slice, outcome, reason: reason) }
-  }
-}
-
-// MARK: - Deadlines, cancellation, retirement
-
-extension TCPEndpoint {
-  /// When the endpoint needs attention although nothing happens on its socket.
-  var nextTimer: UInt64 {
-    switch state {
-    case .connecting(let until), .resting(let until): min(until, earliestDeadline)
-    case .idle: queue.isEmpty ? .max : 0
-    case .connected: earliestDeadline
-    }
-  }
-
-  /// Does what `nextTimer` announced.
-  func attend(_ now: UInt64, sweeps: Bool) {
-    if case .connecting(let until) = state, now >= until { connectFailed(.timedOut) }
-    if sweeps || now >= earliestDeadline { sweep(now) }
-    switch state {
-    case .idle, .resting: _ = progress()
-    case .connecting, .connected: break
-    }
-  }
-
-  /// Ends slices whose deadline has passed or whose batch is canceled, and hands over the rest of a
-  /// retired peer.
-  func sweep(_ now: UInt64) {
-    func isDue(_ slice: SlicePointer) -> Bool {
-      slice.pointee.deadline <= now || slice.pointee.batch.isCancelRequested
-    }
-    // Only then is the socket closed: afterwards no byte arrives for what is ended below.
-    let phases = describeProgress()
-    var index = 0
-    let sentBound = sentCount + (sendOffset > 0 ? 1 : 0)
-    var breaksConnection = false
-    var cursor = queue.first
-    while let slice = cursor, index < sentBound {
-      if isDue(slice) { breaksConnection = true }
-      cursor = slice.pointee.next
-      index += 1
-    }
-    if breaksConnection { disconnect(lastError, blames: false) }
-    var due = queue.removeAll(where: isDue)
-    sendSlice = breaksConnection ? queue.first : firstUnsent
-    earliestDeadline = .max
-    cursor = queue.first
-    while let slice = cursor {
-      earliestDeadline = min(earliestDeadline, slice.pointee.deadline)
-      cursor = slice.pointee.next
-    }
-    while let slice = due.popFirst() {
-      if slice.pointee.batch.isCancelRequested {
-        end(slice, .canceled, reason: "\(peer.description): canceled")
-      } else {
-        end(slice, .timeout, reason: describeTimeout(slice, phases))
-      }
-    }
-    if peer.isRetired { retire() }
-  }
-
-  /// The list below the sent bound is unchanged when nothing there was due.
-  private var firstUnsent: SlicePointer? {
-    var cursor = queue.first
-    var index = 0
-    while let slice = cursor, index < sentCount {
-      cursor = slice.pointee.next
-      index += 1
-    }
-    return cursor
-  }
-
-  private func describeProgress() -> String {
-    switch state {
-    case .idle: return "waiting for a connection"
-    case .connecting: return "connecting"
-    case .resting: return "waiting to connect again after: \(lastError.message)"
-    case .connected:
-      if receiveOffset > 0 { return "receiving the answer, \(receiveOffset) bytes of it arrived" }
-      if sentCount > 0 { return "waiting for the peer's answer" }
-      return sendOffset > 0 ? "sending, \(sendOffset) bytes are out" : "waiting to be sent"
-    }
-  }
-
-  private func describeTimeout(_ slice: SlicePointer, _ phase: String) -> String {
-    "\(peer.description): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
-      + "0x\(String(slice.pointee.remote, radix: 16)): deadline passed while \(phase)"
-      + (lastError.code == .system ? "" : ": is the peer alive and the timeout long enough?")
-  }
-
-  private func retire() {
-    if queue.isEmpty { return closeSocket() }
-    guard let successor = peer.successor else { return }
-    if case .connected = state { disconnect(lastError, blames: false) } else { closeSocket() }
-    state = .idle
-    var moved = queue
-    queue = SliceQueue()
-    rewind()
-    earliestDeadline = .max
-    while let slice = moved.popFirst() {
-      load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
-      if slice.pointee.wasSent && successor.isRestarted {
-        loop.count(slice, .failed(.unreachable))
-        Batch.end(
-          slice, .failed(.unreachable),
-          reason: "\(peer.description): the peer restarted in mid-transfer; its buffers are new")
-      } else {
-        successor.resubmit(slice)
-      }
-    }
-  }
-
-  /// Ends everything; the loop is stopping.
-  func shutDown() {
-    takeInbox()
-    closeSocket()
-    while !queue.isEmpty { endFirst(.canceled, reason: "\(peer.description): engine destroyed") }
   }
 }

@@ -30,6 +30,8 @@ package final class TCPPeer: Sendable {
   package let usesAcknowledgments: Bool
   /// Whether its bytes only go from one process of this host to another.
   package let isLocal: Bool
+  /// Where its process may still store earlier writes; shared by all peers that lead to it.
+  package let unfenced: UnfencedRanges
   private let addresses: [SocketAddress]
   private let attempts = Atomic<Int>(0)
   private let handlers: Handlers
@@ -41,12 +43,14 @@ package final class TCPPeer: Sendable {
 
   /// `addresses` is not empty.
   package init(
-    segmentName: String, addresses: [SocketAddress], usesAcknowledgments: Bool, handlers: Handlers
+    segmentName: String, addresses: [SocketAddress], usesAcknowledgments: Bool,
+    unfenced: UnfencedRanges, handlers: Handlers
   ) {
     description = "tcp peer \(addresses[0]) (segment \(segmentName))"
     self.addresses = addresses
     isLocal = addresses.allSatisfy(\.isLoopback)
     self.usesAcknowledgments = usesAcknowledgments
+    self.unfenced = unfenced
     self.handlers = handlers
   }
 

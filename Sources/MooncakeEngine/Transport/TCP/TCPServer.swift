@@ -101,8 +101,7 @@ package final class TCPServer: @unchecked Sendable {
   private func admit(_ socket: consuming Socket, to loop: TCPServerLoop) {
     socket.setNoDelay()
     // A peer that vanished without a word frees its connection within minutes.
-    try? socket.set(SOL_SOCKET, SO_KEEPALIVE, 1)
-    try? socket.set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, 60)
+    socket.keepAlive(idleSeconds: 60)
     guard let peer = try? socket.peerAddress() else { return }
     if peer.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
     loop.adopt(socket, peer: peer.description)

@@ -272,6 +272,8 @@ package final class TCPCounters: Sendable {
   package let clientConnectFailures = Atomic<UInt64>(0)
   package let clientDisconnects = Atomic<UInt64>(0)
   package let retries = Atomic<UInt64>(0)
+  /// Connections given up with unanswered writes, which the peer has not closed yet.
+  package let fences = Atomic<Int>(0)
   package let readBytes = Atomic<UInt64>(0)
   package let writtenBytes = Atomic<UInt64>(0)
   package let completedSlices = Atomic<UInt64>(0)

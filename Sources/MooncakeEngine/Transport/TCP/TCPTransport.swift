@@ -28,6 +28,9 @@ package final class TCPTransport: @unchecked Sendable {
   private let settings: Settings
   /// Peers that connections were made for.
   private let peerCount = Atomic(0)
+  private struct Weak { weak var ranges: UnfencedRanges? }
+  /// By the process that is written to.
+  private let unfenced = Lock<[String: Weak]>([:])
 
   /// Serves on `listener` and starts the client threads.
   package init(
@@ -79,12 +82,28 @@ package final class TCPTransport: @unchecked Sendable {
     let peer = TCPPeer(
       segmentName: descriptor.name, addresses: addresses,
       usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
-      handlers: handlers)
+      unfenced: unfencedRanges(of: descriptor, addresses[0]), handlers: handlers)
     // Many peers with little each must not all be left to one loop.
     let peerIndex = peerCount.wrappingAdd(1, ordering: .relaxed).oldValue
     return TCPConnectionGroup(
       peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops,
       firstLoop: peerIndex % loops.count)
+  }
+
+  /// What is open with the process behind a descriptor: one that moved, or whose segment was closed
+  /// and is opened again, has the same memory.
+  private func unfencedRanges(
+    of descriptor: SegmentDescriptor, _ address: SocketAddress
+  ) -> UnfencedRanges {
+    let process =
+      descriptor.incarnation != 0 ? String(descriptor.incarnation, radix: 16) : "\(address)"
+    return unfenced.withLock { table in
+      if let known = table[process]?.ranges { return known }
+      let new = UnfencedRanges()
+      table = table.filter { $0.value.ranges != nil }
+      table[process] = Weak(ranges: new)
+      return new
+    }
   }
 
   private static func dataHost(of descriptor: SegmentDescriptor) -> String {

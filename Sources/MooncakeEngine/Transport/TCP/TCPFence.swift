@@ -1,0 +1,89 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+
+/// A connection that was given up with unanswered writes on it.
+///
+/// This side has ended its stream and discards what still arrives, for a peer that is blocked on
+/// sending an answer never gets to the end of its input. Servers of every release read in order,
+/// store straight into place, and close at the end of input or of the process: the peer's end of
+/// stream, or a reset that was received, means that nothing of the connection can land any more.
+/// Confined to the driver of its loop.
+final class TCPFence {
+  enum Progress {
+    case open
+    /// The peer has closed the connection.
+    case closed
+    /// The kernel gave it up; the peer may still have data of it.
+    case lost(Errno)
+  }
+
+  let descriptor: Int32
+  let token: UInt64
+  /// When writes stop to wait for it.
+  let expiry: UInt64
+  var isOverdue = false
+  private let socket: Socket
+  private let ranges: UnfencedRanges
+  private let entry: UInt64
+  private let peerDescription: String
+
+  /// How long writes wait for the peer to close.
+  static let waitNanoseconds: UInt64 = 10_000_000_000
+  /// Kernels since 6.15 try again at least this often, so that the end of an outage is noticed.
+  private static let longestRetryMilliseconds: Int32 = 2000
+  private static let longestRetryOption: Int32 = 44
+  /// What is discarded before others have their turn.
+  private static let turnBytes = 4 << 20
+
+  init(
+    _ socket: consuming Socket, token: UInt64, expiry: UInt64, peer: TCPPeer,
+    unanswered: [Range<UInt64>]
+  ) {
+    socket.shutdownWrite()
+    try? socket.set(Int32(IPPROTO_TCP), Self.longestRetryOption, Self.longestRetryMilliseconds)
+    // A host that vanished while nothing was under way is only noticed by asking.
+    socket.keepAlive(idleSeconds: 60)
+    descriptor = socket.rawValue
+    self.socket = socket
+    self.token = token
+    self.expiry = expiry
+    ranges = peer.unfenced
+    peerDescription = peer.description
+    entry = peer.unfenced.add(unanswered, isOverdue: false)
+  }
+
+  /// Discards what has arrived.
+  func progress(_ scratch: UnsafeMutableRawPointer, _ byteCount: Int) -> Progress {
+    var left = Self.turnBytes
+    while left > 0 {
+      let count = recv(descriptor, scratch, byteCount, 0)
+      if count == 0 { return .closed }
+      if count > 0 {
+        left -= count
+        continue
+      }
+      let error = Errno.current
+      switch error.rawValue {
+      case EINTR: continue
+      case EAGAIN: return .open
+      case ECONNRESET, EPIPE: return .closed
+      default: return .lost(error)
+      }
+    }
+    return .open
+  }
+
+  /// Writes to the ranges may go on.
+  func lift() { ranges.remove(entry) }
+
+  /// Writes that wait for it must not wait any longer.
+  func giveUp(_ reason: String) {
+    if isOverdue { return }
+    isOverdue = true
+    Log.warning(
+      "\(peerDescription): a connection with unanswered writes was given up and \(reason); "
+        + "writes to the same memory fail until the peer closes it or restarts")
+    ranges.markOverdue(entry)
+  }
+}
