@@ -107,9 +107,10 @@ class Faults:
         """Short deadlines and freezes at random: what a completed write has stored stays."""
         if lab.SELF_CHECK:
             self.skipTest("the original promises no order here")
+        pieces = [[0, self.stock.address, 4 * MIB]]
+        transfer = {"peer": self.stock.segment, "operation": "write", "pieces": pieces}
+        self.assertEqual(self.ours.ask("transfer", **transfer)["code"], 0)
         for round in range(6):
-            pieces = [[0, self.stock.address, 4 * MIB]]
-            transfer = {"peer": self.stock.segment, "operation": "write", "pieces": pieces}
             self.ours.ask("fill", offset=0, length=4 * MIB, seed=f"early {round}")
             self.stock.stop()
             timeout = DEADLINE if self.api == "dropin" else 0.2
