@@ -101,38 +101,27 @@ private func compatibleFailure(
   // Programs know no other place to look than the log, which is locked while its callback runs.
   if !ThreadState.isInsideLogCallback, error.code != .busy, !error.isLogged {
     let message = ThreadState.message.map { String(cString: $0) }
-    CompatibilityLog.shared.warning(message ?? error.message)
+    CompatibilityLog.warning(message ?? error.message)
   }
   return error.code.compatible
 }
 
 /// Why calls failed. A program that repeats a bad call does not fill the log.
-final class CompatibilityLog: Sendable {
-  static let shared = CompatibilityLog()
-  private struct State: Sendable {
-    var windowStart: UInt64 = 0
-    var lineCount = 0
-    var omittedCount = 0
-  }
-  private let state = Lock(State())
+private enum CompatibilityLog {
+  // No lock: the child of a fork would find it as it was. A line more or less does not matter.
+  private static let second = Atomic<UInt64>(0)
+  private static let lineCount = Atomic<Int>(0)
+  private static let omittedCount = Atomic<Int>(0)
   private static let linesPerSecond = 20
 
-  func warning(_ line: String) {
-    let omitted: Int? = state.withLock { state in
-      let now = Clock.now()
-      if now &- state.windowStart >= 1_000_000_000 {
-        state.windowStart = now
-        state.lineCount = 0
-      }
-      state.lineCount += 1
-      if state.lineCount > Self.linesPerSecond {
-        state.omittedCount += 1
-        return nil
-      }
-      defer { state.omittedCount = 0 }
-      return state.omittedCount
+  static func warning(_ line: String) {
+    let now = Clock.now() / 1_000_000_000
+    if second.exchange(now, ordering: .relaxed) != now { lineCount.store(0, ordering: .relaxed) }
+    if lineCount.wrappingAdd(1, ordering: .relaxed).newValue > linesPerSecond {
+      omittedCount.wrappingAdd(1, ordering: .relaxed)
+      return
     }
-    guard let omitted else { return }
+    let omitted = omittedCount.exchange(0, ordering: .relaxed)
     Log.warning(omitted == 0 ? line : "\(line) (\(omitted) such lines were left out)")
   }
 }

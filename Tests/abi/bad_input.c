@@ -342,6 +342,9 @@ static void bad_requests(mooncake_engine_t *engine, unsigned char *memory) {
   EXPECT_SUBMIT(range, target_offset, UINT64_MAX - 10);
   EXPECT_SUBMIT(range, length, UINT64_MAX);
   EXPECT_SUBMIT(range, length, UINT64_MAX - (uint64_t)(uintptr_t)memory);
+  /* Out of a registered buffer, and into one. */
+  EXPECT_SUBMIT(ONLY(NOT_REGISTERED), source, memory + LENGTH - 4095);
+  EXPECT_SUBMIT(ONLY(NOT_REGISTERED), source, memory - 1);
 #undef EXPECT_SUBMIT
   *bad = good;
   EXPECT(INVALID, mooncake_batch_submit(engine, batch, NULL, 1, 0));

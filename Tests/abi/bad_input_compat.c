@@ -250,6 +250,12 @@ static void bad_requests(transfer_engine_t engine, unsigned char *memory) {
   EXPECT_SUBMIT(length, UINT64_MAX);
   EXPECT_SUBMIT(target_offset, UINT64_MAX - 10);
 #undef EXPECT_SUBMIT
+  /* Out of a registered buffer, and into one. */
+  requests[1] = good;
+  requests[1].source = memory + LENGTH - 4095;
+  EXPECT(3, submitTransfer(engine, batch, requests, 2));
+  requests[1].source = memory - 1;
+  EXPECT(3, submitTransferWithNotify(engine, batch, requests, 2, message));
   requests[1] = good;
   EXPECT(1, submitTransfer(engine, batch, NULL, 1));
   EXPECT(2, submitTransfer(engine, batch, requests, 5));
