@@ -254,15 +254,17 @@ extension TransferEngine: BatchAnnouncer {
     _ callback: @escaping Batch.Callback, of batch: Batch, status: BatchStatus
   ) {
     let id = batch.id
-    _ = callbacks.run { callback(id, status) }
+    if callbacks.run({ callback(id, status) }) { return }
+    Log.error("the callback of batch \(id) is not called: the engine was destroyed")
   }
 
   package func deliver(_ pending: Batch.PendingNotification, of batch: Batch) {
     let isRunning = workers.run { [self] in
       do throws(EngineError) {
         let name = try segments.segment(pending.segment).name
+        let deadline = Deadline(nanoseconds: pending.deadline)
         try RPCClient.notify(
-          name, pending.notification, deadline: Deadline(nanoseconds: pending.deadline),
+          rpcAddress(of: name, deadline: deadline), pending.notification, deadline: deadline,
           cancellation: closeEvent.descriptor.rawValue)
         batch.endNotification(nil)
       } catch {

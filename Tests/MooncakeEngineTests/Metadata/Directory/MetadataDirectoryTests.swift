@@ -67,6 +67,31 @@ struct MetadataDirectoryTests {
     #expect(try service.listAll(prefix: "", call).entries.isEmpty)
   }
 
+  /// A name is no address: the service says where a notification goes.
+  @Test func notificationsByName() throws {
+    let server = try start()
+    defer { server.stop() }
+    let target = try engine(server, "target")
+    defer { target.close() }
+    let actor = try engine(server, "actor")
+    defer { actor.close() }
+    let memory = GuardedMemory(64)
+    try target.register(memory.address, length: 64, access: .remoteWrite)
+    let segment = try actor.openSegment("target")
+    let local = GuardedMemory(64)
+    let request = TransferRequest(
+      opcode: .write, segment: segment, source: local.address,
+      targetOffset: UInt64(UInt(bitPattern: memory.address)), length: 64)
+    let sent = Notification(name: "n", message: "m")
+    let batch = try actor.createBatch(capacity: 1)
+    try actor.submit(batch, [request], notification: sent)
+    let status = try actor.wait(batch, timeoutMilliseconds: 5000)
+    #expect(status.state == .completed, "\(actor.failureMessage(of: batch))")
+    #expect(target.receiveNotification() == sent)
+    try actor.notify(segment, sent)
+    #expect(target.receiveNotification() == sent)
+  }
+
   @Test func manyRegistrationsAtOnce() throws {
     let server = try start()
     defer { server.stop() }
