@@ -9,8 +9,7 @@ package struct Epoll: ~Copyable, Sendable {
   package static let writable = EPOLLOUT.rawValue
 
   package init() throws(Errno) {
-    descriptor = FileDescriptor(
-      owning: try retryingInterrupts { epoll_create1(Int32(EPOLL_CLOEXEC)) })
+    descriptor = try FileDescriptor(opening: { epoll_create1(Int32(EPOLL_CLOEXEC)) })
   }
 
   /// Starts to watch a descriptor, level-triggered; `token` comes back with each event.

@@ -5,7 +5,12 @@ import Glibc
 package struct FileDescriptor: ~Copyable, Sendable {
   package let rawValue: Int32
 
-  /// Takes ownership of a valid descriptor.
+  /// Takes ownership of what a system call returns, which is repeated while a signal interrupts it.
+  package init(opening call: () -> Int32) throws(Errno) {
+    rawValue = try Self.aboveStandard(try retryingInterrupts(call))
+  }
+
+  /// Takes ownership of a valid descriptor that has passed `aboveStandard`.
   package init(owning rawValue: Int32) {
     precondition(rawValue >= 0)
     self.rawValue = rawValue
@@ -24,8 +29,28 @@ package struct FileDescriptor: ~Copyable, Sendable {
   package static func open(
     _ path: String, flags: Int32, mode: mode_t = 0o600
   ) throws(Errno) -> FileDescriptor {
-    FileDescriptor(
-      owning: try retryingInterrupts { Glibc.open(path, flags | O_CLOEXEC, mode) })
+    try FileDescriptor(opening: { Glibc.open(path, flags | O_CLOEXEC, mode) })
+  }
+
+  /// Gives a descriptor of 0, 1 or 2 another number, which the host may have left free: whoever
+  /// prints in this process would write into our socket. On failure it is closed.
+  package static func aboveStandard(_ descriptor: Int32) throws(Errno) -> Int32 {
+    if descriptor > STDERR_FILENO { return descriptor }
+    let moved = fcntl(descriptor, F_DUPFD_CLOEXEC, STDERR_FILENO + 1)
+    let error = Errno.current
+    _ = Glibc.close(descriptor)
+    if moved < 0 { throw error }
+    return moved
+  }
+
+  /// Opens `/dev/null` for each of 0, 1 and 2 that is closed, before a library is called that opens
+  /// descriptors of its own.
+  package static func fillStandard() {
+    for descriptor in STDIN_FILENO...STDERR_FILENO where fcntl(descriptor, F_GETFD) < 0 {
+      let null = Glibc.open("/dev/null", O_RDWR | O_CLOEXEC)
+      // Another thread was faster.
+      if null > STDERR_FILENO { _ = Glibc.close(null) }
+    }
   }
 }
 
@@ -34,8 +59,7 @@ package struct EventFD: ~Copyable, Sendable {
   package let descriptor: FileDescriptor
 
   package init() throws(Errno) {
-    descriptor = FileDescriptor(
-      owning: try retryingInterrupts { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) })
+    descriptor = try FileDescriptor(opening: { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) })
   }
 
   /// Makes the descriptor readable.

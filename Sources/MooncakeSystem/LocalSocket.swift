@@ -14,7 +14,7 @@ package struct LocalSocket: ~Copyable, Sendable {
     let type =
       Int32(SOCK_SEQPACKET.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
       | Int32(SOCK_CLOEXEC.rawValue)
-    descriptor = FileDescriptor(owning: try retryingInterrupts { socket(AF_UNIX, type, 0) })
+    descriptor = try FileDescriptor(opening: { socket(AF_UNIX, type, 0) })
   }
 
   /// Listens under a name.
@@ -37,7 +37,10 @@ package struct LocalSocket: ~Copyable, Sendable {
     let flags = Int32(SOCK_NONBLOCK.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
     while true {
       let result = linux_accept(rawValue, flags)
-      if result >= 0 { return LocalSocket(owning: FileDescriptor(owning: result)) }
+      if result >= 0 {
+        let descriptor = try FileDescriptor.aboveStandard(result)
+        return LocalSocket(owning: FileDescriptor(owning: descriptor))
+      }
       switch errno {
       case EAGAIN: return nil
       case EINTR, ECONNABORTED: continue
@@ -74,7 +77,21 @@ package struct LocalSocket: ~Copyable, Sendable {
       linux_receive_message(
         rawValue, bytes.baseAddress, bytes.count, &descriptors, &descriptorCount)
     }
-    return (count, Array(descriptors.prefix(descriptorCount)))
+    return (count, try Self.aboveStandard(descriptors.prefix(descriptorCount)))
+  }
+
+  /// On failure all are closed.
+  private static func aboveStandard(_ descriptors: ArraySlice<Int32>) throws(Errno) -> [Int32] {
+    var result: [Int32] = []
+    for (index, descriptor) in zip(descriptors.indices, descriptors) {
+      do throws(Errno) {
+        result.append(try FileDescriptor.aboveStandard(descriptor))
+      } catch {
+        for other in result + descriptors[(index + 1)...] { _ = close(other) }
+        throw error
+      }
+    }
+    return result
   }
 
   /// Waits until a message or the end has arrived.

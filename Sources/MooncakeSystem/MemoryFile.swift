@@ -12,10 +12,8 @@ package struct MemoryFile: ~Copyable, Sendable {
   /// Makes zeroed memory of a whole number of pages.
   package init(name: String, byteCount: Int) throws(Errno) {
     let size = try MemoryMapping.roundedToPages(byteCount)
-    let file = FileDescriptor(
-      owning: try retryingInterrupts {
-        memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING))
-      })
+    let file = try FileDescriptor(
+      opening: { memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING)) })
     _ = try retryingInterrupts { ftruncate(file.rawValue, size) }
     if fcntl(file.rawValue, F_ADD_SEALS, Self.sizeSeals) != 0 { throw Errno.current }
     descriptor = file

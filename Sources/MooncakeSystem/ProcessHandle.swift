@@ -8,7 +8,7 @@ package struct ProcessHandle: ~Copyable, Sendable {
 
   package init(_ id: pid_t) throws(Errno) {
     self.id = id
-    descriptor = FileDescriptor(owning: try retryingInterrupts { linux_pidfd_open(id) })
+    descriptor = try FileDescriptor(opening: { linux_pidfd_open(id) })
   }
 
   /// Becomes readable when the process has ended.

@@ -13,7 +13,7 @@ package struct Socket: ~Copyable, Sendable {
     let type =
       Int32(SOCK_STREAM.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
       | Int32(SOCK_CLOEXEC.rawValue)
-    descriptor = FileDescriptor(owning: try retryingInterrupts { socket(family, type, 0) })
+    descriptor = try FileDescriptor(opening: { socket(family, type, 0) })
   }
 
   /// Listens on an address; port 0 lets the system choose. No address reuse beyond TIME_WAIT: two
@@ -42,7 +42,10 @@ package struct Socket: ~Copyable, Sendable {
     let flags = Int32(SOCK_NONBLOCK.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
     while true {
       let result = linux_accept(rawValue, flags)
-      if result >= 0 { return Socket(owning: FileDescriptor(owning: result)) }
+      if result >= 0 {
+        let descriptor = try FileDescriptor.aboveStandard(result)
+        return Socket(owning: FileDescriptor(owning: descriptor))
+      }
       let error = Errno.current
       switch error.rawValue {
       case EAGAIN: return nil

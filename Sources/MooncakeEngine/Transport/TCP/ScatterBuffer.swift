@@ -23,8 +23,8 @@ package struct ScatterBuffer: ~Copyable {
   package static let byteCount = 256 << 10
 
   package init() throws(Errno) {
-    let file = FileDescriptor(
-      owning: try retryingInterrupts { memfd_create("mooncake-input", UInt32(MFD_CLOEXEC)) })
+    let file = try FileDescriptor(
+      opening: { memfd_create("mooncake-input", UInt32(MFD_CLOEXEC)) })
     let descriptor = file.rawValue
     _ = try retryingInterrupts { ftruncate(descriptor, Self.byteCount) }
     let mapping = try MemoryMapping.shared(descriptor, byteCount: Self.byteCount, writable: true)
