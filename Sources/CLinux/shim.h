@@ -70,10 +70,15 @@ static inline int linux_prefer_node(void *address, size_t length, unsigned node)
 
 static inline int linux_gettid(void) { return (int)syscall(SYS_gettid); }
 
-// The calling thread's number, asked of the kernel once.
-static inline int linux_thread_number(void) {
+// The calling thread's number, asked of the kernel once in each process: `generation` tells the
+// child of a fork from its parent.
+static inline int linux_thread_number(uint32_t generation) {
   static __thread int number;
-  if (number == 0) number = linux_gettid();
+  static __thread uint32_t known;
+  if (known != generation) {
+    number = linux_gettid();
+    known = generation;
+  }
   return number;
 }
 

@@ -8,6 +8,7 @@ import MooncakeEngine
 func nativeCall(
   function: StaticString = #function, _ body: () throws(EngineError) -> Void
 ) -> Int32 {
+  Globals.prepare()
   do throws(EngineError) {
     try body()
     return 0
@@ -54,10 +55,11 @@ private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
 /// Makes a failure the thread's message; who debugs sees it in the log as well.
 @inline(never)
 func report(_ function: StaticString, _ cause: String) {
+  Globals.prepare()
   ThreadState.setMessage(function, cause)
   // The log is locked while its callback runs.
   if ThreadState.isInsideLogCallback { return }
-  Log.debug(ThreadState.message.map { String(cString: $0) } ?? cause)
+  Log.unlimited(.debug, ThreadState.message.map { String(cString: $0) } ?? cause)
 }
 
 /// The number that a handle of mooncake.h stands for.

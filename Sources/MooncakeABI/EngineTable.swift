@@ -2,6 +2,7 @@
 // nothing a caller passes is ever dereferenced, and a stale handle is told apart from a live one.
 import Glibc
 import MooncakeEngine
+import MooncakeSystem
 import Synchronization
 
 /// What a handle was given out for; one header's handle is a wrong one to the other's functions.
@@ -24,7 +25,13 @@ final class EngineRecord: Sendable {
 final class EngineTable: @unchecked Sendable {
   // Unchecked: a slot's record is written by the thread that holds the slot reserved or closing,
   // and read only by its counted users.
-  static let shared = EngineTable()
+  static var shared: EngineTable {
+    @inline(__always) get {
+      Globals.prepare()
+      return table
+    }
+  }
+  private static let table = EngineTable()
   static let capacity = 1024
 
   private struct Slot: ~Copyable {
@@ -55,19 +62,15 @@ final class EngineTable: @unchecked Sendable {
     for index in 0..<Self.capacity { (slots + index).initialize(to: Slot()) }
   }
 
-  /// Set up by the first engine, when `shared` surely exists: its initializer must not be what the
-  /// child of a fork waits for.
-  private static let forkHandler: Int32 = pthread_atfork(nil, nil) {
-    EngineTable.shared.forgetEverything()
+  static func prepare() {
+    _ = table
+    Fork.inChild { EngineTable.table.forgetEverything() }
   }
 
   /// Makes an engine and a handle for it.
   func insert(
     _ kind: HandleKind, _ make: () throws(EngineError) -> TransferEngine
   ) throws(EngineError) -> UInt64 {
-    if Self.forkHandler != 0 {
-      throw EngineError(.outOfMemory, "the fork handler could not be registered")
-    }
     guard let index = reserve() else {
       throw EngineError(
         .full, "the process has \(Self.capacity) engines already: destroy one first")

@@ -12,6 +12,11 @@ enum GracefulShutdown {
   private static let request = Futex()
   private static let exitHandler: Int32 = atexit { endEngines() }
 
+  static func prepare() {
+    _ = request.value
+    _ = exitHandler
+  }
+
   /// Puts handlers and watcher in place, once a process.
   static func enable() throws(EngineError) {
     let process = getpid()

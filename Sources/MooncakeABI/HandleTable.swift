@@ -34,16 +34,23 @@ final class HandleTable: Sendable {
 
   // Replaced only in a forked child, before it has a second thread: another thread of the parent
   // may have held the lock at the fork, and the objects' threads do not exist there.
-  private(set) nonisolated(unsafe) static var shared: HandleTable = {
-    pthread_atfork(nil, nil) { forget() }
-    return HandleTable()
-  }()
+  private nonisolated(unsafe) static var current = HandleTable()
+
+  static var shared: HandleTable {
+    Globals.prepare()
+    return current
+  }
+
+  static func prepare() {
+    _ = current
+    Fork.inChild { HandleTable.forget() }
+  }
 
   private static func forget() {
     // Its objects must not be ended: their threads cannot be joined.
-    _ = Unmanaged.passRetained(shared)
-    shared = HandleTable()
-    shared.state.withLock { $0.last = UInt64(getpid()) << 32 }
+    _ = Unmanaged.passRetained(current)
+    current = HandleTable()
+    current.state.withLock { $0.last = UInt64(getpid()) << 32 }
   }
 
   /// Makes an object and a handle for it.

@@ -7,7 +7,7 @@ let maximumNameBytes = 4096
 
 /// Longest notification text accepted, in bytes: name and JSON around it must fit one RPC message
 /// as well. What a peer takes may be less.
-let maximumMessageBytes = Notification.byteLimit
+var maximumMessageBytes: Int { Notification.byteLimit }
 
 /// Copies a required, non-empty text.
 func requiredText(

@@ -44,6 +44,8 @@ struct ThreadState {
 
   private init() {}
 
+  static func prepare() { _ = key }
+
   // MARK: - Message
 
   /// NUL-terminated; nil before the first failure.

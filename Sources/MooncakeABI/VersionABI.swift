@@ -9,6 +9,8 @@ import MooncakeEngine
 nonisolated(unsafe) private let versionText = strdup(
   "\(MOONCAKE_VERSION_MAJOR).\(MOONCAKE_VERSION_MINOR).\(MOONCAKE_VERSION_PATCH)")
 
+func prepareVersion() { _ = versionText }
+
 /// A literal as C sees it: NUL-terminated, in static storage.
 private func cString(_ text: StaticString) -> UnsafePointer<CChar> {
   UnsafeRawPointer(text.utf8Start).assumingMemoryBound(to: CChar.self)
@@ -16,7 +18,10 @@ private func cString(_ text: StaticString) -> UnsafePointer<CChar> {
 
 /// Version of the library as text.
 @c @implementation
-package func mooncake_version() -> UnsafePointer<CChar>? { UnsafePointer(versionText) }
+package func mooncake_version() -> UnsafePointer<CChar>? {
+  Globals.prepare()
+  return UnsafePointer(versionText)
+}
 
 /// Version of the library as one number.
 @c @implementation
@@ -38,7 +43,8 @@ package func mooncake_error_name(_ code: Int32) -> UnsafePointer<CChar>? {
 /// What the calling thread's last failure ran into.
 @c @implementation
 package func mooncake_error_message() -> UnsafePointer<CChar>? {
-  ThreadState.message ?? cString("")
+  Globals.prepare()
+  return ThreadState.message ?? cString("")
 }
 
 extension EngineError.Code {

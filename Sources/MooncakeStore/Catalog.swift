@@ -128,7 +128,7 @@ final class Catalog: Sendable {
     }
   }
 
-  private static let closed = EngineError(.invalidHandle, "the store was closed")
+  private static var closed: EngineError { EngineError(.invalidHandle, "the store was closed") }
 
   private static func busy(_ name: String) -> EngineError {
     EngineError(.busy, "payload '\(name)': another call of this store works on it")

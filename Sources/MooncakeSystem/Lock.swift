@@ -1,29 +1,89 @@
+import CLinux
 import Synchronization
 
-#if DEBUG
-  /// A mutex that holds what it protects.
-  ///
-  /// The standard library's `Mutex` waits inside a library that the thread sanitizer does not see,
-  /// so a contended one looks like a race. The atomic tells the sanitizer the order.
-  package struct Lock<Value: ~Copyable>: ~Copyable, Sendable {
-    private let mutex: Mutex<Value>
-    private let order = Atomic(false)
+/// A mutex that holds what it protects.
+///
+/// Not the standard library's: its word holds the owner's thread number, which a thread looks up
+/// once. In the child of a fork the number is the parent's, and the first contended unlock ends the
+/// process. This word names nobody, so locks made in the child work like any other.
+package struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
+  // Unchecked: the value is only touched by the thread that holds the word.
+  private let word = Atomic<UInt32>(LockWord.free)
+  private let value: _Cell<Value>
 
-    package init(_ value: consuming sending Value) { mutex = Mutex(value) }
+  package init(_ value: consuming sending Value) { self.value = _Cell(value) }
 
-    /// Runs `body` while no other thread is inside.
-    package func withLock<Result: ~Copyable, Failure: Error>(
-      _ body: (inout sending Value) throws(Failure) -> sending Result
-    ) throws(Failure) -> sending Result {
-      try mutex.withLock { value throws(Failure) in
-        _ = order.load(ordering: .acquiring)
-        defer { order.store(true, ordering: .releasing) }
-        return try body(&value)
+  /// Runs `body` while no other thread is inside.
+  @inline(__always)
+  package func withLock<Result: ~Copyable, Failure: Error>(
+    _ body: (inout sending Value) throws(Failure) -> sending Result
+  ) throws(Failure) -> sending Result {
+    if !LockWord.tryTake(word) { LockWord.take(word) }
+    defer { LockWord.release(word) }
+    return try body(&value._address.pointee)
+  }
+}
+
+/// The word of a lock.
+enum LockWord {
+  static let free: UInt32 = 0
+  private static let held: UInt32 = 1
+  /// Held, and somebody may be asleep.
+  private static let awaited: UInt32 = 2
+
+  /// Most holders are gone within this.
+  private static let spinCount = 100
+
+  @inline(__always)
+  static func tryTake(_ word: borrowing Atomic<UInt32>) -> Bool {
+    word.compareExchange(
+      expected: free, desired: held, successOrdering: .acquiring, failureOrdering: .relaxed
+    ).exchanged
+  }
+
+  /// Takes a lock that somebody holds.
+  @inline(never)
+  static func take(_ word: borrowing Atomic<UInt32>) {
+    for _ in 0..<spinCount {
+      if word.load(ordering: .relaxed) == free && tryTake(word) { return }
+      relaxProcessor()
+    }
+    // Whoever has slept takes the lock as awaited: others may sleep still.
+    while word.exchange(awaited, ordering: .acquiring) != free {
+      sleep(word, while: awaited, until: .never)
+    }
+  }
+
+  @inline(__always)
+  static func release(_ word: borrowing Atomic<UInt32>) {
+    if word.exchange(free, ordering: .releasing) == awaited { wake(word, count: 1) }
+  }
+
+  /// Sleeps while the word holds `value`, until a wake or the deadline; may return early.
+  static func sleep(
+    _ word: borrowing Atomic<UInt32>, while value: UInt32, until deadline: Deadline
+  ) {
+    withAddress(of: word) { address in
+      if var time = deadline.timespecValue {
+        _ = linux_futex_wait(address, value, &time)
+      } else {
+        _ = linux_futex_wait(address, value, nil)
       }
     }
   }
-#else
-  /// A mutex that holds what it protects. The standard library's own is inlined where it is used;
-  /// the wrapper of debug builds would look up metadata at each call.
-  package typealias Lock<Value: ~Copyable> = Mutex<Value>
-#endif
+
+  @inline(never)
+  static func wake(_ word: borrowing Atomic<UInt32>, count: Int32) {
+    withAddress(of: word) { _ = linux_futex_wake($0, count) }
+  }
+
+  /// An atomic stays where it is while it is borrowed.
+  private static func withAddress(
+    of word: borrowing Atomic<UInt32>, _ body: (UnsafeMutablePointer<UInt32>) -> Void
+  ) {
+    withUnsafePointer(to: word) { pointer in
+      let raw = UnsafeMutableRawPointer(mutating: UnsafeRawPointer(pointer))
+      body(raw.assumingMemoryBound(to: UInt32.self))
+    }
+  }
+}

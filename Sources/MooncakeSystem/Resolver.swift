@@ -37,6 +37,7 @@ package enum Resolver {
   package static func resolve(
     _ host: String, port: UInt16, deadline: Deadline, lookup: @escaping Lookup
   ) throws(ResolveError) -> [SocketAddress] {
+    let slots = Self.slots
     try slots.acquire(until: deadline)
     let answer = Answer()
     do {
@@ -51,12 +52,20 @@ package enum Resolver {
     return try answer.wait(until: deadline).get()
   }
 
-  private static let slots = LookupSlots(count: maximumLookups)
+  // Replaced only in a forked child, before it has a second thread: the parent's lookups end there.
+  private nonisolated(unsafe) static var slots: LookupSlots = {
+    Fork.inChild { slots = LookupSlots(count: maximumLookups) }
+    return LookupSlots(count: maximumLookups)
+  }()
+
+  /// Uses the globals once, as `Fork.prepare` asks for it.
+  static func prepare() { _ = slots }
 
   private static let systemLookup: Lookup = { host, port in
     var hints = addrinfo()
     hints.ai_socktype = Int32(SOCK_STREAM.rawValue)
     var list: UnsafeMutablePointer<addrinfo>?
+    FileDescriptor.fillStandard()
     let result = getaddrinfo(host, String(port), &hints, &list)
     if result != 0 {
       let text =

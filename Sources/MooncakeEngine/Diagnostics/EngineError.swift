@@ -33,9 +33,13 @@ public struct EngineError: Error, Sendable, CustomStringConvertible {
   /// Whether the log tells of it already.
   package var isLogged = false
 
+  /// Bytes; room for the longest names.
+  private static let messageLimit = 8000
+
   public init(_ code: Code, _ message: String) {
     self.code = code
-    self.message = message
+    // Parts may be a peer's or a service's words.
+    self.message = PrintableText.make(message, limit: Self.messageLimit)
   }
 
   public var description: String { message }

@@ -19,16 +19,18 @@ public enum Log {
   public typealias Sink = @Sendable (Level, String) -> Void
 
   private static let threshold = Atomic<Int32>(levelFromEnvironment().rawValue)
-  private final class SinkBox: Sendable {
+
+  private final class Output: Sendable {
     // Held while a line is written: lines never mix and a replaced sink is never called again.
     let sink = Lock<Sink?>(nil)
+    let limiter = Lock(LogLimiter())
   }
 
   // Replaced only in a forked child, before it has a second thread: another thread of the parent
-  // may have held the lock at the fork. The child's lines go to stderr until it sets a sink.
-  private nonisolated(unsafe) static var box: SinkBox = {
-    pthread_atfork(nil, nil) { box = SinkBox() }
-    return SinkBox()
+  // may have held a lock at the fork. The child's lines go to stderr until it sets a sink.
+  private nonisolated(unsafe) static var output: Output = {
+    Fork.inChild { output = Output() }
+    return Output()
   }()
 
   /// Drops lines below `level` from now on.
@@ -37,33 +39,102 @@ public enum Log {
   }
 
   /// Replaces the place where lines go; nil means stderr.
-  public static func setSink(_ newSink: Sink?) { box.sink.withLock { $0 = newSink } }
+  public static func setSink(_ newSink: Sink?) { output.sink.withLock { $0 = newSink } }
 
-  package static func debug(_ message: @autoclosure () -> String) { write(.debug, message) }
-  package static func info(_ message: @autoclosure () -> String) { write(.info, message) }
-  package static func warning(_ message: @autoclosure () -> String) { write(.warning, message) }
-  package static func error(_ message: @autoclosure () -> String) { write(.error, message) }
+  /// Uses the globals once, as `Fork.prepare` asks for it.
+  package static func prepare() {
+    _ = threshold.load(ordering: .relaxed)
+    _ = output
+  }
 
-  private static func write(_ level: Level, _ message: () -> String) {
+  // Each place that logs is a kind of its own to the limiter; `peer` is who made it say this.
+
+  package static func debug(
+    _ message: @autoclosure () -> String, about peer: @autoclosure () -> String = "",
+    file: StaticString = #fileID, line: UInt = #line
+  ) {
+    write(.debug, message, peer, .init(file, line))
+  }
+
+  package static func info(
+    _ message: @autoclosure () -> String, about peer: @autoclosure () -> String = "",
+    file: StaticString = #fileID, line: UInt = #line
+  ) {
+    write(.info, message, peer, .init(file, line))
+  }
+
+  package static func warning(
+    _ message: @autoclosure () -> String, about peer: @autoclosure () -> String = "",
+    file: StaticString = #fileID, line: UInt = #line
+  ) {
+    write(.warning, message, peer, .init(file, line))
+  }
+
+  package static func error(
+    _ message: @autoclosure () -> String, about peer: @autoclosure () -> String = "",
+    file: StaticString = #fileID, line: UInt = #line
+  ) {
+    write(.error, message, peer, .init(file, line))
+  }
+
+  /// A line about the host's own call, which nobody else can cause: not limited.
+  package static func unlimited(_ level: Level, _ message: @autoclosure () -> String) {
+    if level.rawValue >= threshold.load(ordering: .relaxed) { send(level, message()) }
+  }
+
+  /// The host of "host:port": connections of one peer differ in the port.
+  package static func host(of peer: String) -> String {
+    peer.utf8.lastIndex(of: UInt8(ascii: ":")).map { String(peer[..<$0]) } ?? peer
+  }
+
+  /// Tells what was left out so far; for the end of an engine.
+  package static func reportLeftOut() {
+    for line in output.limiter.withLock({ $0.reports(now: Clock.now(), isEnd: true) }) {
+      unlimited(.warning, line)
+    }
+  }
+
+  private static func write(
+    _ level: Level, _ message: () -> String, _ peer: () -> String, _ kind: LogLimiter.Kind
+  ) {
     if level.rawValue < threshold.load(ordering: .relaxed) { return }
-    let line = message()
-    box.sink.withLock { sink in
+    let name = peer()
+    let now = Clock.now()
+    let isAdmitted = output.limiter.withLock { $0.admits(kind, name, now: now) }
+    if isAdmitted {
+      let line = message()
+      let note = output.limiter.withLock { $0.note(kind, line) }
+      send(level, note.map { "\(line) \($0)" } ?? line)
+    }
+    for line in output.limiter.withLock({ $0.reports(now: now) }) { unlimited(.warning, line) }
+  }
+
+  private static func send(_ level: Level, _ line: String) {
+    let line = PrintableText.make(line)
+    output.sink.withLock { sink in
       if let sink { return sink(level, line) }
       writeToStandardError(level, line)
     }
   }
 
   private static func writeToStandardError(_ level: Level, _ line: String) {
+    // Where the host has closed its standard error, the number may be that of a socket, which a
+    // program that is executed does not get.
+    let flags = fcntl(STDERR_FILENO, F_GETFD)
+    if flags < 0 || flags & FD_CLOEXEC != 0 { return }
     var now = timespec()
     clock_gettime(CLOCK_REALTIME, &now)
     var parts = tm()
-    localtime_r(&now.tv_sec, &parts)
+    // It locks, and nobody opens that in the child of a fork.
+    _ = Fork.excluded { localtime_r(&now.tv_sec, &parts) }
     var stamp = [CChar](repeating: 0, count: 32)
     _ = strftime(&stamp, stamp.count, "%F %T", &parts)
     let time = stamp.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
     var text = "\(time).\(padded(now.tv_nsec / 1_000_000)) mooncake \(level): \(line)\n"
     // One write keeps the line whole among other writers of the descriptor.
-    _ = text.withUTF8 { Glibc.write(STDERR_FILENO, $0.baseAddress!, $0.count) }
+    withoutWriteSignals {
+      _ = text.withUTF8 { Glibc.write(STDERR_FILENO, $0.baseAddress!, $0.count) }
+    }
   }
 
   private static func padded(_ milliseconds: Int) -> String {

@@ -78,6 +78,7 @@ public final class TransferEngine: @unchecked Sendable {
 
   /// Creates an engine whose ports listen when this returns.
   public convenience init(_ options: Options = Options()) throws(EngineError) {
+    EngineGlobals.prepare()
     try Self.validate(options)
     let directory = try Self.openDirectory(options)
     let opened = try Self.listen(options, usesService: directory != nil)
@@ -252,6 +253,7 @@ public final class TransferEngine: @unchecked Sendable {
       transport.stop()
       callbacks.stop()
       mappings.withLock { $0.removeAll() }
+      Log.reportLeftOut()
       let descriptor = engineEvent.exchange(-1, ordering: .acquiringAndReleasing)
       if descriptor >= 0 { _ = FileDescriptor(owning: descriptor) }
     }

@@ -183,7 +183,8 @@ private func localTimestamp() -> String {
   var now = timespec()
   clock_gettime(CLOCK_REALTIME, &now)
   var parts = tm()
-  localtime_r(&now.tv_sec, &parts)
+  // It locks, and nobody opens that in the child of a fork.
+  _ = Fork.excluded { localtime_r(&now.tv_sec, &parts) }
   var text = [CChar](repeating: 0, count: 32)
   _ = strftime(&text, text.count, "%F %T", &parts)
   let seconds = text.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }

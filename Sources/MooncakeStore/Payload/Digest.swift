@@ -48,6 +48,9 @@ package struct DigestStream: ~Copyable {
   }
 
   private static let usesAVX2 = xxhash_has_avx2() != 0
+
+  /// Uses the global once: see `Fork.prepare`.
+  package static func prepare() { _ = usesAVX2 }
 }
 
 extension PayloadVersion {

@@ -25,7 +25,7 @@ package final class MetadataJournal {
   /// The file as it was when it could not be written anew.
   private var failedFileBytes = 0
   private static let name = "journal"
-  private static let head = Array("mooncake metadata 1\n".utf8)
+  private static var head: [UInt8] { Array("mooncake metadata 1\n".utf8) }
   private static let slackBytes = 4 << 20
 
   /// Opens or creates the journal of a directory and reads every record of it in order. What a
@@ -245,6 +245,8 @@ enum Checksum {
       sum & 1 == 0 ? sum >> 1 : sum >> 1 ^ 0xEDB8_8320
     }
   }
+
+  static func prepare() { _ = table }
 
   static func crc32(_ bytes: UnsafeRawBufferPointer) -> UInt32 {
     let table = table

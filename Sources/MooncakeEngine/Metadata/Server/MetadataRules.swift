@@ -40,7 +40,7 @@ struct MetadataRules {
     var text: String? { if case .text(let text) = self { text } else { nil } }
   }
 
-  private static let keyMissing = Answer(400, "the key is missing, empty or not UTF-8\n")
+  private static var keyMissing: Answer { Answer(400, "the key is missing, empty or not UTF-8\n") }
 
   private func key(_ parameter: (String) -> Parameter) -> MetadataKey? {
     guard case .text(let text) = parameter("key"), !text.isEmpty else { return nil }

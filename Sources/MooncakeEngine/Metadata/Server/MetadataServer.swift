@@ -36,6 +36,7 @@ public final class MetadataServer: Sendable {
   }
 
   package init(_ options: Options, _ limits: MetadataLimits) throws(EngineError) {
+    EngineGlobals.prepare()
     guard let target = SocketAddress(numeric: options.host, port: options.port) else {
       throw EngineError(
         .invalidArgument,

@@ -25,7 +25,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   private var isDaemonStopped = false
   private var last = Clock.now()
 
-  private static let stopping = MetadataExchange.Answer(503, "the server is stopping\n")
+  private static var stopping: MetadataExchange.Answer { .init(503, "the server is stopping\n") }
   private static let bodyBytesLimit = 256 << 20
   private static let answerBytesLimit = 256 << 20
   /// Answers made before they are sent.
@@ -46,6 +46,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     } catch {
       throw EngineError(.system, "metadata server: \(error)")
     }
+    FileDescriptor.fillStandard()
     let owner = Box()
     let connections = UInt32(rules.table.limits.connectionCount)
     let daemon = mhd_start(
@@ -99,6 +100,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     defer { events.deallocate() }
     while !isStopping.load(ordering: .acquiring) {
       let pause = pause
+      FileDescriptor.fillStandard()
       _ = epoll.wait(into: events, timeoutMilliseconds: pause)
       let now = Clock.now()
       postponeAfterStall(now, pause)

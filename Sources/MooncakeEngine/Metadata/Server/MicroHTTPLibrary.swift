@@ -1,5 +1,6 @@
 import CMicroHTTP
 import MooncakeSystem
+import Synchronization
 
 /// The functions of libmicrohttpd, opened when the first server needs them.
 struct MicroHTTPLibrary: Sendable {
@@ -25,10 +26,12 @@ struct MicroHTTPLibrary: Sendable {
   static let yes = MHD_Result(rawValue: 1)!
   static let no = MHD_Result(rawValue: 0)!
 
+  private static let isPrepared = Atomic(false)
   private static let loaded: MicroHTTPLibrary? = MicroHTTPLibrary()
 
   /// The library, loaded once.
   static func shared() throws(EngineError) -> MicroHTTPLibrary {
+    Fork.prepare(isPrepared) { _ = (loaded, yes, no) }
     if let loaded { return loaded }
     throw EngineError(
       .unsupported,

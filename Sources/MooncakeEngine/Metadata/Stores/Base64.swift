@@ -9,6 +9,8 @@ package enum Base64 {
     return values
   }()
 
+  static func prepare() { _ = values }
+
   package static func encode(_ bytes: some Collection<UInt8>) -> String {
     var output: [UInt8] = []
     output.reserveCapacity((bytes.count + 2) / 3 * 4)

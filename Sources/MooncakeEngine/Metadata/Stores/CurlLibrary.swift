@@ -1,5 +1,6 @@
 import CCurl
 import MooncakeSystem
+import Synchronization
 
 /// The functions of libcurl, opened when the first client needs them.
 struct CurlLibrary: Sendable {
@@ -30,8 +31,20 @@ struct CurlLibrary: Sendable {
 
   private static let loaded: Result<CurlLibrary, EngineError> = load()
 
+  private static let isPrepared = Atomic(false)
+
   /// The library, loaded once.
-  static func shared() throws(EngineError) -> CurlLibrary { try loaded.get() }
+  static func shared() throws(EngineError) -> CurlLibrary {
+    Fork.prepare(isPrepared) { _ = loaded }
+    return try loaded.get()
+  }
+
+  /// Runs calls that use connections, which may be the caller's thread: the host gets no signal, no
+  /// connection is taken for its standard streams, and no child inherits a lock.
+  static func contained<Value>(_ body: () -> Value) -> Value {
+    FileDescriptor.fillStandard()
+    return withoutWriteSignals { Fork.excluded(body) }
+  }
 
   private static func load() -> Result<CurlLibrary, EngineError> {
     guard let library = DynamicLibrary("libcurl.so.4") else {

@@ -23,8 +23,8 @@ final class HTTPLane: @unchecked Sendable {
   private enum StopReason { case none, enough, tooLong }
 
   init?(_ curl: CurlLibrary, _ tls: TLSFiles) {
-    guard let easy = curl.easyInit() else { return nil }
-    guard let multi = curl.multiInit() else {
+    guard let easy = CurlLibrary.contained({ curl.easyInit() }) else { return nil }
+    guard let multi = CurlLibrary.contained({ curl.multiInit() }) else {
       curl.easyCleanup(easy)
       return nil
     }
@@ -35,8 +35,10 @@ final class HTTPLane: @unchecked Sendable {
   }
 
   deinit {
-    curl.easyCleanup(easy)
-    _ = curl.multiCleanup(multi)
+    CurlLibrary.contained {
+      curl.easyCleanup(easy)
+      _ = curl.multiCleanup(multi)
+    }
     errorBuffer.deallocate()
   }
 
@@ -151,10 +153,10 @@ final class HTTPLane: @unchecked Sendable {
       throw HTTPFailure(code: .system, cause: "libcurl refuses the request", remedy: "see its log")
     }
     // Ends the connection of a request that is given up.
-    defer { _ = curl.multiRemove(multi, easy) }
+    defer { CurlLibrary.contained { _ = curl.multiRemove(multi, easy) } }
     while true {
       var running: Int32 = 0
-      _ = curl.multiPerform(multi, &running)
+      CurlLibrary.contained { _ = curl.multiPerform(multi, &running) }
       if running == 0 { break }
       if call.deadline.hasPassed { throw late() }
       var extra = curl_waitfd(fd: call.cancellation, events: Int16(CURL_WAIT_POLLIN), revents: 0)

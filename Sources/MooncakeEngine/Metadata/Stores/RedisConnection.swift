@@ -2,6 +2,7 @@ import CHiredis
 import CLinux
 import Glibc
 import MooncakeSystem
+import Synchronization
 
 /// The functions of hiredis, opened when the first connection needs them. It formats and parses;
 /// the socket is ours, because its own blocks beyond deadlines.
@@ -21,10 +22,12 @@ struct HiredisLibrary: Sendable {
     ) -> Int32
   let freeCommand: @convention(c) (UnsafeMutablePointer<CChar>) -> Void
 
+  private static let isPrepared = Atomic(false)
   private static let loaded: HiredisLibrary? = HiredisLibrary()
 
   /// The library, loaded once. Later versions have other structures.
   static func shared() throws(EngineError) -> HiredisLibrary {
+    Fork.prepare(isPrepared) { _ = loaded }
     if let loaded { return loaded }
     throw EngineError(
       .unsupported,

@@ -44,7 +44,7 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
   /// Occupies a slot; `leave` must follow soon.
   @inline(__always)
   func enter(isGuarded: Bool) -> Occupied {
-    let thread = UInt64(UInt32(bitPattern: linux_thread_number()))
+    let thread = UInt64(UInt32(bitPattern: linux_thread_number(Fork.generation)))
     let mark = thread | (isGuarded ? Self.guarded : 0)
     let mask = SharedMemoryLayout.slotCount - 1
     let first = Int(thread) & mask

@@ -113,6 +113,8 @@ package final class TCPTransport: @unchecked Sendable {
 
   private static let forcesVersion1 = Environment["MC_TCP_PROTO"] == "1"
 
+  static func prepare() { _ = forcesVersion1 }
+
   /// Ends every transfer and connection; idempotent.
   package func stop() {
     for loop in loops { loop.stop() }

@@ -1,0 +1,22 @@
+import MooncakeSystem
+import Synchronization
+
+/// What the whole process shares, of this module and below.
+package enum EngineGlobals {
+  private static let isPrepared = Atomic(false)
+
+  /// Uses each global once: see `Fork.prepare`.
+  package static func prepare() { Fork.prepare(isPrepared) { use() } }
+
+  /// As `prepare` for who has asked `Fork.prepare` already.
+  package static func use() {
+    SystemGlobals.use()
+    Log.prepare()
+    Base64.prepare()
+    Checksum.prepare()
+    TCPTransport.prepare()
+    _ = Notification.byteLimit
+    _ = (TCPServerLoop.okFrame, TCPServerLoop.rejectedFrame, SharedMemoryPeer.View.empty)
+    _ = (Access.local, Access.remoteRead, Access.remoteWrite)
+  }
+}

@@ -1,0 +1,9 @@
+/// Uses each global of this module once, as `Fork.prepare` asks for it.
+package enum SystemGlobals {
+  package static func use() {
+    Resolver.prepare()
+    _ = Deadline.never
+    _ = Processors.count
+    _ = MemoryMapping.pageBytes
+  }
+}
