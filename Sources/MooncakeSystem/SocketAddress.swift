@@ -56,6 +56,22 @@ package struct SocketAddress: Equatable, Sendable, CustomStringConvertible {
     }
   }
 
+  /// What whoever has this address cannot easily change: the network of 64 bits of an IPv6 address,
+  /// else the host.
+  package var networkOrHost: String {
+    guard isIPv6 else { return host }
+    return withUnsafeBytes(of: storage) { bytes in
+      // An IPv4 address mapped into IPv6.
+      let isMapped = bytes[8..<18].allSatisfy { $0 == 0 } && bytes[18] == 0xFF && bytes[19] == 0xFF
+      return isMapped ? host : String(decoding: hexadecimal(bytes[8..<16]), as: UTF8.self)
+    }
+  }
+
+  private func hexadecimal(_ bytes: Slice<UnsafeRawBufferPointer>) -> [UInt8] {
+    let digits = Array("0123456789abcdef".utf8)
+    return bytes.flatMap { [digits[Int($0 >> 4)], digits[Int($0 & 15)]] }
+  }
+
   /// "host:port", IPv6 hosts in brackets.
   package var description: String { isIPv6 ? "[\(host)]:\(port)" : "\(host):\(port)" }
 

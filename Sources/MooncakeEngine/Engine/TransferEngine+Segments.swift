@@ -84,7 +84,8 @@ extension TransferEngine {
       do throws(EngineError) {
         try refresh(segment, deadline: deadline(0))
       } catch {
-        Log.warning("refreshing segment \(segment.name): \(error.message)")
+        Log.warning(
+          "refreshing segment \(segment.name): \(error.message)", about: segment.name)
       }
     }
   }
@@ -260,7 +261,9 @@ extension TransferEngine {
         descriptor: new, connections: connections,
         sharedMemory: sharedMemory?.connect(to: new, deadline: deadline)))
     sharedMemory?.forget(former.sharedMemory)
-    Log.info("segment \(segment.name): the peer restarted or moved; using its new descriptor")
+    Log.info(
+      "segment \(segment.name): the peer restarted or moved; using its new descriptor",
+      about: segment.name)
     former.connections.retire(
       successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in
         guard let self, let segment else {

@@ -11,6 +11,13 @@ final class RPCConnection {
     case rejected(reason: String)
   }
 
+  /// Bytes of memory that a connection takes.
+  struct Held: Equatable {
+    var own = 0
+    var shared = 0
+    var total: Int { own + shared }
+  }
+
   private enum Phase {
     case receiving
     case sending
@@ -24,9 +31,14 @@ final class RPCConnection {
   private let end: Deadline
   private var phase = Phase.receiving
   private var parser: RPCMessageParser
-  private var output: [UInt8] = []
+  private var output: RPCOutput?
   private var sentByteCount = 0
   private var discardedByteCount = 0
+
+  /// What the budget knows that it takes.
+  var accounted = Held()
+  /// Whose it is in the budget: the address, of IPv6 the half that names a network.
+  let group: String
 
   /// When bytes last moved, on `Clock`.
   private(set) var lastProgress: UInt64
@@ -37,6 +49,7 @@ final class RPCConnection {
   init(socket: consuming Socket, limits: RPCServer.Limits) {
     // Asked now: a socket that was reset no longer tells.
     peer = try? socket.peerAddress()
+    group = peer?.networkOrHost ?? ""
     self.socket = socket
     self.limits = limits
     parser = RPCMessageParser(limit: limits.messageLength)
@@ -49,6 +62,12 @@ final class RPCConnection {
   var hasAnswered: Bool { if case .receiving = phase { false } else { true } }
   var receivedByteCount: Int { parser.receivedByteCount }
 
+  var held: Held {
+    let count = output?.bytes.count ?? 0
+    let isShared = output?.isShared ?? false
+    return Held(own: parser.heldByteCount + (isShared ? 0 : count), shared: isShared ? count : 0)
+  }
+
   /// When the connection has lasted too long.
   var deadline: Deadline {
     let idle = limits.idleMilliseconds &* 1_000_000
@@ -58,7 +77,7 @@ final class RPCConnection {
   /// Does what the socket permits now. `scratch` is free for its use during the call; `answer`
   /// turns a request into the bytes of its answer.
   func advance(
-    scratch: UnsafeMutableRawBufferPointer, answer: (RPCMessage) throws(JSONError) -> [UInt8]
+    scratch: UnsafeMutableRawBufferPointer, answer: (RPCMessage) throws(JSONError) -> RPCOutput
   ) -> Outcome {
     do throws(Errno) {
       switch phase {
@@ -74,7 +93,7 @@ final class RPCConnection {
 
   private func receive(
     _ scratch: UnsafeMutableRawBufferPointer,
-    _ answer: (RPCMessage) throws(JSONError) -> [UInt8]
+    _ answer: (RPCMessage) throws(JSONError) -> RPCOutput
   ) throws(Errno) -> Outcome {
     // A few rounds at a time, so that one peer's long message does not hold up the others.
     for _ in 0..<4 {
@@ -97,6 +116,7 @@ final class RPCConnection {
       } catch {
         return .rejected(reason: "a request that is no JSON (\(error))")
       }
+      parser = RPCMessageParser(limit: 0)
       phase = .sending
       return try send(scratch)
     }
@@ -104,14 +124,16 @@ final class RPCConnection {
   }
 
   private func send(_ scratch: UnsafeMutableRawBufferPointer) throws(Errno) -> Outcome {
-    while sentByteCount < output.count {
-      guard let count = try socket.trySend(output, from: sentByteCount) else {
-        return .goOn(events: Epoll.writable)
+    if let output {
+      while sentByteCount < output.bytes.count {
+        guard let count = try socket.trySend(output.bytes, from: sentByteCount) else {
+          return .goOn(events: Epoll.writable)
+        }
+        sentByteCount += count
+        lastProgress = Clock.now()
       }
-      sentByteCount += count
-      lastProgress = Clock.now()
     }
-    output = []
+    output = nil
     phase = .closing
     socket.shutdownWrite()
     return try discard(scratch)

@@ -75,6 +75,9 @@ package struct RPCMessageParser: Sendable {
     headerByteCount + body.count + (type != nil && !isOldProtocol ? 1 : 0)
   }
 
+  /// Bytes of memory that it takes.
+  var heldByteCount: Int { body.capacity }
+
   /// Takes bytes up to the end of the message; returns how many and, once complete, the message.
   /// Afterwards, and after an error, the parser must not be used again.
   package mutating func consume(

@@ -28,8 +28,11 @@ package final class RPCServer: Sendable {
   package struct Limits: Sendable {
     /// Bytes of a request, type byte included.
     package var messageLength: Int
-    /// Beyond it the connection that has been quiet longest is closed.
+    /// Beyond it the quietest connection of the peer that has most is closed.
     package var connectionCount = 1024
+    /// Bytes of unfinished requests and unsent answers of all; beyond it a connection of the peer
+    /// that holds most is closed.
+    package var totalByteCount: Int
     /// Time without progress after which a connection is closed.
     package var idleMilliseconds: UInt64 = 5000
     /// Time for a whole exchange, so that progress by the byte holds a connection no longer.
@@ -37,6 +40,7 @@ package final class RPCServer: Sendable {
 
     package init(messageLength: Int = HandshakeSettings.fromEnvironment().maximumLength) {
       self.messageLength = messageLength
+      totalByteCount = max(64 << 20, 4 * messageLength)
     }
   }
 

@@ -18,7 +18,9 @@ final class RPCServerLoop: @unchecked Sendable {
   private var nextToken = firstConnectionToken
   /// When accepting goes on after the process ran out of descriptors; nil while it accepts.
   private var acceptPause: Deadline?
-  private var log = RateLimitedLog()
+  private var budget: RPCBudget
+  /// The last descriptor, and the answer that it makes.
+  private var descriptor = (text: "", output: RPCOutput([], isShared: true))
 
   private static let stopToken: UInt64 = 0
   private static let listenerToken: UInt64 = 1
@@ -31,6 +33,7 @@ final class RPCServerLoop: @unchecked Sendable {
   ) throws(Errno) {
     self.handlers = handlers
     self.limits = limits
+    budget = RPCBudget(limit: limits.totalByteCount)
     stopEvent = try EventFD()
     epoll = try Epoll()
     try epoll.add(
@@ -72,7 +75,9 @@ final class RPCServerLoop: @unchecked Sendable {
     case Self.listenerToken: acceptAll()
     default:
       guard let connection = connections[token] else { return }
-      switch connection.advance(scratch: scratch, answer: answer) {
+      let outcome = connection.advance(scratch: scratch, answer: answer)
+      account(for: connection)
+      switch outcome {
       case .goOn(let events):
         do throws(Errno) {
           try epoll.modify(connection.rawValue, events: events, token: token)
@@ -82,6 +87,7 @@ final class RPCServerLoop: @unchecked Sendable {
       case .finished: close(token)
       case .rejected(let reason): reject(token, reason)
       }
+      while budget.isExceeded, closeLargest() {}
     }
   }
 
@@ -95,7 +101,7 @@ final class RPCServerLoop: @unchecked Sendable {
       } catch {
         // Out of descriptors or memory. The waiting peer would make epoll return at once again and
         // again, so the listener rests.
-        log.warning("RPC daemon: cannot accept a connection: \(error)")
+        Log.warning("RPC daemon: cannot accept a connection: \(error)")
         if let listener = listener?.rawValue { epoll.remove(listener) }
         acceptPause = .after(milliseconds: Self.acceptPauseMilliseconds)
         return
@@ -111,7 +117,28 @@ final class RPCServerLoop: @unchecked Sendable {
     let connection = RPCConnection(socket: socket, limits: limits)
     try epoll.add(connection.rawValue, events: Epoll.readable, token: token)
     connections[token] = connection
+    budget.addConnection(connection.group)
     updateCounters { $0.acceptedConnections += 1 }
+  }
+
+  private func account(for connection: RPCConnection) {
+    let held = connection.held
+    if held == connection.accounted { return }
+    budget.change(connection.group, from: connection.accounted, to: held)
+    connection.accounted = held
+  }
+
+  /// Makes room in the budget; false if there is nothing to close.
+  private func closeLargest() -> Bool {
+    let group = budget.largest
+    let members = connections.filter { $0.value.group == group }
+    guard let largest = members.max(by: { $0.value.held.total < $1.value.held.total }) else {
+      return false
+    }
+    let held = largest.value.held.total
+    reject(
+      largest.key, "what takes \(held) of the \(limits.totalByteCount) bytes for all peers")
+    return held > 0
   }
 
   private func resumeAccepting() {
@@ -127,12 +154,14 @@ final class RPCServerLoop: @unchecked Sendable {
   }
 
   private func closeQuietest() {
-    guard
-      let quietest = connections.min(by: { $0.value.lastProgress < $1.value.lastProgress })
-    else { return }
-    log.warning(
+    let group = budget.busiest
+    let members = connections.filter { $0.value.group == group }
+    guard let quietest = members.min(by: { $0.value.lastProgress < $1.value.lastProgress }) else {
+      return
+    }
+    Log.warning(
       "RPC daemon: \(limits.connectionCount) connections are open; closing the quietest, from "
-        + quietest.value.peerName)
+        + quietest.value.peerName, about: Log.host(of: quietest.value.peerName))
     expire(quietest.key)
   }
 
@@ -146,9 +175,10 @@ final class RPCServerLoop: @unchecked Sendable {
     let expired = connections.filter { $0.value.deadline.hasPassed }
     for (token, connection) in expired {
       if !connection.hasAnswered {
-        log.warning(
+        Log.warning(
           "RPC daemon: \(connection.peerName) sent no complete request in time "
-            + "(\(connection.receivedByteCount) bytes); connection closed")
+            + "(\(connection.receivedByteCount) bytes); connection closed",
+          about: Log.host(of: connection.peerName))
       }
       expire(token)
     }
@@ -161,7 +191,9 @@ final class RPCServerLoop: @unchecked Sendable {
 
   private func reject(_ token: UInt64, _ reason: String) {
     if let peer = connections[token]?.peerName {
-      log.warning("RPC daemon: \(peer) sent \(reason); connection closed without an answer")
+      Log.warning(
+        "RPC daemon: \(peer) sent \(reason); connection closed without an answer",
+        about: Log.host(of: peer))
     }
     close(token)
     updateCounters { $0.rejectedConnections += 1 }
@@ -169,7 +201,10 @@ final class RPCServerLoop: @unchecked Sendable {
 
   private func close(_ token: UInt64) {
     // Closing the descriptor takes it out of the epoll set.
-    connections[token] = nil
+    if let connection = connections.removeValue(forKey: token) {
+      budget.change(connection.group, from: connection.accounted, to: RPCConnection.Held())
+      budget.removeConnection(connection.group)
+    }
     updateCounters { _ in }
   }
 
@@ -183,7 +218,7 @@ final class RPCServerLoop: @unchecked Sendable {
 
   // MARK: Answers
 
-  private func answer(_ message: RPCMessage) throws(JSONError) -> [UInt8] {
+  private func answer(_ message: RPCMessage) throws(JSONError) -> RPCOutput {
     updateCounters { counters in
       switch message.type {
       case .connection: counters.connectionRequests += 1
@@ -194,7 +229,20 @@ final class RPCServerLoop: @unchecked Sendable {
       }
     }
     let body = try RPCAnswer.body(to: message, handlers: handlers)
-    return RPCMessage.encoded(
-      type: message.type, isOldProtocol: message.isOldProtocol, body: body)
+    if message.type == .metadata { return sharedOutput(body) }
+    return RPCOutput(
+      RPCMessage.encoded(type: message.type, isOldProtocol: message.isOldProtocol, body: body),
+      isShared: false)
+  }
+
+  /// One copy for all who ask while the descriptor stays the same.
+  private func sharedOutput(_ body: String) -> RPCOutput {
+    if body != descriptor.text {
+      descriptor.output.outdate(budget.outdated)
+      descriptor = (
+        body, RPCOutput(RPCMessage.encoded(type: .metadata, body: body), isShared: true)
+      )
+    }
+    return descriptor.output
   }
 }

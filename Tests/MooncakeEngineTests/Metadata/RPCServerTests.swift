@@ -182,6 +182,29 @@ import Testing
     server.stop()
   }
 
+  @Test func whoHoldsMostMakesRoom() throws {
+    let server = try makeServer { $0.totalByteCount = 1 << 20 }
+    defer { server.stop() }
+    let unfinished =
+      withUnsafeBytes(of: UInt64(900_000).littleEndian) { Array($0) } + [1]
+      + [UInt8](repeating: 0x20, count: 400_000)
+    let first = try RPCTestPeer(to: server.address)
+    try first.send(unfinished)
+    let small = try RPCTestPeer(to: server.address)
+    try small.send(Array(unfinished.prefix(100)))
+    let second = try RPCTestPeer(to: server.address)
+    try second.send(unfinished)
+    let third = try RPCTestPeer(to: server.address)
+    try? third.send(unfinished)
+    #expect(eventually { server.counters.rejectedConnections >= 1 })
+    let probe = try RPCTestPeer(to: server.address)
+    #expect(
+      try probe.ask(RPCMessage.encoded(type: .probe, body: "{}")) == #"{"status":"success"}"#)
+    // The small one is still there.
+    try small.send([0x20])
+    #expect(server.counters.openConnections >= 2)
+  }
+
   @Test func largeDescriptorReachesASlowReader() throws {
     let descriptor = "\"" + String(repeating: "x", count: 8 << 20) + "\""
     let server = try makeServer(descriptor: descriptor)

@@ -157,7 +157,9 @@ package final class SharedMemoryServer: @unchecked Sendable {
     guard let accepted = try socket.accept() else { return nil }
     let peer = try accepted.credentials()
     guard peer.user == geteuid(), peer.process > 0 else {
-      Log.info("shared memory: refused process \(peer.process) of user \(peer.user)")
+      Log.info(
+        "shared memory: refused process \(peer.process) of user \(peer.user)",
+        about: String(peer.user))
       throw Errno(EPERM)
     }
     let slots = try MemoryFile(name: "mooncake-slots", byteCount: SharedMemoryLayout.slotsBytes)

@@ -77,7 +77,9 @@ package final class SharedMemoryTransport: @unchecked Sendable {
       try loop.watch(peer)
       return peer
     } catch {
-      Log.debug("shared memory: segment \(descriptor.name): \(error); it is reached over TCP")
+      Log.debug(
+        "shared memory: segment \(descriptor.name): \(error); it is reached over TCP",
+        about: descriptor.name)
       return nil
     }
   }

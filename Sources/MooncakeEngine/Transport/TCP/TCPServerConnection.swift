@@ -183,8 +183,9 @@ extension TCPServerConnection {
       try loop.input.flush()
       return true
     } catch {
-      loop.faults.warning(
-        "tcp peer \(peer): storing written data: \(error): registered memory is not writable")
+      Log.warning(
+        "tcp peer \(peer): storing written data: \(error): registered memory is not writable",
+        about: Log.host(of: peer))
       return false
     }
   }
@@ -267,10 +268,11 @@ extension TCPServerConnection {
     let error = Errno.current
     if error == .wouldBlock || error == .interrupted { return -Int(EAGAIN) }
     if error.rawValue == EFAULT {
-      loop.faults.warning(
-        "tcp peer \(peer): \(action): registered memory is not mapped or not writable")
+      Log.warning(
+        "tcp peer \(peer): \(action): registered memory is not mapped or not writable",
+        about: Log.host(of: peer))
     } else {
-      Log.debug("tcp peer \(peer): \(action): \(error)")
+      Log.debug("tcp peer \(peer): \(action): \(error)", about: Log.host(of: peer))
     }
     return -Int(error.rawValue)
   }

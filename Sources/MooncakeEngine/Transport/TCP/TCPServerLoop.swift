@@ -54,8 +54,6 @@ final class TCPServerLoop: @unchecked Sendable {
   private var isStopping = false
   private var turnBytes = 0
   private var isBulkTurn = false
-  private var refusals = RateLimitedLog()
-  var faults = RateLimitedLog()
 
   private static let wakeupToken: UInt64 = 0
   private static let eventCount = 128
@@ -159,11 +157,12 @@ final class TCPServerLoop: @unchecked Sendable {
   /// Counts and logs a refused request.
   func countRejection(_ header: TCPWire.Header, _ verdict: RangeTable.Verdict, _ peer: String) {
     counters.rejections.wrappingAdd(1, ordering: .relaxed)
-    refusals.warning(
+    Log.warning(
       "tcp peer \(peer): refused \(header.opcode) of \(header.size) bytes at "
         + "0x\(String(header.address, radix: 16)): "
         + (verdict == .accessDenied
-          ? "the buffer does not grant this" : "not inside one registered buffer"))
+          ? "the buffer does not grant this" : "not inside one registered buffer"),
+      about: Log.host(of: peer))
   }
 
   @inline(__always)
@@ -193,7 +192,9 @@ final class TCPServerLoop: @unchecked Sendable {
       case .revoke(let ranges, let acknowledgment):
         refreshTable()
         for (token, connection) in connections where connection.touches(ranges) {
-          Log.info("tcp peer \(connection.peer): its buffer was unregistered in mid-request")
+          Log.info(
+            "tcp peer \(connection.peer): its buffer was unregistered in mid-request",
+            about: Log.host(of: connection.peer))
           close(token)
         }
         acknowledgment.arrive()
@@ -209,7 +210,8 @@ final class TCPServerLoop: @unchecked Sendable {
     do throws(Errno) {
       try epoll.add(connection.socket.rawValue, events: connection.interest, token: token)
     } catch {
-      Log.warning("tcp peer \(peer): watching the connection: \(error)")
+      Log.warning(
+        "tcp peer \(peer): watching the connection: \(error)", about: Log.host(of: peer))
       return
     }
     connections[token] = connection
