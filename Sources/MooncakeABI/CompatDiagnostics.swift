@@ -4,6 +4,7 @@
 // and the end of the process.
 import CMooncake
 import MooncakeEngine
+import MooncakeSystem
 import Synchronization
 
 /// Looks for RDMA devices; no transport of this version uses any.

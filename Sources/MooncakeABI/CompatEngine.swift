@@ -4,6 +4,7 @@
 import CMooncake
 import Glibc
 import MooncakeEngine
+import MooncakeSystem
 import Synchronization
 
 /// Creates an engine; its RPC port is listening and it serves peers at once.

@@ -12,7 +12,7 @@ final class CompatibilityState: Sendable {
   /// Whether the engine is destroyed when the process ends.
   let endsWithProcess = Atomic<Bool>(false)
   /// What the host said about NICs.
-  let matrix = Mutex(NICMatrix())
+  let matrix = Lock(NICMatrix())
 }
 
 extension EngineError.Code {
@@ -101,29 +101,10 @@ private func compatibleFailure(
   // Programs know no other place to look than the log, which is locked while its callback runs.
   if !ThreadState.isInsideLogCallback, error.code != .busy, !error.isLogged {
     let message = ThreadState.message.map { String(cString: $0) }
-    CompatibilityLog.warning(message ?? error.message)
+    // Each function is a kind of line: a program that repeats a bad call does not fill the log.
+    Log.warning(message ?? error.message, file: function, line: 0)
   }
   return error.code.compatible
-}
-
-/// Why calls failed. A program that repeats a bad call does not fill the log.
-private enum CompatibilityLog {
-  // No lock: the child of a fork would find it as it was. A line more or less does not matter.
-  private static let second = Atomic<UInt64>(0)
-  private static let lineCount = Atomic<Int>(0)
-  private static let omittedCount = Atomic<Int>(0)
-  private static let linesPerSecond = 20
-
-  static func warning(_ line: String) {
-    let now = Clock.now() / 1_000_000_000
-    if second.exchange(now, ordering: .relaxed) != now { lineCount.store(0, ordering: .relaxed) }
-    if lineCount.wrappingAdd(1, ordering: .relaxed).newValue > linesPerSecond {
-      omittedCount.wrappingAdd(1, ordering: .relaxed)
-      return
-    }
-    let omitted = omittedCount.exchange(0, ordering: .relaxed)
-    Log.warning(omitted == 0 ? line : "\(line) (\(omitted) such lines were left out)")
-  }
 }
 
 /// The number that a handle of transfer_engine_c.h stands for.

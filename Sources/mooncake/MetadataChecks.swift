@@ -11,6 +11,8 @@ struct MetadataChecks {
   /// Owners asked for a sign of life.
   private static let ownerLimit = 256
   private static let leaseMilliseconds: UInt64 = 2000
+  /// Services may know seconds only, or have a shortest lease; beyond this nobody waits.
+  private static let longestLeaseMilliseconds: UInt64 = 60_000
 
   func run() -> [Finding] {
     let parsed: MetadataURI
@@ -107,6 +109,15 @@ struct MetadataChecks {
         .warning(
           "leases", "this server has none: keys of killed processes stay",
           advice: "use mooncake metadata serve, etcd or Redis, or delete such keys yourself"))
+      return
+    }
+    if lease.ttlMilliseconds > Self.longestLeaseMilliseconds {
+      findings.append(
+        .problem(
+          "leases",
+          "the service grants \(lease.ttlMilliseconds) ms where \(Self.leaseMilliseconds) were "
+            + "asked for",
+          advice: "keys of killed processes stay that long: is this the metadata service?"))
       return
     }
     let entry = MetadataEntry(

@@ -49,6 +49,10 @@ package final class MetadataJournal {
     try read(limits, replay)
   }
 
+  /// Closing alone would not do while a child of a fork has the file open. That child never ends
+  /// the journal itself: what it inherits is behind handles that it has lost.
+  deinit { _ = flock(lockFile.rawValue, LOCK_UN) }
+
   private static func open(_ path: String, flags: Int32) throws(EngineError) -> FileDescriptor {
     do throws(Errno) {
       return try FileDescriptor.open(path, flags: flags)

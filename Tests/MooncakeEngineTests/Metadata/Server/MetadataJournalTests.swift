@@ -102,6 +102,27 @@ struct MetadataJournalTests {
     withExtendedLifetime(first) {}
   }
 
+  @Test func aChildOfAForkDoesNotKeepTheLock() throws {
+    let folder = Folder()
+    var first: MetadataJournal? = try MetadataJournal(
+      directory: folder.path, limits: MetadataLimits()
+    ) { _ in }
+    typealias Fork = @convention(c) () -> pid_t
+    let fork = unsafeBitCast(dlsym(nil, "fork"), to: Fork.self)
+    let child = fork()
+    if child == 0 {
+      pause()
+      _exit(0)
+    }
+    defer {
+      kill(child, SIGKILL)
+      waitpid(child, nil, 0)
+    }
+    withExtendedLifetime(first) {}
+    first = nil
+    #expect(throws: Never.self) { try read(folder) }
+  }
+
   @Test func rewritesShorter() throws {
     let folder = Folder()
     do {
