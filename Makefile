@@ -26,10 +26,15 @@ swift_sources := Package.swift Sources Tests examples/swift
 # the Swift runtime inside by them, the library by its own linker flags.
 swift_build := $(SWIFT) build -c release --static-swift-stdlib --scratch-path $(BUILD)
 
-all: ## libmooncake.so and the mooncake program, in .build/release
+all: dependencies ## libmooncake.so and the mooncake program, in .build/release
 	$(swift_build) --product mooncake
 	$(swift_build) --product mooncake-cli
+	ln -sf libmooncake.so $(library).$(major)
 	ln -sf mooncake-cli $(program)
+
+# Else a missing package is a compiler's error about some header.
+dependencies:
+	@SWIFT="$(SWIFT)" scripts/install-deps --check
 
 # Only when missing: `sudo make install` must not build as root what is built already.
 $(library) $(program):
@@ -99,5 +104,5 @@ clean: ## removes everything built
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 - \2/p' $(MAKEFILE_LIST)
 
-.PHONY: all examples install uninstall python demo test test-program test-install bench \
+.PHONY: all dependencies examples install uninstall python demo test test-program test-install bench \
   bench-quick fuzz soak format lint clean help
