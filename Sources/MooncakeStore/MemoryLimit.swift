@@ -1,0 +1,13 @@
+import MooncakeEngine
+import MooncakeSystem
+
+extension MemoryRoom {
+  /// Refuses what would have the kernel end this process or another of its control group.
+  static func check(_ byteCount: UInt64, _ what: String) throws(EngineError) {
+    guard let room = now(), byteCount > room.byteCount else { return }
+    throw EngineError(
+      .outOfMemory,
+      "\(what): \(byteCount) bytes of memory are needed, \(room.limit) leaves \(room.byteCount): "
+        + "raise it, get into files on a disk, or run elsewhere")
+  }
+}
