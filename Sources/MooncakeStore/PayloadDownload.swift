@@ -124,11 +124,26 @@ package final class PayloadDownload {
   }
 
   private func noHolder() -> EngineError {
-    var tried = plan.tried.map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
+    let corrupt = plan.corrupt
+    var tried = plan.tried.filter { item in !corrupt.contains { $0.holder == item.holder } }
+      .map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
     tried += plan.useless.map { "\($0.segment) at \($0.rpc): it answers, but grants none of them" }
+    let missing = "\(plan.missingCount) of \(manifest.layout.shardCount) shards"
+    let wrong = corrupt.map {
+      "\($0.holder.segment) at \($0.holder.rpc): sent shard \($0.shard) with a wrong digest"
+    }
+    if !wrong.isEmpty && (tried.isEmpty || corrupt.contains { plan.isOrigin($0.holder) }) {
+      return EngineError(
+        .digestMismatch,
+        "the bytes are not those that were published: \(wrong.joined(separator: "; ")); nobody "
+          + "else has the \(missing) that are missing: the payload was changed after it was "
+          + "published, or the holder's memory is broken: publish it again"
+          + (tried.isEmpty ? "" : "; tried too: " + tried.joined(separator: "; ")))
+    }
+    tried += wrong
     return EngineError(
       .noHolder,
-      "no live holder for \(plan.missingCount) of \(manifest.layout.shardCount) shards; tried: "
+      "no live holder for \(missing); tried: "
         + (tried.isEmpty ? "nobody, none is known" : tried.joined(separator: "; ")))
   }
 

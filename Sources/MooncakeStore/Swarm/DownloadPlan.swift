@@ -80,6 +80,8 @@ package struct DownloadPlan: Sendable {
   /// Holders that failed and why, the latest of each.
   package private(set) var tried: [(holder: HolderAddress, reason: String)] = []
   package private(set) var corruptShardCount = 0
+  /// Who sent a shard with other bytes than were published, and the first of these shards.
+  package private(set) var corrupt: [(holder: HolderAddress, shard: Int)] = []
 
   /// `own` is told to others as a holder of what is verified; nil offers nothing. `have` is there
   /// already.
@@ -276,6 +278,9 @@ package struct DownloadPlan: Sendable {
       return true
     }
     corruptShardCount += 1
+    if corrupt.count < 32 && !corrupt.contains(where: { $0.holder == holder }) {
+      corrupt.append((holder, shard))
+    }
     release(shard, read)
     if let index = index(of: holder) {
       drop(index, "sent shard \(shard) with a wrong digest", isForever: true)
