@@ -18,6 +18,7 @@ package final class Holding: Sendable {
     var ledger: UploadLedger
     var available: ShardSet
     var isWithdrawn = false
+    var readBytes: UInt64 = 0
   }
   private let state: Lock<State>
 
@@ -57,6 +58,9 @@ package final class Holding: Sendable {
   package var version: PayloadVersion { manifest.version }
   package var isComplete: Bool { state.withLock { $0.available.isFull } }
 
+  /// Bytes of shards that readers have given back after they read them, whatever carried them.
+  package var readBytes: UInt64 { state.withLock { $0.readBytes } }
+
   /// Offers a shard from now on: its bytes are there and verified.
   package func offer(_ shard: Int) { state.withLock { $0.available.insert(shard) } }
 
@@ -87,7 +91,11 @@ package final class Holding: Sendable {
   package func answer(_ request: ShardRequest) -> ShardAnswer {
     if request.version != version { return ShardAnswer(state: .gone) }
     return state.withLock { state in
-      state.ledger.answer(request, available: state.available, now: Clock.now())
+      let answer = state.ledger.answer(request, available: state.available, now: Clock.now())
+      for shard in state.ledger.returned {
+        state.readBytes &+= manifest.layout.range(ofShard: shard).length
+      }
+      return answer
     }
   }
 

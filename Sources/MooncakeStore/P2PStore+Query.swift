@@ -2,6 +2,9 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
+  /// What readers see of a payload that this store offers; tells what they have read.
+  package func readers(of name: String) -> Holding? { catalog.holding(of: name) }
+
   /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders.
   /// Those of the existing system are among them where both share an etcd.
   public func list(

@@ -44,6 +44,8 @@ package struct UploadLedger: Sendable {
   private var refusalSecond: UInt64 = 0
   private var refusals: UInt64 = 0
   private var refusalsBefore: UInt64 = 0
+  /// Shards that the latest request gave back: their reader has read them.
+  package private(set) var returned: [Int] = []
 
   package init(shardCount: Int, seed: UInt64, settings: Settings = Settings()) {
     self.settings = settings
@@ -56,6 +58,7 @@ package struct UploadLedger: Sendable {
     _ request: ShardRequest, available: ShardSet, now: UInt64
   ) -> ShardAnswer {
     precondition(available.count == grantCounts.count)
+    returned = []
     dropExpired(now)
     // It has come late, and nobody waits for the answer any more.
     if let reader = readers[request.reader], reader.turn >= request.turn {
@@ -107,6 +110,7 @@ package struct UploadLedger: Sendable {
   /// Takes back what else was granted.
   private mutating func keep(_ reading: [Int], of reader: UInt64) {
     guard var entry = readers[reader] else { return }
+    returned = entry.shards.filter { !reading.contains($0) }
     entry.shards.removeAll { !reading.contains($0) }
     readers[reader] = entry.shards.isEmpty ? nil : entry
   }
