@@ -37,6 +37,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -87,6 +88,21 @@ static inline int linux_pidfd_open(pid_t process) {
 }
 
 // Whether other processes of the user may look into this one.
+// Constants that are GNU extensions, under names of their own.
+enum { LINUX_O_PATH = O_PATH };
+enum { LINUX_RENAME_NOREPLACE = 1, LINUX_RENAME_EXCHANGE = 2 };
+
+static inline int linux_rename(
+  int from_directory, const char *from, int to_directory, const char *to, unsigned flags) {
+  return (int)syscall(SYS_renameat2, from_directory, from, to_directory, to, flags);
+}
+
+// Whether the files of a descriptor's file system are memory.
+static inline int linux_is_memory_system(int descriptor) {
+  struct statfs system;
+  return fstatfs(descriptor, &system) == 0 && (unsigned long)system.f_type == 0x01021994;
+}
+
 static inline int linux_set_dumpable(int value) { return prctl(PR_SET_DUMPABLE, value, 0, 0, 0); }
 
 // Whether a thread exists at all; what may be done to it does not matter.

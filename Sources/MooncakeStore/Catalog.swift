@@ -10,8 +10,8 @@ final class Catalog: Sendable {
     var isOrigin: Bool
     /// nil: not offered to others.
     var holding: Holding?
-    /// Registered with the engine.
-    var buffers: [BufferLayout.Buffer]
+    /// Registered with the engine; nil: nothing is any more.
+    var layout: BufferLayout?
     /// Memory that the store allocated, freed with the entry.
     var allocations: [UInt64] = []
     /// Whether it is listed for the existing system without being a holding.

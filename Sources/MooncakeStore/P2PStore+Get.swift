@@ -2,10 +2,12 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, and
-  /// which of them the store is to free in the end.
+  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, the
+  /// range that all lie in where that is registered in one, and what the store frees in the end.
   package typealias Placement =
-    (Manifest) throws(EngineError) -> (buffers: [PayloadBuffer], allocations: [UInt64])
+    (Manifest) throws(EngineError) -> (
+      buffers: [PayloadBuffer], range: PayloadBuffer?, allocations: [UInt64]
+    )
 
   /// Fetches a whole payload into the caller's buffers, or into memory that the engine allocates.
   /// Blocks until every shard is there and verified. Others fetch from this process meanwhile and
@@ -15,14 +17,15 @@ extension P2PStore {
     _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) -> GetResult {
     try get(name, options, operation) { [engine] manifest throws(EngineError) in
-      if let buffers { return (buffers, []) }
-      if manifest.layout.size == 0 { return ([], []) }
+      if let buffers { return (buffers, nil, []) }
+      if manifest.layout.size == 0 { return ([], nil, []) }
+      try MemoryRoom.check(manifest.layout.size, "payload '\(name)'")
       let address = try engine.allocate(
         length: manifest.layout.size, location: options.location, access: .local)
       // The holding registers it with the rights that it needs.
       try engine.unregister(address)
       return (
-        [PayloadBuffer(address: address, length: manifest.layout.size)],
+        [PayloadBuffer(address: address, length: manifest.layout.size)], nil,
         [UInt64(UInt(bitPattern: address))]
       )
     }
@@ -51,7 +54,7 @@ extension P2PStore {
         return try fetch(target, options, bounds, place, &held, since: start)
       } catch {
         // The version may have gone while the name has another one.
-        guard error.code == .noHolder, options.version == nil,
+        guard error.code == .noHolder || error.code == .digestMismatch, options.version == nil,
           let now = try? locate(name, options, bounds), now.version != target.version
         else { throw error }
         if options.followsVersions { continue }
@@ -142,10 +145,10 @@ extension P2PStore {
     _ held: inout Catalog.Entry?, since start: UInt64
   ) throws(EngineError) -> GetResult {
     let manifest = try manifest(of: target, bounds)
-    let (buffers, allocations) = try place(manifest)
+    let (buffers, range, allocations) = try place(manifest)
     var entry: Catalog.Entry
     do throws(EngineError) {
-      let layout = try Self.layout(target.name, buffers, for: manifest)
+      let layout = try Self.layout(target.name, buffers, in: range, for: manifest)
       // What peers may change is a snapshot here, which is of no use to others.
       let isOffered = options.sharesOnward && !manifest.isWritable
       entry = try accept(target, manifest, layout, isOffered, options)
@@ -181,15 +184,14 @@ extension P2PStore {
         available: ShardSet(count: manifest.layout.shardCount),
         publishedMilliseconds: target.summary.publishedMilliseconds)
     }
-    try memory.register(layout.buffers, location: options.location, access: .local)
-    return Catalog.Entry(
-      name: target.name, isOrigin: false, holding: nil, buffers: layout.buffers)
+    try memory.register(layout.ranges, location: options.location, access: .local)
+    return Catalog.Entry(name: target.name, isOrigin: false, holding: nil, layout: layout)
   }
 
   private func download(
     _ target: Target, _ manifest: Manifest, _ entry: Catalog.Entry, _ bounds: Bounds
   ) throws(EngineError) -> [GetResult.Source] {
-    let layout = BufferLayout(entry.buffers)!
+    let layout = entry.layout!
     let (directory, cancellation) = (directory, bounds.cancellation)
     let download = try PayloadDownload(
       engine, workers, manifest, into: layout, holding: entry.holding, holders: target.holders,
@@ -212,9 +214,9 @@ extension P2PStore {
 
   /// Checks that whole shards fit into the buffers.
   static func layout(
-    _ name: String, _ buffers: [PayloadBuffer], for manifest: Manifest
+    _ name: String, _ buffers: [PayloadBuffer], in range: PayloadBuffer?, for manifest: Manifest
   ) throws(EngineError) -> BufferLayout {
-    let layout = try layout(name, buffers)
+    let layout = try layout(name, buffers, in: range)
     if layout.size != manifest.layout.size {
       throw EngineError(
         .sizeMismatch,

@@ -123,7 +123,7 @@ extension P2PStore {
     location: String, available: ShardSet, publishedMilliseconds: UInt64 = WallClock.milliseconds()
   ) throws(EngineError) -> Catalog.Entry {
     try memory.register(
-      layout.buffers, location: location,
+      layout.ranges, location: location,
       access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead)
     do throws(EngineError) {
       let holding = try Holding(
@@ -131,9 +131,9 @@ extension P2PStore {
         publishedMilliseconds: publishedMilliseconds)
       catalog.open(holding)
       return Catalog.Entry(
-        name: name, isOrigin: isOrigin, holding: holding, buffers: layout.buffers)
+        name: name, isOrigin: isOrigin, holding: holding, layout: layout)
     } catch {
-      memory.unregister(layout.buffers)
+      memory.unregister(layout.ranges)
       throw error
     }
   }
@@ -169,8 +169,9 @@ extension P2PStore {
     dissolve(entry, until: deadline, bounds)
   }
 
+  /// `range`: what all buffers lie in and is registered in one.
   static func layout(
-    _ name: String, _ buffers: [PayloadBuffer]
+    _ name: String, _ buffers: [PayloadBuffer], in range: PayloadBuffer? = nil
   ) throws(EngineError) -> BufferLayout {
     if buffers.count > ShardLayout.maximumBufferCount {
       throw EngineError(
@@ -178,8 +179,10 @@ extension P2PStore {
         "payload '\(name)': \(buffers.count) buffers, at most "
           + "\(ShardLayout.maximumBufferCount) make a payload")
     }
-    let layout = BufferLayout(
-      buffers.map { .init(address: UInt64(UInt(bitPattern: $0.address)), length: $0.length) })
+    func plain(_ buffer: PayloadBuffer) -> BufferLayout.Buffer {
+      .init(address: UInt64(UInt(bitPattern: buffer.address)), length: buffer.length)
+    }
+    let layout = BufferLayout(buffers.map(plain), in: range.map(plain))
     guard let layout else {
       throw EngineError(
         .invalidArgument, "payload '\(name)': a buffer is null or empty, or wraps around")

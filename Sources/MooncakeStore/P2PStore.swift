@@ -119,7 +119,7 @@ public final class P2PStore: Sendable {
             + "other holders")
       }
     }
-    memory.unregister(entry.buffers)
+    memory.unregister(entry.layout?.ranges ?? [])
     if let holding = entry.holding {
       catalog.close(holding)
       holding.close()
@@ -151,7 +151,7 @@ public final class P2PStore: Sendable {
       catalog.release(
         name,
         holding: Catalog.Entry(
-          name: name, isOrigin: entry.isOrigin, holding: nil, buffers: [],
+          name: name, isOrigin: entry.isOrigin, holding: nil, layout: nil,
           allocations: entry.allocations))
     }
   }
@@ -163,6 +163,6 @@ public final class P2PStore: Sendable {
       catalog.close(holding)
       holding.close()
     }
-    memory.unregister(entry.buffers)
+    memory.unregister(entry.layout?.ranges ?? [])
   }
 }

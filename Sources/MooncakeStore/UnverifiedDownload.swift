@@ -174,15 +174,15 @@ extension P2PStore {
       "payload '\(document.name)' has no digests: it was registered by the existing system; its "
         + "bytes are not verified")
     let geometry = try Manifest(layout: document.layout, digests: [], isWritable: true)
-    let (buffers, allocations) = try place(geometry)
+    let (buffers, range, allocations) = try place(geometry)
     var entry = Catalog.Entry(
-      name: document.name, isOrigin: false, holding: nil, buffers: [], allocations: allocations)
+      name: document.name, isOrigin: false, holding: nil, layout: nil, allocations: allocations)
     do throws(EngineError) {
-      let layout = try Self.layout(document.name, buffers, for: geometry)
+      let layout = try Self.layout(document.name, buffers, in: range, for: geometry)
       try memory.register(
-        layout.buffers, location: options.location,
+        layout.ranges, location: options.location,
         access: options.sharesOnward ? .remoteRead : .local)
-      entry.buffers = layout.buffers
+      entry.layout = layout
       let sources = try fetch(document, into: layout, bounds)
       if options.sharesOnward {
         let addresses = (0..<geometry.layout.shardCount).map { shard in

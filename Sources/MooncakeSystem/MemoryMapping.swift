@@ -55,6 +55,13 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
       owning: UnsafeMutableRawBufferPointer(start: pointer, count: size))
   }
 
+  /// Takes addresses without memory, from a huge page on; other mappings may be put over them.
+  package static func reserved(byteCount: Int) throws(Errno) -> MemoryMapping {
+    let size = try roundedToPages(byteCount)
+    let start = try reserveAligned(size)
+    return MemoryMapping(owning: UnsafeMutableRawBufferPointer(start: start, count: size))
+  }
+
   /// Takes addresses for `size` bytes that begin at a huge page.
   private static func reserveAligned(_ size: Int) throws(Errno) -> UnsafeMutableRawPointer {
     let (whole, overflow) = size.addingReportingOverflow(hugePageBytes)

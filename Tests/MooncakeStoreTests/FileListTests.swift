@@ -60,6 +60,31 @@ import Testing
     #expect(try refusal(Self.list(["x/y/z", "x/y"]), sizes: [1, 1]).contains("x/y"))
   }
 
+  @Test func namesOfWhatAGetWorksWith() throws {
+    for path in [".mooncake-get-data/w", "a/.mooncake-get-x", ".mooncake-get-"] {
+      #expect(try refusal(Self.list([path])).contains(".mooncake-get-"), "\(path)")
+      #expect(throws: EngineError.self) { try FileList([.init(path: path, size: 1)]) }
+    }
+    #expect(try FileList([.init(path: ".mooncake-get", size: 1)]).files.count == 1)
+  }
+
+  @Test func filesAreFoundInEachOthersWayInAnyOrder() throws {
+    for paths in [["a", "a.b", "a/b"], ["a/b", "a-b", "a"], ["x/y!", "x/y/z", "x/y"]] {
+      let sizes = [UInt64](repeating: 1, count: 3)
+      #expect(try refusal(Self.list(paths), sizes: sizes).contains("a directory"), "\(paths)")
+    }
+    #expect(try FileList(["a.b/c", "a", "a-b"].map { .init(path: $0, size: 1) }).files.count == 3)
+  }
+
+  @Test func deepPathsCostLittle() throws {
+    let tail = (0..<62).map { "d\($0)" }.joined(separator: "/")
+    let files = (0..<20_000).map { FileList.File(path: "\($0)/\(tail)/f", size: 1) }
+    let error = #expect(throws: EngineError.self) { try FileList(files) }
+    #expect(error?.message.contains("more than 65536 directories") == true)
+    let one = (0..<20_000).map { FileList.File(path: "\(tail)/\($0)", size: 1) }
+    #expect(try FileList(one).files.count == 20_000)
+  }
+
   @Test func sizesThatAreNotTheBuffers() throws {
     for sizes in [[2], [1, 1], []] as [[UInt64]] {
       #expect(try refusal(Self.list(["a"]), sizes: sizes).contains("sizes"))

@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeStore
+import MooncakeSystem
 import Testing
 
 @Suite struct FileStagingTests {
@@ -19,6 +20,15 @@ import Testing
     .init(path: "d/run", size: 5000, isExecutable: true),
   ]
 
+  /// What the tests ask for, by paths as texts.
+  private func staging(
+    _ directory: String, payload: String = "p", replacesFiles: Bool = false, exchanges: Bool = true
+  ) -> FileStaging {
+    FileStaging(
+      directory: FilePath(directory), payload: payload, replacesFiles: replacesFiles,
+      exchanges: exchanges)
+  }
+
   private func failure(_ body: () throws -> Void) -> EngineError? {
     #expect(throws: EngineError.self) { try body() }
   }
@@ -32,14 +42,13 @@ import Testing
   @Test func filesGetTheirNamesAtTheEnd() throws {
     for syncs in [false, true] {
       let scratch = ScratchDirectory()
-      let staging = FileStaging(
-        directory: scratch["new/out/"], payload: "p", replacesFiles: false)
-      let buffers = try staging.place(Self.manifest(Self.files))
+      let staging = self.staging(scratch["new/out/"])
+      let buffers = try staging.place(Self.manifest(Self.files)).buffers
       #expect(buffers.map(\.length) == [5, 5000])
       Self.fill(buffers)
       #expect(scratch.names(in: "new/out").count == 1)
       let files = try staging.commit(syncs: syncs)
-      #expect(files.map(\.path) == Self.files.map { scratch["new/out/" + $0.path] })
+      #expect(files.map(\.path.description) == Self.files.map { scratch["new/out/" + $0.path] })
       #expect(scratch.names(in: "new/out") == ["a", "d"])
       #expect(scratch.contents("new/out/a") == Array(repeating: 1, count: 5))
       #expect(scratch.contents("new/out/d/e/empty") == [])
@@ -55,8 +64,7 @@ import Testing
     let scratch = ScratchDirectory()
     scratch.write("old", [1])
     do {
-      let staging = FileStaging(
-        directory: scratch["new/out"], payload: "p", replacesFiles: false)
+      let staging = self.staging(scratch["new/out"])
       _ = try staging.place(Self.manifest(Self.files))
       #expect(scratch.names() == ["new", "old"])
     }
@@ -65,9 +73,9 @@ import Testing
 
   @Test func anotherVersionStartsOver() throws {
     let scratch = ScratchDirectory()
-    let staging = FileStaging(directory: scratch["out"], payload: "p", replacesFiles: false)
+    let staging = self.staging(scratch["out"])
     _ = try staging.place(Self.manifest(Self.files))
-    Self.fill(try staging.place(Self.manifest([.init(path: "z", size: 3)])))
+    Self.fill(try staging.place(Self.manifest([.init(path: "z", size: 3)])).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == ["z"])
     #expect(scratch.contents("out/z") == [1, 1, 1])
@@ -78,13 +86,12 @@ import Testing
     let layout = try ShardLayout(bufferSizes: [3, 4], shardBytes: 16)
     let digests = Array(repeating: Digest(high: 0, low: 0), count: 2)
     let manifest = try Manifest(layout: layout, digests: digests)
-    let staging = FileStaging(
-      directory: scratch["out"], payload: "models/step-7", replacesFiles: false)
-    let buffers = try staging.place(manifest)
+    let staging = self.staging(scratch["out"], payload: "models/step-7")
+    let buffers = try staging.place(manifest).buffers
     #expect(buffers.map(\.length) == [7])
     _ = try staging.commit(syncs: false)
     #expect(scratch.contents("out/step-7")?.count == 7)
-    let nameless = FileStaging(directory: scratch["out"], payload: "..", replacesFiles: false)
+    let nameless = self.staging(scratch["out"], payload: "..")
     #expect(failure { _ = try nameless.place(manifest) }?.code == .invalidArgument)
   }
 
@@ -94,10 +101,9 @@ import Testing
       let scratch = ScratchDirectory()
       scratch.write("out/" + existing, [9])
       for replaces in [false, true] {
-        let staging = FileStaging(
-          directory: scratch["out"], payload: "p", replacesFiles: replaces)
+        let staging = self.staging(scratch["out"], replacesFiles: replaces)
         if replaces && isReplaceable {
-          Self.fill(try staging.place(manifest))
+          Self.fill(try staging.place(manifest).buffers)
           _ = try staging.commit(syncs: false)
           #expect(scratch.contents("out/a") == Array(repeating: 1, count: 5))
         } else {
@@ -111,7 +117,7 @@ import Testing
 
   @Test func whatCameMeanwhileStays() throws {
     let scratch = ScratchDirectory()
-    let staging = FileStaging(directory: scratch["out"], payload: "p", replacesFiles: false)
+    let staging = self.staging(scratch["out"])
     _ = try staging.place(Self.manifest(Self.files))
     scratch.write("out/a", [9])
     #expect(failure { _ = try staging.commit(syncs: false) }?.code == .exists)
@@ -120,19 +126,101 @@ import Testing
     #expect(scratch.contents("out/a") == [9])
   }
 
+  /// What a killed get leaves.
+  private static func leaveArea(_ scratch: ScratchDirectory, _ name: String) {
+    scratch.write(name + "/lock", [], mode: 0o600)
+    chmod(scratch[name], 0o700)
+  }
+
   @Test func leftoversOfTheDeadGo() throws {
     let scratch = ScratchDirectory()
-    scratch.write("out/.mooncake-get-dead00/d/part", [1])
+    scratch.write("out/.mooncake-get-dead00/new/d/part", [1])
+    Self.leaveArea(scratch, "out/.mooncake-get-dead00")
     symlink("/", scratch["out/.mooncake-get-dead00/link"])
-    let living = FileStaging(directory: scratch["out"], payload: "p", replacesFiles: false)
+    mkdir(scratch["out/.mooncake-get-dead01"], 0o700)
+    let living = self.staging(scratch["out"])
     _ = try living.place(Self.manifest([.init(path: "living", size: 1)]))
     #expect(scratch.names(in: "out").count == 1)
-    let other = FileStaging(directory: scratch["out"], payload: "p", replacesFiles: false)
+    let other = self.staging(scratch["out"])
     _ = try other.place(Self.manifest([.init(path: "other", size: 1)]))
     #expect(scratch.names(in: "out").count == 2)
     _ = try living.commit(syncs: false)
     _ = try other.commit(syncs: false)
     #expect(scratch.names(in: "out") == ["living", "other"])
+  }
+
+  @Test func whatOnlyLooksLikeALeftoverStays() throws {
+    let scratch = ScratchDirectory()
+    // As somebody prepares it who may write into the directory.
+    scratch.write("victim/file", [1])
+    Self.leaveArea(scratch, "victim")
+    mkdir(scratch["out"], 0o777)
+    symlink(scratch["victim"], scratch["out/.mooncake-get-AAAAAA"])
+    scratch.write("out/.mooncake-get-plain", [2])
+    scratch.write("out/.mooncake-get-unlocked/file", [3])
+    scratch.write("out/.mooncake-get-shared/file", [4])
+    Self.leaveArea(scratch, "out/.mooncake-get-shared")
+    chmod(scratch["out/.mooncake-get-shared"], 0o777)
+    scratch.write("out/.mooncake-get-linked/file", [5])
+    symlink(scratch["victim/lock"], scratch["out/.mooncake-get-linked/lock"])
+    mkfifo(scratch["out/.mooncake-get-pipe"], 0o600)
+    scratch.write("out/.mooncake-get-locks/file", [6])
+    mkfifo(scratch["out/.mooncake-get-locks/lock"], 0o600)
+    if geteuid() == 0 {
+      scratch.write("out/.mooncake-get-other/file", [7])
+      Self.leaveArea(scratch, "out/.mooncake-get-other")
+      chown(scratch["out/.mooncake-get-other"], 12345, 12345)
+    }
+    let before = scratch.names(in: "out")
+    let staging = self.staging(scratch["out"])
+    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    _ = try staging.commit(syncs: false)
+    #expect(scratch.names(in: "out") == (before + ["a"]).sorted())
+    #expect(scratch.names(in: "victim") == ["file", "lock"])
+    for name in before where !["AAAAAA", "plain", "pipe"].contains(where: { name.hasSuffix($0) }) {
+      #expect(scratch.names(in: "out/" + name).contains("file"), "\(name)")
+    }
+  }
+
+  @Test func linksInTheDirectoryAreNotFollowed() throws {
+    let scratch = ScratchDirectory()
+    scratch.write("victim/file", [1])
+    mkdir(scratch["out"], 0o755)
+    symlink("../victim", scratch["out/d"])
+    let manifest = try Self.manifest([.init(path: "d/file", size: 1)])
+    let staging = self.staging(scratch["out"], replacesFiles: true)
+    let error = failure { _ = try staging.place(manifest) }
+    #expect(error?.code == .exists && error?.message.contains("out/d is a link") == true)
+    // Also one that comes while the bytes do.
+    unlink(scratch["out/d"])
+    Self.fill(try staging.place(manifest).buffers)
+    symlink("../victim", scratch["out/d"])
+    #expect(failure { _ = try staging.commit(syncs: false) }?.message.contains("link") == true)
+    staging.discard()
+    #expect(scratch.names(in: "out") == ["d"] && scratch.contents("victim/file") == [1])
+    // A link in the place of a file is replaced, not followed; the directory named may be one.
+    unlink(scratch["out/d"])
+    symlink("../victim/file", scratch["out/a"])
+    symlink("out", scratch["alias"])
+    let through = self.staging(scratch["alias"], replacesFiles: true)
+    Self.fill(try through.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    _ = try through.commit(syncs: false)
+    var status = stat()
+    #expect(lstat(scratch["out/a"], &status) == 0 && status.st_mode & S_IFMT == S_IFREG)
+    #expect(scratch.contents("victim/file") == [1])
+  }
+
+  @Test func whatIsReplacedKeepsItsOtherNames() throws {
+    let scratch = ScratchDirectory()
+    scratch.write("out/a", [1])
+    link(scratch["out/a"], scratch["elsewhere"])
+    mkfifo(scratch["out/b"], 0o600)
+    let staging = self.staging(scratch["out"], replacesFiles: true)
+    let files: [FileList.File] = [.init(path: "a", size: 1), .init(path: "b", size: 1)]
+    Self.fill(try staging.place(Self.manifest(files)).buffers)
+    _ = try staging.commit(syncs: false)
+    #expect(scratch.contents("elsewhere") == [1])
+    #expect(scratch.contents("out/b") == [2])
   }
 
   @Test func aFullDiskSaysSoBefore() throws {
@@ -143,7 +231,7 @@ import Testing
       return
     }
     defer { umount(scratch["disk"]) }
-    let staging = FileStaging(directory: scratch["disk/out"], payload: "p", replacesFiles: false)
+    let staging = self.staging(scratch["disk/out"])
     let manifest = try Self.manifest([
       .init(path: "small", size: 1000), .init(path: "large", size: 2 << 20),
     ])
@@ -161,7 +249,7 @@ import Testing
     }
     let scratch = ScratchDirectory()
     mkdir(scratch["out"], 0o500)
-    let staging = FileStaging(directory: scratch["out"], payload: "p", replacesFiles: false)
+    let staging = self.staging(scratch["out"])
     let manifest = try Self.manifest([.init(path: "a", size: 1)])
     #expect(failure { _ = try staging.place(manifest) }?.code == .accessDenied)
   }

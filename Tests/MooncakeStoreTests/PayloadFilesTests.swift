@@ -1,6 +1,7 @@
 import Glibc
 import MooncakeEngine
 import MooncakeStore
+import MooncakeSystem
 import Testing
 
 @Suite struct PayloadFilesTests {
@@ -46,6 +47,108 @@ import Testing
     }
     #expect(try origin.list(prefix: "") == [])
     #expect(scratch.contents("one/weights") == weights)
+  }
+
+  @Test func manyFilesAreOneBuffer() throws {
+    let cluster = try Cluster()
+    let (origin, receiver) = (try cluster.store(), try cluster.store())
+    defer {
+      origin.close()
+      receiver.close()
+    }
+    let scratch = ScratchDirectory()
+    for index in 0..<300 { scratch.write("m/\(index)", Self.bytes(1 + index * 37, seed: index)) }
+    scratch.write("m/large", Self.bytes(5 << 20, seed: 7))
+    let before = origin.engine.metrics()
+    let (_, published) = try origin.publish("many", files: [scratch["m"]], shards)
+    func buffers(_ metrics: String) -> Int {
+      let line = metrics.split(separator: "\n").first {
+        $0.hasPrefix("mooncake_registered_buffers{")
+      }
+      return line?.split(separator: " ").last.flatMap { Int($0) } ?? -1
+    }
+    // The files, and manifest and table of the holding.
+    #expect(buffers(origin.engine.metrics()) == buffers(before) + 2)
+    let (_, received) = try receiver.get("many", to: scratch["out"])
+    for name in ["0", "1", "299", "large"] {
+      #expect(scratch.contents("out/" + name) == scratch.contents("m/" + name))
+    }
+    try received.withdraw()
+    try published.withdraw()
+    #expect(buffers(origin.engine.metrics()) == buffers(before))
+  }
+
+  @Test func bytesChangedAfterPublishingAreADigestMismatch() throws {
+    let cluster = try Cluster()
+    let (origin, receiver) = (try cluster.store(), try cluster.store())
+    defer {
+      origin.close()
+      receiver.close()
+    }
+    let scratch = ScratchDirectory()
+    scratch.write("a", Self.bytes(300_000, seed: 1))
+    let (_, published) = try origin.publish("model", files: [scratch["a"]], shards)
+    let file = open(scratch["a"], O_WRONLY)
+    pwrite(file, [0xFF, 0xFE, 0xFD], 3, 150_000)
+    close(file)
+    let error = #expect(throws: EngineError.self) {
+      _ = try receiver.get("model", to: scratch["out"])
+    }
+    #expect(error?.code == .digestMismatch, "\(String(describing: error))")
+    #expect(error?.message.contains(origin.engine.name) == true)
+    #expect(error?.message.contains("shard 2") == true)
+    #expect(scratch.names() == ["a"])
+    try published.withdraw()
+  }
+
+  /// A file comes into the way while a removal of the name still waits for a reader: the memory
+  /// stays registered and mapped until that reader is done.
+  @Test func aCommitThatFailsDuringARemoval() throws {
+    let cluster = try Cluster()
+    let (origin, receiver) = (try cluster.store(), try cluster.store())
+    defer {
+      origin.close()
+      receiver.close()
+    }
+    let scratch = ScratchDirectory()
+    scratch.write("m/a", Self.bytes(100_000, seed: 1))
+    mkdir(scratch["out"], 0o755)
+    let (info, published) = try origin.publish("model", files: [scratch["m"]], shards)
+    let version = try #require(info.version)
+    // The get waits with what it has until nobody else puts files into their places.
+    let other = open(scratch["out"], O_RDONLY | O_DIRECTORY)
+    defer { close(other) }
+    try #require(flock(other, LOCK_EX) == 0)
+    let failure = Lock<EngineError?>(nil)
+    let getting = try WorkerThread.start(name: "get") {
+      do throws(EngineError) { _ = try receiver.get("model", to: scratch["out"]) } catch {
+        failure.withLock { $0 = error }
+      }
+    }
+    func eventually(_ condition: () -> Bool) {
+      let end = time(nil) + 30
+      while !condition() && time(nil) < end { usleep(5000) }
+      #expect(condition())
+    }
+    eventually { receiver.readers(of: "model")?.isComplete == true }
+    let holding = try #require(receiver.readers(of: "model"))
+    let request = ShardRequest(
+      holding: holding.address.holding, version: version, reader: 7, own: nil,
+      have: ShardSet(count: 2), turn: 1, reading: [], limit: 1)
+    #expect(holding.answer(request).granted.count == 1)
+    try origin.remove("model")
+    // It is being withdrawn.
+    eventually { receiver.readers(of: "model") == nil }
+    scratch.write("out/a", [9])
+    flock(other, LOCK_UN)
+    usleep(700_000)
+    #expect(failure.withLock { $0 } == nil, "the memory was taken from a reader")
+    _ = holding.answer(
+      .farewell(to: holding.address, version: version, reader: 7, shardCount: 2))
+    getting.join()
+    #expect(failure.withLock { $0 }?.code == .exists)
+    #expect(scratch.names(in: "out") == ["a"] && scratch.contents("out/a") == [9])
+    try? published.withdraw()
   }
 
   @Test func emptyFilesAreAPayload() throws {

@@ -1,7 +1,7 @@
 import Glibc
 
 /// A directory of a test's own, removed with everything in it.
-final class ScratchDirectory {
+final class ScratchDirectory: Sendable {
   let path: String
 
   init() {

@@ -93,20 +93,36 @@ package struct FileList: Equatable, Sendable {
     if files.count > maximumFileCount {
       return "they are \(files.count), more than \(maximumFileCount)"
     }
-    // As bytes: two spellings of one letter are equal strings, but different files.
-    var paths: Set<[UInt8]> = []
-    var directories: Set<[UInt8]> = []
     for file in files {
       if let problem = problem(with: file.path) { return problem }
-      let bytes = Array(file.path.utf8)
-      if !paths.insert(bytes).inserted { return "'\(file.path)' is there twice" }
-      for (index, byte) in bytes.enumerated() where byte == UInt8(ascii: "/") {
-        directories.insert(Array(bytes[..<index]))
+    }
+    return conflict(among: files)
+  }
+
+  private static func conflict(among files: [File]) -> String? {
+    // As bytes: two spellings of one letter are equal strings, but different files. Where the
+    // smallest byte ends a part, a directory comes right before what is in it.
+    let keys = files.map { file in file.path.utf8.map { $0 == UInt8(ascii: "/") ? 0 : $0 } }
+      .sorted { $0.lexicographicallyPrecedes($1) }
+    var directoryCount = 0
+    var former: [UInt8] = []
+    for key in keys {
+      let common = zip(former, key).prefix { $0 == $1 }.count
+      if common == former.count && !former.isEmpty {
+        if common == key.count { return "'\(path(key))' is there twice" }
+        if key[common] == 0 { return "'\(path(former))' is a file and a directory" }
       }
+      directoryCount += key[common...].count { $0 == 0 }
+      if directoryCount > maximumFileCount {
+        return "they are in more than \(maximumFileCount) directories"
+      }
+      former = key
     }
-    return files.first { directories.contains(Array($0.path.utf8)) }.map {
-      "'\($0.path)' is a file and a directory"
-    }
+    return nil
+  }
+
+  private static func path(_ key: [UInt8]) -> String {
+    String(decoding: key.map { $0 == 0 ? UInt8(ascii: "/") : $0 }, as: UTF8.self)
   }
 
   /// Why a path would leave the directory or confuse who reads it.
@@ -126,6 +142,9 @@ package struct FileList: Equatable, Sendable {
       if part.isEmpty { return "the path '\(shown)' has an empty part" }
       if part.elementsEqual(".".utf8) || part.elementsEqual("..".utf8) {
         return "the path '\(shown)' has a part '.' or '..'"
+      }
+      if StagingArea.isStaging(Substring(part)) {
+        return "a name in '\(shown)' begins with \(StagingArea.prefix), which is for gets"
       }
       if part.count > maximumPartBytes { return "a name in '\(shown)' is too long" }
     }

@@ -3,62 +3,58 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 
-/// Files on their way: in a hidden directory beside where they will be, complete in size, mapped,
-/// and put in their places only when every byte is there. What was made is removed on any failure.
+/// Files on their way: in a hidden directory where they are to be, complete in size, mapped, and
+/// put in their places together when every byte is there. What was made is removed on any failure,
+/// and nothing else ever is (docs/store-files.md, "How files arrive").
 package final class FileStaging {
-  /// Keeps a descriptor open where only what can be copied may stand.
-  private final class OpenDirectory {
-    let descriptor: FileDescriptor
-    init(_ descriptor: consuming FileDescriptor) { self.descriptor = descriptor }
-  }
-
-  private static let prefix = ".mooncake-get-"
-
-  private let directory: String
+  private let path: FilePath
   private let replacesFiles: Bool
+  /// Whether the file system is asked to exchange files in one step.
+  private let exchanges: Bool
   /// The name of the file that a payload without a list becomes.
   private let nameWithoutList: String
+  private var target: Directory?
   /// Directories that were not there before, outermost first.
-  private var madeDirectories: [String] = []
-  private var hidden: String?
-  /// Locked while it is in use, so that others know what a killed process has left.
-  private var lock: OpenDirectory?
+  private var made: [Directory.Made] = []
+  private var area: StagingArea?
   private var list: FileList?
-  /// Of each file of the list, in order; none of an empty one.
-  private var memories: [FileMemory?] = []
+  private var arena: FileArena?
 
-  package init(directory: String, payload name: String, replacesFiles: Bool) {
-    var directory = directory
-    while directory.utf8.count > 1 && directory.last == "/" { directory.removeLast() }
-    self.directory = directory
+  package init(
+    directory: FilePath, payload name: String, replacesFiles: Bool, exchanges: Bool = true
+  ) {
+    var bytes = directory.bytes
+    while bytes.count > 1 && bytes.last == UInt8(ascii: "/") { bytes.removeLast() }
+    path = FilePath(bytes: bytes)
     self.replacesFiles = replacesFiles
+    self.exchanges = exchanges
     nameWithoutList = name.split(separator: "/").last.map(String.init) ?? name
   }
 
   deinit { discard() }
 
-  /// Whether a name is that of a directory in use here, or left by a process that was killed.
-  static func isStaging(_ name: String) -> Bool { name.hasPrefix(prefix) }
-
-  /// Makes room for the files of a payload and returns their memory. Again for another version.
-  package func place(_ manifest: Manifest) throws(EngineError) -> [PayloadBuffer] {
+  /// Makes room for the files of a payload and returns their memory, and the range that all of it
+  /// lies in. Again for another version.
+  package func place(
+    _ manifest: Manifest
+  ) throws(EngineError) -> (buffers: [PayloadBuffer], range: PayloadBuffer?) {
     discard()
     do throws(EngineError) {
       let list = try list(of: manifest)
-      try makeDirectories(upTo: directory)
-      try checkTargets(list)
-      removeLeftovers()
-      try makeHidden()
-      var buffers: [PayloadBuffer] = []
-      for file in list.files {
-        let memory = try make(file)
-        memories.append(memory)
-        if let memory {
-          buffers.append(PayloadBuffer(address: memory.address, length: file.size))
-        }
+      let arena = try FileArena(sizes: list.files.map(\.size), "\(path)")
+      let target = try open()
+      if let lock = SwitchLock.tryTaking(target) {
+        StagingArea.removeLeftovers(in: target, holdsSwitch: true)
+        _ = consume lock
+      } else {
+        StagingArea.removeLeftovers(in: target, holdsSwitch: false)
       }
+      try check(list, target)
+      try checkMemory(list, target)
+      self.arena = arena
+      let buffers = try makeFiles(list, try makeArea())
       self.list = list
-      return buffers
+      return (buffers, arena.buffer)
     } catch {
       discard()
       throw error
@@ -67,29 +63,28 @@ package final class FileStaging {
 
   /// Puts the files in their places; `syncs`: they survive a loss of power from then on. After a
   /// failure their memory stays until `discard`.
-  package func commit(syncs: Bool) throws(EngineError) -> [MappedFile] {
-    guard let hidden, let list else { return [] }
-    if syncs { for file in list.files { try sync(hidden + "/" + file.path) } }
-    // What has come into their way meanwhile is not overwritten.
-    try checkTargets(list)
+  package func commit(
+    syncs: Bool, _ bounds: Bounds? = nil
+  ) throws(EngineError) -> [MappedFile] {
+    guard let area, let list, let arena else { return [] }
+    if syncs { try sync(list, area) }
+    let lock = try SwitchLock.take(area.target, bounds)
+    StagingArea.removeLeftovers(in: area.target, holdsSwitch: true)
+    // What has come into their way meanwhile is seen here.
+    let entries = try entries(list, area)
     var result: [MappedFile] = []
-    var parents = [Array(directory.utf8): directory]
-    for (file, memory) in zip(list.files, memories) {
-      let target = directory + "/" + file.path
-      let parent = Self.parent(of: target)
-      if parents.updateValue(parent, forKey: Array(parent.utf8)) == nil {
-        try makeDirectories(upTo: parent)
-      }
-      if rename(hidden + "/" + file.path, target) != 0 {
-        throw FileFailure.error(target, Errno.current, "renaming the complete file")
-      }
+    var change = FileSwitch(area, entries, exchanges: exchanges)
+    try change.run(syncs: syncs) { status in
+      let file = list.files[result.count]
       result.append(
-        try MappedFile(
-          received: target, size: file.size, isExecutable: file.isExecutable, memory: memory))
+        MappedFile(
+          received: path.appending(file.path), status, isExecutable: file.isExecutable,
+          in: arena, index: result.count))
     }
-    if syncs { for parent in parents.values { try sync(parent) } }
+    if syncs { for made in made { try sync(made.parent) } }
     // They stay from here on.
-    madeDirectories = []
+    made = []
+    _ = consume lock
     discard()
     return result
   }
@@ -97,13 +92,18 @@ package final class FileStaging {
   /// Removes everything that has not been put in its place.
   package func discard() {
     list = nil
-    memories = []
-    if let hidden { Self.removeTree(hidden) }
-    hidden = nil
-    lock = nil
-    for made in madeDirectories.reversed() { rmdir(made) }
-    madeDirectories = []
+    arena = nil
+    area?.remove()
+    area = nil
+    target = nil
+    for made in made.reversed() { made.remove() }
+    made = []
   }
+
+  /// Somebody may still read the memory: its addresses are not used again.
+  func keepMemory() { arena?.keep() }
+
+  // MARK: Before the first byte
 
   private func list(of manifest: Manifest) throws(EngineError) -> FileList {
     if !manifest.attributes.isEmpty { return try FileList(parsing: manifest) }
@@ -116,136 +116,208 @@ package final class FileStaging {
     }
   }
 
-  private func checkTargets(_ list: FileList) throws(EngineError) {
-    var status = stat()
-    var parents: Set<[UInt8]> = []
-    for file in list.files {
-      let target = directory + "/" + file.path
-      if lstat(target, &status) == 0 {
-        if status.st_mode & S_IFMT == S_IFDIR {
-          throw EngineError(.exists, "\(target) is a directory, the payload has a file there")
-        }
-        if !replacesFiles {
-          throw EngineError(
-            .exists, "\(target) exists: ask to replace files, or choose another directory")
-        }
-      }
-      var parent = Self.parent(of: target)
-      while parent.utf8.count > directory.utf8.count,
-        parents.insert(Array(parent.utf8)).inserted
-      {
-        if stat(parent, &status) == 0 && status.st_mode & S_IFMT != S_IFDIR {
-          throw EngineError(.exists, "\(parent) is a file, the payload has a directory there")
-        }
-        parent = Self.parent(of: parent)
-      }
-    }
-  }
-
-  private func makeHidden() throws(EngineError) {
-    var template = Array((directory + "/" + Self.prefix + "XXXXXX").utf8CString)
-    guard mkdtemp(&template) != nil else {
-      throw FileFailure.error(directory, Errno.current, "making a directory in it")
-    }
-    let path = template.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
-    hidden = path
-    if let descriptor = try? FileDescriptor.open(path, flags: O_RDONLY | O_DIRECTORY) {
-      _ = flock(descriptor.rawValue, LOCK_EX | LOCK_NB)
-      lock = OpenDirectory(descriptor)
-    }
-  }
-
-  /// Makes one file of its final size.
-  private func make(_ file: FileList.File) throws(EngineError) -> FileMemory? {
-    let path = hidden! + "/" + file.path
-    let target = directory + "/" + file.path
-    try Self.makeDirectories(from: hidden!, upTo: Self.parent(of: path)) { _ in }
-    let descriptor: FileDescriptor
+  private func open() throws(EngineError) -> Directory {
     do throws(Errno) {
-      descriptor = try .open(
-        path, flags: O_RDWR | O_CREAT | O_EXCL, mode: file.isExecutable ? 0o777 : 0o666)
+      var attempts = 0
+      while true {
+        do throws(Errno) {
+          let target = try Directory.open(path, &made)
+          self.target = target
+          return target
+        } catch {
+          // Another get may be removing what it has made of the path.
+          attempts += 1
+          if error.rawValue != ENOENT || attempts == 100 { throw error }
+        }
+      }
     } catch {
-      throw FileFailure.error(target, error, "making it")
+      if error.rawValue == ENOTDIR {
+        throw EngineError(.exists, "\(path): a part of it is a file, not a directory")
+      }
+      throw FileFailure.error(path, error, "making the directory")
     }
-    if file.size == 0 { return nil }
-    guard let size = off_t(exactly: file.size) else {
-      throw EngineError(.full, "\(target): \(file.size) bytes are more than a file can have")
+  }
+
+  /// Finds out whether all files can be put into their places.
+  private func check(_ list: FileList, _ target: Directory) throws(EngineError) {
+    var walk = DirectoryWalk(target)
+    var seen: Set<UInt64> = []
+    let device = try status(of: target).st_dev
+    for file in list.files {
+      let missing = try walk.open(directoryOf: file.path, makes: false)
+      let parent = walk.current
+      let directory = try status(of: parent)
+      if seen.insert(UInt64(directory.st_ino)).inserted {
+        try Self.checkDirectory(parent, directory, device)
+      }
+      if missing > 0 { continue }
+      guard let present = try existing(file, parent) else { continue }
+      let place = parent.path.appending(DirectoryWalk.name(of: file.path))
+      if present.st_dev != device { throw Self.isElsewhere(place) }
+      // Of a directory with this bit only owners take names away.
+      let user = geteuid()
+      if directory.st_mode & S_ISVTX != 0 && user != 0 && present.st_uid != user
+        && directory.st_uid != user
+      {
+        throw EngineError(
+          .accessDenied,
+          "\(place) is another user's, in a directory where only owners may replace files")
+      }
     }
-    // A disk that is full says so here, not by a signal when the last page is written.
-    var error: Int32
-    repeat { error = posix_fallocate(descriptor.rawValue, 0, size) } while error == EINTR
-    if error != 0 { throw Self.noRoom(target, file.size, Errno(error), descriptor) }
-    return try FileMemory(descriptor, file.size, target, writable: true)
+  }
+
+  private static func checkDirectory(
+    _ directory: Directory, _ status: stat, _ device: dev_t
+  ) throws(EngineError) {
+    if status.st_dev != device { throw isElsewhere(directory.path) }
+    if faccessat(directory.number, ".", W_OK | X_OK, AT_EACCESS) != 0 {
+      throw FileFailure.error(directory.path, Errno.current, "writing into it")
+    }
+  }
+
+  private static func isElsewhere(_ path: FilePath) -> EngineError {
+    EngineError(
+      .unsupported,
+      "\(path) is on another file system than the directory that was named, so files cannot be put "
+        + "there in one step: get into a directory of that file system")
+  }
+
+  static func isInTheWay(_ path: FilePath) -> EngineError {
+    EngineError(.exists, "\(path) exists: ask to replace files, or choose another directory")
+  }
+
+  /// What is in the place of a file and may be replaced.
+  private func existing(
+    _ file: FileList.File, _ parent: Directory
+  ) throws(EngineError) -> stat? {
+    let name = DirectoryWalk.name(of: file.path)
+    let place = parent.path.appending(name)
+    let status: stat?
+    do throws(Errno) { status = try parent.status(of: name) } catch {
+      throw FileFailure.error(place, error)
+    }
+    guard let status else { return nil }
+    if status.st_mode & S_IFMT == S_IFDIR {
+      throw EngineError(.exists, "\(place) is a directory, the payload has a file there")
+    }
+    if !replacesFiles { throw Self.isInTheWay(place) }
+    return status
+  }
+
+  private func status(of directory: Directory) throws(EngineError) -> stat {
+    do throws(Errno) { return try directory.status() } catch {
+      throw FileFailure.error(directory.path, error)
+    }
+  }
+
+  /// Files of some file systems are memory.
+  private func checkMemory(_ list: FileList, _ target: Directory) throws(EngineError) {
+    if linux_is_memory_system(target.number) == 0 { return }
+    try MemoryRoom.check(list.files.reduce(0) { $0 &+ $1.size }, "\(path), which is in memory")
+  }
+
+  // MARK: Making
+
+  private func makeArea() throws(EngineError) -> StagingArea {
+    for _ in 0..<1000 {
+      if let area = try StagingArea.make(in: target!) {
+        self.area = area
+        return area
+      }
+      // Another get had made the directory, failed, and removed it.
+      _ = try open()
+    }
+    throw EngineError(.busy, "\(path): it is removed again and again")
+  }
+
+  private func makeFiles(
+    _ list: FileList, _ area: StagingArea
+  ) throws(EngineError) -> [PayloadBuffer] {
+    var walk = DirectoryWalk(area.new)
+    var buffers: [PayloadBuffer] = []
+    for (index, file) in list.files.enumerated() {
+      let place = path.appending(file.path)
+      _ = try walk.open(directoryOf: file.path, makes: true)
+      let descriptor: FileDescriptor
+      do throws(Errno) {
+        descriptor = try walk.current.file(
+          DirectoryWalk.name(of: file.path), flags: O_RDWR | O_CREAT | O_EXCL,
+          mode: file.isExecutable ? 0o777 : 0o666)
+      } catch {
+        throw FileFailure.error(place, error, "making it")
+      }
+      if file.size == 0 { continue }
+      guard let size = off_t(exactly: file.size) else {
+        throw EngineError(.full, "\(place): \(file.size) bytes are more than a file can have")
+      }
+      // A disk that is full says so here, not by a signal when the last page is written.
+      var error: Int32
+      repeat { error = posix_fallocate(descriptor.rawValue, 0, size) } while error == EINTR
+      if error != 0 { throw Self.noRoom(place, file.size, Errno(error), descriptor) }
+      let address = try arena!.map(index, descriptor, file.size, place, writable: true)
+      buffers.append(PayloadBuffer(address: address, length: file.size))
+    }
+    return buffers
   }
 
   private static func noRoom(
-    _ target: String, _ size: UInt64, _ error: Errno, _ descriptor: borrowing FileDescriptor
+    _ place: FilePath, _ size: UInt64, _ error: Errno, _ descriptor: borrowing FileDescriptor
   ) -> EngineError {
     var text = "making room for \(size) bytes"
     var room = statvfs()
     if fstatvfs(descriptor.rawValue, &room) == 0 {
       text += " where \(UInt64(room.f_bavail) &* UInt64(room.f_frsize)) are free"
     }
-    return FileFailure.error(target, error, text)
+    return FileFailure.error(place, error, text)
   }
 
-  private func makeDirectories(upTo path: String) throws(EngineError) {
-    try Self.makeDirectories(from: "", upTo: path) { madeDirectories.append($0) }
+  // MARK: At the end
+
+  /// What is to be done: the files as they are, and what is in their places now.
+  private func entries(
+    _ list: FileList, _ area: StagingArea
+  ) throws(EngineError) -> [FileSwitch.Entry] {
+    var targets = DirectoryWalk(area.target)
+    var staged = DirectoryWalk(area.new)
+    var entries: [FileSwitch.Entry] = []
+    for file in list.files {
+      let missing = try targets.open(directoryOf: file.path, makes: false)
+      _ = try staged.open(directoryOf: file.path, makes: false)
+      let present = missing == 0 ? try existing(file, targets.current) : nil
+      let complete: stat?
+      do throws(Errno) {
+        complete = try staged.current.status(of: DirectoryWalk.name(of: file.path))
+      } catch {
+        throw FileFailure.error(staged.current.path, error)
+      }
+      guard let complete, UInt64(complete.st_size) == file.size else {
+        throw EngineError(
+          .system, "\(path.appending(file.path)): another program changed it while it arrived")
+      }
+      entries.append(
+        FileSwitch.Entry(
+          path: file.path, new: .init(complete), old: present.map { UInt64($0.st_ino) } ?? 0,
+          depth: targets.chain.count - 1))
+    }
+    return entries
   }
 
-  private static func makeDirectories(
-    from base: String, upTo path: String, _ made: (String) -> Void
-  ) throws(EngineError) {
-    if path.utf8.count <= base.utf8.count { return }
-    if mkdir(path, 0o777) == 0 { return made(path) }
-    var error = Errno.current
-    if error.rawValue == ENOENT {
-      let parent = parent(of: path)
-      if parent != path && !parent.isEmpty {
-        try makeDirectories(from: base, upTo: parent, made)
-        if mkdir(path, 0o777) == 0 { return made(path) }
-        error = Errno.current
+  private func sync(_ list: FileList, _ area: StagingArea) throws(EngineError) {
+    var walk = DirectoryWalk(area.new)
+    for file in list.files {
+      _ = try walk.open(directoryOf: file.path, makes: false)
+      do throws(Errno) {
+        let open = try walk.current.file(DirectoryWalk.name(of: file.path), flags: O_RDONLY)
+        _ = try retryingInterrupts { fsync(open.rawValue) }
+      } catch {
+        throw FileFailure.error(path.appending(file.path), error, "writing it to the disk")
       }
     }
-    var status = stat()
-    if error.rawValue == EEXIST, stat(path, &status) == 0, status.st_mode & S_IFMT == S_IFDIR {
-      return
-    }
-    throw FileFailure.error(path, error, "making the directory")
   }
 
-  /// Removes hidden directories whose processes have ended without doing so.
-  private func removeLeftovers() {
-    for name in (try? FileTree.entries(of: directory)) ?? [] where Self.isStaging(name) {
-      let path = directory + "/" + name
-      guard let descriptor = try? FileDescriptor.open(path, flags: O_RDONLY | O_DIRECTORY) else {
-        continue
-      }
-      if flock(descriptor.rawValue, LOCK_EX | LOCK_NB) == 0 { Self.removeTree(path) }
-    }
-  }
-
-  private static func removeTree(_ path: String) {
-    for name in (try? FileTree.entries(of: path)) ?? [] {
-      let entry = path + "/" + name
-      // Links are removed, not followed.
-      if unlink(entry) != 0 { removeTree(entry) }
-    }
-    rmdir(path)
-  }
-
-  private func sync(_ path: String) throws(EngineError) {
-    do throws(Errno) {
-      let descriptor = try FileDescriptor.open(path, flags: O_RDONLY)
-      _ = try retryingInterrupts { fsync(descriptor.rawValue) }
-    } catch {
+  private func sync(_ directory: Directory) throws(EngineError) {
+    do throws(Errno) { try directory.sync() } catch {
       throw FileFailure.error(path, error, "writing it to the disk")
     }
-  }
-
-  private static func parent(of path: String) -> String {
-    guard let slash = path.utf8.lastIndex(of: UInt8(ascii: "/")) else { return "" }
-    let parent = String(path[..<slash])
-    return parent.isEmpty ? "/" : parent
   }
 }

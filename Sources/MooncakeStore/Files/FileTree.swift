@@ -7,46 +7,47 @@ import MooncakeSystem
 package enum FileTree {
   package struct Found {
     /// Where it is here.
-    package var path: String
+    package var path: FilePath
     /// Its path in the payload.
     package var name: String
+    package var size: UInt64
   }
 
   /// Of one directory its contents; of several paths, or of a file, each under its last name. Links
   /// to files count as files. Sorted, so that the same files always are the same payload.
-  package static func files(of paths: [String]) throws(EngineError) -> [Found] {
+  package static func files(of paths: [FilePath]) throws(EngineError) -> [Found] {
     if paths.isEmpty { throw EngineError(.invalidArgument, "no file or directory is named") }
     var found: [Found] = []
     for path in paths {
-      if try kind(of: path) != .directory {
-        found.append(Found(path: path, name: try lastName(of: path)))
+      if case .file(let size) = try kind(of: path) {
+        found.append(Found(path: path, name: try lastName(of: path), size: size))
       } else {
         let name = paths.count == 1 ? "" : try lastName(of: path)
         try walk(path, name: name, depth: 0, &found)
       }
     }
     if found.isEmpty {
-      throw EngineError(
-        .invalidArgument, "there are no files in \(paths.joined(separator: ", "))")
+      let named = paths.map(\.description).joined(separator: ", ")
+      throw EngineError(.invalidArgument, "there are no files in \(named)")
     }
     return found.sorted { $0.name.utf8.lexicographicallyPrecedes($1.name.utf8) }
   }
 
   private enum Kind {
-    case file
+    case file(UInt64)
     case directory
   }
 
   private static let maximumDepth = 64
 
   private static func walk(
-    _ directory: String, name: String, depth: Int, _ found: inout [Found]
+    _ directory: FilePath, name: String, depth: Int, _ found: inout [Found]
   ) throws(EngineError) {
     if depth > maximumDepth {
       throw EngineError(.invalidArgument, "\(directory): directories are nested too deeply")
     }
-    for entry in try entries(of: directory) where !FileStaging.isStaging(entry) {
-      let path = directory + "/" + entry
+    for entry in try entries(of: directory) where !StagingArea.isStaging(entry) {
+      let path = directory.appending(entry)
       let entryName = name.isEmpty ? entry : name + "/" + entry
       switch try kind(of: path) {
       case .directory:
@@ -58,20 +59,20 @@ package enum FileTree {
               + "directory itself, or remove the link")
         }
         try walk(path, name: entryName, depth: depth + 1, &found)
-      case .file:
+      case .file(let size):
         if found.count == FileList.maximumFileCount {
           throw EngineError(
             .invalidArgument, "\(directory): more than \(FileList.maximumFileCount) files")
         }
-        found.append(Found(path: path, name: entryName))
+        found.append(Found(path: path, name: entryName, size: size))
       }
     }
   }
 
   /// What a path leads to.
-  private static func kind(of path: String) throws(EngineError) -> Kind {
+  private static func kind(of path: FilePath) throws(EngineError) -> Kind {
     var status = stat()
-    if stat(path, &status) != 0 {
+    if path.withCString({ stat($0, &status) }) != 0 {
       let error = Errno.current
       if isLink(path) {
         throw EngineError(.invalidArgument, "\(path) is a link that leads nowhere: \(error)")
@@ -79,7 +80,7 @@ package enum FileTree {
       throw FileFailure.error(path, error)
     }
     switch status.st_mode & S_IFMT {
-    case S_IFREG: return .file
+    case S_IFREG: return .file(UInt64(status.st_size))
     case S_IFDIR: return .directory
     default:
       throw EngineError(
@@ -87,14 +88,14 @@ package enum FileTree {
     }
   }
 
-  private static func isLink(_ path: String) -> Bool {
+  private static func isLink(_ path: FilePath) -> Bool {
     var status = stat()
-    return lstat(path, &status) == 0 && status.st_mode & S_IFMT == S_IFLNK
+    return path.withCString { lstat($0, &status) } == 0 && status.st_mode & S_IFMT == S_IFLNK
   }
 
   /// Names in a directory, without itself and its parent.
-  static func entries(of directory: String) throws(EngineError) -> [String] {
-    guard let stream = opendir(directory) else {
+  private static func entries(of directory: FilePath) throws(EngineError) -> [String] {
+    guard let stream = directory.withCString({ opendir($0) }) else {
       throw FileFailure.error(directory, Errno.current)
     }
     defer { closedir(stream) }
@@ -116,22 +117,31 @@ package enum FileTree {
     }
   }
 
-  private static func lastName(of path: String) throws(EngineError) -> String {
-    let last = path.split(separator: "/").last.map(String.init) ?? ""
-    if !["", ".", ".."].contains(last) { return last }
-    guard let whole = realpath(path, nil) else { throw FileFailure.error(path, Errno.current) }
-    defer { free(whole) }
-    let text = String(cString: whole)
-    guard let name = text.split(separator: "/").last else {
+  private static func lastName(of path: FilePath) throws(EngineError) -> String {
+    let slash = UInt8(ascii: "/")
+    var last = path.bytes.split(separator: slash).last.map(Array.init) ?? []
+    if ["", ".", ".."].contains(where: { last.elementsEqual($0.utf8) }) {
+      guard let whole = path.withCString({ realpath($0, nil) }) else {
+        throw FileFailure.error(path, Errno.current)
+      }
+      defer { free(whole) }
+      let bytes = UnsafeRawBufferPointer(start: whole, count: strlen(whole))
+      last = bytes.split(separator: slash).last.map(Array.init) ?? []
+    }
+    guard let name = String(validating: last, as: UTF8.self) else {
+      throw EngineError(
+        .invalidArgument, "\(path): the name is not UTF-8, which names in a payload must be")
+    }
+    if name.isEmpty {
       throw EngineError(.invalidArgument, "\(path) has no name; publish it alone")
     }
-    return String(name)
+    return name
   }
 }
 
 /// Puts failures of system calls on files into words.
 enum FileFailure {
-  static func error(_ path: String, _ error: Errno, _ what: String = "") -> EngineError {
+  static func error(_ path: FilePath, _ error: Errno, _ what: String = "") -> EngineError {
     let code: EngineError.Code =
       switch error.rawValue {
       case EACCES, EPERM, EROFS: .accessDenied

@@ -22,49 +22,63 @@ package final class MappedFile: Sendable {
     }
   }
 
-  package let path: String
+  package let path: FilePath
   package let size: UInt64
   package let isExecutable: Bool
-  /// None for an empty file.
-  private let memory: FileMemory?
+  /// nil for an empty file.
+  package let buffer: PayloadBuffer?
+  /// Where its bytes are.
+  private let arena: FileArena
   private let state: State
 
   private static let chunkBytes = 256 << 10
 
-  /// Maps an existing file for reading.
-  package init(reading path: String) throws(EngineError) {
+  /// Maps an existing file, which has the size that its place has, for reading.
+  init(reading path: FilePath, size: UInt64, in arena: FileArena, index: Int) throws(EngineError) {
     // Without waiting, should it have become a pipe meanwhile.
     let file = try Self.open(path)
     let status = try Self.status(file, path)
-    guard status.st_mode & S_IFMT == S_IFREG else { throw Self.changed(path) }
-    self.path = path
-    state = State(status)
-    size = UInt64(status.st_size)
-    isExecutable = status.st_mode & S_IXUSR != 0
-    memory = size == 0 ? nil : try FileMemory(file, size, path, writable: false)
-  }
-
-  /// Takes over a file that has been written through a mapping.
-  init(
-    received path: String, size: UInt64, isExecutable: Bool, memory: FileMemory?
-  ) throws(EngineError) {
+    guard status.st_mode & S_IFMT == S_IFREG, UInt64(status.st_size) == size else {
+      throw Self.changed(path)
+    }
     self.path = path
     self.size = size
-    self.isExecutable = isExecutable
-    self.memory = memory
-    let file = try Self.open(path)
-    state = State(try Self.status(file, path))
+    self.arena = arena
+    state = State(status)
+    isExecutable = status.st_mode & S_IXUSR != 0
+    if size == 0 {
+      buffer = nil
+    } else {
+      buffer = PayloadBuffer(
+        address: try arena.map(index, file, size, path, writable: false), length: size)
+    }
   }
 
-  /// The file as a buffer; nil for an empty one.
-  package var buffer: PayloadBuffer? {
-    memory.map { PayloadBuffer(address: $0.address, length: size) }
+  /// Maps one existing file for reading.
+  package convenience init(reading path: FilePath) throws(EngineError) {
+    let size = UInt64(try Self.status(try Self.open(path), path).st_size)
+    let arena = try FileArena(sizes: [size], "\(path)")
+    try self.init(reading: path, size: size, in: arena, index: 0)
+  }
+
+  /// Takes over a file that has been written through the arena and put into its place.
+  init(
+    received path: FilePath, _ status: stat, isExecutable: Bool, in arena: FileArena, index: Int
+  ) {
+    self.path = path
+    self.isExecutable = isExecutable
+    self.arena = arena
+    state = State(status)
+    size = UInt64(status.st_size)
+    buffer = arena.buffer(index, size)
   }
 
   /// Throws if the file is not what it was when it was mapped.
   package func check() throws(EngineError) {
     var status = stat()
-    if stat(path, &status) != 0 || State(status) != state { throw Self.changed(path) }
+    if path.withCString({ stat($0, &status) }) != 0 || State(status) != state {
+      throw Self.changed(path)
+    }
   }
 
   /// The digest of some bytes. They are read, not touched in memory: a file that is cut short in
@@ -95,42 +109,24 @@ package final class MappedFile: Sendable {
     return stream.finish()
   }
 
-  private static func open(_ path: String) throws(EngineError) -> FileDescriptor {
-    do throws(Errno) { return try .open(path, flags: O_RDONLY | O_NONBLOCK) } catch {
+  private static func open(_ path: FilePath) throws(EngineError) -> FileDescriptor {
+    do throws(Errno) { return try .open(path, flags: O_RDONLY | O_NONBLOCK | O_NOCTTY) } catch {
       throw FileFailure.error(path, error)
     }
   }
 
   private static func status(
-    _ file: borrowing FileDescriptor, _ path: String
+    _ file: borrowing FileDescriptor, _ path: FilePath
   ) throws(EngineError) -> stat {
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw FileFailure.error(path, Errno.current) }
     return status
   }
 
-  private static func changed(_ path: String) -> EngineError {
+  private static func changed(_ path: FilePath) -> EngineError {
     EngineError(
       .digestMismatch,
       "\(path) has changed since it was published: publish files that nobody writes, and publish "
         + "again after a change")
   }
-}
-
-/// The bytes of a file in memory, as long as somebody refers to them.
-final class FileMemory: Sendable {
-  private let mapping: MemoryMapping
-
-  init(
-    _ file: borrowing FileDescriptor, _ size: UInt64, _ path: String, writable: Bool
-  ) throws(EngineError) {
-    do throws(Errno) {
-      guard let count = Int(exactly: size) else { throw Errno(ENOMEM) }
-      mapping = try .shared(file.rawValue, byteCount: count, writable: writable)
-    } catch {
-      throw FileFailure.error(path, error, "mapping \(size) bytes of it")
-    }
-  }
-
-  var address: UnsafeMutableRawPointer { mapping.address }
 }

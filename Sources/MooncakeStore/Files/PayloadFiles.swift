@@ -6,7 +6,7 @@ import Synchronization
 /// tells.
 public final class PayloadFiles: Sendable {
   public let name: String
-  /// Where they are.
+  /// Where they are, for people: what is not UTF-8 in them is replaced.
   public let paths: [String]
   private let store: P2PStore
   private let isOrigin: Bool
@@ -17,7 +17,7 @@ public final class PayloadFiles: Sendable {
     self.store = store
     self.name = name
     self.isOrigin = isOrigin
-    paths = files.map(\.path)
+    paths = files.map(\.path.description)
     holding = store.catalog.holding(of: name)?.address.holding
     self.files = Lock(files)
   }
@@ -79,15 +79,24 @@ extension P2PStore {
     _ name: String, files paths: [String], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) -> (info: PayloadInfo, files: PayloadFiles) {
+    try publish(name, files: paths.map { FilePath($0) }, options, operation)
+  }
+
+  /// As above, by paths that need not be UTF-8.
+  public func publish(
+    _ name: String, files paths: [FilePath], _ options: RegisterOptions = RegisterOptions(),
+    _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> (info: PayloadInfo, files: PayloadFiles) {
     if options.isWritable {
       throw EngineError(
         .invalidArgument, "payload '\(name)': files are published for reading only")
     }
     let found = try FileTree.files(of: paths)
+    let arena = try FileArena(sizes: found.map(\.size), "payload '\(name)'")
     var files: [MappedFile] = []
     var listed: [FileList.File] = []
-    for item in found {
-      let file = try MappedFile(reading: item.path)
+    for (index, item) in found.enumerated() {
+      let file = try MappedFile(reading: item.path, size: item.size, in: arena, index: index)
       listed.append(.init(path: item.name, size: file.size, isExecutable: file.isExecutable))
       files.append(file)
     }
@@ -95,7 +104,7 @@ extension P2PStore {
     options.attributes = try FileList(listed).json
     // Empty files are in the list only.
     let filled = files.filter { $0.buffer != nil }
-    let layout = try Self.layout(name, filled.compactMap(\.buffer))
+    let layout = try Self.layout(name, filled.compactMap(\.buffer), in: arena.buffer)
     let info = try register(name, layout, options, operation) { piece throws(EngineError) in
       try filled[piece.buffer].digest(offset: piece.offset, length: piece.length)
     }
@@ -116,25 +125,54 @@ extension P2PStore {
     _ name: String, to directory: String, _ fileOptions: FileOptions = FileOptions(),
     _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) -> (result: GetResult, files: PayloadFiles) {
-    if directory.isEmpty { throw EngineError(.invalidArgument, "no directory is named") }
+    try get(name, to: FilePath(directory), fileOptions, options, operation)
+  }
+
+  /// As above, into a directory whose path need not be UTF-8.
+  public func get(
+    _ name: String, to directory: FilePath, _ fileOptions: FileOptions = FileOptions(),
+    _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
+  ) throws(EngineError) -> (result: GetResult, files: PayloadFiles) {
+    if directory.bytes.isEmpty { throw EngineError(.invalidArgument, "no directory is named") }
     let staging = FileStaging(
       directory: directory, payload: name, replacesFiles: fileOptions.replacesFiles)
+    let bounds = bounds(operation, "getting payload '\(name)'", defaultMilliseconds: 0)
     do throws(EngineError) {
       let result = try get(name, options, operation) { manifest throws(EngineError) in
-        (try staging.place(manifest), [])
+        let (buffers, range) = try staging.place(manifest)
+        return (buffers, range, [])
       }
-      let files: [MappedFile]
+      let holding = catalog.holding(of: name)?.address.holding
       do throws(EngineError) {
-        files = try staging.commit(syncs: fileOptions.syncs)
+        let files = try staging.commit(syncs: fileOptions.syncs, bounds)
+        return (result, PayloadFiles(self, name, isOrigin: false, files))
       } catch {
         // Before the memory goes.
-        try? deleteReplica(name)
+        if !endReplica(name, holding) { staging.keepMemory() }
         throw error
       }
-      return (result, PayloadFiles(self, name, isOrigin: false, files))
     } catch {
       staging.discard()
       throw error
+    }
+  }
+
+  /// Ends a replica, also while another call does; false if it may still be read. `holding`: its
+  /// number, if it has one.
+  private func endReplica(_ name: String, _ holding: UInt64?) -> Bool {
+    let deadline = Deadline.after(milliseconds: drainMilliseconds &+ 10_000)
+    while true {
+      // Else it has ended, and the store holds another payload of that name.
+      let present = catalog.holding(of: name)?.address.holding
+      if let present, let holding, present != holding { return true }
+      do throws(EngineError) {
+        try deleteReplica(name)
+        return true
+      } catch {
+        if error.code == .notHeld || error.code == .invalidHandle { return true }
+        if error.code != .busy || deadline.hasPassed { return false }
+      }
+      sleepBriefly(nanoseconds: 2_000_000)
     }
   }
 }

@@ -11,13 +11,16 @@ package struct BufferLayout: Equatable, Sendable {
   }
 
   package let buffers: [Buffer]
+  /// What an engine registers: the buffers, or the one range that all of them lie in.
+  package let ranges: [Buffer]
   /// Where each begins in the payload.
   private let starts: [UInt64]
   /// Bytes of all.
   package let size: UInt64
 
-  /// nil if a buffer is empty or wraps around, or all are more than addresses count.
-  package init?(_ buffers: [Buffer]) {
+  /// nil if a buffer is empty or wraps around, or all are more than addresses count. `range`:
+  /// memory of the same owner that all lie in.
+  package init?(_ buffers: [Buffer], in range: Buffer? = nil) {
     var starts: [UInt64] = []
     starts.reserveCapacity(buffers.count)
     var size: UInt64 = 0
@@ -29,6 +32,7 @@ package struct BufferLayout: Equatable, Sendable {
       size = end
     }
     self.buffers = buffers
+    ranges = range.map { buffers.isEmpty ? [] : [$0] } ?? buffers
     self.starts = starts
     self.size = size
   }

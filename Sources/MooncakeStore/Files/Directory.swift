@@ -1,0 +1,165 @@
+import CLinux
+import Glibc
+import MooncakeSystem
+
+/// A directory that is open. What is in it is reached by its name there, never by a path, and links
+/// are not followed: whoever else may write into a directory cannot lead a call elsewhere.
+final class Directory: Sendable {
+  /// For messages.
+  let path: FilePath
+  private let descriptor: FileDescriptor
+
+  init(_ descriptor: consuming FileDescriptor, _ path: FilePath) {
+    self.descriptor = descriptor
+    self.path = path
+  }
+
+  var number: Int32 { descriptor.rawValue }
+
+  /// What stands under a name; nil if nothing does.
+  func status(of name: String) throws(Errno) -> stat? {
+    var status = stat()
+    if fstatat(number, name, &status, AT_SYMLINK_NOFOLLOW) == 0 { return status }
+    let error = Errno.current
+    if error.rawValue == ENOENT { return nil }
+    throw error
+  }
+
+  func status() throws(Errno) -> stat {
+    var status = stat()
+    if fstat(number, &status) != 0 { throw Errno.current }
+    return status
+  }
+
+  func directory(_ name: String) throws(Errno) -> Directory {
+    let flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW
+    return Directory(try file(name, flags: flags), path.appending(name))
+  }
+
+  func file(_ name: String, flags: Int32, mode: mode_t = 0o600) throws(Errno) -> FileDescriptor {
+    FileDescriptor(
+      owning: try retryingInterrupts {
+        openat(number, name, flags | O_NOFOLLOW | O_CLOEXEC, mode)
+      })
+  }
+
+  /// Returns false if something of that name is there.
+  func makeDirectory(_ name: String, mode: mode_t = 0o777) throws(Errno) -> Bool {
+    if mkdirat(number, name, mode) == 0 { return true }
+    let error = Errno.current
+    if error.rawValue == EEXIST { return false }
+    throw error
+  }
+
+  /// Removes a name that is not a directory's.
+  @discardableResult
+  func remove(_ name: String) -> Bool { unlinkat(number, name, 0) == 0 }
+
+  /// Removes an empty directory.
+  @discardableResult
+  func removeDirectory(_ name: String) -> Bool { unlinkat(number, name, AT_REMOVEDIR) == 0 }
+
+  /// Moves what has a name here to a name elsewhere; `flags` are those of renameat2.
+  func move(
+    _ name: String, to other: Directory, _ otherName: String, flags: Int = 0
+  ) throws(Errno) {
+    let result =
+      flags == 0
+      ? renameat(number, name, other.number, otherName)
+      : linux_rename(number, name, other.number, otherName, UInt32(flags))
+    if result != 0 { throw Errno.current }
+  }
+
+  /// Names of what is in it, without those that are not UTF-8.
+  func names() -> [String] {
+    // A descriptor of its own: reading moves a position that copies would share.
+    let copy = openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if copy < 0 { return [] }
+    guard let stream = fdopendir(copy) else {
+      close(copy)
+      return []
+    }
+    defer { closedir(stream) }
+    var names: [String] = []
+    while let entry = readdir(stream) {
+      let bytes = withUnsafeBytes(of: entry.pointee.d_name) { Array($0.prefix { $0 != 0 }) }
+      guard let name = String(validating: bytes, as: UTF8.self) else { continue }
+      if name != "." && name != ".." { names.append(name) }
+    }
+    return names
+  }
+
+  /// Has its names survive a loss of power.
+  func sync() throws(Errno) {
+    // It may be open for passing through only.
+    let copy = FileDescriptor(
+      owning: try retryingInterrupts { openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) })
+    _ = try retryingInterrupts { fsync(copy.rawValue) }
+  }
+
+  /// Removes all that is in it except one name; what is on another device stays.
+  func clear(except kept: String? = nil, depth: Int = 0) {
+    // What is made here is less deep.
+    guard depth < 80, let device = try? status().st_dev else { return }
+    for name in names() where name != kept {
+      if remove(name) { continue }
+      guard let inner = try? directory(name), let status = try? inner.status(),
+        status.st_dev == device
+      else { continue }
+      inner.clear(depth: depth + 1)
+      removeDirectory(name)
+    }
+  }
+}
+
+extension Directory {
+  /// A directory that was made here, and in what.
+  struct Made {
+    let parent: Directory
+    let name: FilePath
+    let number: UInt64
+
+    /// Removes it if it is still that one, and empty.
+    func remove() {
+      var status = stat()
+      let isThere = name.withCString { fstatat(parent.number, $0, &status, AT_SYMLINK_NOFOLLOW) }
+      if isThere != 0 || UInt64(status.st_ino) != number { return }
+      _ = name.withCString { unlinkat(parent.number, $0, AT_REMOVEDIR) }
+    }
+  }
+
+  /// Opens the directory that the caller named, links and all, and makes what is missing of it.
+  static func open(
+    _ path: FilePath, _ made: inout [Made]
+  ) throws(Errno) -> Directory {
+    let slash = UInt8(ascii: "/")
+    let start = path.bytes.first == slash ? "/" : "."
+    var current = Directory(
+      try .open(start, flags: Int32(LINUX_O_PATH) | O_DIRECTORY), FilePath(start))
+    for part in path.bytes.split(separator: slash) where !part.elementsEqual(".".utf8) {
+      current = try current.enter(FilePath(bytes: Array(part)), &made)
+    }
+    let readable = FileDescriptor(
+      owning: try retryingInterrupts {
+        openat(current.number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+      })
+    return Directory(readable, path)
+  }
+
+  private func enter(_ name: FilePath, _ made: inout [Made]) throws(Errno) -> Directory {
+    let flags = Int32(LINUX_O_PATH) | O_DIRECTORY | O_CLOEXEC
+    func opened() -> Int32 { name.withCString { openat(number, $0, flags) } }
+    var descriptor = opened()
+    if descriptor < 0 && Errno.current.rawValue == ENOENT {
+      let isNew = name.withCString { mkdirat(number, $0, 0o777) } == 0
+      if !isNew && Errno.current.rawValue != EEXIST { throw Errno.current }
+      descriptor = opened()
+      var status = stat()
+      if isNew && descriptor >= 0 && fstat(descriptor, &status) == 0 {
+        made.append(Made(parent: self, name: name, number: UInt64(status.st_ino)))
+      }
+    }
+    if descriptor < 0 { throw Errno.current }
+    return Directory(FileDescriptor(owning: descriptor), name)
+  }
+}

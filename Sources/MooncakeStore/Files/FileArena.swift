@@ -1,0 +1,112 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// Files in memory one after the other, in one range of addresses: peers see one buffer, however
+/// many files there are. Ends with the last reference.
+final class FileArena: Sendable {
+  private let range: MemoryMapping?
+  private let places: [Int]
+  private let byteCount: UInt64
+
+  private static let hugePageBytes = 2 << 20
+
+  /// Reserves addresses for files of these sizes; `what` begins errors.
+  init(sizes: [UInt64], _ what: String) throws(EngineError) {
+    var places: [Int] = []
+    var end = 0
+    for size in sizes {
+      // Huge pages fit where the file begins at one.
+      let alignment = size >= UInt64(Self.hugePageBytes) ? Self.hugePageBytes : 1
+      guard let length = Int(exactly: size), length < Int.max / 4, end < Int.max / 4 else {
+        throw EngineError(.full, "\(what): the files are larger than any memory")
+      }
+      end = (end + alignment - 1) & ~(alignment - 1)
+      places.append(end)
+      end += (length + MemoryMapping.pageBytes - 1) & ~(MemoryMapping.pageBytes - 1)
+    }
+    self.places = places
+    byteCount = UInt64(end)
+    if end == 0 {
+      range = nil
+      return
+    }
+    try Self.checkMapCount(sizes.count { $0 > 0 }, what)
+    do throws(Errno) { range = try .reserved(byteCount: end) } catch {
+      throw EngineError(.outOfMemory, "\(what): reserving addresses for \(end) bytes: \(error)")
+    }
+  }
+
+  /// Maps the file of an index over its place.
+  func map(
+    _ index: Int, _ file: borrowing FileDescriptor, _ size: UInt64, _ path: FilePath,
+    writable: Bool
+  ) throws(EngineError) -> UnsafeMutableRawPointer {
+    let address = start! + places[index]
+    let protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
+    let result = mmap(address, Int(size), protection, MAP_SHARED | MAP_FIXED, file.rawValue, 0)
+    if result == MAP_FAILED {
+      throw FileFailure.error(path, Errno.current, "mapping \(size) bytes of it")
+    }
+    return address
+  }
+
+  /// The place of a file; nil for an empty one.
+  func buffer(_ index: Int, _ size: UInt64) -> PayloadBuffer? {
+    guard size > 0, let start else { return nil }
+    return PayloadBuffer(address: start + places[index], length: size)
+  }
+
+  private var start: UnsafeMutableRawPointer? {
+    switch range {
+    case .some(let range): range.address
+    case .none: nil
+    }
+  }
+
+  /// All of it.
+  var buffer: PayloadBuffer? {
+    start.map { PayloadBuffer(address: $0, length: byteCount) }
+  }
+
+  /// Lets the bytes stay for good: somebody may still read them.
+  func keep() { _ = Unmanaged.passRetained(self) }
+
+  // MARK: The number of mappings
+
+  /// Refuses what the system would, before anything is read.
+  private static func checkMapCount(_ count: Int, _ what: String) throws(EngineError) {
+    guard let limit = number("/proc/sys/vm/max_map_count") else { return }
+    let needed = mappingCount() + count + spareMappings
+    if needed <= limit { return }
+    throw EngineError(
+      .full,
+      "\(what): \(count) files that are not empty take a mapping each, and the system allows a "
+        + "process \(limit) (vm.max_map_count): raise that with `sysctl -w vm.max_map_count="
+        + "\(max(needed, count + count / 4) * 2)`, or pack the files into fewer")
+  }
+
+  /// For what else the process may map, holes between files included.
+  private static let spareMappings = 512
+
+  private static func mappingCount() -> Int {
+    guard let file = try? FileDescriptor.open("/proc/self/maps", flags: O_RDONLY) else { return 0 }
+    var chunk = [UInt8](repeating: 0, count: 64 << 10)
+    var count = 0
+    while true {
+      let length = chunk.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
+      if length <= 0 { return count }
+      count += chunk[..<length].count { $0 == UInt8(ascii: "\n") }
+    }
+  }
+
+  private static func number(_ path: String) -> Int? {
+    guard let file = try? FileDescriptor.open(path, flags: O_RDONLY) else { return nil }
+    var bytes = [UInt8](repeating: 0, count: 32)
+    let length = bytes.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
+    let digits = bytes.prefix(max(0, length)).prefix { (48...57).contains($0) }
+    return Int(String(decoding: digits, as: UTF8.self))
+  }
+}

@@ -1,0 +1,36 @@
+import Glibc
+
+/// A path as the system knows it: bytes, which need not be UTF-8.
+public struct FilePath: Hashable, Sendable, CustomStringConvertible {
+  public let bytes: [UInt8]
+
+  public init(bytes: [UInt8]) { self.bytes = bytes }
+
+  public init(_ text: String) { bytes = Array(text.utf8) }
+
+  /// For people: what is not UTF-8 is replaced.
+  public var description: String { String(decoding: bytes, as: UTF8.self) }
+
+  /// The path of something in the directory that this one names.
+  package func appending(_ name: String) -> FilePath {
+    let slash = UInt8(ascii: "/")
+    return FilePath(bytes: bytes + (bytes.last == slash ? [] : [slash]) + name.utf8)
+  }
+
+  /// Calls `body` with the path as the system takes it.
+  package func withCString<Result>(_ body: (UnsafePointer<CChar>) -> Result) -> Result {
+    (bytes + [0]).withUnsafeBytes { body($0.baseAddress!.assumingMemoryBound(to: CChar.self)) }
+  }
+}
+
+extension FileDescriptor {
+  /// Opens a path; always close-on-exec.
+  package static func open(
+    _ path: FilePath, flags: Int32, mode: mode_t = 0o600
+  ) throws(Errno) -> FileDescriptor {
+    FileDescriptor(
+      owning: try retryingInterrupts {
+        path.withCString { Glibc.open($0, flags | O_CLOEXEC, mode) }
+      })
+  }
+}

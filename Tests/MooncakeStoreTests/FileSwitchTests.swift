@@ -1,0 +1,223 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeStore
+import MooncakeSystem
+import Testing
+
+/// Many files get into their places, or none.
+@Suite struct FileSwitchTests {
+  private static func manifest(_ files: [FileList.File]) throws -> Manifest {
+    let layout = try ShardLayout(
+      bufferSizes: files.map(\.size).filter { $0 > 0 }, shardBytes: 1 << 20)
+    return try Manifest(
+      layout: layout,
+      digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount),
+      attributes: FileList(files).json)
+  }
+
+  private static let files: [FileList.File] = [
+    .init(path: "a", size: 1), .init(path: "new/deep/b", size: 1), .init(path: "there/c", size: 1),
+    .init(path: "there/d", size: 1), .init(path: "z", size: 1),
+  ]
+
+  private func failure(_ body: () throws -> Void) -> EngineError? {
+    #expect(throws: EngineError.self) { try body() }
+  }
+
+  /// The files on their way into "out", filled with a byte.
+  private func staged(
+    _ scratch: ScratchDirectory, _ files: [FileList.File] = files, byte: UInt8 = 2,
+    exchanges: Bool = true, replaces: Bool = true
+  ) throws -> FileStaging {
+    let staging = FileStaging(
+      directory: FilePath(scratch["out"]), payload: "p", replacesFiles: replaces,
+      exchanges: exchanges)
+    for buffer in try staging.place(Self.manifest(files)).buffers {
+      memset(buffer.address, Int32(byte), Int(buffer.length))
+    }
+    return staging
+  }
+
+  private func contents(_ scratch: ScratchDirectory) -> [UInt8?] {
+    Self.files.map { scratch.contents("out/" + $0.path)?.first }
+  }
+
+  @Test func aFailureHalfWayChangesNothing() throws {
+    for exchanges in [true, false] {
+      let scratch = ScratchDirectory()
+      for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
+      let staging = try staged(scratch, exchanges: exchanges)
+      // A name too many for the file system: mounted over, so that nothing gets there.
+      scratch.write("out/z", [1])
+      guard mount(scratch["out/a"], scratch["out/z"], "", UInt(MS_BIND), nil) == 0 else {
+        print("skipped aFailureHalfWayChangesNothing: mounting takes root")
+        return
+      }
+      let error = failure { _ = try staging.commit(syncs: false) }
+      #expect(error?.message.contains("out/z") == true, "\(String(describing: error))")
+      umount(scratch["out/z"])
+      #expect(contents(scratch) == [1, nil, 1, nil, 1])
+      staging.discard()
+      #expect(scratch.names(in: "out") == ["a", "there", "z"])
+      #expect(scratch.names(in: "out/there") == ["c"])
+      // And without it all of them get there.
+      _ = try staged(scratch, exchanges: exchanges).commit(syncs: true)
+      #expect(contents(scratch) == [2, 2, 2, 2, 2])
+      #expect(scratch.names(in: "out") == ["a", "new", "there", "z"])
+    }
+  }
+
+  @Test func anotherFileSystemIsRefusedFirst() throws {
+    let scratch = ScratchDirectory()
+    scratch.write("out/there/c", [1])
+    guard mount("tmpfs", scratch["out/there"], "tmpfs", 0, "size=1m") == 0 else {
+      print("skipped anotherFileSystemIsRefusedFirst: mounting takes root")
+      return
+    }
+    defer { umount(scratch["out/there"]) }
+    let error = failure { _ = try self.staged(scratch) }
+    #expect(error?.message.contains("out/there is on another file system") == true)
+    #expect(scratch.names(in: "out") == ["there"])
+  }
+
+  /// A process is killed after so many of the files are in their places; the next get finds that.
+  @Test func whatAKilledGetHasBegunIsUndone() throws {
+    for exchanges in [true, false] {
+      for count in 0...Self.files.count {
+        let scratch = ScratchDirectory()
+        for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
+        try killed(scratch, after: count, exchanges: exchanges)
+        let next = try staged(scratch, [.init(path: "other", size: 1)])
+        #expect(contents(scratch) == [1, nil, 1, nil, nil], "\(count) \(exchanges)")
+        _ = try next.commit(syncs: false)
+        #expect(scratch.names(in: "out") == ["a", "other", "there"], "\(count) \(exchanges)")
+        #expect(scratch.names(in: "out/there") == ["c"])
+      }
+    }
+  }
+
+  /// Makes what such a process leaves.
+  private func killed(
+    _ scratch: ScratchDirectory, after count: Int, exchanges: Bool
+  ) throws {
+    let area = "out/.mooncake-get-killed"
+    func status(_ name: String) throws -> stat {
+      var status = stat()
+      try #require(lstat(scratch[name], &status) == 0)
+      return status
+    }
+    var journal = "mooncake-switch 1\n"
+    for (index, file) in Self.files.enumerated() {
+      scratch.write(area + "/new/" + file.path, [2])
+      let new = try status(area + "/new/" + file.path)
+      let old = index == 0 || index == 2 ? try status("out/" + file.path).st_ino : 0
+      let depth = file.path.hasPrefix("there") ? 1 : 0
+      journal += "\(depth) \(new.st_ino) \(new.st_mtim.tv_sec) \(new.st_mtim.tv_nsec) \(old) "
+      journal += file.path + "\n"
+    }
+    mkdir(scratch[area + "/old"], 0o700)
+    scratch.write(area + "/switch", Array((journal + "end\n").utf8))
+    scratch.write(area + "/lock", [], mode: 0o600)
+    chmod(scratch[area], 0o700)
+    for (index, file) in Self.files.prefix(count).enumerated() {
+      let (from, to) = (scratch[area + "/new/" + file.path], scratch["out/" + file.path])
+      if file.path.hasPrefix("new") {
+        mkdir(scratch["out/new"], 0o755)
+        mkdir(scratch["out/new/deep"], 0o755)
+      }
+      if access(to, F_OK) != 0 {
+        try #require(rename(from, to) == 0)
+      } else if exchanges {
+        try #require(
+          linux_rename(AT_FDCWD, from, AT_FDCWD, to, UInt32(LINUX_RENAME_EXCHANGE)) == 0)
+      } else {
+        try #require(rename(to, scratch[area + "/old/\(index)"]) == 0)
+        // The last one is killed between the two steps.
+        if index < count - 1 { try #require(rename(from, to) == 0) }
+      }
+    }
+  }
+
+  @Test func whatCannotBePutBackIsKept() throws {
+    let scratch = ScratchDirectory()
+    for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
+    try killed(scratch, after: 5, exchanges: true)
+    // Somebody has put another file there since, and changed one.
+    unlink(scratch["out/a"])
+    scratch.write("out/a", [9])
+    usleep(20_000)
+    scratch.write("out/z", [9])
+    let next = try staged(scratch, [.init(path: "other", size: 1)])
+    _ = try next.commit(syncs: false)
+    #expect(contents(scratch) == [9, nil, 1, nil, 9])
+    #expect(scratch.contents("out/.mooncake-get-killed/new/a") == [1])
+  }
+
+  @Test func aJournalThatIsNoneTouchesNothing() throws {
+    for text in ["", "mooncake-switch 1\n", "mooncake-switch 1\n0 1 2 3 4 ../../x\nend\n"] {
+      let scratch = ScratchDirectory()
+      scratch.write("out/.mooncake-get-odd/switch", Array(text.utf8))
+      scratch.write("out/.mooncake-get-odd/new/old", [1])
+      scratch.write("out/.mooncake-get-odd/lock", [], mode: 0o600)
+      chmod(scratch["out/.mooncake-get-odd"], 0o700)
+      _ = try staged(scratch).commit(syncs: false)
+      #expect(contents(scratch) == [2, 2, 2, 2, 2])
+      #expect(scratch.contents("out/.mooncake-get-odd/new/old") == [1])
+    }
+  }
+
+  // MARK: Several at once
+
+  /// Runs `body` on threads of their own and returns what they threw.
+  private func together(
+    _ count: Int, _ body: @escaping @Sendable (Int) throws -> Void
+  ) throws -> [String] {
+    let failures = Lock<[String]>([])
+    let threads = try (0..<count).map { index in
+      try WorkerThread.start(name: "get") {
+        do { try body(index) } catch { failures.withLock { $0.append("\(error)") } }
+      }
+    }
+    for thread in threads { thread.join() }
+    return failures.withLock { $0 }
+  }
+
+  @Test func manyIntoOneNewDirectory() throws {
+    for _ in 0..<20 {
+      let scratch = ScratchDirectory()
+      let failures = try together(8) { index in
+        let files: [FileList.File] = [
+          .init(path: "f\(index)", size: 1), .init(path: "sub/deep/g\(index)", size: 1),
+        ]
+        let staging = try staged(scratch, files, byte: UInt8(index + 1), replaces: false)
+        // Some fail and take back what they have made.
+        if index % 4 == 3 { return staging.discard() }
+        _ = try staging.commit(syncs: false)
+      }
+      #expect(failures == [])
+      let names = [0, 1, 2, 4, 5, 6].map { "f\($0)" }
+      #expect(scratch.names(in: "out") == names + ["sub"])
+      #expect(scratch.names(in: "out/sub/deep").count == 6)
+      for index in [0, 1, 2, 4, 5, 6] {
+        #expect(scratch.contents("out/sub/deep/g\(index)") == [UInt8(index + 1)])
+      }
+    }
+  }
+
+  @Test func theLastCompleteOneStands() throws {
+    for exchanges in [true, false] {
+      let scratch = ScratchDirectory()
+      let failures = try together(4) { index in
+        for _ in 0..<10 {
+          _ = try staged(scratch, byte: UInt8(index + 1), exchanges: exchanges)
+            .commit(syncs: false)
+        }
+      }
+      #expect(failures == [])
+      let bytes = contents(scratch)
+      #expect(bytes.allSatisfy { $0 != nil && $0 == bytes[0] }, "\(bytes)")
+      #expect(scratch.names(in: "out") == ["a", "new", "there", "z"])
+    }
+  }
+}
