@@ -117,7 +117,7 @@ struct BenchInitiatorCommand: ParsableCommand {
         printError("mooncake: \(result.tally.firstError ?? "transfers failed")")
         return false
       }
-      if stop.isRequested { break }
+      if stop.isRequested || Output.hasFailed { break }
     }
     return true
   }
@@ -166,6 +166,6 @@ struct BenchInitiatorCommand: ParsableCommand {
     return Workload(
       operation: operation, pattern: accessPattern, blockBytes: blockBytes, batchSize: batchSize,
       threadCount: threads, length: length, warmupNanoseconds: warmup, usesBatches: usesBatches,
-      verification: verification, timeoutMilliseconds: engine.timeoutMs)
+      verification: verification, timeoutMilliseconds: engine.timeout.milliseconds)
   }
 }

@@ -11,6 +11,7 @@ struct BenchReport {
 
   let isJSON: Bool
   let segments: [String]
+  /// What was asked for.
   let protocolName: String
 
   func printTitles() {
@@ -46,7 +47,7 @@ struct BenchReport {
     json.add("version", programVersion)
     json.add("segment", segments.first ?? "")
     json.add("segments", segments.count)
-    json.add("protocol", protocolName)
+    json.add("protocol", result.carriers ?? protocolName)
     json.add("operation", workload.operation.rawValue)
     json.add("access_pattern", workload.pattern.rawValue)
     json.add("block_size", workload.blockBytes)

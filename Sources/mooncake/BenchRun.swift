@@ -10,6 +10,8 @@ struct BenchResult {
   var seconds: Double
   var processorSeconds: Double
   var wasInterrupted: Bool
+  /// The transports that carried bytes, such as "tcp"; nil: none was moved.
+  var carriers: String?
 
   var bytesPerSecond: Double { seconds > 0 ? Double(tally.bytes) / seconds : 0 }
   var operationsPerSecond: Double { seconds > 0 ? Double(tally.requests) / seconds : 0 }
@@ -70,6 +72,7 @@ struct BenchRun {
     let workers = areas.map {
       BenchWorker(engine: engine, workload: workload, area: $0, stop: stop)
     }
+    let before = EngineCounters(engine)
     let snapshot = try runTogether(workers)
 
     var tally = Tally()
@@ -78,7 +81,7 @@ struct BenchRun {
       workload: workload, tally: tally,
       seconds: Double(max(tally.end, snapshot.begin) - snapshot.begin) / 1e9,
       processorSeconds: snapshot.processorEnd - snapshot.processorBegin,
-      wasInterrupted: stop.isRequested)
+      wasInterrupted: stop.isRequested, carriers: EngineCounters(engine).carriers(since: before))
   }
 
   /// Runs every worker on a thread of its own, or none if a thread cannot be started.

@@ -80,6 +80,7 @@ struct BenchTargetCommand: ParsableCommand {
         printLine("segment \(engine.name) buffer \(hexadecimal(address(memory))) \(length)")
       }
 
+      try Output.check()
       let begin = Clock.now()
       let deadline = duration.map { Deadline(nanoseconds: begin &+ $0.nanoseconds) } ?? .never
       stop.wait(until: deadline, orEndOfInput: untilEof)
@@ -121,10 +122,9 @@ struct BenchTargetCommand: ParsableCommand {
   private func printTotals(of engine: TransferEngine) {
     for line in engine.metrics().split(separator: "\n") where !line.hasPrefix("#") {
       if let value = line.split(separator: " ").last.flatMap({ Double($0) }), value != 0 {
-        print(line)
+        printLine(String(line))
       }
     }
-    fflush(nil)
   }
 }
 

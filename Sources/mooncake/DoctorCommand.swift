@@ -1,5 +1,4 @@
 import ArgumentParser
-import Glibc
 import MooncakeEngine
 
 /// Looks for what keeps this machine, or a peer, from working well.
@@ -17,16 +16,15 @@ struct DoctorCommand: ParsableCommand {
   @Option(help: "A metadata service to check too, such as etcd://host:2379.")
   var metadata: String?
 
-  @Option(help: "Milliseconds to wait for each answer of the peer or service.")
-  var timeoutMs: UInt64 = 5000
+  @Option(help: "How long to wait for each answer of the peer or service, such as 5 or 500ms.")
+  var timeout = TimeSpan(seconds: 5)
 
   @Flag(help: "Prints one JSON object.")
   var json = false
 
-  func validate() throws { try require(1...600_000, timeoutMs, "--timeout-ms") }
+  func validate() throws { try requireTimeout(timeout, atMost: 600) }
 
   func run() throws {
-    signal(SIGPIPE, SIG_IGN)
     silenceLog()
     var groups: [FindingGroup] = []
     func examine(_ title: String, _ findings: () -> [Finding]) {
@@ -44,11 +42,13 @@ struct DoctorCommand: ParsableCommand {
     examine("Self test", SelfTest.run)
     if let metadata {
       examine("Metadata service") {
-        MetadataChecks(uri: metadata, timeoutMilliseconds: timeoutMs).run()
+        MetadataChecks(uri: metadata, timeoutMilliseconds: timeout.milliseconds).run()
       }
     }
     if let peer {
-      examine("Peer \(peer)") { PeerChecks(name: peer, timeoutMilliseconds: timeoutMs).run() }
+      examine("Peer \(peer)") {
+        PeerChecks(name: peer, timeoutMilliseconds: timeout.milliseconds).run()
+      }
     }
     try finish(groups)
   }

@@ -23,16 +23,14 @@ struct EngineArguments: ParsableArguments {
   @Option(help: "Microseconds to spin before sleeping while work is outstanding, 1 to 1000000.")
   var spinUs: Int = TransferEngine.Options().spinMicroseconds
 
-  @Option(help: "Deadline of one transfer or request to a peer in milliseconds.")
-  var timeoutMs: UInt64 = TransferEngine.Options().defaultTimeoutMilliseconds
+  @Option(help: "Deadline of one transfer or request to a peer, such as 30, 500ms or 10m.")
+  var timeout = TimeSpan(milliseconds: TransferEngine.Options().defaultTimeoutMilliseconds)
 
   func validate() throws {
     try require(0...64, ioThreads, "--io-threads")
     try require(0...64, connections, "--connections")
     try require(1...1_000_000, spinUs, "--spin-us")
-    if timeoutMs == 0 || timeoutMs > 86_400_000 {
-      throw ValidationError("--timeout-ms must be between 1 and 86400000.")
-    }
+    try requireTimeout(timeout, atMost: 86_400)
   }
 
   var options: TransferEngine.Options {
@@ -44,7 +42,7 @@ struct EngineArguments: ParsableArguments {
     options.processors = processors
     options.connectionsPerPeer = connections
     options.spinMicroseconds = spinUs
-    options.defaultTimeoutMilliseconds = timeoutMs
+    options.defaultTimeoutMilliseconds = timeout.milliseconds
     return options
   }
 }

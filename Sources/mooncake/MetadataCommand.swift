@@ -9,8 +9,9 @@ struct MetadataCommand: ParsableCommand {
     commandName: "metadata",
     abstract: "Serves metadata over HTTP, and looks into any metadata service.",
     discussion: """
-      URI is what engines are given: etcd://host:2379, redis://host:6379 or \
-      http://host:8080/metadata. Keys begin with mooncake/.
+      The service is what engines are given: etcd://host:2379, redis://host:6379 or \
+      http://host:8080/metadata. Keys begin with mooncake/. Exit codes: 0 done, 1 failed, 64 wrong \
+      usage.
       """,
     subcommands: [
       MetadataServeCommand.self, MetadataGetCommand.self, MetadataPutCommand.self,
@@ -62,6 +63,7 @@ struct MetadataServeCommand: ParsableCommand {
       } else {
         printLine(server.uri)
       }
+      try Output.check()
       stop.wait(until: .never, orEndOfInput: false)
       server.stop()
     }

@@ -5,23 +5,27 @@ import MooncakeSystem
 
 /// The service and how long to wait for it; shared by the commands that ask one.
 struct MetadataArguments: ParsableArguments {
-  @Argument(help: "The service, such as etcd://host:2379.")
-  var uri: String
+  @OptionGroup var service: ServiceArguments
 
-  @Option(help: "Milliseconds to wait for the service.")
-  var timeoutMs: UInt64 = 5000
+  @Option(
+    help: """
+      How long to wait for the service, such as 5 or 500ms; default: 5 seconds, and without an end \
+      for `watch`.
+      """)
+  var timeout: TimeSpan?
 
   @Flag(help: "Prints JSON, one object a line.")
   var json = false
 
-  func validate() throws { try require(1...600_000, timeoutMs, "--timeout-ms") }
+  func validate() throws { try requireTimeout(timeout, atMost: 600) }
 
   func open() throws -> any MetadataStore {
-    signal(SIGPIPE, SIG_IGN)
-    return try MetadataStores.open(MetadataURI(parsing: uri))
+    try MetadataStores.open(MetadataURI(parsing: service.uri))
   }
 
-  var call: MetadataCall { MetadataCall(until: .after(milliseconds: timeoutMs)) }
+  var call: MetadataCall {
+    MetadataCall(until: .after(milliseconds: timeout?.milliseconds ?? 5000))
+  }
 
   func print(_ entry: MetadataEntry, withValue: Bool = true) {
     if json {
@@ -70,9 +74,7 @@ struct MetadataGetCommand: ParsableCommand {
       if service.json {
         service.print(MetadataEntry(key: key, value: value))
       } else {
-        var text = value.last?.isNewline == true ? value : value + "\n"
-        fflush(nil)
-        _ = text.withUTF8 { write(STDOUT_FILENO, $0.baseAddress, $0.count) }
+        Output.write(value.last?.isNewline == true ? value : value + "\n")
       }
     }
   }
@@ -184,7 +186,10 @@ struct MetadataWatchCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "watch",
     abstract: "Prints the keys with a prefix, and then each change, until it is stopped.",
-    discussion: "A service that cannot be reached is waited for; each failure is told on stderr.")
+    discussion: """
+      A service that cannot be reached is waited for, as long as --timeout says; each failure is \
+      told on stderr.
+      """)
 
   @OptionGroup var service: MetadataArguments
 
@@ -203,18 +208,28 @@ struct MetadataWatchCommand: ParsableCommand {
       let store = try service.open()
       let watch = MetadataWatch(store, prefix: prefix)
       let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never
-      while !stop.isRequested && !end.hasPassed {
+      var patience = self.patience
+      while !stop.isRequested && !end.hasPassed && !Output.hasFailed && !Output.isClosed {
         // Short waits notice the request to stop.
         let wait = min(end, .after(milliseconds: 2000))
         do throws(EngineError) {
-          for change in try watch.next(MetadataCall(until: wait)) { print(change) }
+          for change in try watch.next(MetadataCall(until: min(wait, patience))) { print(change) }
+          patience = self.patience
         } catch {
+          if error.code == .unsupported || error.code == .accessDenied || patience.hasPassed {
+            throw error
+          }
           printError("mooncake: \(error.message)")
-          if error.code == .unsupported || error.code == .accessDenied { throw error }
-          stop.wait(until: min(end, .after(milliseconds: 500)), orEndOfInput: false)
+          let pause = min(min(end, patience), .after(milliseconds: 500))
+          stop.wait(until: pause, orEndOfOutput: true)
         }
       }
     }
+  }
+
+  /// Until when the service may be out of reach.
+  private var patience: Deadline {
+    service.timeout.map { .after(milliseconds: $0.milliseconds) } ?? .never
   }
 
   private func print(_ change: MetadataChange) {

@@ -1,7 +1,6 @@
 import ArgumentParser
 
 /// The command-line program.
-@main
 struct MooncakeCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "mooncake",

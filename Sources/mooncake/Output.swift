@@ -1,12 +1,56 @@
 import ArgumentParser
 import Glibc
 import MooncakeEngine
+import MooncakeSystem
+import Synchronization
 
-/// Prints a line on stdout at once, also into a pipe.
-func printLine(_ text: String) {
-  print(text)
-  fflush(nil)
+/// What the program prints on stdout.
+enum Output {
+  private static let lock = Lock<Bool>(false)
+  /// Of the first write that failed; 0: none has.
+  private static let failure = Atomic<Int32>(0)
+
+  /// Writes all of a text at once, also into a pipe. After a failure nothing is written any more.
+  static func write(_ text: String) {
+    lock.withLock { _ in
+      var bytes = Array(text.utf8)[...]
+      while !bytes.isEmpty && !hasFailed {
+        let count = bytes.withUnsafeBytes { Glibc.write(STDOUT_FILENO, $0.baseAddress, $0.count) }
+        if count >= 0 {
+          bytes = bytes.dropFirst(count)
+          continue
+        }
+        let error = errno
+        if error == EINTR { continue }
+        if error == EAGAIN {
+          var item = pollfd(fd: STDOUT_FILENO, events: Int16(POLLOUT), revents: 0)
+          _ = poll(&item, 1, -1)
+          continue
+        }
+        failure.store(error, ordering: .relaxed)
+      }
+    }
+  }
+
+  static var hasFailed: Bool { failure.load(ordering: .relaxed) != 0 }
+
+  /// Whether nobody reads what is written.
+  static var isClosed: Bool {
+    var item = pollfd(fd: STDOUT_FILENO, events: 0, revents: 0)
+    return poll(&item, 1, 0) > 0 && item.revents & Int16(POLLERR) != 0
+  }
+
+  /// Throws if something could not be written. Whoever closes a pipe has what it wanted.
+  static func check() throws {
+    let error = failure.load(ordering: .relaxed)
+    if error == 0 || error == EPIPE { return }
+    printError("mooncake: writing to stdout: \(Errno(error))")
+    throw ExitCode(1)
+  }
 }
+
+/// Prints a line on stdout.
+func printLine(_ text: String) { Output.write(text + "\n") }
 
 /// Prints a line on stderr.
 func printError(_ text: String) {

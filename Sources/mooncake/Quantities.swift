@@ -51,6 +51,8 @@ struct TimeSpan: ExpressibleByArgument {
 
   init(seconds: UInt64) { nanoseconds = seconds &* 1_000_000_000 }
 
+  init(milliseconds: UInt64) { nanoseconds = milliseconds &* 1_000_000 }
+
   init?(argument: String) {
     let digits = argument.prefix { $0.isASCII && ($0.isNumber || $0 == ".") }
     guard let number = Double(digits) else { return nil }
@@ -67,6 +69,7 @@ struct TimeSpan: ExpressibleByArgument {
     nanoseconds = UInt64(number * unit)
   }
 
+  var milliseconds: UInt64 { nanoseconds / 1_000_000 }
   var seconds: Double { Double(nanoseconds) / 1e9 }
   var defaultValueDescription: String { decimal(seconds, places: 0) }
 }

@@ -15,9 +15,6 @@ final class StopRequest: Sendable {
   init() throws {
     event = try EventFD()
     cancellation = try Cancellation()
-    // What cannot be written is an error of the write.
-    signal(SIGPIPE, SIG_IGN)
-    signal(SIGXFSZ, SIG_IGN)
     var signals = sigset_t()
     sigemptyset(&signals)
     sigaddset(&signals, SIGINT)
@@ -28,14 +25,21 @@ final class StopRequest: Sendable {
 
   var isRequested: Bool { flag.load(ordering: .relaxed) }
 
-  /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends.
-  func wait(until deadline: Deadline, orEndOfInput: Bool) {
+  /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends or nobody
+  /// takes what is printed any more.
+  func wait(until deadline: Deadline, orEndOfInput: Bool = false, orEndOfOutput: Bool = false) {
     var descriptors = [
       pollfd(fd: event.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
       pollfd(fd: orEndOfInput ? STDIN_FILENO : -1, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: orEndOfOutput ? STDOUT_FILENO : -1, events: 0, revents: 0),
     ]
     while !isRequested && !deadline.hasPassed {
-      let count = poll(&descriptors, nfds_t(descriptors.count), deadline.remainingMilliseconds)
+      // A write that fails elsewhere is noticed at the next look.
+      let look = orEndOfOutput ? min(deadline, .after(milliseconds: 500)) : deadline
+      let count = poll(&descriptors, nfds_t(descriptors.count), look.remainingMilliseconds)
+      if orEndOfOutput && (Output.hasFailed || descriptors[2].revents & Int16(POLLERR) != 0) {
+        return
+      }
       if count > 0 && descriptors[1].revents != 0 && inputHasEnded() { return }
     }
   }

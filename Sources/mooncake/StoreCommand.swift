@@ -22,12 +22,7 @@ struct StoreCommand: ParsableCommand {
 
 /// Where the store is and how this process takes part; shared by all of its commands.
 struct StoreArguments: ParsableArguments {
-  @Option(
-    help: """
-      Metadata service, such as etcd://host:2379, redis://host:6379 or \
-      http://host:8080/metadata; default: MC_METADATA_SERVER.
-      """)
-  var metadata: String?
+  @OptionGroup var service: ServiceArguments
 
   @Flag(help: "Prints JSON, one object a line.")
   var json = false
@@ -41,21 +36,14 @@ struct StoreArguments: ParsableArguments {
   var timeout: TimeSpan?
 
   func validate() throws {
-    if metadataURI.isEmpty {
-      throw ValidationError(
-        "Name the metadata service with --metadata URI or in MC_METADATA_SERVER; "
-          + "`mooncake metadata serve` starts one.")
-    }
     if let timeout, timeout.nanoseconds < 1_000_000 {
       throw ValidationError("--timeout must be at least 1ms.")
     }
   }
 
-  private var metadataURI: String { metadata ?? Environment["MC_METADATA_SERVER"] ?? "" }
-
   /// Bounds of one operation, which a signal ends.
   func operation(_ stop: StopRequest, _ progress: ProgressDisplay? = nil) -> StoreOperation {
-    var operation = StoreOperation(timeoutMilliseconds: (timeout?.nanoseconds ?? 0) / 1_000_000)
+    var operation = StoreOperation(timeoutMilliseconds: timeout?.milliseconds ?? 0)
     operation.cancellation = stop.cancellation
     if let progress {
       operation.progress = { state in
@@ -70,7 +58,7 @@ struct StoreArguments: ParsableArguments {
   func withStore(_ stop: StopRequest, _ body: (P2PStore) throws -> Void) throws {
     do {
       var options = TransferEngine.Options()
-      options.metadataURI = metadataURI
+      options.metadataURI = service.uri
       options.name = segment
       listening.set(&options)
       let store = try P2PStore(engineOptions: options)

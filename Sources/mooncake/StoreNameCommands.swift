@@ -63,7 +63,7 @@ struct StoreWatchCommand: ParsableCommand {
       let report = StoreReport(isJSON: store.json)
       let watch = try payloads.watch(prefix: prefix) { report.print($0) }
       let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never
-      stop.wait(until: end, orEndOfInput: false)
+      stop.wait(until: end, orEndOfOutput: true)
       watch.stop()
     }
   }

@@ -20,7 +20,7 @@ struct StorePublishCommand: ParsableCommand {
   @OptionGroup var progress: ProgressArguments
 
   @Argument(help: "Files and directories.", completion: .file())
-  var paths: [String]
+  var paths: [FilePath]
 
   @Option(help: "Name of the payload, such as models/llama/7.")
   var name: String
@@ -35,7 +35,7 @@ struct StorePublishCommand: ParsableCommand {
   var location = "*"
 
   @Option(help: "Writes the JSON line into this file once others can fetch.", completion: .file())
-  var readyFile: String?
+  var readyFile: FilePath?
 
   func validate() throws {
     if let shardSize { try require(1...(1 << 32), shardSize.value, "--shard-size") }
@@ -55,13 +55,14 @@ struct StorePublishCommand: ParsableCommand {
       display?.end()
       if let readyFile { try write(report.published(info, files.paths), to: readyFile) }
       report.print(published: info, files: files.paths)
-      try hold(payloads, files, stop, json: store.json)
+      try Output.check()
+      try hold(payloads, name, files, stop, json: store.json)
     }
   }
 
   /// Whoever sees the file sees all of it.
-  private func write(_ line: String, to path: String) throws(EngineError) {
-    let temporary = path + ".part"
+  private func write(_ line: String, to path: FilePath) throws(EngineError) {
+    let temporary = FilePath(bytes: path.bytes + ".part".utf8)
     do throws(Errno) {
       let file = try FileDescriptor.open(
         temporary, flags: O_WRONLY | O_CREAT | O_TRUNC, mode: 0o644)
@@ -70,9 +71,11 @@ struct StorePublishCommand: ParsableCommand {
         text.withUTF8 { Glibc.write(file.rawValue, $0.baseAddress, $0.count) }
       }
       if count != text.utf8.count { throw Errno(ENOSPC) }
-      _ = try retryingInterrupts { rename(temporary, path) }
+      _ = try retryingInterrupts {
+        temporary.withCString { from in path.withCString { rename(from, $0) } }
+      }
     } catch {
-      unlink(temporary)
+      _ = temporary.withCString { unlink($0) }
       throw EngineError(.system, "\(path): \(error)")
     }
   }
@@ -120,7 +123,8 @@ struct StoreServeCommand: ParsableCommand {
     let stop = try StopRequest()
     try store.withStore(stop) { payloads in
       let files = try fetch.run(payloads, store, progress, stop)
-      try hold(payloads, files, stop, json: store.json)
+      try Output.check()
+      try hold(payloads, fetch.name, files, stop, json: store.json)
     }
   }
 }
@@ -133,7 +137,7 @@ struct FetchArguments: ParsableArguments {
   @Option(
     help: "Directory for the files; made if it is not there. Default: memory only.",
     completion: .directory)
-  var to: String?
+  var to: FilePath?
 
   @Option(help: "Only this version, 32 hexadecimal digits; default: the present one.")
   var payloadVersion: PayloadVersion?
@@ -186,8 +190,9 @@ extension PayloadVersion: ExpressibleByArgument {
 
 /// Offers a payload until a signal arrives, or until it is one no longer.
 private func hold(
-  _ payloads: P2PStore, _ files: PayloadFiles?, _ stop: StopRequest, json: Bool
+  _ payloads: P2PStore, _ name: String, _ files: PayloadFiles?, _ stop: StopRequest, json: Bool
 ) throws(EngineError) {
+  let readers = payloads.readers(of: name)
   while !stop.isRequested {
     let begin = Clock.now()
     try files?.check()
@@ -196,21 +201,20 @@ private func hold(
     stop.wait(until: Deadline(nanoseconds: Clock.now() &+ pause), orEndOfInput: false)
   }
   try files?.withdraw()
-  let sent = sentBytes(payloads.engine)
+  // Readers of the same host help themselves to shared memory: they say what they have read.
+  let sent = EngineCounters(payloads.engine).sentOverTCP
+  let read = readers?.readBytes ?? 0
+  let byMemory = read - min(read, sent)
   if json {
     var line = JSONObject()
     line.add("sent_bytes", sent)
+    line.add("memory_bytes", byMemory)
     printLine(line.text)
-  } else {
+  } else if byMemory == 0 {
     printLine("sent \(readableBytes(sent)) over TCP")
+  } else {
+    printLine(
+      "sent \(readableBytes(sent)) over TCP, and processes of this host read "
+        + "\(readableBytes(byMemory)) from memory")
   }
-}
-
-/// What peers took through sockets; those of the same host help themselves to shared memory.
-private func sentBytes(_ engine: TransferEngine) -> UInt64 {
-  for line in engine.metrics().split(separator: "\n")
-  where line.hasPrefix("mooncake_served_sent_bytes_total") {
-    if let value = line.split(separator: " ").last.flatMap({ Double($0) }) { return UInt64(value) }
-  }
-  return 0
 }

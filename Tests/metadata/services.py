@@ -268,9 +268,11 @@ def cli():
 
 
 def command(*words, variables=None, status=0, seconds=30, text=None):
-    """Runs `mooncake metadata ...`; returns its output."""
+    """Runs `mooncake metadata VERB` on the service of a URI; returns its output."""
+    verb, uri, *more = words
     done = subprocess.run(
-        [cli(), "metadata", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [cli(), "metadata", verb, "--metadata", uri, *more], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
         timeout=seconds, env=dict(os.environ, **(variables or {})), input=text,
     )
     if status is not None and done.returncode != status:

@@ -252,7 +252,7 @@ class Services(FaultTest):
         service.members[1].kill()
         service.members[1].wait(10)
         self.moves(actor, target)
-        error = services.command("get", service.uri, "mooncake/x", "--timeout-ms", "2000", status=1)
+        error = services.command("get", service.uri, "mooncake/x", "--timeout", "2000ms", status=1)
         self.assertIn(service.uri, error)
         actor.quit()
 
@@ -283,7 +283,7 @@ class Services(FaultTest):
         proxy.delay = 5
         begin = time.monotonic()
         error = services.command("get", f"etcd://127.0.0.1:{proxy.port}", "mooncake/x",
-                                 "--timeout-ms", "700", status=1)
+                                 "--timeout", "700ms", status=1)
         self.assertLess(time.monotonic() - begin, 3)
         self.assertIn("deadline", error)
 
@@ -305,7 +305,7 @@ class Services(FaultTest):
 class Access(FaultTest):
     def refused(self, uri, *words):
         begin = time.monotonic()
-        text = services.command("get", uri, "mooncake/x", "--timeout-ms", "3000", status=1)
+        text = services.command("get", uri, "mooncake/x", "--timeout", "3000ms", status=1)
         self.assertLess(time.monotonic() - begin, 6)
         for word in words:
             self.assertIn(word, text)

@@ -92,7 +92,7 @@ class Addresses(unittest.TestCase):
 
     def check(self, uri, *words, named=None, seconds=4):
         begin = time.monotonic()
-        text = services.command("get", uri, "mooncake/x", "--timeout-ms", "1500", status=1)
+        text = services.command("get", uri, "mooncake/x", "--timeout", "1500ms", status=1)
         self.assertLess(time.monotonic() - begin, seconds, uri)
         for word in (named or uri, *words):
             self.assertIn(word, text)
@@ -145,7 +145,7 @@ class Addresses(unittest.TestCase):
             for scheme in ("etcd", "redis", "http"):
                 uri = f"{scheme}://127.0.0.1:{impostor.port}"
                 begin = time.monotonic()
-                text = services.command("get", uri, "mooncake/x", "--timeout-ms", "1500", status=1)
+                text = services.command("get", uri, "mooncake/x", "--timeout", "1500ms", status=1)
                 self.assertLess(time.monotonic() - begin, 5, (scheme, answer))
                 self.assertIn(uri, text)
 

@@ -18,7 +18,7 @@ def clean_environment(**more):
 
 def run(*command, **variables):
     return subprocess.run(
-        [str(word) for word in command],
+        [word if isinstance(word, bytes) else str(word) for word in command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import unittest
 
 from program import LIMIT_SECONDS, PROGRAM, clean_environment, mooncake
@@ -91,8 +92,26 @@ class Store(unittest.TestCase):
         self.assertEqual(taken.returncode, 1)
         self.assertIn("taken", taken.stderr)
         status, more, _ = self.ended(holder, signal.SIGTERM)
-        self.assertEqual((status, list(more[0])), (0, ["sent_bytes"]))
+        self.assertEqual((status, list(more[0])), (0, ["sent_bytes", "memory_bytes"]))
         self.assertEqual(self.store("stat", "t/whole").returncode, 3)
+
+    def test_what_carried_the_bytes(self):
+        """Two of the same host read memory; what they read is told."""
+        for variables, over_tcp in (({}, False), ({"MC_FORCE_TCP": "1"}, True)):
+            name = f"t/carried-{over_tcp}"
+            holder = self.start("publish", self.folder / "blob", "--name", name)
+            for _ in range(2):
+                done = mooncake("store", "get", name, "--metadata", self.uri, **variables)
+                self.assertEqual(done.returncode, 0, done.stderr)
+            # The last words of a reader are sent after it has all.
+            time.sleep(0.2)
+            _, more, _ = self.ended(holder, signal.SIGTERM)
+            if over_tcp:
+                self.assertGreaterEqual(more[0]["sent_bytes"], 600_002)
+                self.assertEqual(more[0]["memory_bytes"], 0)
+            else:
+                self.assertGreater(more[0]["memory_bytes"], 590_000)
+                self.assertLess(more[0]["sent_bytes"], 100_000)
 
     def test_replica_outlives_the_origin(self):
         origin = self.start("publish", self.folder / "blob", "--name", "t/two")
@@ -149,6 +168,164 @@ class Store(unittest.TestCase):
             done = self.store(*words)
             self.assertIn(said, done.stderr)
             self.assertEqual(done.returncode, code, f"{words}: {done.stderr}")
+        done = mooncake("store", "list", "--timeout", "0")
+        self.assertEqual(done.returncode, 64)
         done = mooncake("store", "list")
         self.assertEqual(done.returncode, 64)
         self.assertIn("mooncake metadata serve", done.stderr)
+
+    # Files where others may write
+
+    def together(self, *commands):
+        """Runs commands at once; their exit codes and what they said."""
+        running = [
+            subprocess.Popen(
+                [PROGRAM, "store", *words, "--metadata", self.uri], stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True, env=clean_environment())
+            for words in commands]
+        errors = [process.communicate(timeout=LIMIT_SECONDS)[1] for process in running]
+        return [process.returncode for process in running], errors
+
+    def test_link_that_looks_like_a_leftover(self):
+        self.start("publish", self.folder / "blob", "--name", "t/link")
+        victim, place = self.folder / "victim", self.folder / "link-place"
+        for folder in (victim, place):
+            folder.mkdir()
+        (victim / "file").write_text("mine")
+        (place / ".mooncake-get-AAAAAA").symlink_to(victim)
+        self.rows(self.store("get", "t/link", "--to", place, "--json"))
+        self.assertEqual((victim / "file").read_text(), "mine")
+        self.assertEqual(sorted(os.listdir(place)), [".mooncake-get-AAAAAA", "blob"])
+
+    def test_many_gets_into_one_directory(self):
+        for index in range(8):
+            file = self.folder / f"part-{index}"
+            file.write_bytes(os.urandom(100_000 + index))
+            self.start("publish", file, "--name", f"t/part-{index}")
+        for turn in range(3):
+            place = self.folder / f"parts-{turn}"
+            codes, errors = self.together(
+                *(("get", f"t/part-{index}", "--to", place) for index in range(8)))
+            self.assertEqual(codes, [0] * 8, errors)
+            self.assertEqual(sorted(os.listdir(place)), [f"part-{index}" for index in range(8)])
+            codes, errors = self.together(
+                *(("get", "t/part-0", "--to", place, "--force") for _ in range(4)))
+            self.assertEqual(codes, [0] * 4, errors)
+            for index in range(8):
+                self.assertEqual((place / f"part-{index}").read_bytes(),
+                                 (self.folder / f"part-{index}").read_bytes())
+            self.assertEqual(sorted(os.listdir(place)), [f"part-{index}" for index in range(8)])
+
+    def test_killed_get_is_undone(self):
+        tree, place = self.folder / "tree", self.folder / "killed"
+        for folder, text in ((tree, "new"), (place, "old")):
+            folder.mkdir()
+            for index in range(3000):
+                (folder / str(index)).write_text(text)
+        self.start("publish", tree, "--name", "t/tree")
+        self.start("publish", self.folder / "blob", "--name", "t/undo")
+        numbers = [str(index) for index in range(3000)]
+        for delay in (0.0, 0.002, 0.005, 0.01):
+            getter = self.start("get", "t/tree", "--to", place, "--force", ready=False)
+            end = time.monotonic() + LIMIT_SECONDS
+            while time.monotonic() < end and getter.poll() is None and not list(
+                    place.glob(".mooncake-get-*/switch")):
+                pass
+            time.sleep(delay)
+            getter.kill()
+            getter.communicate()
+            # A get of something else undoes what was begun.
+            self.rows(self.store("get", "t/undo", "--to", place, "--force", "--json"))
+            self.assertEqual(sorted(os.listdir(place)), sorted([*numbers, "blob"]))
+            self.assertEqual(len({(place / number).read_text() for number in numbers}), 1)
+            self.rows(self.store("get", "t/tree", "--to", place, "--force", "--json"))
+            self.assertEqual({(place / number).read_text() for number in numbers}, {"new"})
+            self.assertEqual(sorted(os.listdir(place)), sorted([*numbers, "blob"]))
+            for number in numbers:
+                (place / number).unlink()
+                (place / number).write_text("old")
+
+    def test_bytes_changed_in_place(self):
+        file = self.folder / "in-place"
+        file.write_bytes(b"x" * 300_000)
+        times = file.stat()
+        holder = self.start(
+            "publish", file, "--name", "t/in-place", "--segment", "wrong", "--shard-size", "64KiB")
+        with open(file, "r+b") as opened:
+            opened.seek(200_000)
+            opened.write(b"y")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        for words in ((), ("--to", self.folder / "in-place-copy")):
+            done = self.store("get", "t/in-place", *words)
+            self.assertEqual(done.returncode, 4, done.stderr)
+            self.assertRegex(done.stderr, "wrong at .*sent shard 3 with a wrong digest")
+        self.assertFalse((self.folder / "in-place-copy").exists())
+        self.assertIsNone(holder.poll())
+
+    def test_paths_are_bytes_and_names_are_text(self):
+        odd = os.fsencode(self.folder) + b"/odd-\xff"
+        os.mkdir(odd)
+        with open(odd + b"/file", "wb") as opened:
+            opened.write(b"odd")
+        self.start("publish", odd, "--name", "t/odd", "--ready-file", odd + b"-ready")
+        self.assertTrue(os.path.exists(odd + b"-ready"))
+        for words in ((b"--to", odd + b"-copy"), (b"--to=" + odd + b"-again",)):
+            done = self.store("get", "t/odd", *words)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        for suffix in (b"-copy", b"-again"):
+            with open(odd + suffix + b"/file", "rb") as opened:
+                self.assertEqual(opened.read(), b"odd")
+        for words in ((b"get", b"t/\xff"), (b"get", b"x", b"--segment=\xfe"),
+                      (b"publish", odd, b"--name", b"\xff")):
+            done = self.store(*words)
+            self.assertEqual(done.returncode, 64, done.stderr)
+            self.assertIn("not UTF-8", done.stderr)
+        done = self.store("publish", odd, self.folder / "blob", "--name", "t/two-odd")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("not UTF-8", done.stderr)
+
+    def test_too_many_files(self):
+        limit = int(pathlib.Path("/proc/sys/vm/max_map_count").read_text())
+        if limit > 66_000:
+            self.skipTest(f"{limit} mappings are allowed")
+        tree = self.folder / "many"
+        tree.mkdir()
+        for index in range(min(limit - 100, 65_500)):
+            (tree / str(index)).write_text("x")
+        done = self.store("publish", tree, "--name", "t/many")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("vm.max_map_count", done.stderr)
+
+    def test_thousands_of_files_over_tcp(self):
+        tree, copy = self.folder / "thousands", self.folder / "thousands-copy"
+        tree.mkdir()
+        for index in range(20_000):
+            (tree / str(index)).write_text(str(index))
+        self.start("publish", tree, "--name", "t/thousands")
+        done = mooncake(
+            "store", "get", "t/thousands", "--to", copy, "--metadata", self.uri, MC_FORCE_TCP="1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(
+            {path.name for path in copy.iterdir()}, {str(index) for index in range(20_000)})
+        self.assertEqual((copy / "19999").read_text(), "19999")
+
+    def test_more_memory_than_there_is(self):
+        with open(self.folder / "sparse", "wb") as opened:
+            opened.truncate(64 << 20)
+        group = pathlib.Path("/sys/fs/cgroup") / f"mooncake-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / "memory.max").write_text(str(48 << 20))
+        except OSError as error:
+            if group.exists():
+                group.rmdir()
+            self.skipTest(f"control groups of memory cannot be made: {error}")
+        self.start("publish", self.folder / "sparse", "--name", "t/sparse")
+        command = f'echo $$ > {group}/cgroup.procs; exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", command, "sh", PROGRAM, "store", "get", "t/sparse", "--metadata",
+             self.uri],
+            capture_output=True, text=True, timeout=LIMIT_SECONDS, env=clean_environment())
+        group.rmdir()
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("67108864 bytes of memory are needed, the limit of control", done.stderr)

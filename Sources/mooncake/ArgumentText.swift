@@ -1,0 +1,89 @@
+import ArgumentParser
+import Glibc
+import MooncakeSystem
+import Synchronization
+
+/// Arguments as text that keeps their bytes: each byte that is not UTF-8 becomes a character of its
+/// own, and so does each byte of such a character. Only paths take them.
+enum ArgumentText {
+  /// Characters that stand for bytes: a block for private use that nobody is known to use.
+  private static let block: ClosedRange<UInt32> = 0x10FF00...0x10FFFF
+  /// Arguments that were taken for paths.
+  private static let paths = Lock<Set<String>>([])
+
+  /// The arguments of this process, without its name.
+  static func ofProcess() -> [String] {
+    (1..<max(1, Int(CommandLine.argc))).compactMap { index in
+      CommandLine.unsafeArgv[index].map { text in
+        encoded(Array(UnsafeRawBufferPointer(start: text, count: strlen(text))))
+      }
+    }
+  }
+
+  static func encoded(_ bytes: [UInt8]) -> String {
+    if let text = String(validating: bytes, as: UTF8.self), !standsForBytes(text) { return text }
+    var result = String.UnicodeScalarView()
+    func escape(_ byte: UInt8) {
+      result.append(Unicode.Scalar(block.lowerBound + UInt32(byte))!)
+    }
+    var parser = UTF8.ForwardParser()
+    var input = bytes.makeIterator()
+    var position = 0
+    while true {
+      switch parser.parseScalar(from: &input) {
+      case .valid(let units):
+        let scalar = UTF8.decode(units)
+        if block.contains(scalar.value) {
+          for unit in units { escape(unit) }
+        } else {
+          result.append(scalar)
+        }
+        position += units.count
+      case .error(let length):
+        for byte in bytes[position..<position + length] { escape(byte) }
+        position += length
+      case .emptyInput: return String(result)
+      }
+    }
+  }
+
+  /// The bytes that a text was made of.
+  static func decoded(_ text: String) -> [UInt8] {
+    var bytes: [UInt8] = []
+    for scalar in text.unicodeScalars {
+      if block.contains(scalar.value) {
+        bytes.append(UInt8(scalar.value - block.lowerBound))
+      } else {
+        bytes += UTF8.encode(scalar)!
+      }
+    }
+    return bytes
+  }
+
+  private static func standsForBytes(_ text: String) -> Bool {
+    text.unicodeScalars.contains { block.contains($0.value) }
+  }
+
+  /// Takes an argument for a path.
+  static func path(_ text: String) -> FilePath {
+    if standsForBytes(text) { paths.withLock { _ = $0.insert(text) } }
+    return FilePath(bytes: decoded(text))
+  }
+
+  /// Refuses bytes that are no text where a text is asked for.
+  static func refuseNames(in arguments: [String]) throws {
+    let paths = paths.withLock { $0 }
+    for argument in arguments where standsForBytes(argument) {
+      let isPath = paths.contains { argument == $0 || argument.hasSuffix("=" + $0) }
+      let bytes = decoded(argument)
+      if isPath || String(validating: bytes, as: UTF8.self) != nil { continue }
+      throw ValidationError(
+        "The argument '\(String(decoding: bytes, as: UTF8.self))' is not UTF-8; only the paths of "
+          + "`mooncake store` may be other bytes.")
+    }
+  }
+}
+
+extension FilePath: ExpressibleByArgument {
+  public init?(argument: String) { self = ArgumentText.path(argument) }
+}
