@@ -103,6 +103,19 @@ static inline int linux_is_memory_system(int descriptor) {
   return fstatfs(descriptor, &system) == 0 && (unsigned long)system.f_type == 0x01021994;
 }
 
+// Whether other machines may see the file system of a descriptor: NFS, SMB, FUSE, 9p, Ceph, AFS,
+// Lustre, GFS2, OCFS2, GPFS.
+static inline int linux_is_shared_system(int descriptor) {
+  static const unsigned long kinds[] = {0x6969,     0xFF534D42, 0xFE534D42, 0x65735546,
+                                        0x01021997, 0x00C36400, 0x5346414F, 0x0BD00BD0,
+                                        0x01161970, 0x7461636F, 0x47504653};
+  struct statfs system;
+  if (fstatfs(descriptor, &system) != 0) return 1;
+  for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++)
+    if (((unsigned long)system.f_type & 0xFFFFFFFF) == kinds[i]) return 1;
+  return 0;
+}
+
 static inline int linux_set_dumpable(int value) { return prctl(PR_SET_DUMPABLE, value, 0, 0, 0); }
 
 // Whether a thread exists at all; what may be done to it does not matter.

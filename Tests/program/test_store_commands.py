@@ -299,15 +299,15 @@ class Store(unittest.TestCase):
     def test_thousands_of_files_over_tcp(self):
         tree, copy = self.folder / "thousands", self.folder / "thousands-copy"
         tree.mkdir()
-        for index in range(20_000):
+        for index in range(6_000):
             (tree / str(index)).write_text(str(index))
         self.start("publish", tree, "--name", "t/thousands")
         done = mooncake(
             "store", "get", "t/thousands", "--to", copy, "--metadata", self.uri, MC_FORCE_TCP="1")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(
-            {path.name for path in copy.iterdir()}, {str(index) for index in range(20_000)})
-        self.assertEqual((copy / "19999").read_text(), "19999")
+            {path.name for path in copy.iterdir()}, {str(index) for index in range(6_000)})
+        self.assertEqual((copy / "5999").read_text(), "5999")
 
     def test_more_memory_than_there_is(self):
         with open(self.folder / "sparse", "wb") as opened:
@@ -315,17 +315,17 @@ class Store(unittest.TestCase):
         group = pathlib.Path("/sys/fs/cgroup") / f"mooncake-test-{os.getpid()}"
         try:
             group.mkdir()
-            (group / "memory.max").write_text(str(48 << 20))
         except OSError as error:
-            if group.exists():
-                group.rmdir()
-            self.skipTest(f"control groups of memory cannot be made: {error}")
+            self.skipTest(f"no control group can be made: {error}")
+        self.addCleanup(group.rmdir)
+        if not (group / "memory.max").exists():
+            self.skipTest("no control group of memory can be made")
+        (group / "memory.max").write_text(str(48 << 20))
         self.start("publish", self.folder / "sparse", "--name", "t/sparse")
         command = f'echo $$ > {group}/cgroup.procs; exec "$@"'
         done = subprocess.run(
             ["sh", "-c", command, "sh", PROGRAM, "store", "get", "t/sparse", "--metadata",
              self.uri],
             capture_output=True, text=True, timeout=LIMIT_SECONDS, env=clean_environment())
-        group.rmdir()
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("67108864 bytes of memory are needed, the limit of control", done.stderr)

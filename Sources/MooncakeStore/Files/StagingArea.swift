@@ -66,6 +66,8 @@ final class StagingArea {
       if flock(lock.rawValue, LOCK_EX | LOCK_NB) != 0 && Errno.current == .wouldBlock { return nil }
       var status = stat()
       if fstat(lock.rawValue, &status) != 0 || status.st_nlink == 0 { return nil }
+      let boot = bootNumber()
+      _ = boot.withUnsafeBytes { write(lock.rawValue, $0.baseAddress, $0.count) }
       return try StagingArea(target, name, directory, lock)
     } catch {
       if error.rawValue == ENOENT { return nil }
@@ -102,10 +104,29 @@ final class StagingArea {
       }
       var file = stat()
       guard fstat(lock.rawValue, &file) == 0, file.st_mode & S_IFMT == S_IFREG,
-        file.st_uid == geteuid(), flock(lock.rawValue, LOCK_EX | LOCK_NB) == 0
+        file.st_uid == geteuid(), isOfThisMachine(lock),
+        flock(lock.rawValue, LOCK_EX | LOCK_NB) == 0
       else { continue }
       reclaim(target, name, directory, lock, holdsSwitch)
     }
+  }
+
+  /// On a file system that other machines see, a lock may be known to its own machine only: there
+  /// the file must tell of this one, since it was started.
+  private static func isOfThisMachine(_ lock: borrowing FileDescriptor) -> Bool {
+    if linux_is_shared_system(lock.rawValue) == 0 { return true }
+    var bytes = [UInt8](repeating: 0, count: 64)
+    let count = bytes.withUnsafeMutableBytes { pread(lock.rawValue, $0.baseAddress, $0.count, 0) }
+    return count > 0 && Array(bytes.prefix(count)) == bootNumber()
+  }
+
+  /// What no other machine has, and this one until it is started again.
+  private static func bootNumber() -> [UInt8] {
+    let path = "/proc/sys/kernel/random/boot_id"
+    guard let file = try? FileDescriptor.open(path, flags: O_RDONLY) else { return [] }
+    var bytes = [UInt8](repeating: 0, count: 64)
+    let count = bytes.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
+    return Array(bytes.prefix(max(0, count)))
   }
 
   private static func reclaim(
