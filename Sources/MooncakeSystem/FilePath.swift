@@ -28,9 +28,7 @@ extension FileDescriptor {
   package static func open(
     _ path: FilePath, flags: Int32, mode: mode_t = 0o600
   ) throws(Errno) -> FileDescriptor {
-    FileDescriptor(
-      owning: try retryingInterrupts {
-        path.withCString { Glibc.open($0, flags | O_CLOEXEC, mode) }
-      })
+    try FileDescriptor(
+      opening: { path.withCString { Glibc.open($0, flags | O_CLOEXEC, mode) } })
   }
 }

@@ -37,10 +37,8 @@ final class Directory: Sendable {
   }
 
   func file(_ name: String, flags: Int32, mode: mode_t = 0o600) throws(Errno) -> FileDescriptor {
-    FileDescriptor(
-      owning: try retryingInterrupts {
-        openat(number, name, flags | O_NOFOLLOW | O_CLOEXEC, mode)
-      })
+    try FileDescriptor(
+      opening: { openat(number, name, flags | O_NOFOLLOW | O_CLOEXEC, mode) })
   }
 
   /// Returns false if something of that name is there.
@@ -92,8 +90,8 @@ final class Directory: Sendable {
   /// Has its names survive a loss of power.
   func sync() throws(Errno) {
     // It may be open for passing through only.
-    let copy = FileDescriptor(
-      owning: try retryingInterrupts { openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) })
+    let copy = try FileDescriptor(
+      opening: { openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) })
     _ = try retryingInterrupts { fsync(copy.rawValue) }
   }
 
@@ -139,10 +137,9 @@ extension Directory {
     for part in path.bytes.split(separator: slash) where !part.elementsEqual(".".utf8) {
       current = try current.enter(FilePath(bytes: Array(part)), &made)
     }
-    let readable = FileDescriptor(
-      owning: try retryingInterrupts {
-        openat(current.number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-      })
+    let last = current
+    let readable = try FileDescriptor(
+      opening: { openat(last.number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) })
     return Directory(readable, path)
   }
 
@@ -160,6 +157,7 @@ extension Directory {
       }
     }
     if descriptor < 0 { throw Errno.current }
-    return Directory(FileDescriptor(owning: descriptor), name)
+    return Directory(
+      FileDescriptor(owning: try FileDescriptor.aboveStandard(descriptor)), name)
   }
 }
