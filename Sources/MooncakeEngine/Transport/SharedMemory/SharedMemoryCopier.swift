@@ -54,14 +54,19 @@ struct SharedMemoryCopier: ~Copyable {
     ownView = own.currentView()
   }
 
-  /// The kernel's copy of many ranges.
+  /// The guard's value when the latest look-up was right.
+  @inline(__always)
+  var guardValue: UInt64 { view.guardValue }
+
+  /// The kernel's copy of many ranges that were looked up when the guard had the value `expected`.
   @inline(__always)
   func copyByKernel(
-    _ opcode: Opcode, _ local: UnsafePointer<iovec>, _ remote: UnsafePointer<iovec>, count: Int
+    _ opcode: Opcode, _ local: UnsafePointer<iovec>, _ remote: UnsafePointer<iovec>, count: Int,
+    expected: UInt64
   ) -> Int {
     linux_guarded_kernel_copy(
       opcode == .write ? 1 : 0, peer.process.id, local, remote, UInt(count), peer.guardWord,
-      view.guardValue, rseq)
+      expected, rseq)
   }
 
   // MARK: One range
@@ -119,7 +124,8 @@ struct SharedMemoryCopier: ~Copyable {
         var localVector = iovec(iov_base: local, iov_len: count)
         var remoteVector = iovec(
           iov_base: UnsafeMutableRawPointer(bitPattern: UInt(remote)), iov_len: count)
-        result = copyByKernel(opcode, &localVector, &remoteVector, count: 1)
+        result = copyByKernel(
+          opcode, &localVector, &remoteVector, count: 1, expected: view.guardValue)
         if result == count { return true }
       }
       guard goesOn(after: result) else { return false }

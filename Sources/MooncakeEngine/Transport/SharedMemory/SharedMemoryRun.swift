@@ -13,6 +13,9 @@ struct SharedMemoryRun: ~Copyable {
   private var pending = SliceQueue()
   private var pendingBytes = 0
   private var pendingOpcode = Opcode.read
+  /// The guard's value when what waits was looked up. The copier's view may be newer by the time it
+  /// is copied: other slices pause, and an owner may take the memory back meanwhile.
+  private var pendingGuard: UInt64 = 0
   /// Slices whose deadline has passed by then are not copied any more.
   private let now: UInt64
   private(set) var tally = SharedMemoryCounters.Tally()
@@ -44,11 +47,14 @@ struct SharedMemoryRun: ~Copyable {
     case .none: settle(slice, .refused)
     case .mapped: copyAlone(slice)
     case .kernel:
-      if opcode != pendingOpcode || pendingBytes + count > SharedMemoryCopier.pieceBytes
-        || pending.count == Self.vectorLimit
+      // Before `flush`, which may look at a newer table than this slice was found in.
+      let guardValue = copier.guardValue
+      if opcode != pendingOpcode || guardValue != pendingGuard || pending.count == Self.vectorLimit
+        || pendingBytes + count > SharedMemoryCopier.pieceBytes
       {
         flush()
       }
+      pendingGuard = guardValue
       localVectors[pending.count] = iovec(iov_base: slice.pointee.local, iov_len: count)
       remoteVectors[pending.count] = iovec(
         iov_base: UnsafeMutableRawPointer(bitPattern: UInt(slice.pointee.remote)), iov_len: count)
@@ -66,7 +72,8 @@ struct SharedMemoryRun: ~Copyable {
     while index < count {
       if isValid {
         let result = copier.copyByKernel(
-          pendingOpcode, localVectors + index, remoteVectors + index, count: count - index)
+          pendingOpcode, localVectors + index, remoteVectors + index, count: count - index,
+          expected: pendingGuard)
         var left = max(0, result)
         while index < count, left >= localVectors[index].iov_len {
           left -= localVectors[index].iov_len
