@@ -83,8 +83,10 @@ static inline long linux_guarded_kernel_copy(
 
 #ifdef LINUX_HAS_RSEQ_COPY
 // Copies whole blocks from the front of what is left; `index` runs from -left to 0 and is the only
-// thing that changes, so an interrupted copy knows what it has done.
-#define LINUX_BLOCK_LOOP(name, block, body, ...)                                                   \
+// thing that changes, so an interrupted copy knows what it has done. Wide registers are cleared at
+// the end, however it came: on some processors every later SSE instruction of the thread is slow
+// while their upper halves hold anything.
+#define LINUX_BLOCK_LOOP(name, block, body)                                                        \
   static inline long linux_blocks_##name(                                                          \
     char *target_end, const char *source_end, long *left, const void *guard, uint64_t expected,    \
     void *rseq) {                                                                                  \
@@ -92,12 +94,13 @@ static inline long linux_guarded_kernel_copy(
     unsigned long scratch;                                                                         \
     __asm__ volatile(                                                                              \
       LINUX_SEQUENCE_BEGIN ".balign 16\n7:\n\t" body "addq $" #block                               \
-                           ", %[index]\n\tjnz 7b\n" LINUX_SEQUENCE_END                             \
+                           ", %[index]\n\tjnz 7b\n" LINUX_SEQUENCE_END "\tvzeroupper\n"           \
       : [result] "+&r"(result), [scratch] "=&r"(scratch), [index] "+&r"(index)                     \
       : [to] "r"(target_end), [from] "r"(source_end),                                              \
         [area] "m"(((struct rseq *)rseq)->rseq_cs), [guard] "m"(*(const uint64_t *)guard),         \
         [expected] "r"(expected)                                                                   \
-      : "memory", "cc", __VA_ARGS__);                                                              \
+      : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",    \
+        "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                             \
     *left = -index;                                                                                \
     return result;                                                                                 \
   }
@@ -112,16 +115,14 @@ LINUX_BLOCK_LOOP(
   "vmovntdq %%ymm0, (%[to],%[index])\n\tvmovntdq %%ymm1, 32(%[to],%[index])\n\t"
   "vmovntdq %%ymm2, 64(%[to],%[index])\n\tvmovntdq %%ymm3, 96(%[to],%[index])\n\t"
   "vmovntdq %%ymm4, 128(%[to],%[index])\n\tvmovntdq %%ymm5, 160(%[to],%[index])\n\t"
-  "vmovntdq %%ymm6, 192(%[to],%[index])\n\tvmovntdq %%ymm7, 224(%[to],%[index])\n\t",
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7")
+  "vmovntdq %%ymm6, 192(%[to],%[index])\n\tvmovntdq %%ymm7, 224(%[to],%[index])\n\t")
 
 LINUX_BLOCK_LOOP(
   stream64, 256,
   "vmovdqu64 (%[from],%[index]), %%zmm0\n\tvmovdqu64 64(%[from],%[index]), %%zmm1\n\t"
   "vmovdqu64 128(%[from],%[index]), %%zmm2\n\tvmovdqu64 192(%[from],%[index]), %%zmm3\n\t"
   "vmovntdq %%zmm0, (%[to],%[index])\n\tvmovntdq %%zmm1, 64(%[to],%[index])\n\t"
-  "vmovntdq %%zmm2, 128(%[to],%[index])\n\tvmovntdq %%zmm3, 192(%[to],%[index])\n\t",
-  "xmm0", "xmm1", "xmm2", "xmm3")
+  "vmovntdq %%zmm2, 128(%[to],%[index])\n\tvmovntdq %%zmm3, 192(%[to],%[index])\n\t")
 
 // Plain copy of any length; the instruction keeps its own count when it is interrupted.
 static inline long linux_bytes(
