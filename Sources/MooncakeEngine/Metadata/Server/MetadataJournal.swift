@@ -167,8 +167,10 @@ package final class MetadataJournal {
     while done < bytes.count {
       done += try bytes.withUnsafeBytes { buffer in
         Result { () throws(Errno) in
-          try retryingInterrupts {
-            pwrite(file, buffer.baseAddress! + done, buffer.count - done, offset + done)
+          try withoutWriteSignals { () throws(Errno) in
+            try retryingInterrupts {
+              pwrite(file, buffer.baseAddress! + done, buffer.count - done, offset + done)
+            }
           }
         }
       }.get()
