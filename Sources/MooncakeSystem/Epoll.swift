@@ -9,7 +9,13 @@ package struct Epoll: ~Copyable, Sendable {
   package static let writable = EPOLLOUT.rawValue
 
   package init() throws(Errno) {
-    descriptor = try FileDescriptor(opening: { epoll_create1(Int32(EPOLL_CLOEXEC)) })
+    let file = try FileDescriptor(
+      opening: { epoll_create1(Int32(EPOLL_CLOEXEC)) }, call: "epoll_create1")
+    // A thread that cannot wait would spin.
+    let number = file.rawValue
+    var event = epoll_event()
+    _ = try retryingInterrupts("epoll_wait") { epoll_wait(number, &event, 1, 0) }
+    descriptor = file
   }
 
   /// Starts to watch a descriptor, level-triggered; `token` comes back with each event.
@@ -42,6 +48,8 @@ package struct Epoll: ~Copyable, Sendable {
     var event = epoll_event()
     event.events = events
     event.data.u64 = token
-    if epoll_ctl(descriptor.rawValue, operation, target, &event) != 0 { throw Errno.current }
+    if epoll_ctl(descriptor.rawValue, operation, target, &event) != 0 {
+      throw Errno(errno, call: "epoll_ctl")
+    }
   }
 }

@@ -4,19 +4,32 @@ import Glibc
 /// An error number of the operating system.
 public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   public let rawValue: Int32
+  /// The system call that failed, where a reader of the message should know it: one that a sandbox
+  /// may forbid.
+  public let call: StaticString?
 
-  public init(_ rawValue: Int32) { self.rawValue = rawValue }
+  public init(_ rawValue: Int32, call: StaticString? = nil) {
+    self.rawValue = rawValue
+    self.call = call
+  }
+
+  /// Whether the numbers are equal.
+  public static func == (left: Errno, right: Errno) -> Bool { left.rawValue == right.rawValue }
 
   /// The calling thread's `errno`.
   package static var current: Errno { Errno(errno) }
 
-  /// The system's text, such as "Connection refused", with what it leaves open.
+  /// The system's text, such as "Connection refused", with what it leaves open; after the call if
+  /// that is known.
   public var description: String {
-    switch self {
-    case .tooManyOpenFiles: "\(text): this process is out of descriptors, raise ulimit -n"
-    case .tooManyOpenFilesInSystem: "\(text): this machine is out of descriptors, raise fs.file-max"
-    default: text
-    }
+    let reason =
+      switch self {
+      case .tooManyOpenFiles: "\(text): this process is out of descriptors, raise ulimit -n"
+      case .tooManyOpenFilesInSystem:
+        "\(text): this machine is out of descriptors, raise fs.file-max"
+      default: text
+      }
+    return call.map { "\($0): \(reason)" } ?? reason
   }
 
   private var text: String {
@@ -34,15 +47,16 @@ public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   package static let tooManyOpenFilesInSystem = Errno(ENFILE)
 }
 
-/// Repeats a system call while a signal interrupts it; -1 becomes the thrown error number.
+/// Repeats a system call while a signal interrupts it; -1 becomes the thrown error number, with the
+/// name of the call if that is given.
 @inline(__always)
 package func retryingInterrupts<Result: FixedWidthInteger & SignedInteger>(
-  _ call: () -> Result
+  _ name: StaticString? = nil, _ call: () -> Result
 ) throws(Errno) -> Result {
   while true {
     let result = call()
     if result != -1 { return result }
-    let error = Errno.current
-    if error != .interrupted { throw error }
+    let number = errno
+    if number != EINTR { throw Errno(number, call: name) }
   }
 }

@@ -59,7 +59,8 @@ package struct EventFD: ~Copyable, Sendable {
   package let descriptor: FileDescriptor
 
   package init() throws(Errno) {
-    descriptor = try FileDescriptor(opening: { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) })
+    descriptor = try FileDescriptor(
+      opening: { eventfd(0, Int32(EFD_CLOEXEC | EFD_NONBLOCK)) }, call: "eventfd2")
   }
 
   /// Makes the descriptor readable.

@@ -8,7 +8,7 @@ package struct ProcessHandle: ~Copyable, Sendable {
 
   package init(_ id: pid_t) throws(Errno) {
     self.id = id
-    descriptor = try FileDescriptor(opening: { linux_pidfd_open(id) })
+    descriptor = try FileDescriptor(opening: { linux_pidfd_open(id) }, call: "pidfd_open")
   }
 
   /// Becomes readable when the process has ended.
@@ -24,7 +24,7 @@ package struct ProcessHandle: ~Copyable, Sendable {
   /// stopped thread is on its way out of the kernel, never inside a system call; one that a
   /// debugger holds may be, and counts as running.
   package func isStopped(thread: pid_t) -> Bool {
-    if !exists(thread) { return true }
+    if !exists(thread: thread) { return true }
     guard
       let file = try? FileDescriptor.open("/proc/\(id)/task/\(thread)/stat", flags: O_RDONLY)
     else { return false }
@@ -36,5 +36,6 @@ package struct ProcessHandle: ~Copyable, Sendable {
     return [UInt8(ascii: "T"), UInt8(ascii: "Z"), UInt8(ascii: "X")].contains(bytes[end + 2])
   }
 
-  private func exists(_ thread: pid_t) -> Bool { linux_thread_exists(id, thread) != 0 }
+  /// Whether the process has a thread of that number.
+  package func exists(thread: pid_t) -> Bool { linux_thread_exists(id, thread) != 0 }
 }

@@ -13,7 +13,7 @@ package struct Socket: ~Copyable, Sendable {
     let type =
       Int32(SOCK_STREAM.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
       | Int32(SOCK_CLOEXEC.rawValue)
-    descriptor = try FileDescriptor(opening: { socket(family, type, 0) })
+    descriptor = try FileDescriptor(opening: { socket(family, type, 0) }, call: "socket")
   }
 
   /// Listens on an address; port 0 lets the system choose. No address reuse beyond TIME_WAIT: two

@@ -66,7 +66,7 @@ package final class WorkerThread: @unchecked Sendable {
       }, context.toOpaque())
     if result != 0 {
       context.release()
-      throw Errno(result)
+      throw Errno(result, call: "pthread_create")
     }
   }
 }
