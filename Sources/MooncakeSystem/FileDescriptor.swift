@@ -6,8 +6,9 @@ package struct FileDescriptor: ~Copyable, Sendable {
   package let rawValue: Int32
 
   /// Takes ownership of what a system call returns, which is repeated while a signal interrupts it.
-  package init(opening call: () -> Int32) throws(Errno) {
-    rawValue = try Self.aboveStandard(try retryingInterrupts(call))
+  /// Errors name the call if it is given.
+  package init(opening body: () -> Int32, call: StaticString? = nil) throws(Errno) {
+    rawValue = try Self.aboveStandard(try retryingInterrupts(call, body))
   }
 
   /// Takes ownership of a valid descriptor that has passed `aboveStandard`.

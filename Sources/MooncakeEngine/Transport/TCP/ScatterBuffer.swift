@@ -7,31 +7,59 @@ import MooncakeSystem
 /// Small writes arrive many to a receive call, each for another address. Copying them with plain
 /// stores would end the process where a host has unmapped or protected memory that it registered;
 /// reading them from a memory file makes the kernel do the stores, and such memory becomes an error
-/// code.
+/// code. Where a sandbox forbids that, or a limit of file sizes does, they go through a pipe.
 package struct ScatterBuffer: ~Copyable {
-  private let file: FileDescriptor
-  private let mapping: MemoryMapping
+  private let input: Input
   private let vectors: UnsafeMutablePointer<iovec>
   private let junk: UnsafeMutableRawPointer
+  package let address: UnsafeMutableRawPointer
   private var vectorCount = 0
   private var start = 0
   private var end = 0
+
+  /// Where bytes are received, and what the kernel reads them from.
+  private struct Input: ~Copyable {
+    let mapping: MemoryMapping
+    /// The buffer itself, or the end of a pipe that gets a copy of it first.
+    let reader: FileDescriptor
+    /// Owned by `writer`; -1 without a pipe.
+    let writerNumber: Int32
+    let writer: FileDescriptor?
+  }
 
   private static let vectorLimit = 256
   private static let junkBytes = 4096
 
   package static let byteCount = 256 << 10
 
-  package init() throws(Errno) {
-    let file = try FileDescriptor(
-      opening: { memfd_create("mooncake-input", UInt32(MFD_CLOEXEC)) })
-    let descriptor = file.rawValue
-    _ = try retryingInterrupts { ftruncate(descriptor, Self.byteCount) }
-    let mapping = try MemoryMapping.shared(descriptor, byteCount: Self.byteCount, writable: true)
-    self.file = file
-    self.mapping = mapping
-    vectors = .allocate(capacity: Self.vectorLimit)
+  /// `usesPipe` is for tests of what a sandbox leads to.
+  package init(usesPipe: Bool = false) throws(Errno) {
+    input = try Self.makeInput(usesPipe: usesPipe)
+    address = input.mapping.address
     junk = .allocate(byteCount: Self.junkBytes, alignment: 64)
+    vectors = .allocate(capacity: Self.vectorLimit)
+  }
+
+  private static func makeInput(usesPipe: Bool) throws(Errno) -> Input {
+    if !usesPipe {
+      do throws(Errno) { return try makeFile() } catch {
+        Log.info("tcp server: no memory file to receive into: \(error); small writes use a pipe")
+      }
+    }
+    var ends: [Int32] = [0, 0]
+    _ = try retryingInterrupts("pipe2") { pipe2(&ends, O_CLOEXEC | O_NONBLOCK) }
+    for index in 0..<2 {
+      do throws(Errno) { ends[index] = try FileDescriptor.aboveStandard(ends[index]) } catch {
+        close(ends[1 - index])
+        throw error
+      }
+    }
+    let reader = FileDescriptor(owning: ends[0])
+    let writer = FileDescriptor(owning: ends[1])
+    let writerNumber = writer.rawValue
+    return Input(
+      mapping: try .anonymous(byteCount: byteCount), reader: reader,
+      writerNumber: writerNumber, writer: writer)
   }
 
   deinit {
@@ -39,7 +67,23 @@ package struct ScatterBuffer: ~Copyable {
     junk.deallocate()
   }
 
-  package var address: UnsafeMutableRawPointer { mapping.address }
+  /// A memory file that the kernel reads for us.
+  private static func makeFile() throws(Errno) -> Input {
+    let file = try FileDescriptor(
+      opening: { memfd_create("mooncake-input", UInt32(MFD_CLOEXEC)) }, call: "memfd_create")
+    let descriptor = file.rawValue
+    _ = try withoutWriteSignals { () throws(Errno) in
+      try retryingInterrupts("ftruncate") { ftruncate(descriptor, Self.byteCount) }
+    }
+    var byte: UInt8 = 0
+    _ = try withUnsafeMutableBytes(of: &byte) { bytes throws(Errno) in
+      var vector = iovec(iov_base: bytes.baseAddress, iov_len: 1)
+      return try retryingInterrupts("preadv") { preadv(descriptor, &vector, 1, 0) }
+    }
+    return Input(
+      mapping: try .shared(descriptor, byteCount: Self.byteCount, writable: true), reader: file,
+      writerNumber: -1, writer: nil)
+  }
 
   /// Notes that `count` bytes at `offset` belong at `target`; offsets grow from call to call.
   package mutating func add(
@@ -66,10 +110,50 @@ package struct ScatterBuffer: ~Copyable {
     let expected = end - start
     let count = vectorCount
     vectorCount = 0
+    if input.writerNumber >= 0 { return try move(expected, count) }
     let stored = try retryingInterrupts {
-      preadv(file.rawValue, vectors, Int32(count), off_t(start))
+      preadv(input.reader.rawValue, vectors, Int32(count), off_t(start))
     }
     // Short only where a page of the target cannot be written.
     if stored != expected { throw Errno(EFAULT) }
+  }
+
+  /// Fills the vectors through the pipe, and changes them.
+  private func move(_ byteCount: Int, _ vectorCount: Int) throws(Errno) {
+    var done = 0
+    var index = 0
+    while done < byteCount {
+      // As much as the pipe holds.
+      var held = try retryingInterrupts {
+        write(input.writerNumber, address + start + done, byteCount - done)
+      }
+      done += held
+      while held > 0 {
+        let stored = readv(input.reader.rawValue, vectors + index, Int32(vectorCount - index))
+        if stored == -1 && errno == EINTR { continue }
+        if stored <= 0 {
+          let error = Errno.current
+          // The failure is over with this flush.
+          while read(input.reader.rawValue, junk, Self.junkBytes) > 0 {}
+          throw error
+        }
+        held -= stored
+        index = advance(index, by: stored)
+      }
+    }
+  }
+
+  /// Takes what is stored off the vectors; returns the first that is not full.
+  private func advance(_ first: Int, by stored: Int) -> Int {
+    var index = first
+    var left = stored
+    while left > 0 {
+      let part = min(left, vectors[index].iov_len)
+      vectors[index].iov_base = vectors[index].iov_base + part
+      vectors[index].iov_len -= part
+      left -= part
+      if vectors[index].iov_len == 0 { index += 1 }
+    }
+    return index
   }
 }

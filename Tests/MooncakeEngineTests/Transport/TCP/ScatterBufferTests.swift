@@ -5,8 +5,10 @@ import MooncakeSystem
 import Testing
 
 struct ScatterBufferTests {
-  @Test func storesPiecesWhereTheyBelong() throws {
-    var buffer = try ScatterBuffer()
+  /// From a memory file, and through a pipe as where a sandbox forbids those.
+  @Test(arguments: [false, true])
+  func storesPiecesWhereTheyBelong(_ usesPipe: Bool) throws {
+    var buffer = try ScatterBuffer(usesPipe: usesPipe)
     let input = UnsafeMutableRawBufferPointer(
       start: buffer.address, count: ScatterBuffer.byteCount)
     let pattern = Pattern(seed: 1)
@@ -39,8 +41,9 @@ struct ScatterBufferTests {
   }
 
   /// Memory that is gone becomes an error, not the end of the process.
-  @Test func memoryThatIsNotThere() throws {
-    var buffer = try ScatterBuffer()
+  @Test(arguments: [false, true])
+  func memoryThatIsNotThere(_ usesPipe: Bool) throws {
+    var buffer = try ScatterBuffer(usesPipe: usesPipe)
     let good = GuardedMemory(64)
     let hole = try MemoryMapping.anonymous(byteCount: 8192)
     for protection in [PROT_NONE, PROT_READ] {
