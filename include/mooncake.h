@@ -206,7 +206,9 @@ int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint6
                                  const char *location, uint32_t access);
 
 /* Ends the registration that begins at address. When it returns, no peer reads or writes the memory
- * and none will. Errors: NOT_REGISTERED. Since 0.1. */
+ * and none will. Errors: NOT_REGISTERED; BUSY if a process of this host has been in the middle of a
+ * copy for the default timeout and may still touch the memory: keep it, and call again.
+ * Since 0.1. */
 int32_t mooncake_memory_unregister(mooncake_engine_t *engine, void *address);
 
 /* As mooncake_memory_register() for count buffers: all or none. Since 0.1. */
@@ -225,7 +227,8 @@ int32_t mooncake_memory_unregister_batch(mooncake_engine_t *engine, void *const 
 int32_t mooncake_memory_allocate(mooncake_engine_t *engine, uint64_t length, const char *location,
                                  uint32_t access, void **address);
 
-/* Unregisters and frees memory of mooncake_memory_allocate(). Errors: NOT_REGISTERED. Since 0.1. */
+/* Unregisters and frees memory of mooncake_memory_allocate(). Errors: NOT_REGISTERED; BUSY as for
+ * mooncake_memory_unregister(), and the memory is still there. Since 0.1. */
 int32_t mooncake_memory_free(mooncake_engine_t *engine, void *address);
 
 /* ---- Segments ----------------------------------------------------------------------------- */

@@ -53,8 +53,18 @@ static inline int linux_futex_wake(uint32_t *word, int count) {
   return (int)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
+// accept4, or what it is made of where a sandbox does not know it.
 static inline int linux_accept(int listener, int flags) {
-  return accept4(listener, NULL, NULL, flags);
+  int accepted = accept4(listener, NULL, NULL, flags);
+  if (accepted >= 0 || (errno != ENOSYS && errno != EPERM)) return accepted;
+  accepted = accept(listener, NULL, NULL);
+  if (accepted < 0) return accepted;
+  if ((flags & SOCK_CLOEXEC) && fcntl(accepted, F_SETFD, FD_CLOEXEC) < 0) goto failed;
+  if ((flags & SOCK_NONBLOCK) && fcntl(accepted, F_SETFL, O_NONBLOCK) < 0) goto failed;
+  return accepted;
+failed:
+  close(accepted);
+  return -1;
 }
 
 // Asks for pages of a range near a NUMA node, where that has room; MPOL_PREFERRED.
@@ -148,7 +158,8 @@ static inline ssize_t linux_send_message(
   return sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-// Receives one message with up to 4 descriptors, close-on-exec, which the caller then owns.
+// Receives one message with up to 4 descriptors, close-on-exec, which the caller then owns. EMFILE
+// if this process has no room for some of them.
 static inline ssize_t linux_receive_message(
   int socket, void *bytes, size_t count, int *descriptors, size_t *descriptor_count) {
   union {
@@ -172,6 +183,11 @@ static inline ssize_t linux_receive_message(
     for (size_t index = 0; index < number && *descriptor_count < 4; index++)
       memcpy(&descriptors[(*descriptor_count)++], CMSG_DATA(header) + index * sizeof(int),
              sizeof(int));
+  }
+  if (message.msg_flags & MSG_CTRUNC) {
+    while (*descriptor_count > 0) close(descriptors[--*descriptor_count]);
+    errno = EMFILE;
+    return -1;
   }
   return received;
 }

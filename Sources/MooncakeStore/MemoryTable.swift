@@ -65,7 +65,7 @@ final class MemoryTable: Sendable {
       do {
         try last.withUnsafeBufferPointer { try engine.unregister($0) }
       } catch {
-        // The engine has closed, and with it nobody reads any more.
+        // The engine has closed, and with it nobody reads any more; or it has logged who does.
         Log.debug("store: unregistering memory: \(error)")
       }
     }

@@ -14,21 +14,21 @@ package struct LocalSocket: ~Copyable, Sendable {
     let type =
       Int32(SOCK_SEQPACKET.rawValue) | Int32(SOCK_NONBLOCK.rawValue)
       | Int32(SOCK_CLOEXEC.rawValue)
-    descriptor = try FileDescriptor(opening: { socket(AF_UNIX, type, 0) })
+    descriptor = try FileDescriptor(opening: { socket(AF_UNIX, type, 0) }, call: "socket")
   }
 
   /// Listens under a name.
   package static func listening(on name: String) throws(Errno) -> LocalSocket {
     let socket = try LocalSocket()
-    try withAddress(name) { bind(socket.rawValue, $0, $1) }
-    if listen(socket.rawValue, 128) != 0 { throw Errno.current }
+    try withAddress(name, "bind") { bind(socket.rawValue, $0, $1) }
+    _ = try retryingInterrupts("listen") { listen(socket.rawValue, 128) }
     return socket
   }
 
   /// Connects to a listener; fails at once if its queue is full.
   package static func connected(to name: String) throws(Errno) -> LocalSocket {
     let socket = try LocalSocket()
-    try withAddress(name) { connect(socket.rawValue, $0, $1) }
+    try withAddress(name, "connect") { connect(socket.rawValue, $0, $1) }
     return socket
   }
 
@@ -44,7 +44,7 @@ package struct LocalSocket: ~Copyable, Sendable {
       switch errno {
       case EAGAIN: return nil
       case EINTR, ECONNABORTED: continue
-      default: throw Errno.current
+      default: throw Errno(errno, call: "accept4")
       }
     }
   }
@@ -61,7 +61,7 @@ package struct LocalSocket: ~Copyable, Sendable {
 
   /// Sends one message, with up to 4 descriptors, or throws at once.
   package func send(_ bytes: UnsafeRawBufferPointer, descriptors: [Int32] = []) throws(Errno) {
-    _ = try retryingInterrupts {
+    _ = try retryingInterrupts("sendmsg") {
       linux_send_message(rawValue, bytes.baseAddress, bytes.count, descriptors, descriptors.count)
     }
   }
@@ -73,7 +73,7 @@ package struct LocalSocket: ~Copyable, Sendable {
   ) throws(Errno) -> (byteCount: Int, descriptors: [Int32]) {
     var descriptors: [Int32] = [-1, -1, -1, -1]
     var descriptorCount = 0
-    let count = try retryingInterrupts {
+    let count = try retryingInterrupts("recvmsg") {
       linux_receive_message(
         rawValue, bytes.baseAddress, bytes.count, &descriptors, &descriptorCount)
     }
@@ -94,16 +94,27 @@ package struct LocalSocket: ~Copyable, Sendable {
     return result
   }
 
-  /// Waits until a message or the end has arrived.
-  package func waitReadable(until deadline: Deadline) throws(Errno) {
-    var item = pollfd(fd: rawValue, events: Int16(POLLIN), revents: 0)
-    while poll(&item, 1, deadline.remainingMilliseconds) <= 0 {
+  /// Waits until a message or the end has arrived; gives up when `cancellation` is readable.
+  package func waitReadable(until deadline: Deadline, cancellation: Int32) throws(Errno) {
+    var items = [
+      pollfd(fd: rawValue, events: Int16(POLLIN), revents: 0),
+      pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0),
+    ]
+    while poll(&items, 2, deadline.remainingMilliseconds) <= 0 {
       if deadline.hasPassed { throw Errno.timedOut }
     }
+    if items[1].revents != 0 { throw Errno(ECANCELED) }
+  }
+
+  /// Whether the other end sends nothing any more.
+  package var isHungUp: Bool {
+    var item = pollfd(fd: rawValue, events: Int16(EPOLLRDHUP.rawValue), revents: 0)
+    return poll(&item, 1, 0) > 0
   }
 
   private static func withAddress(
-    _ name: String, _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
+    _ name: String, _ call: StaticString,
+    _ body: (UnsafePointer<sockaddr>, socklen_t) -> Int32
   ) throws(Errno) {
     var address = sockaddr_un()
     address.sun_family = sa_family_t(AF_UNIX)
@@ -119,6 +130,6 @@ package struct LocalSocket: ~Copyable, Sendable {
     let result = withUnsafePointer(to: &address) {
       $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { body($0, length) }
     }
-    if result != 0 { throw Errno.current }
+    if result != 0 { throw Errno(errno, call: call) }
   }
 }

@@ -13,9 +13,14 @@ package struct MemoryFile: ~Copyable, Sendable {
   package init(name: String, byteCount: Int) throws(Errno) {
     let size = try MemoryMapping.roundedToPages(byteCount)
     let file = try FileDescriptor(
-      opening: { memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING)) })
-    _ = try retryingInterrupts { ftruncate(file.rawValue, size) }
-    if fcntl(file.rawValue, F_ADD_SEALS, Self.sizeSeals) != 0 { throw Errno.current }
+      opening: { memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING)) },
+      call: "memfd_create")
+    let number = file.rawValue
+    // The limit of file sizes counts for memory files, too.
+    _ = try withoutWriteSignals { () throws(Errno) in
+      try retryingInterrupts("ftruncate") { ftruncate(number, size) }
+    }
+    _ = try retryingInterrupts("fcntl") { fcntl(number, F_ADD_SEALS, Self.sizeSeals) }
     descriptor = file
     self.byteCount = size
   }
@@ -46,13 +51,13 @@ package struct MemoryFile: ~Copyable, Sendable {
 
   /// Lets nobody map the memory writable any more or change its seals; existing mappings stay.
   package func sealAgainstWriters() throws(Errno) {
-    if fcntl(descriptor.rawValue, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0 {
-      throw Errno.current
+    _ = try retryingInterrupts("fcntl") {
+      fcntl(descriptor.rawValue, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
     }
   }
 
-  /// A descriptor of the same memory that only reads, if the system can make one.
-  package func readOnlyDescriptor() -> FileDescriptor? {
-    try? FileDescriptor.open("/proc/self/fd/\(descriptor.rawValue)", flags: O_RDONLY)
+  /// A descriptor of the same memory that only reads.
+  package func readOnlyDescriptor() throws(Errno) -> FileDescriptor {
+    try FileDescriptor.open("/proc/self/fd/\(descriptor.rawValue)", flags: O_RDONLY)
   }
 }

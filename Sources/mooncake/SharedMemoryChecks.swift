@@ -59,9 +59,10 @@ enum SharedMemoryChecks {
     defer { engine.close() }
     let segment = try engine.openSegment(name, timeoutMilliseconds: timeoutMilliseconds)
     guard let peer = try engine.sharedMemoryPeer(of: segment) else {
+      let reason = try engine.sharedMemoryFailure(of: segment).map { ": " + $0 } ?? ""
       return .warning(
-        subject, "the peer is on this host, but its memory cannot be reached",
-        advice: "both processes need the same user; MC_LOG_LEVEL=DEBUG tells more; TCP is used")
+        subject, "the peer is on this host, but its memory cannot be reached\(reason)",
+        advice: "both processes need the same user and free descriptors; TCP is used")
     }
     if peer.copiesByKernel { return .ok(subject, "used, for mapped and for ordinary memory") }
     return .warning(

@@ -2,9 +2,13 @@
 //   nobody      gives up root first, so that file permissions and ptrace rules apply
 //   closed      lets no process of its user trace it
 //   ordinary    uses memory that the engine does not own
+//   readable    share: grants no writing
+//   few         copy: has no free descriptor until the peer is lost; prints "lost", and "again"
+//               when it is reached through memory anew
 //
 //   share LENGTH FLAGS                            serves memory full of 0x5A: prints
-//                                                 "NAME ADDRESS LENGTH", ends when stdin closes
+//                                                 "NAME ADDRESS LENGTH", ends when stdin closes. A
+//                                                 line N leaves it N free descriptors: "limited"
 //   copy NAME ADDRESS LENGTH read|write COUNT FLAGS
 //     Prints "ready", then copies COUNT times (0: until stdin closes) whether or not it succeeds.
 //     Writes 0x77; prints "late" if a read that completed brought a byte 0xEE. At the end prints
@@ -19,10 +23,14 @@ import Synchronization
 /// What the flags ask of the process and of its memory.
 private struct Setting {
   let isOrdinary: Bool
+  let hasFew: Bool
+  private let access: Access
 
   init(_ flags: String) {
     let words = flags.split(separator: ",")
     isOrdinary = words.contains("ordinary")
+    hasFew = words.contains("few")
+    access = words.contains("readable") ? .remoteRead : [.remoteRead, .remoteWrite]
     if words.contains("nobody") && geteuid() == 0 {
       if setgid(65_534) != 0 || setuid(65_534) != 0 { fail("cannot give up root: \(errno)") }
       // A change of user closes the process until it says otherwise.
@@ -32,7 +40,6 @@ private struct Setting {
   }
 
   func memory(_ engine: TransferEngine, _ count: Int) throws -> UnsafeMutableRawPointer {
-    let access: Access = [.remoteRead, .remoteWrite]
     if !isOrdinary { return try engine.allocate(length: UInt64(count), access: access) }
     let memory = try MemoryMapping.anonymous(byteCount: count).release().baseAddress!
     try engine.register(memory, length: UInt64(count), access: access)
@@ -56,10 +63,26 @@ struct SharingPeer {
     let memory = try setting.memory(engine, count)
     memset(memory, 0x5A, count)
     say("\(engine.name) \(UInt(bitPattern: memory)) \(count)")
-    var byte: UInt8 = 0
-    while read(STDIN_FILENO, &byte, 1) > 0 {}
+    while let line = readLine() {
+      if let count = UInt(line) {
+        limitDescriptors(to: count)
+        say("limited")
+      }
+    }
     engine.close()
   }
+}
+
+/// Leaves the process so many free descriptors; those below the highest in use may be more.
+private func limitDescriptors(to count: UInt) {
+  let free = dup(STDIN_FILENO)
+  close(free)
+  var limit = rlimit(rlim_cur: UInt(max(free, 0)) + count, rlim_max: 0)
+  var current = rlimit()
+  getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &current)
+  limit.rlim_max = current.rlim_max
+  if free < 0 { limit.rlim_cur = current.rlim_cur + count }
+  setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
 }
 
 /// Copies over and over.
@@ -89,10 +112,22 @@ struct CopyingPeer {
     memset(local, 0x77, count)
     let segment = try engine.openSegment(name)
     say("ready")
+    var former = rlimit()
+    getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &former)
+    if setting.hasFew { limitDescriptors(to: 0) }
+    var isLost = false
     var completed = 0
     var round = 0
     while rounds == 0 ? !hasInputEnded : round < rounds {
       round += 1
+      if setting.hasFew {
+        let isUsable = try engine.sharedMemoryPeer(of: segment)?.isUsable ?? false
+        if isUsable == isLost {
+          say(isLost ? "again" : "lost")
+          isLost.toggle()
+          setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &former)
+        }
+      }
       if opcode == .read { memset(local, 0, count) }
       let request = TransferRequest(
         opcode: opcode, segment: segment, source: local, targetOffset: address,

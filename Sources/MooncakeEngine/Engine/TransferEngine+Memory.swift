@@ -9,6 +9,7 @@ package final class EngineMemory: Sendable {
   /// Names it to peers that can map it; nil for memory of this process alone.
   package let number: UInt32?
   private let file: MemoryFile?
+  private let hasComplained = Atomic<Bool>(false)
 
   init(byteCount: Int, node: UInt32?) throws(Errno) {
     mapping = try .anonymous(byteCount: byteCount)
@@ -41,13 +42,28 @@ package final class EngineMemory: Sendable {
     return .init(memory: number, offset: offset)
   }
 
-  /// Runs `body` with a descriptor to give to a peer, which cannot write unless it may.
-  func withDescriptor(writable: Bool, _ body: (Int32) -> Void) {
+  /// Runs `body` with a descriptor to give to a peer, which cannot write unless it may; false
+  /// where there is none.
+  func withDescriptor(writable: Bool, _ body: (Int32) -> Void) -> Bool {
     switch file {
-    case .none: return
+    case .none: return false
     case .some(let file):
-      if !writable, let reader = file.readOnlyDescriptor() { return body(reader.rawValue) }
-      body(file.descriptor.rawValue)
+      if writable {
+        body(file.descriptor.rawValue)
+        return true
+      }
+      do throws(Errno) {
+        let reader = try file.readOnlyDescriptor()
+        body(reader.rawValue)
+        return true
+      } catch {
+        if !hasComplained.exchange(true, ordering: .relaxed) {
+          Log.warning(
+            "shared memory: no descriptor that only reads: \(error); a peer does not map "
+              + "\(mapping.count) bytes, but copies through the kernel or over TCP")
+        }
+        return false
+      }
     }
   }
 }
@@ -99,16 +115,31 @@ extension TransferEngine {
   package func unregister(_ addresses: UnsafeBufferPointer<UInt64>) throws(EngineError) {
     try checkOpen()
     let removed = local.buffers.remove(Array(addresses))
-    if !removed.isEmpty {
-      sharedMemory?.server.revoke()
+    var found = Set(removed.map(\.range.address))
+    // Those of an earlier call that gave up waiting: nobody is offered them any more.
+    found.formUnion(unfinished.withLock { $0.intersection(addresses) })
+    if !found.isEmpty {
+      let late = sharedMemory?.server.revoke(until: deadline(0))
       transport.server.revoke(removed.map(\.range))
       if removed.contains(where: { $0.range.access != .local }) { publishChanges() }
+      unfinished.withLock {
+        if late == nil { $0.subtract(found) } else { $0.formUnion(found) }
+      }
+      if let late { throw stillCopied(by: late) }
     }
-    let found = Set(removed.map(\.range.address))
     for address in addresses where !found.contains(address) {
       throw EngineError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")
     }
+  }
+
+  private func stillCopied(by late: String) -> EngineError {
+    let message =
+      "unregister: \(late) is in the middle of a copy that does not end and may still touch the "
+      + "memory, which is no longer offered to anybody: keep it, and call again when that thread "
+      + "goes on or has ended"
+    Log.error(message)
+    return EngineError(.busy, message)
   }
 
   /// Allocates zeroed, page-aligned, registered memory that the engine owns, near NUMA node N if
@@ -161,16 +192,23 @@ extension TransferEngine {
       throw EngineError(
         .notRegistered, "0x\(String(key, radix: 16)) was not allocated by this engine")
     }
-    // Peers must have let go of it before it is unmapped.
-    defer {
-      sharedMemory?.server.release(memory)
-      withExtendedLifetime(memory) {}
-    }
     // Parts may have been registered anew.
     let end = key + UInt64(memory.mapping.count)
-    let others = local.buffers.snapshot.buffers.map(\.address).filter { $0 > key && $0 < end }
-    try ([key] + others).withUnsafeBufferPointer { addresses throws(EngineError) in
-      try unregister(addresses)
+    let parts = local.buffers.snapshot.buffers.map(\.address) + unfinished.withLock { $0 }
+    let others = parts.filter { $0 > key && $0 < end }
+    do throws(EngineError) {
+      try ([key] + others).withUnsafeBufferPointer { addresses throws(EngineError) in
+        try unregister(addresses)
+      }
+    } catch {
+      if error.code == .busy {
+        // Not unmapped as long as a peer may touch it.
+        mappings.withLock { $0[key] = memory }
+      } else {
+        sharedMemory?.server.release(memory)
+      }
+      throw error
     }
+    sharedMemory?.server.release(memory)
   }
 }

@@ -34,9 +34,11 @@ extension TransferEngine {
     let descriptor = try fetchDescriptor(name, deadline: deadline)
     let connections = try transport.connect(
       to: descriptor, deadline: deadline, handlers: handlers(for: name))
-    let peer = sharedMemory?.connect(to: descriptor, deadline: deadline)
+    let health = SharedMemoryHealth()
+    let peer = sharedMemory?.connect(to: descriptor, deadline: deadline, health: health)
     let route = SegmentRoute(
-      descriptor: descriptor, connections: connections, sharedMemory: peer)
+      descriptor: descriptor, connections: connections, sharedMemory: peer,
+      sharedMemoryHealth: health)
     do throws(EngineError) {
       let (segment, isNew) = try segments.insert(name, route: route)
       if !isNew { sharedMemory?.forget(peer) }
@@ -52,8 +54,9 @@ extension TransferEngine {
     try checkOpen()
     if id == 0 { return }
     guard let segment = try segments.release(id) else { return }
-    segment.route.connections.retire(successor: nil)
-    sharedMemory?.forget(segment.route.sharedMemory)
+    let route = segment.close()
+    route.connections.retire(successor: nil)
+    sharedMemory?.forget(route.sharedMemory)
   }
 
   /// The id of a name that is open.
@@ -210,6 +213,29 @@ extension TransferEngine {
     }
   }
 
+  /// How long a peer's greeting is waited for by a thread that others need, too.
+  private static let retryMilliseconds: UInt64 = 1_000
+
+  /// Tries to reach the memory of a segment's peer again, in the background.
+  package func retrySharedMemory(_ segment: OpenSegment, _ route: SegmentRoute) {
+    let health = route.sharedMemoryHealth
+    guard let sharedMemory, health.beginAttempt() else { return }
+    let isRunning = workers.run {
+      guard
+        let peer = sharedMemory.connect(
+          to: route.descriptor, deadline: .after(milliseconds: Self.retryMilliseconds),
+          health: health)
+      else { return }
+      sharedMemory.forget(segment.adopt(peer, health))
+    }
+    if !isRunning { _ = health.noteFailure("no thread to connect with", isFinal: false) }
+  }
+
+  /// Why the memory of a segment's peer is not reached, if the peer is on this host.
+  package func sharedMemoryFailure(of id: Int32) throws(EngineError) -> String? {
+    try segments.segment(id).route.sharedMemoryHealth.failure
+  }
+
   /// The memory of a segment's peer, if it is reached so.
   package func sharedMemoryPeer(of id: Int32) throws(EngineError) -> SharedMemoryPeer? {
     try segments.segment(id).route.sharedMemory
@@ -245,21 +271,27 @@ extension TransferEngine {
       && new.name.utf8.elementsEqual(old.descriptor.name.utf8)
       && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
     if isSamePlace && isSameProcess {
-      // A peer that could not be reached when it was opened is not tried each time.
+      // One that is lost is tried at once, one that could not be reached when its rest is over.
       let isLost = old.sharedMemory.map { !$0.isUsable } ?? false
+      let health = old.sharedMemoryHealth
       let peer =
-        isLost ? sharedMemory?.connect(to: new, deadline: deadline) : old.sharedMemory
+        isLost
+        ? sharedMemory?.connect(to: new, deadline: deadline, health: health) : old.sharedMemory
       let former = segment.replaceRoute(
-        SegmentRoute(descriptor: new, connections: old.connections, sharedMemory: peer))
+        SegmentRoute(
+          descriptor: new, connections: old.connections, sharedMemory: peer,
+          sharedMemoryHealth: health))
       if former.sharedMemory !== peer { sharedMemory?.forget(former.sharedMemory) }
       return
     }
     let connections = try transport.connect(
       to: new, deadline: deadline, handlers: handlers(for: segment.name))
+    let health = SharedMemoryHealth()
     let former = segment.replaceRoute(
       SegmentRoute(
         descriptor: new, connections: connections,
-        sharedMemory: sharedMemory?.connect(to: new, deadline: deadline)))
+        sharedMemory: sharedMemory?.connect(to: new, deadline: deadline, health: health),
+        sharedMemoryHealth: health))
     sharedMemory?.forget(former.sharedMemory)
     Log.info(
       "segment \(segment.name): the peer restarted or moved; using its new descriptor",

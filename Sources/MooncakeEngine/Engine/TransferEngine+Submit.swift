@@ -142,14 +142,18 @@ private struct Dispatcher {
       return
     }
     let route = segment.route
-    // What a broken connection left at the target must land before anything new does, and only TCP
-    // waits for that.
-    if let shared = engine.sharedMemory, let peer = route.sharedMemory, peer.isUsable,
-      route.connections.peer.unfenced.isEmpty
-    {
-      var rest = copy(batch, range, peer, shared)
-      if !rest.isEmpty { send(segment, route) { rest.popFirst() } }
-      return
+    if let shared = engine.sharedMemory {
+      if let peer = route.sharedMemory, peer.isUsable {
+        // What a broken connection left at the target must land before anything new does, and only
+        // TCP waits for that.
+        if route.connections.peer.unfenced.isEmpty {
+          var rest = copy(batch, range, peer, shared)
+          if !rest.isEmpty { send(segment, route) { rest.popFirst() } }
+          return
+        }
+      } else if route.sharedMemoryHealth.isDue {
+        engine.retrySharedMemory(segment, route)
+      }
     }
     var index = range.lowerBound
     send(segment, route) {

@@ -64,6 +64,8 @@ public final class TransferEngine: @unchecked Sendable {
   package let directory: MetadataDirectory?
   package let publisher: MetadataPublisher?
   package let mappings = Lock<[UInt64: EngineMemory]>([:])
+  /// Where buffers began whose unregistration gave up waiting for a peer.
+  package let unfinished = Lock<Set<UInt64>>([])
   package let engineEvent = Atomic<Int32>(-1)
   package let spareBatches = Lock<[Batch]>([])
   package let defaultTimeoutMilliseconds: UInt64
@@ -148,7 +150,7 @@ public final class TransferEngine: @unchecked Sendable {
     do throws(Errno) {
       sharedMemory = try SharedMemoryTransport(
         buffers: local.buffers, listener: listener, helperCount: threadCount,
-        processors: processors,
+        processors: processors, cancellation: closeEvent.descriptor.rawValue,
         fallBack: { [weak self] slice in
           if let self { return fallBack(slice) }
           Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")
@@ -249,14 +251,30 @@ public final class TransferEngine: @unchecked Sendable {
       rpc.stop()
       batches.withEach { $0.requestCancel() }
       workers.stop()
-      sharedMemory?.stop()
+      let late = sharedMemory?.stop(
+        until: min(deadline(0), .after(milliseconds: Self.closeMilliseconds)))
       transport.stop()
       callbacks.stop()
-      mappings.withLock { $0.removeAll() }
+      releaseMappings(late)
       Log.reportLeftOut()
       let descriptor = engineEvent.exchange(-1, ordering: .acquiringAndReleasing)
       if descriptor >= 0 { _ = FileDescriptor(owning: descriptor) }
     }
+  }
+
+  private static let closeMilliseconds: UInt64 = 5_000
+
+  private func releaseMappings(_ late: String?) {
+    let memories = mappings.withLock { mappings in
+      defer { mappings.removeAll() }
+      return Array(mappings.values)
+    }
+    guard let late else { return }
+    // Never unmapped: what lies there next would be written to.
+    for memory in memories { _ = Unmanaged.passRetained(memory) }
+    Log.error(
+      "destroying an engine: \(late) is in the middle of a copy that does not end and may still "
+        + "touch memory that was registered: do not reuse it before that thread has ended")
   }
 
   package var isClosing: Bool { closing.load(ordering: .sequentiallyConsistent) }

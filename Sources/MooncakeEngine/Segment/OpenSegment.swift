@@ -6,15 +6,19 @@ package final class SegmentRoute: Sendable {
   package let descriptor: SegmentDescriptor
   package let table: RangeTable
   package let connections: TCPConnectionGroup
-  /// The peer's memory, if it is on this host.
+  /// The peer's memory, if it is on this host and could be reached.
   package let sharedMemory: SharedMemoryPeer?
+  /// When it is tried again; one object for one place of the peer.
+  package let sharedMemoryHealth: SharedMemoryHealth
 
   package init(
     descriptor: SegmentDescriptor, connections: TCPConnectionGroup,
-    sharedMemory: SharedMemoryPeer? = nil
+    sharedMemory: SharedMemoryPeer? = nil,
+    sharedMemoryHealth: SharedMemoryHealth = SharedMemoryHealth()
   ) {
     self.descriptor = descriptor
     self.sharedMemory = sharedMemory
+    self.sharedMemoryHealth = sharedMemoryHealth
     table = RangeTable(descriptor.buffers)
     self.connections = connections
   }
@@ -25,6 +29,7 @@ package final class OpenSegment: Sendable {
   package let id: SegmentID
   package let name: String
   private let routeBox: Lock<SegmentRoute>
+  private let closed = Atomic<Bool>(false)
 
   /// Slices that wait for a fresh descriptor.
   private struct Recovery: @unchecked Sendable {
@@ -46,6 +51,32 @@ package final class OpenSegment: Sendable {
   package func replaceRoute(_ new: SegmentRoute) -> SegmentRoute {
     routeBox.withLock { route in
       defer { route = new }
+      return route
+    }
+  }
+
+  /// Takes over a peer that was reached later than its segment was opened, unless the segment has
+  /// been closed or leads elsewhere by now. Returns the peer that is not used any more: the former
+  /// one, or this one.
+  package func adopt(
+    _ peer: SharedMemoryPeer, _ health: SharedMemoryHealth
+  ) -> SharedMemoryPeer? {
+    routeBox.withLock { route in
+      if closed.load(ordering: .relaxed) || route.sharedMemoryHealth !== health { return peer }
+      if let former = route.sharedMemory, former.isUsable { return peer }
+      defer {
+        route = SegmentRoute(
+          descriptor: route.descriptor, connections: route.connections, sharedMemory: peer,
+          sharedMemoryHealth: health)
+      }
+      return route.sharedMemory
+    }
+  }
+
+  /// No peer is adopted any more; returns the last view.
+  package func close() -> SegmentRoute {
+    routeBox.withLock { route in
+      closed.store(true, ordering: .relaxed)
       return route
     }
   }

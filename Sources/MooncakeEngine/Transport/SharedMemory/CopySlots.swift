@@ -70,10 +70,12 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
   }
 
   /// Waits until every copy that had begun before the guard changed is over, or will never go on.
+  /// Returns a thread that still copies when the deadline has passed: memory is not safe from it.
   ///
   /// Guarded copies of a stopped thread count as over: when it is continued, it looks at the guard
-  /// before it touches memory. Others are waited for as long as their process lives.
-  func drain(_ process: borrowing ProcessHandle) {
+  /// before it touches memory. Others are waited for as long as their thread lives.
+  func drain(_ process: borrowing ProcessHandle, until deadline: Deadline) -> Int32? {
+    var late: Int32?
     for index in 0..<SharedMemoryLayout.slotCount {
       let word = word(index)
       let value = word.pointee.load(ordering: .sequentiallyConsistent)
@@ -83,15 +85,33 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
         relaxProcessor()
         spins += 1
       }
-      if spins == Self.spinCount { waitForChange(word, value, process) }
+      if spins < Self.spinCount || waitForChange(word, value, process, deadline) { continue }
+      late = Self.thread(value)
     }
+    return late
   }
 
+  /// Whether no thread of the process is in the middle of a copy.
+  func areFree(_ process: borrowing ProcessHandle) -> Bool {
+    if process.hasEnded { return true }
+    for index in 0..<SharedMemoryLayout.slotCount {
+      let value = word(index).pointee.load(ordering: .sequentiallyConsistent)
+      if value & Self.threadMask != 0 && process.exists(thread: Self.thread(value)) { return false }
+    }
+    return true
+  }
+
+  private static func thread(_ value: UInt64) -> Int32 {
+    Int32(bitPattern: UInt32(value & threadMask))
+  }
+
+  /// Whether the copy is over, or will never go on.
   private func waitForChange(
     _ word: UnsafeMutablePointer<Atomic<UInt64>>, _ value: UInt64,
-    _ process: borrowing ProcessHandle
-  ) {
+    _ process: borrowing ProcessHandle, _ deadline: Deadline
+  ) -> Bool {
     let start = Clock.now()
+    let thread = Self.thread(value)
     var pause = Self.firstSleepNanoseconds
     var hasWarned = false
     while word.pointee.load(ordering: .acquiring) == value {
@@ -99,9 +119,9 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
       pause = min(pause * 2, Self.longestSleepNanoseconds)
       let waited = Clock.now() &- start
       if waited < Self.patienceNanoseconds { continue }
-      let thread = Int32(bitPattern: UInt32(value & Self.threadMask))
-      if process.hasEnded { return }
-      if value & Self.guarded != 0, process.isStopped(thread: thread) { return }
+      if process.hasEnded || !process.exists(thread: thread) { return true }
+      if value & Self.guarded != 0, process.isStopped(thread: thread) { return true }
+      if deadline.hasPassed { return false }
       if waited > Self.warningNanoseconds && !hasWarned {
         hasWarned = true
         Log.warning(
@@ -109,5 +129,6 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
             + "from or to a buffer that is being unregistered; waiting for it")
       }
     }
+    return true
   }
 }

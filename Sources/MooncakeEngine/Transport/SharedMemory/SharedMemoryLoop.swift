@@ -4,7 +4,8 @@ import Synchronization
 
 /// The thread that greets peers, reads their notices and sees them go. Copies never wait for it.
 final class SharedMemoryLoop: @unchecked Sendable {
-  // Unchecked: `thread` is written once before the loop is shared.
+  // Unchecked: `thread` is written once before the loop is shared, the rest is synchronized or the
+  // thread's alone.
   private enum Member {
     case connection(SharedMemoryServerConnection)
     case peer(SharedMemoryPeer)
@@ -21,10 +22,17 @@ final class SharedMemoryLoop: @unchecked Sendable {
   private let state = Lock(State())
   private let isStopping = Atomic<Bool>(false)
   private var thread: WorkerThread?
+  /// Connections that their processes have given up, or were made to, but may copy through yet.
+  /// Only the thread touches them.
+  private var leaving: [UInt64] = []
+  private var lookMilliseconds = SharedMemoryLoop.shortLookMilliseconds
 
   private static let wakeupToken: UInt64 = 0
   private static let listenerToken: UInt64 = 1
   private static let eventCount = 64
+  /// How often peers are looked at that have hung up in the middle of a copy: at first and at last.
+  private static let shortLookMilliseconds: Int32 = 1
+  private static let longLookMilliseconds: Int32 = 1000
   /// How long accepting rests when the process is out of descriptors or memory.
   private static let restNanoseconds: UInt64 = 50_000_000
 
@@ -80,7 +88,10 @@ final class SharedMemoryLoop: @unchecked Sendable {
     let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: Self.eventCount)
     defer { events.deallocate() }
     while !isStopping.load(ordering: .sequentiallyConsistent) {
-      let count = epoll.wait(into: events, timeoutMilliseconds: -1)
+      let count = epoll.wait(
+        into: events, timeoutMilliseconds: leaving.isEmpty ? -1 : lookMilliseconds)
+      leaving.removeAll(where: drop)
+      lookMilliseconds = min(2 * lookMilliseconds, Self.longLookMilliseconds)
       for index in 0..<count {
         let token = events[index].data.u64
         switch token {
@@ -102,8 +113,9 @@ final class SharedMemoryLoop: @unchecked Sendable {
       state.withLock { $0.members[token] = .connection(connection) }
       do throws(Errno) {
         try epoll.add(connection.socket.rawValue, events: Epoll.readable, token: token)
+        try epoll.add(connection.processDescriptor, events: Epoll.readable, token: token)
       } catch {
-        connection.hangUp()
+        end(connection, token)
         throw error
       }
     } catch {
@@ -119,12 +131,26 @@ final class SharedMemoryLoop: @unchecked Sendable {
     switch member {
     case .connection(let connection):
       // A peer never sends: whatever happened is its end.
-      epoll.remove(connection.socket.rawValue)
-      server.drop(token: token)
-      remove(token)
+      end(connection, token)
     case .peer(let peer):
       if peer.checkAlive() { peer.receiveNotices() }
       if !peer.isUsable { forget(peer) }
     }
+  }
+
+  private func end(_ connection: SharedMemoryServerConnection, _ token: UInt64) {
+    connection.hangUp()
+    epoll.remove(connection.socket.rawValue)
+    epoll.remove(connection.processDescriptor)
+    if drop(token) { return }
+    leaving.append(token)
+    lookMilliseconds = Self.shortLookMilliseconds
+  }
+
+  /// Forgets a connection unless its process may be in the middle of a copy.
+  private func drop(_ token: UInt64) -> Bool {
+    if !server.drop(token: token) { return false }
+    remove(token)
+    return true
   }
 }

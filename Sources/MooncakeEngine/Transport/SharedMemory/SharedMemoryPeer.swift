@@ -55,9 +55,15 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   private let description: String
 
   private static let greetingMilliseconds: UInt64 = 5_000
+  /// An owner offers 256 at once, and some more while it exchanges them.
+  private static let memoryLimit = 1024
+  /// Notices read before the loop looks at other peers.
+  private static let noticesInTurn = 64
 
   /// Connects to the server of a descriptor and finds out what the kernel allows.
-  init(to name: String, segmentName: String, deadline: Deadline) throws(Errno) {
+  init(
+    to name: String, segmentName: String, deadline: Deadline, cancellation: Int32
+  ) throws(Errno) {
     let deadline = min(deadline, .after(milliseconds: Self.greetingMilliseconds))
     socket = try LocalSocket.connected(to: name)
     let owner = try socket.credentials()
@@ -65,7 +71,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     process = try ProcessHandle(owner.process)
     description = "shared memory: process \(owner.process) (segment \(segmentName))"
 
-    try socket.waitReadable(until: deadline)
+    try socket.waitReadable(until: deadline, cancellation: cancellation)
     var greeting = SharedMemoryLayout.Greeting(magic: 0)
     var files = try Self.receive(socket, into: &greeting)
     guard greeting.magic == SharedMemoryLayout.magic, files.count == 2 else {
@@ -78,8 +84,8 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     // Asked after the connection: a later process of this number is not mistaken for the owner.
     if process.hasEnded { throw Errno(ESRCH) }
     kernelCopies = Atomic(Self.probe(owner.process, greeting))
-    for _ in 0..<min(greeting.memoryCount, 4096) {
-      try socket.waitReadable(until: deadline)
+    for _ in 0..<min(greeting.memoryCount, UInt64(Self.memoryLimit)) {
+      try socket.waitReadable(until: deadline, cancellation: cancellation)
       try receiveNotice()
     }
     refresh()
@@ -139,15 +145,16 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   var guardWord: UnsafeRawPointer { table.guardWord }
 
   /// Takes the peer out of use: its process has ended or hung up.
-  func leave() {
+  package func leave() {
     if gone.exchange(true, ordering: .sequentiallyConsistent) { return }
     Log.debug("\(description): gone")
-    // Wakes the loop, which lets go of the peer.
-    _ = shutdown(socket.rawValue, Int32(SHUT_RDWR))
     memories.withLock { memories in
       memories.removeAll()
       viewBox.withLock { $0 = .empty }
     }
+    // Last, as it tells the owner that no copy begins any more: one that has begun holds a slot.
+    // It wakes the loop, too, which lets go of the peer.
+    _ = shutdown(socket.rawValue, Int32(SHUT_RDWR))
   }
 
   /// Takes the kernel's refusal for an answer.
@@ -227,9 +234,19 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   /// Reads what the owner has sent; the loop calls it.
   func receiveNotices() {
     do throws(Errno) {
-      while isUsable { try receiveNotice() }
+      var count = 0
+      while isUsable && count < Self.noticesInTurn {
+        try receiveNotice()
+        count += 1
+      }
+      refresh()
     } catch {
-      if error == .wouldBlock { refresh() } else { leave() }
+      if error == .wouldBlock {
+        refresh()
+      } else {
+        Log.info("\(description): \(error); it is reached over TCP")
+        leave()
+      }
     }
   }
 
@@ -243,7 +260,12 @@ package final class SharedMemoryPeer: @unchecked Sendable {
       // What cannot be mapped stays ordinary memory.
       guard let mapping = try? file.map(writable: isWritable) else { return }
       let memory = Memory(mapping, isWritable: isWritable)
-      memories.withLock { $0[notice.memory] = memory }
+      let isTaken = memories.withLock { memories in
+        if memories.count >= Self.memoryLimit && memories[notice.memory] == nil { return false }
+        memories[notice.memory] = memory
+        return true
+      }
+      if !isTaken { throw Errno(EPROTO) }
     case SharedMemoryLayout.Notice.withdrawn:
       memories.withLock { $0[notice.memory] = nil }
     default: throw Errno(EPROTO)

@@ -27,6 +27,8 @@ package final class SharedMemoryServer: @unchecked Sendable {
   private let state = Lock(State())
 
   private static let connectionLimit = 4096
+  /// How long a peer is waited for that had not ended a copy in time before.
+  private static let lateMilliseconds: UInt64 = 20
   /// Each keeps a descriptor open; memory beyond is ordinary to peers.
   private static let memoryLimit = 256
 
@@ -98,20 +100,36 @@ package final class SharedMemoryServer: @unchecked Sendable {
   }
 
   /// Shows peers what is registered now.
-  func publish() {
+  package func publish() {
     state.withLock { state in
       if !state.isStopped { publish(&state) }
     }
   }
 
-  /// Shows peers what is registered now. When it returns, no peer touches what no longer is.
-  func revoke() {
+  /// Shows peers what is registered now. When it returns nil, no peer touches what no longer is;
+  /// else it tells who was still in the middle of a copy when the deadline had passed.
+  func revoke(until deadline: Deadline) -> String? {
     let connections = state.withLock { state in
       if !state.isStopped { publish(&state) }
       table.changeGuard()
       return Array(state.connections.values)
     }
-    for connection in connections { connection.drain() }
+    return drain(connections, until: deadline)
+  }
+
+  private func drain(
+    _ connections: [SharedMemoryServerConnection], until deadline: Deadline
+  ) -> String? {
+    var late: String?
+    for connection in connections {
+      // One that was late once must not cost every later call the whole time.
+      let patience = Deadline.after(milliseconds: Self.lateMilliseconds)
+      let end = connection.isLate ? min(deadline, patience) : deadline
+      if let thread = connection.drain(until: end) {
+        late = "thread \(thread) of process \(connection.processID)"
+      }
+    }
+    return late
   }
 
   private func publish(_ state: inout State) {
@@ -140,14 +158,18 @@ package final class SharedMemoryServer: @unchecked Sendable {
     _ number: UInt32, _ isWritable: Bool, to connection: SharedMemoryServerConnection,
     _ state: State
   ) {
-    guard let memory = state.memories[number] else { return }
-    memory.withDescriptor(writable: isWritable) { descriptor in
+    let isOffered = state.memories[number]?.withDescriptor(writable: isWritable) { descriptor in
+      let byteCount = UInt64(state.memories[number]?.mapping.count ?? 0)
       connection.send(
         .init(
-          kind: SharedMemoryLayout.Notice.offered, memory: number,
-          byteCount: UInt64(memory.mapping.count), isWritable: isWritable ? 1 : 0),
+          kind: SharedMemoryLayout.Notice.offered, memory: number, byteCount: byteCount,
+          isWritable: isWritable ? 1 : 0),
         descriptor: descriptor)
     }
+    if isOffered ?? false { return }
+    // Kernel copies or TCP then. The peer must not keep a mapping that has more rights, and it
+    // counts the notices that follow a greeting.
+    connection.send(.init(kind: SharedMemoryLayout.Notice.withdrawn, memory: number))
   }
 
   // MARK: The loop's thread
@@ -181,11 +203,18 @@ package final class SharedMemoryServer: @unchecked Sendable {
     return isAdmitted ? connection : nil
   }
 
-  /// Forgets a connection whose process has let go of it.
-  func drop(token: UInt64) { state.withLock { $0.connections[token] = nil } }
+  /// Forgets a connection that its process has given up; false while a thread of it may still be in
+  /// the middle of a copy, which `revoke` must wait for.
+  func drop(token: UInt64) -> Bool {
+    guard let connection = state.withLock({ $0.connections[token] }) else { return true }
+    guard connection.hasLetGo else { return false }
+    state.withLock { $0.connections[token] = nil }
+    return true
+  }
 
-  /// Takes everything back from every peer. When it returns, no peer touches this process's memory.
-  func stop() {
+  /// Takes everything back from every peer. When it returns nil, no peer touches this process's
+  /// memory; else it tells who was still in the middle of a copy when the deadline had passed.
+  func stop(until deadline: Deadline) -> String? {
     let connections = state.withLock { state in
       state.isStopped = true
       table.write([])
@@ -194,10 +223,9 @@ package final class SharedMemoryServer: @unchecked Sendable {
       defer { state.connections.removeAll() }
       return Array(state.connections.values)
     }
-    for connection in connections {
-      connection.drain()
-      connection.hangUp()
-    }
+    let late = drain(connections, until: deadline)
+    for connection in connections { connection.hangUp() }
+    return late
   }
 }
 
@@ -206,6 +234,7 @@ final class SharedMemoryServerConnection: Sendable {
   let socket: LocalSocket
   private let process: ProcessHandle
   private let slots: CopySlots
+  private let wasLate = Atomic<Bool>(false)
 
   init(
     socket: consuming LocalSocket, process: consuming ProcessHandle, slots: consuming CopySlots
@@ -215,8 +244,29 @@ final class SharedMemoryServerConnection: Sendable {
     self.slots = slots
   }
 
-  /// Waits until the process has ended the copies it had begun.
-  func drain() { slots.drain(process) }
+  var processID: pid_t { process.id }
+
+  /// Becomes readable when the process has ended.
+  var processDescriptor: Int32 { process.rawDescriptor }
+
+  /// Whether the process had not ended its copies in time when it was last asked to.
+  var isLate: Bool { wasLate.load(ordering: .relaxed) }
+
+  /// Whether no thread of the process is in the middle of a copy and none will begin another.
+  var hasLetGo: Bool {
+    // The slots last: a peer hangs up when it begins nothing more.
+    process.hasEnded || socket.isHungUp && slots.areFree(process)
+  }
+
+  /// Waits until the process has ended the copies it had begun; returns a thread that has not when
+  /// the deadline has passed.
+  func drain(until deadline: Deadline) -> Int32? {
+    let late = slots.drain(process, until: deadline)
+    wasLate.store(late != nil, ordering: .relaxed)
+    // An honest peer begins nothing more; the others of this process are this engine itself.
+    if late != nil && process.id != getpid() { hangUp() }
+    return late
+  }
 
   func greet(_ greeting: SharedMemoryLayout.Greeting, table: Int32, slots: Int32) {
     withUnsafeBytes(of: greeting) { send($0, descriptors: [table, slots]) }
@@ -236,6 +286,7 @@ final class SharedMemoryServerConnection: Sendable {
     }
   }
 
-  /// The peer goes on over TCP.
-  func hangUp() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
+  /// The peer goes on over TCP. It hangs up in turn when it has noticed; until then it may begin
+  /// further copies.
+  func hangUp() { _ = shutdown(socket.rawValue, Int32(SHUT_WR)) }
 }

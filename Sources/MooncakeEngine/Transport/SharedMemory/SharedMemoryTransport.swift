@@ -32,6 +32,7 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   private let doorbell = Futex()
   private let users = Atomic<Int>(0)
   private let helperCount: Int
+  private let cancellation: Int32
   /// Where helpers run; nil for anywhere.
   private let processors: ProcessorSet?
   private let fallBack: @Sendable (SlicePointer) -> Void
@@ -43,19 +44,21 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   /// From here on non-temporal stores win: what is copied leaves the caches anyway.
   private static let streamBytes = 512 << 10
 
-  /// Serves peers of a listener. `fallBack` takes slices that must be sent by other means.
+  /// Serves peers of a listener. No peer is waited for once `cancellation` is readable. `fallBack`
+  /// takes slices that must be sent by other means.
   package init(
     buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
-    processors: ProcessorSet?, fallBack: @escaping @Sendable (SlicePointer) -> Void
+    processors: ProcessorSet?, cancellation: Int32,
+    fallBack: @escaping @Sendable (SlicePointer) -> Void
   ) throws(Errno) {
+    self.cancellation = cancellation
     self.helperCount = helperCount
     self.processors = processors
     self.fallBack = fallBack
     server = try SharedMemoryServer(buffers: buffers, listener: listener)
     loop = try SharedMemoryLoop(server: server)
     do throws(Errno) {
-      own = try SharedMemoryPeer(
-        to: listener.name, segmentName: "of this engine", deadline: .after(milliseconds: 5000))
+      own = try Self.connectOwn(listener.name, cancellation)
       try loop.watch(own)
     } catch {
       loop.stop()
@@ -63,23 +66,47 @@ package final class SharedMemoryTransport: @unchecked Sendable {
     }
   }
 
-  /// The peer of a descriptor, if it is on this host, of this user, and can be reached.
+  /// The loop accepts already, so a queue that others have filled empties soon.
+  private static func connectOwn(
+    _ name: String, _ cancellation: Int32
+  ) throws(Errno) -> SharedMemoryPeer {
+    let deadline = Deadline.after(milliseconds: 5000)
+    while true {
+      do throws(Errno) {
+        return try SharedMemoryPeer(
+          to: name, segmentName: "of this engine", deadline: deadline, cancellation: cancellation)
+      } catch {
+        if error != .wouldBlock || deadline.hasPassed { throw error }
+        sleepBriefly(nanoseconds: 1_000_000)
+      }
+    }
+  }
+
+  /// The peer of a descriptor, if it is on this host, of this user, and can be reached. What comes
+  /// of it is noted in `health`.
   package func connect(
-    to descriptor: SegmentDescriptor, deadline: Deadline
+    to descriptor: SegmentDescriptor, deadline: Deadline, health: SharedMemoryHealth
   ) -> SharedMemoryPeer? {
     guard !descriptor.sharedMemoryName.isEmpty, !HostIdentity.current.isEmpty,
       descriptor.hostIdentity == HostIdentity.current
     else { return nil }
     if descriptor.sharedMemoryName == server.name { return own }
+    let subject = "shared memory: segment \(descriptor.name)"
     do throws(Errno) {
       let peer = try SharedMemoryPeer(
-        to: descriptor.sharedMemoryName, segmentName: descriptor.name, deadline: deadline)
+        to: descriptor.sharedMemoryName, segmentName: descriptor.name, deadline: deadline,
+        cancellation: cancellation)
       try loop.watch(peer)
+      if health.noteSuccess() { Log.info("\(subject): reached now") }
       return peer
     } catch {
-      Log.debug(
-        "shared memory: segment \(descriptor.name): \(error); it is reached over TCP",
-        about: descriptor.name)
+      // A peer of another user or version stays one; an old kernel stays old.
+      let isFinal = [EPERM, EACCES, EPROTO, ENOSYS].contains(error.rawValue)
+      if health.noteFailure("\(error)", isFinal: isFinal) {
+        Log.info(
+          "\(subject): \(error); it is reached over TCP"
+            + (isFinal ? "" : " until a later attempt succeeds"), about: descriptor.name)
+      }
       return nil
     }
   }
@@ -90,7 +117,8 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   }
 
   /// Ends queued copies as canceled, waits for running ones and takes everything back from peers.
-  package func stop() {
+  /// Returns who was still in the middle of a copy when the deadline had passed.
+  package func stop(until deadline: Deadline) -> String? {
     let (queue, helpers) = state.withLock { state in
       state.isStopping = true
       defer {
@@ -109,8 +137,9 @@ package final class SharedMemoryTransport: @unchecked Sendable {
     }
     for helper in helpers { helper.join() }
     while users.load(ordering: .sequentiallyConsistent) > 0 { sleepBriefly(nanoseconds: 20_000) }
-    server.stop()
+    let late = server.stop(until: deadline)
     loop.stop()
+    return late
   }
 }
 

@@ -184,14 +184,17 @@ struct SharedMemoryTests {
     defer { engine.close() }
     let transport = try #require(engine.sharedMemory)
     var descriptor = try engine.descriptor(of: 0)
+    func connect(_ descriptor: SegmentDescriptor) -> SharedMemoryPeer? {
+      transport.connect(to: descriptor, deadline: .never, health: SharedMemoryHealth())
+    }
     #expect(descriptor.hostIdentity == HostIdentity.current)
-    #expect(transport.connect(to: descriptor, deadline: .never) === transport.own)
+    #expect(connect(descriptor) === transport.own)
     descriptor.hostIdentity += "1"
-    #expect(transport.connect(to: descriptor, deadline: .never) == nil)
+    #expect(connect(descriptor) == nil)
     descriptor.hostIdentity = HostIdentity.current
     for name in ["", "mooncake-of-nobody", String(repeating: "x", count: 500)] {
       descriptor.sharedMemoryName = name
-      #expect(transport.connect(to: descriptor, deadline: .never) == nil, "\(name)")
+      #expect(connect(descriptor) == nil, "\(name)")
     }
   }
 

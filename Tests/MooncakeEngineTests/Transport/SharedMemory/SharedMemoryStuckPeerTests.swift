@@ -1,0 +1,160 @@
+import CLinux
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+import Testing
+
+/// Peers of the same user that do not keep to the rules.
+struct SharedMemoryStuckPeerTests {
+  /// A peer with slots of its own, whose words it writes as it likes.
+  private final class Client {
+    private let socket: LocalSocket
+    private let slots: MemoryMapping
+
+    init(_ engine: TransferEngine) throws {
+      let socket = try LocalSocket.connected(to: engine.descriptor(of: 0).sharedMemoryName)
+      var item = pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)
+      guard poll(&item, 1, 5000) > 0 else { throw Errno.timedOut }
+      var greeting = [UInt8](repeating: 0, count: 32)
+      let (_, descriptors) = try greeting.withUnsafeMutableBytes { try socket.receive($0) }
+      guard descriptors.count == 2 else { throw Errno(EPROTO) }
+      close(descriptors[0])
+      let file = try MemoryFile(
+        receiving: FileDescriptor(owning: descriptors[1]), byteCount: 4096)
+      slots = try file.map(writable: true)
+      self.socket = socket
+    }
+
+    /// The word of the second slot: a thread that copies, unguarded.
+    func claim(thread: Int32) {
+      (slots.address + 64).assumingMemoryBound(to: Atomic<UInt64>.self).pointee
+        .store(UInt64(UInt32(bitPattern: thread)), ordering: .sequentiallyConsistent)
+    }
+  }
+
+  private static func makeImpatientEngine() throws -> TransferEngine {
+    try makeEngine(.sharedMemory) { $0.defaultTimeoutMilliseconds = 300 }
+  }
+
+  /// A copy that does not end keeps `unregister` for a bounded time, and the error says so. The
+  /// memory is offered to nobody meanwhile, and a later call ends it.
+  @Test func unregisterGivesUp() throws {
+    let engine = try Self.makeImpatientEngine()
+    defer { engine.close() }
+    let client = try Client(engine)
+    let memory = try RegisteredMemory(.ordinary, engine, 4096)
+    let other = try RegisteredMemory(.ordinary, engine, 4096)
+    client.claim(thread: linux_gettid())
+    func unregister(_ memory: RegisteredMemory) -> EngineError.Code? {
+      failureCode { () throws(EngineError) in try engine.unregister(memory.address) }
+    }
+    let first = elapsedMilliseconds { #expect(unregister(memory) == .busy) }
+    #expect(first >= 300 && first < 3000, "\(first) ms")
+    // The next ones do not wait as long for a peer that was late.
+    let second = elapsedMilliseconds {
+      #expect(unregister(memory) == .busy)
+      #expect(unregister(other) == .busy)
+    }
+    #expect(second < 300, "\(second) ms")
+    #expect(engine.local.buffers.buffers.isEmpty)
+    client.claim(thread: 0)
+    #expect(unregister(memory) == nil && unregister(other) == nil)
+    #expect(unregister(memory) == .notRegistered)
+  }
+
+  /// Memory that a peer may still touch is not unmapped.
+  @Test func freeGivesUp() throws {
+    let engine = try Self.makeImpatientEngine()
+    defer { engine.close() }
+    let client = try Client(engine)
+    let address = try engine.allocate(length: 4096, access: [.remoteRead, .remoteWrite])
+    client.claim(thread: linux_gettid())
+    func free() -> EngineError.Code? {
+      failureCode { () throws(EngineError) in try engine.free(address) }
+    }
+    #expect(free() == .busy)
+    memset(address, 0x11, 4096)
+    client.claim(thread: 0)
+    #expect(free() == nil && free() == .notRegistered)
+  }
+
+  /// Nor is it by the end of the engine, which does not wait for ever either.
+  @Test func closeGivesUp() throws {
+    let engine = try Self.makeImpatientEngine()
+    let client = try Client(engine)
+    let address = try engine.allocate(length: 4096, access: [.remoteRead, .remoteWrite])
+    client.claim(thread: linux_gettid())
+    let milliseconds = elapsedMilliseconds { engine.close() }
+    #expect(milliseconds < 3000, "\(milliseconds) ms")
+    memset(address, 0x11, 4096)
+    client.claim(thread: 0)
+  }
+
+  /// A thread that has ended copies no more, whatever it has left behind.
+  @Test func aThreadThatIsGone() throws {
+    let engine = try Self.makeImpatientEngine()
+    defer { engine.close() }
+    let client = try Client(engine)
+    let memory = try RegisteredMemory(.ordinary, engine, 4096)
+    let number = Atomic<Int32>(0)
+    try onThreads(1) { _ in number.store(linux_gettid(), ordering: .sequentiallyConsistent) }
+    client.claim(thread: number.load(ordering: .sequentiallyConsistent))
+    let milliseconds = try elapsedMilliseconds { try engine.unregister(memory.address) }
+    #expect(milliseconds < 250, "\(milliseconds) ms")
+  }
+
+  /// An owner that offers without end is let go of.
+  @Test func offersWithoutEnd() throws {
+    let engine = try makeEngine(.sharedMemory)
+    defer { engine.close() }
+    let transport = try #require(engine.sharedMemory)
+    let name = "mooncake-test-\(UInt64.random(in: 0 ... .max))"
+    let listener = try LocalSocket.listening(on: name)
+    let complaints = Complaints()
+    let offers = Atomic<Int>(0)
+    let owner = try WorkerThread.start(name: "owner") {
+      complaints.check("owner") { try Self.offerWithoutEnd(listener, offers) }
+    }
+    var descriptor = try engine.descriptor(of: 0)
+    descriptor.sharedMemoryName = name
+    let peer = try #require(
+      transport.connect(to: descriptor, deadline: .never, health: SharedMemoryHealth()))
+    let isOver = eventually { !peer.isUsable }
+    #expect(isOver)
+    owner.join()
+    #expect(complaints.all.isEmpty, "\(complaints.all)")
+    let count = offers.load(ordering: .sequentiallyConsistent)
+    #expect(count < 2000, "\(count) offers were taken")
+  }
+
+  private static func offerWithoutEnd(
+    _ listener: borrowing LocalSocket, _ offers: borrowing Atomic<Int>
+  ) throws {
+    var item = pollfd(fd: listener.rawValue, events: Int16(POLLIN), revents: 0)
+    guard poll(&item, 1, 5000) > 0, let socket = try listener.accept() else {
+      throw Errno.timedOut
+    }
+    let table = try MemoryFile(name: "table", byteCount: 128 + 32 << 20)
+    let slots = try MemoryFile(name: "slots", byteCount: 4096)
+    let greeting: [UInt64] = [0x0001_4D48_534E_4F4D, 0, 0, 0]
+    try greeting.withUnsafeBytes {
+      try socket.send($0, descriptors: [table.descriptor.rawValue, slots.descriptor.rawValue])
+    }
+    let end = Deadline.after(milliseconds: 10_000)
+    var number: UInt64 = 1
+    while !end.hasPassed {
+      let notice: [UInt64] = [1 | number << 32, 4096, 1]
+      do {
+        try notice.withUnsafeBytes {
+          try socket.send($0, descriptors: [slots.descriptor.rawValue])
+        }
+        number += 1
+        offers.store(Int(number), ordering: .sequentiallyConsistent)
+      } catch {
+        if error as? Errno != .wouldBlock { return }
+        usleep(200)
+      }
+    }
+  }
+}
