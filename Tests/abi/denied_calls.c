@@ -1,0 +1,174 @@
+/* What a sandbox forbids: for each system call that the library makes, a process in which it fails
+ * creates two engines and moves bytes between them. Where there is another way, they arrive; where
+ * there is none, creating an engine fails with the name of the call. Nothing crashes or hangs. */
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "mooncake.h"
+
+#include "check.h"
+
+enum { LENGTH = 192 << 10, SMALL = 700, SMALL_COUNT = 40, CHILD_SECONDS = 60 };
+
+/* How a process may end. */
+enum { MOVED = 0, REFUSED = 3 };
+
+typedef struct denied {
+  int number;
+  const char *name;
+  int may_refuse; /* no other way: an error that names the call is right, too */
+} denied_t;
+
+#define CALL(name, may_refuse) {SYS_##name, #name, may_refuse}
+
+/* Without futex, mmap, mprotect, read, write, close and the calls for signals no program with
+ * threads runs at all; they are left out. */
+static const denied_t denied_calls[] = {
+  CALL(memfd_create, 0),      CALL(ftruncate, 0),        CALL(process_vm_readv, 0),
+  CALL(process_vm_writev, 0), CALL(pidfd_open, 0),       CALL(membarrier, 0),
+  CALL(rseq, 0),              CALL(sched_setaffinity, 0), CALL(sched_getaffinity, 0),
+  CALL(sched_yield, 0),       CALL(mbind, 0),            CALL(madvise, 0),
+  CALL(getrandom, 0),         CALL(accept4, 0),          CALL(statx, 0),
+  CALL(newfstatat, 0),        CALL(preadv, 0),           CALL(preadv2, 0),
+  CALL(userfaultfd, 0),       CALL(prctl, 0),            CALL(tgkill, 0),
+  CALL(gettid, 0),            CALL(prlimit64, 0),        CALL(getdents64, 0),
+  CALL(uname, 0),             CALL(sysinfo, 0),          CALL(geteuid, 0),
+  CALL(clock_nanosleep, 0),   CALL(io_uring_setup, 0),   CALL(set_robust_list, 0),
+  CALL(socketpair, 0),        CALL(openat, 0),           CALL(getpeername, 0),
+  CALL(clone3, 1),            CALL(eventfd2, 1),         CALL(epoll_create1, 1),
+  CALL(epoll_ctl, 1),         CALL(socket, 1),           CALL(bind, 1),
+  CALL(listen, 1),            CALL(getsockname, 1),
+#ifdef SYS_epoll_wait
+  CALL(epoll_wait, 1),
+#endif
+};
+
+static void deny(int number, int error) {
+  struct sock_filter filter[] = {
+    BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)number, 0, 1),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (unsigned)error),
+    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  struct sock_fprog program = {sizeof filter / sizeof filter[0], filter};
+  REQUIRE(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+  REQUIRE(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
+}
+
+static void create(const char *call, const char *transports, mooncake_engine_t **engine) {
+  mooncake_engine_options_t options;
+  REQUIRE_OK(mooncake_engine_options_init(&options, sizeof options));
+  options.transports = transports;
+  if (mooncake_engine_create(&options, engine) == MOONCAKE_OK) return;
+  const char *message = mooncake_error_message();
+  /* clone3 is pthread_create's own affair. */
+  const char *name = strcmp(call, "clone3") == 0 ? "pthread_create" : call;
+  if (strstr(message, name) == NULL) {
+    fprintf(stderr, "%s: the error does not name it: %s\n", call, message);
+    _exit(1);
+  }
+  _exit(REFUSED);
+}
+
+/* One large block and many small ones, there and back, with the library's memory as target or the
+ * caller's. */
+static void move(mooncake_engine_t *from, mooncake_engine_t *to, int is_allocated, uint64_t seed) {
+  mooncake_transfer_request_t requests[1 + SMALL_COUNT];
+  mooncake_segment_t segment = 0;
+  void *source = NULL;
+  void *target = NULL;
+  char name[256];
+  const uint32_t access = MOONCAKE_ACCESS_REMOTE_READ | MOONCAKE_ACCESS_REMOTE_WRITE;
+  REQUIRE_OK(mooncake_memory_allocate(from, LENGTH, NULL, MOONCAKE_ACCESS_LOCAL, &source));
+  if (is_allocated) {
+    REQUIRE_OK(mooncake_memory_allocate(to, LENGTH, "cpu:0", access, &target));
+  } else {
+    target = new_pages(LENGTH);
+    REQUIRE_OK(mooncake_memory_register(to, target, LENGTH, NULL, access));
+  }
+  REQUIRE_OK(mooncake_engine_name(to, name, sizeof name, NULL));
+  REQUIRE_OK(mooncake_segment_open(from, name, 10000, &segment));
+  memset(requests, 0, sizeof requests);
+  const uint64_t small_bytes = SMALL * SMALL_COUNT;
+  for (int opcode = MOONCAKE_OPCODE_WRITE; opcode >= MOONCAKE_OPCODE_READ; opcode -= 1) {
+    for (uint64_t index = 0; index <= SMALL_COUNT; index += 1) {
+      const uint64_t offset = index * SMALL;
+      requests[index].opcode = opcode;
+      requests[index].segment = segment;
+      requests[index].source = (char *)source + offset;
+      requests[index].target_offset = (uint64_t)(uintptr_t)target + offset;
+      requests[index].length = index < SMALL_COUNT ? SMALL : LENGTH - small_bytes;
+    }
+    fill_pattern(opcode == MOONCAKE_OPCODE_WRITE ? source : target, LENGTH, seed);
+    REQUIRE_OK(mooncake_transfer_sync(from, requests, 1 + SMALL_COUNT, 10000));
+    REQUIRE(has_pattern(opcode == MOONCAKE_OPCODE_WRITE ? target : source, LENGTH, seed));
+    seed += 1;
+  }
+  if (is_allocated) {
+    REQUIRE_OK(mooncake_memory_free(to, target));
+  } else {
+    REQUIRE_OK(mooncake_memory_unregister(to, target));
+  }
+  REQUIRE_OK(mooncake_segment_close(from, segment));
+  REQUIRE_OK(mooncake_memory_free(from, source));
+}
+
+static void child_main(const denied_t *call, int error, const char *transports) {
+  mooncake_engine_t *one = NULL;
+  mooncake_engine_t *other = NULL;
+  alarm(CHILD_SECONDS);
+  if (call->number >= 0) deny(call->number, error);
+  create(call->name, transports, &one);
+  create(call->name, transports, &other);
+  move(one, other, 1, 5);
+  move(one, other, 0, 7);
+  REQUIRE_OK(mooncake_engine_destroy(one));
+  REQUIRE_OK(mooncake_engine_destroy(other));
+  _exit(MOVED);
+}
+
+static void check_call(const denied_t *call, int error, const char *transports) {
+  int status = 0;
+  fflush(NULL);
+  pid_t pid = fork();
+  REQUIRE(pid >= 0);
+  if (pid == 0) child_main(call, error, transports);
+  REQUIRE(waitpid(pid, &status, 0) == pid);
+  const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+  if (code == MOVED || (code == REFUSED && call->may_refuse)) return;
+  fprintf(stderr, "%s denied with %s, %s: ended with %d%s\n", call->name,
+          error == EPERM ? "EPERM" : "ENOSYS", transports, code,
+          code == REFUSED ? ", though there is another way" : "");
+  CHECK(0);
+}
+
+/* A limit of file sizes counts for memory files: an error where they are made, never SIGXFSZ. */
+static void check_file_limit(void) {
+  const denied_t nothing = {-1, "RLIMIT_FSIZE", 0};
+  const struct rlimit former = {RLIM_INFINITY, RLIM_INFINITY};
+  for (unsigned long bytes = 4096; bytes <= 64ul << 20; bytes *= 8) {
+    const struct rlimit limit = {bytes, former.rlim_max};
+    REQUIRE(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    check_call(&nothing, 0, "shm,tcp");
+    REQUIRE(setrlimit(RLIMIT_FSIZE, &former) == 0);
+  }
+}
+
+int main(void) {
+  const struct rlimit no_core = {0, 0};
+  REQUIRE(setrlimit(RLIMIT_CORE, &no_core) == 0);
+  mooncake_log_set_level(MOONCAKE_LOG_OFF);
+  for (size_t index = 0; index < sizeof denied_calls / sizeof denied_calls[0]; index += 1) {
+    check_call(&denied_calls[index], EPERM, "shm,tcp");
+    check_call(&denied_calls[index], ENOSYS, "tcp");
+  }
+  check_file_limit();
+  return check_result("denied_calls");
+}
