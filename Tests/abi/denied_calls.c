@@ -20,33 +20,76 @@ enum { LENGTH = 192 << 10, SMALL = 700, SMALL_COUNT = 40, CHILD_SECONDS = 60 };
 /* How a process may end. */
 enum { MOVED = 0, REFUSED = 3 };
 
+enum { NEVER = 0, IN_CREATE = 1, LATER = 2 };
+
 typedef struct denied {
   int number;
   const char *name;
-  int may_refuse; /* no other way: an error that names the call is right, too */
+  int may_refuse; /* no other way: an error is right, too; IN_CREATE: one that names the call */
 } denied_t;
 
 #define CALL(name, may_refuse) {SYS_##name, #name, may_refuse}
 
-/* Without futex, mmap, mprotect, read, write, close and the calls for signals no program with
- * threads runs at all; they are left out. */
+/* Left out are futex, gettid, mmap, mprotect, read, write, close and the calls for signals, without
+ * which locks, threads and memory do not work at all, and rseq: the C library ends a process whose
+ * later threads may not do what its first one did. */
 static const denied_t denied_calls[] = {
-  CALL(memfd_create, 0),      CALL(ftruncate, 0),        CALL(process_vm_readv, 0),
-  CALL(process_vm_writev, 0), CALL(pidfd_open, 0),       CALL(membarrier, 0),
-  CALL(rseq, 0),              CALL(sched_setaffinity, 0), CALL(sched_getaffinity, 0),
-  CALL(sched_yield, 0),       CALL(mbind, 0),            CALL(madvise, 0),
-  CALL(getrandom, 0),         CALL(accept4, 0),          CALL(statx, 0),
-  CALL(newfstatat, 0),        CALL(preadv, 0),           CALL(preadv2, 0),
-  CALL(userfaultfd, 0),       CALL(prctl, 0),            CALL(tgkill, 0),
-  CALL(gettid, 0),            CALL(prlimit64, 0),        CALL(getdents64, 0),
-  CALL(uname, 0),             CALL(sysinfo, 0),          CALL(geteuid, 0),
-  CALL(clock_nanosleep, 0),   CALL(io_uring_setup, 0),   CALL(set_robust_list, 0),
-  CALL(socketpair, 0),        CALL(openat, 0),           CALL(getpeername, 0),
-  CALL(clone3, 1),            CALL(eventfd2, 1),         CALL(epoll_create1, 1),
-  CALL(epoll_ctl, 1),         CALL(socket, 1),           CALL(bind, 1),
-  CALL(listen, 1),            CALL(getsockname, 1),
+  CALL(memfd_create, NEVER),
+  CALL(ftruncate, NEVER),
+  CALL(process_vm_readv, NEVER),
+  CALL(process_vm_writev, NEVER),
+  CALL(pidfd_open, NEVER),
+  CALL(membarrier, NEVER),
+  CALL(sched_setaffinity, NEVER),
+  CALL(sched_getaffinity, NEVER),
+  CALL(sched_yield, NEVER),
+  CALL(mbind, NEVER),
+  CALL(madvise, NEVER),
+  CALL(getrandom, NEVER),
+  CALL(accept4, NEVER),
+  CALL(statx, NEVER),
+  CALL(newfstatat, NEVER),
+  CALL(preadv, NEVER),
+  CALL(preadv2, NEVER),
+  CALL(userfaultfd, NEVER),
+  CALL(prctl, NEVER),
+  CALL(tgkill, NEVER),
+  CALL(prlimit64, NEVER),
+  CALL(getdents64, NEVER),
+  CALL(uname, NEVER),
+  CALL(sysinfo, NEVER),
+  CALL(geteuid, NEVER),
+  CALL(clock_nanosleep, NEVER),
+  CALL(io_uring_setup, NEVER),
+  CALL(set_robust_list, NEVER),
+  CALL(socketpair, NEVER),
+  CALL(openat, NEVER),
+  CALL(getpeername, NEVER),
+  CALL(clone3, IN_CREATE),
+  CALL(eventfd2, IN_CREATE),
+  CALL(epoll_create1, IN_CREATE),
+  CALL(epoll_ctl, IN_CREATE),
+  CALL(socket, IN_CREATE),
+  CALL(bind, IN_CREATE),
+  CALL(listen, IN_CREATE),
+  CALL(getsockname, IN_CREATE),
+  CALL(sendmsg, LATER),
+  CALL(recvmsg, LATER),
+  CALL(sendto, LATER),
+  CALL(recvfrom, LATER),
+  CALL(readv, LATER),
+  CALL(connect, LATER),
+  CALL(setsockopt, LATER),
+  CALL(getsockopt, LATER),
+  CALL(shutdown, LATER),
+  CALL(poll, LATER),
+  CALL(fcntl, LATER),
+  CALL(pipe2, LATER),
 #ifdef SYS_epoll_wait
-  CALL(epoll_wait, 1),
+  CALL(epoll_wait, IN_CREATE),
+#endif
+#ifdef SYS_accept
+  CALL(accept, NEVER),
 #endif
 };
 
@@ -62,39 +105,53 @@ static void deny(int number, int error) {
   REQUIRE(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
 }
 
-static void create(const char *call, const char *transports, mooncake_engine_t **engine) {
+/* Ends the process where a call of the library fails: rightly so if it had no other way and says
+ * why. */
+static void need(const denied_t *call, int32_t code, const char *what) {
+  if (code == MOONCAKE_OK) return;
+  const char *message = mooncake_error_message();
+  if (call->may_refuse == LATER && message[0] != 0) _exit(REFUSED);
+  fprintf(stderr, "%s: %s: %s: %s\n", call->name, what, mooncake_error_name(code), message);
+  _exit(1);
+}
+
+#define NEED(expression) need(call, expression, #expression)
+
+static void create(const denied_t *call, const char *transports, mooncake_engine_t **engine) {
   mooncake_engine_options_t options;
   REQUIRE_OK(mooncake_engine_options_init(&options, sizeof options));
   options.transports = transports;
   if (mooncake_engine_create(&options, engine) == MOONCAKE_OK) return;
   const char *message = mooncake_error_message();
   /* clone3 is pthread_create's own affair. */
-  const char *name = strcmp(call, "clone3") == 0 ? "pthread_create" : call;
-  if (strstr(message, name) == NULL) {
-    fprintf(stderr, "%s: the error does not name it: %s\n", call, message);
+  const char *name = strcmp(call->name, "clone3") == 0 ? "pthread_create" : call->name;
+  if (call->may_refuse == IN_CREATE && strstr(message, name) == NULL) {
+    fprintf(stderr, "%s: the error does not name it: %s\n", call->name, message);
     _exit(1);
   }
+  if (call->may_refuse == NEVER) fprintf(stderr, "%s: %s\n", call->name, message);
   _exit(REFUSED);
 }
 
 /* One large block and many small ones, there and back, with the library's memory as target or the
  * caller's. */
-static void move(mooncake_engine_t *from, mooncake_engine_t *to, int is_allocated, uint64_t seed) {
+static void move(const denied_t *call, mooncake_engine_t *from, mooncake_engine_t *to,
+                 int is_allocated, uint64_t seed) {
   mooncake_transfer_request_t requests[1 + SMALL_COUNT];
   mooncake_segment_t segment = 0;
   void *source = NULL;
   void *target = NULL;
   char name[256];
   const uint32_t access = MOONCAKE_ACCESS_REMOTE_READ | MOONCAKE_ACCESS_REMOTE_WRITE;
-  REQUIRE_OK(mooncake_memory_allocate(from, LENGTH, NULL, MOONCAKE_ACCESS_LOCAL, &source));
+  NEED(mooncake_memory_allocate(from, LENGTH, NULL, MOONCAKE_ACCESS_LOCAL, &source));
   if (is_allocated) {
-    REQUIRE_OK(mooncake_memory_allocate(to, LENGTH, "cpu:0", access, &target));
+    NEED(mooncake_memory_allocate(to, LENGTH, "cpu:0", access, &target));
   } else {
     target = new_pages(LENGTH);
-    REQUIRE_OK(mooncake_memory_register(to, target, LENGTH, NULL, access));
+    NEED(mooncake_memory_register(to, target, LENGTH, NULL, access));
   }
-  REQUIRE_OK(mooncake_engine_name(to, name, sizeof name, NULL));
-  REQUIRE_OK(mooncake_segment_open(from, name, 10000, &segment));
+  NEED(mooncake_engine_name(to, name, sizeof name, NULL));
+  NEED(mooncake_segment_open(from, name, 10000, &segment));
   memset(requests, 0, sizeof requests);
   const uint64_t small_bytes = SMALL * SMALL_COUNT;
   for (int opcode = MOONCAKE_OPCODE_WRITE; opcode >= MOONCAKE_OPCODE_READ; opcode -= 1) {
@@ -107,17 +164,17 @@ static void move(mooncake_engine_t *from, mooncake_engine_t *to, int is_allocate
       requests[index].length = index < SMALL_COUNT ? SMALL : LENGTH - small_bytes;
     }
     fill_pattern(opcode == MOONCAKE_OPCODE_WRITE ? source : target, LENGTH, seed);
-    REQUIRE_OK(mooncake_transfer_sync(from, requests, 1 + SMALL_COUNT, 10000));
+    NEED(mooncake_transfer_sync(from, requests, 1 + SMALL_COUNT, 10000));
     REQUIRE(has_pattern(opcode == MOONCAKE_OPCODE_WRITE ? target : source, LENGTH, seed));
     seed += 1;
   }
   if (is_allocated) {
-    REQUIRE_OK(mooncake_memory_free(to, target));
+    NEED(mooncake_memory_free(to, target));
   } else {
-    REQUIRE_OK(mooncake_memory_unregister(to, target));
+    NEED(mooncake_memory_unregister(to, target));
   }
-  REQUIRE_OK(mooncake_segment_close(from, segment));
-  REQUIRE_OK(mooncake_memory_free(from, source));
+  NEED(mooncake_segment_close(from, segment));
+  NEED(mooncake_memory_free(from, source));
 }
 
 static void child_main(const denied_t *call, int error, const char *transports) {
@@ -125,12 +182,12 @@ static void child_main(const denied_t *call, int error, const char *transports) 
   mooncake_engine_t *other = NULL;
   alarm(CHILD_SECONDS);
   if (call->number >= 0) deny(call->number, error);
-  create(call->name, transports, &one);
-  create(call->name, transports, &other);
-  move(one, other, 1, 5);
-  move(one, other, 0, 7);
-  REQUIRE_OK(mooncake_engine_destroy(one));
-  REQUIRE_OK(mooncake_engine_destroy(other));
+  create(call, transports, &one);
+  create(call, transports, &other);
+  move(call, one, other, 1, 5);
+  move(call, one, other, 0, 7);
+  NEED(mooncake_engine_destroy(one));
+  NEED(mooncake_engine_destroy(other));
   _exit(MOVED);
 }
 
@@ -142,7 +199,7 @@ static void check_call(const denied_t *call, int error, const char *transports) 
   if (pid == 0) child_main(call, error, transports);
   REQUIRE(waitpid(pid, &status, 0) == pid);
   const int code = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-  if (code == MOVED || (code == REFUSED && call->may_refuse)) return;
+  if (code == MOVED || (code == REFUSED && call->may_refuse != NEVER)) return;
   fprintf(stderr, "%s denied with %s, %s: ended with %d%s\n", call->name,
           error == EPERM ? "EPERM" : "ENOSYS", transports, code,
           code == REFUSED ? ", though there is another way" : "");
@@ -151,7 +208,7 @@ static void check_call(const denied_t *call, int error, const char *transports) 
 
 /* A limit of file sizes counts for memory files: an error where they are made, never SIGXFSZ. */
 static void check_file_limit(void) {
-  const denied_t nothing = {-1, "RLIMIT_FSIZE", 0};
+  const denied_t nothing = {-1, "RLIMIT_FSIZE", NEVER};
   const struct rlimit former = {RLIM_INFINITY, RLIM_INFINITY};
   for (unsigned long bytes = 4096; bytes <= 64ul << 20; bytes *= 8) {
     const struct rlimit limit = {bytes, former.rlim_max};
