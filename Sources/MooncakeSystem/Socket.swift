@@ -25,8 +25,10 @@ package struct Socket: ~Copyable, Sendable {
     try socket.set(SOL_SOCKET, SO_REUSEADDR, 1)
     // "::" serves IPv4 too, as peers expect of the any-address.
     if address.isIPv6 { try socket.set(Int32(IPPROTO_IPV6), IPV6_V6ONLY, address.isAny ? 0 : 1) }
-    if address.withPointer({ bind(socket.rawValue, $0, $1) }) != 0 { throw Errno.current }
-    if listen(socket.rawValue, backlog) != 0 { throw Errno.current }
+    if address.withPointer({ bind(socket.rawValue, $0, $1) }) != 0 {
+      throw Errno(errno, call: "bind")
+    }
+    _ = try retryingInterrupts("listen") { listen(socket.rawValue, backlog) }
     return socket
   }
 
@@ -100,11 +102,11 @@ package struct Socket: ~Copyable, Sendable {
   package func setNoDelay() { try? set(Int32(IPPROTO_TCP), TCP_NODELAY, 1) }
 
   package func localAddress() throws(Errno) -> SocketAddress {
-    try SocketAddress.filled { getsockname(rawValue, $0, $1) }
+    try SocketAddress.filled("getsockname") { getsockname(rawValue, $0, $1) }
   }
 
   package func peerAddress() throws(Errno) -> SocketAddress {
-    try SocketAddress.filled { getpeername(rawValue, $0, $1) }
+    try SocketAddress.filled("getpeername") { getpeername(rawValue, $0, $1) }
   }
 
   /// Makes the close a reset, which the peer cannot take for an orderly end.

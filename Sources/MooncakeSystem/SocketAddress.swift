@@ -104,6 +104,7 @@ package struct SocketAddress: Equatable, Sendable, CustomStringConvertible {
 
   /// Lets a system call fill an address.
   package static func filled(
+    _ name: StaticString,
     by call: (UnsafeMutablePointer<sockaddr>, UnsafeMutablePointer<socklen_t>) -> Int32
   ) throws(Errno) -> SocketAddress {
     var storage = sockaddr_storage()
@@ -111,7 +112,7 @@ package struct SocketAddress: Equatable, Sendable, CustomStringConvertible {
     let result = withUnsafeMutablePointer(to: &storage) {
       $0.withMemoryRebound(to: sockaddr.self, capacity: 1) { call($0, &length) }
     }
-    if result != 0 { throw Errno.current }
+    if result != 0 { throw Errno(errno, call: name) }
     return withUnsafePointer(to: storage) {
       $0.withMemoryRebound(to: sockaddr.self, capacity: 1) {
         SocketAddress($0, length: length)

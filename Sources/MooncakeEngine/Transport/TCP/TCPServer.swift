@@ -102,8 +102,13 @@ package final class TCPServer: @unchecked Sendable {
     socket.setNoDelay()
     // A peer that vanished without a word frees its connection within minutes.
     socket.keepAlive(idleSeconds: 60)
-    guard let peer = try? socket.peerAddress() else { return }
-    if peer.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
-    loop.adopt(socket, peer: peer.description)
+    do throws(Errno) {
+      let peer = try socket.peerAddress()
+      if peer.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
+      loop.adopt(socket, peer: peer.description)
+    } catch {
+      // Gone already. Where a sandbox forbids to ask, the peer is served without a name.
+      if error.rawValue != ENOTCONN { loop.adopt(socket, peer: "of unknown address") }
+    }
   }
 }
