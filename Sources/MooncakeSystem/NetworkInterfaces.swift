@@ -42,10 +42,40 @@ package enum NetworkInterfaces {
   /// The first address on an interface that is up and running and not the loopback. Link-local IPv6
   /// addresses do not count: without a scope they mean nothing to a peer.
   package static func firstUsable(ipv6: Bool = false) -> SocketAddress? {
-    all().first { entry in
+    usable(ipv6: ipv6).first?.address
+  }
+
+  /// The address that packets to the rest of the world come from: that of the default route's
+  /// interface. Without such a route the first usable one. Nothing is sent.
+  package static func outgoing(ipv6: Bool = false) -> SocketAddress? {
+    // Documentation addresses: nobody's, so that only the default route leads to them.
+    let target = SocketAddress(numeric: ipv6 ? "2001:db8::1" : "203.0.113.1", port: 9)
+    if let target, let source = source(towards: target), !source.isLoopback, !source.isAny,
+      !source.isLinkLocal
+    {
+      return source
+    }
+    return firstUsable(ipv6: ipv6)
+  }
+
+  /// What a datagram to an address would bear as its source; port 0.
+  private static func source(towards target: SocketAddress) -> SocketAddress? {
+    let type = Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
+    let number = socket(target.family, type, 0)
+    if number < 0 { return nil }
+    let descriptor = FileDescriptor(owning: number)
+    guard target.withPointer({ connect(descriptor.rawValue, $0, $1) }) == 0 else { return nil }
+    var source = try? SocketAddress.filled { getsockname(descriptor.rawValue, $0, $1) }
+    source?.port = 0
+    return source
+  }
+
+  /// Every address that `firstUsable` chooses from, with the name of its interface.
+  package static func usable(ipv6: Bool) -> [Entry] {
+    all().filter { entry in
       entry.isUp && entry.isRunning && !entry.address.isLoopback && entry.name != "lo"
         && entry.address.isIPv6 == ipv6 && !entry.address.isLinkLocal
-    }?.address
+    }
   }
 
   /// Whether the host of `address` is this machine's. All of 127.0.0.0/8 is.

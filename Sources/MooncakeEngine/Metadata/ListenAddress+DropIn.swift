@@ -30,8 +30,9 @@ extension ListenAddress {
     } else {
       host =
         settings.advertisedAddress
-        ?? (NetworkInterfaces.firstUsable(ipv6: settings.usesIPv6)
-        ?? NetworkInterfaces.firstUsable())?.host ?? given.host
+        ?? advertisedAddress(
+          ipv6: settings.usesIPv6, remedy: "MC_TCP_BIND_ADDRESS chooses another")?.host
+        ?? given.host
     }
     let target = bindAddress(for: host, settings: settings, deadline: deadline)
     var wish = given.port ?? 0

@@ -80,11 +80,9 @@ extension ListenAddress {
 
   private static func defaultHost(for bound: SocketAddress) -> String {
     if !bound.isAny { return bound.host }
-    let first =
-      bound.isIPv6
-      ? NetworkInterfaces.firstUsable(ipv6: true) ?? NetworkInterfaces.firstUsable()
-      : NetworkInterfaces.firstUsable()
-    return first?.host ?? (bound.isIPv6 ? "::1" : "127.0.0.1")
+    let address = advertisedAddress(
+      ipv6: bound.isIPv6, remedy: "advertised_address chooses another")
+    return address?.host ?? (bound.isIPv6 ? "::1" : "127.0.0.1")
   }
 
   private static func parseHost(

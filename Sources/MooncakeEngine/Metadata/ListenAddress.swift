@@ -61,6 +61,23 @@ struct PortSearch {
   }
 }
 
+/// The address of this machine to give to peers when every interface is listened on; nil if there
+/// is none but the loopback. `remedy` says how to choose another.
+func advertisedAddress(ipv6: Bool, remedy: String) -> SocketAddress? {
+  let family = [ipv6, false].first { NetworkInterfaces.outgoing(ipv6: $0) != nil }
+  guard let family, let chosen = NetworkInterfaces.outgoing(ipv6: family) else { return nil }
+  let others = NetworkInterfaces.usable(ipv6: family).filter {
+    $0.address.hostBytes != chosen.hostBytes
+  }
+  if !others.isEmpty {
+    let names = others.prefix(8).map { "\($0.address.host) (\($0.name))" }
+    Log.info(
+      "listening on every interface; peers are told \(chosen.host), the address of the default "
+        + "route, and not \(names.joined(separator: ", ")): \(remedy)")
+  }
+  return chosen
+}
+
 /// Listens on an address; the error says what to do.
 func openListener(
   on address: SocketAddress, backlog: Int32

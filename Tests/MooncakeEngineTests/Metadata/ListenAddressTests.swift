@@ -67,7 +67,7 @@ import Testing
       #expect(address.bound.isAny)
       let advertised = try #require(SocketAddress(numeric: address.advertisedHost, port: 1))
       #expect(NetworkInterfaces.owns(advertised))
-      if let first = NetworkInterfaces.firstUsable(ipv6: ipv6) {
+      if let first = NetworkInterfaces.outgoing(ipv6: ipv6) {
         #expect(advertised.host == first.host)
       }
     }
@@ -175,7 +175,7 @@ import Testing
     #expect(address.advertisedHost == "127.0.0.1" && address.bound.host == "127.0.0.1")
 
     let interface = try dropIn("trainer", usesStore: true).address
-    #expect(interface.advertisedHost == NetworkInterfaces.firstUsable()?.host ?? "trainer")
+    #expect(interface.advertisedHost == NetworkInterfaces.outgoing()?.host ?? "trainer")
 
     let port = try freePort()
     let legacy = try dropIn("127.0.0.1", usesStore: true) {
