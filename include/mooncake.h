@@ -200,8 +200,9 @@ typedef struct mooncake_buffer {
  * near ("cpu:0", "cuda:1"), null or "*" lets the engine find out. The memory stays the caller's; it
  * must stay mapped until it is unregistered: transfers may touch it directly. access:
  * MOONCAKE_ACCESS_*. A metadata service knows the buffer when this returns, or, if it cannot be
- * reached, as soon as it can. Errors: INVALID_ARGUMENT (null, empty, wraps around), OVERLAP, FULL.
- * Since 0.1. */
+ * reached, as soon as it can. Errors, after which nothing is registered: INVALID_ARGUMENT (null,
+ * empty, wraps around), OVERLAP, FULL (the engine, or what peers or the service take), PROTOCOL and
+ * ACCESS_DENIED (the service refuses). Since 0.1. */
 int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint64_t length,
                                  const char *location, uint32_t access);
 
@@ -396,8 +397,8 @@ void mooncake_notification_free(mooncake_notification_t *notification);
 
 /* ---- Metadata server ---------------------------------------------------------------------- */
 
-/* An HTTP metadata server inside this process, on a thread of its own. Whoever reaches its port may
- * read and change everything in it. */
+/* An HTTP metadata server inside this process, on a thread of its own. Whoever reaches its port,
+ * and has its token if it asks for one, may read and change everything in it. */
 typedef struct mooncake_metadata_server mooncake_metadata_server_t;
 
 /* Fill with mooncake_metadata_server_options_init(), then change what matters. Null or 0: the
@@ -409,6 +410,8 @@ typedef struct mooncake_metadata_server_options {
   const char *directory;  /* folder that keeps the contents over restarts; null: they end with the
                              server. It is made if its parent exists; one server at a time */
   uint64_t maximum_bytes; /* keys and values that it takes in all; default 1 GiB */
+  const char *token;      /* what clients must have in MC_METADATA_HTTP_TOKEN; null: what that
+                             variable says here, nothing if it is not set */
 } mooncake_metadata_server_options_t;
 
 /* Writes the defaults. struct_size is sizeof(mooncake_metadata_server_options_t). Since 0.1. */

@@ -6,7 +6,11 @@
 #include <microhttpd.h>
 
 // Swift does not see the names of enumerations that cannot grow.
-enum { mhd_argument_kind = MHD_GET_ARGUMENT_KIND, mhd_must_copy = MHD_RESPMEM_MUST_COPY };
+enum {
+  mhd_argument_kind = MHD_GET_ARGUMENT_KIND,
+  mhd_header_kind = MHD_HEADER_KIND,
+  mhd_must_copy = MHD_RESPMEM_MUST_COPY
+};
 
 // `function` is the address of MHD_start_daemon or MHD_get_daemon_info.
 typedef struct MHD_Daemon *(*mhd_start_function)(

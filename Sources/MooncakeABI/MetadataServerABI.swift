@@ -26,6 +26,7 @@ private func readOptions(
   options.port = port
   if let host = try optionalText(values.host, "options.host") { options.host = host }
   options.directory = try optionalText(values.directory, "options.directory")
+  options.token = try optionalText(values.token, "options.token")
   if values.maximum_bytes != 0 { options.maximumBytes = Int(clamping: values.maximum_bytes) }
   return options
 }

@@ -34,6 +34,7 @@ enum EnvironmentChecks {
     "MC_METADATA_TTL": .integer(2...3600),
     "MC_METADATA_USERNAME": .text,
     "MC_METADATA_PASSWORD": .text,
+    "MC_METADATA_HTTP_TOKEN": .text,
     "MC_METADATA_CA_FILE": .text,
     "MC_METADATA_CERT_FILE": .text,
     "MC_METADATA_KEY_FILE": .text,
@@ -68,7 +69,8 @@ enum EnvironmentChecks {
   }
 
   private static func check(name: String, value: String) -> Finding {
-    let shown = name.hasSuffix("PASSWORD") ? "(hidden)" : "\"\(value)\""
+    let isSecret = ["PASSWORD", "TOKEN", "SECRET"].contains(where: name.hasSuffix)
+    let shown = isSecret ? "(hidden)" : "\"\(value)\""
     guard let rule = rules[name] else {
       return .warning(
         name, "\(shown) has no effect in this version",

@@ -26,8 +26,9 @@ struct MetadataServeCommand: ParsableCommand {
     abstract: "Serves metadata over HTTP until it is stopped.",
     discussion: """
       The first line on stdout is the URI to give to engines. Whoever reaches the port may read \
-      and change everything, so it listens on the loopback unless --host says otherwise. Ends on \
-      SIGINT or SIGTERM.
+      and change everything, so it listens on the loopback unless --host says otherwise. Where \
+      MC_METADATA_HTTP_TOKEN is set, or --token-file names a file, only those may who have the \
+      same in MC_METADATA_HTTP_TOKEN. Ends on SIGINT or SIGTERM.
       """)
 
   @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
@@ -42,6 +43,9 @@ struct MetadataServeCommand: ParsableCommand {
   @Option(help: "Keys and values that the server takes in all, such as 256MiB.")
   var memory = ByteCount(1 << 30)
 
+  @Option(help: "File with the token that clients must have; default: MC_METADATA_HTTP_TOKEN.")
+  var tokenFile: String?
+
   @Flag(help: "Prints one JSON object instead of the URI.")
   var json = false
 
@@ -54,6 +58,7 @@ struct MetadataServeCommand: ParsableCommand {
       options.port = port
       options.directory = directory
       options.maximumBytes = Int(clamping: memory.value)
+      options.token = try token()
       let server = try MetadataServer(options)
       if json {
         var line = JSONObject()
@@ -67,6 +72,18 @@ struct MetadataServeCommand: ParsableCommand {
       stop.wait(until: .never, orEndOfInput: false)
       server.stop()
     }
+  }
+
+  /// The file's text without line ends.
+  private func token() throws(EngineError) -> String? {
+    guard let tokenFile else { return nil }
+    guard let text = SystemFiles.text(tokenFile) else {
+      throw EngineError(
+        .system,
+        "reading the token file \(tokenFile): \(Errno.current): does it exist, and may this user "
+          + "read it?")
+    }
+    return text
   }
 
   /// Every connection takes a descriptor, and the usual limit is below what the server serves.

@@ -176,12 +176,13 @@ FIELD(mooncake_engine_options_t, spin_us, 64, 4);
 FIELD(mooncake_engine_options_t, reserved, 68, 4);
 FIELD(mooncake_engine_options_t, processors, 72, 8);
 
-SIZE(mooncake_metadata_server_options_t, 32);
+SIZE(mooncake_metadata_server_options_t, 40);
 FIELD(mooncake_metadata_server_options_t, struct_size, 0, 4);
 FIELD(mooncake_metadata_server_options_t, port, 4, 4);
 FIELD(mooncake_metadata_server_options_t, host, 8, 8);
 FIELD(mooncake_metadata_server_options_t, directory, 16, 8);
 FIELD(mooncake_metadata_server_options_t, maximum_bytes, 24, 8);
+FIELD(mooncake_metadata_server_options_t, token, 32, 8);
 
 SIZE(mooncake_buffer_t, 16);
 FIELD(mooncake_buffer_t, address, 0, 8);

@@ -7,7 +7,8 @@ import Synchronization
 /// process that is given "http://host:port/metadata", those of the existing system too.
 public final class MetadataServer: Sendable {
   public struct Options: Sendable {
-    /// Numeric address to listen on. Whoever reaches it may read and change everything.
+    /// Numeric address to listen on. Whoever reaches it, and has the token if there is one, may
+    /// read and change everything.
     public var host = "127.0.0.1"
     /// 0 lets the system choose.
     public var port: UInt16 = 0
@@ -15,6 +16,9 @@ public final class MetadataServer: Sendable {
     public var directory: String?
     /// Bytes of keys and values that the server takes.
     public var maximumBytes = 1 << 30
+    /// What clients must present; nil: what `MC_METADATA_HTTP_TOKEN` says, nothing if that is not
+    /// set.
+    public var token: String?
 
     public init() {}
   }
@@ -43,6 +47,12 @@ public final class MetadataServer: Sendable {
         "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is no "
           + "numeric address: give one, such as 127.0.0.1 or 0.0.0.0")
     }
+    let token = try Self.token(options)
+    if token == nil && !target.isLoopback {
+      Log.warning(
+        "metadata server: whoever reaches \(target.host) may read and change everything: set "
+          + "\(MetadataToken.variable) here and at every client")
+    }
     var now = timespec()
     clock_gettime(CLOCK_REALTIME, &now)
     let revision = UInt64(max(0, now.tv_sec)) &* 1_000_000 &+ UInt64(now.tv_nsec / 1000)
@@ -56,13 +66,22 @@ public final class MetadataServer: Sendable {
     }
     let listener = try Self.listen(on: target)
     address = try Self.address(of: listener)
-    let loop = try MetadataServerLoop(listener: listener, rules: rules, journal: journal)
+    let loop = try MetadataServerLoop(
+      listener: listener, rules: rules, journal: journal, token: token)
     self.loop = loop
     do throws(Errno) {
       thread = Lock(try WorkerThread.start(name: "mc-metaserver") { loop.run() })
     } catch {
       throw EngineError(.system, "metadata server: cannot start a thread: \(error)")
     }
+  }
+
+  private static func token(_ options: Options) throws(EngineError) -> MetadataToken? {
+    if let text = options.token {
+      return try MetadataToken(text, from: "metadata server: the token")
+    }
+    guard let text = Environment[MetadataToken.variable], !text.isEmpty else { return nil }
+    return try MetadataToken(text, from: "metadata server: \(MetadataToken.variable)")
   }
 
   private static func listen(on target: SocketAddress) throws(EngineError) -> Socket {

@@ -15,6 +15,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   private let isStopping = Atomic(false)
   private var rules: MetadataRules
   private let journal: MetadataJournal?
+  private let token: MetadataToken?
   /// Suspended until something changes.
   private var watchers: [MetadataExchange] = []
   /// Suspended until the journal is safe.
@@ -26,6 +27,9 @@ final class MetadataServerLoop: @unchecked Sendable {
   private var last = Clock.now()
 
   private static var stopping: MetadataExchange.Answer { .init(503, "the server is stopping\n") }
+  private static var unauthorized: MetadataExchange.Answer {
+    .init(401, "unauthorized: this server asks for the token in \(MetadataToken.variable)\n")
+  }
   private static let bodyBytesLimit = 256 << 20
   private static let answerBytesLimit = 256 << 20
   /// Answers made before they are sent.
@@ -35,11 +39,13 @@ final class MetadataServerLoop: @unchecked Sendable {
   private static let tickMilliseconds: Int32 = 1000
 
   init(
-    listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?
+    listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?,
+    token: MetadataToken?
   ) throws(EngineError) {
     library = try MicroHTTPLibrary.shared()
     self.rules = rules
     self.journal = journal
+    self.token = token
     do throws(Errno) {
       epoll = try Epoll()
       doorbell = try EventFD()
@@ -210,6 +216,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   ) -> MHD_Result {
     guard let known = slot.pointee else {
       let exchange = MetadataExchange(connection, method: method, path: path)
+      if !isAuthorized(exchange) { exchange.answer = Self.unauthorized }
       slot.pointee = Unmanaged.passRetained(exchange).toOpaque()
       return MicroHTTPLibrary.yes
     }
@@ -240,7 +247,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   }
 
   private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
-    if exchange.isTooLarge { return }
+    if exchange.isTooLarge || exchange.answer != nil { return }
     if exchange.body.count + bytes.count > rules.table.limits.valueBytes
       || bodyBytes + bytes.count > Self.bodyBytesLimit
     {
@@ -251,6 +258,21 @@ final class MetadataServerLoop: @unchecked Sendable {
     }
     exchange.body.append(contentsOf: bytes)
     bodyBytes += bytes.count
+  }
+
+  /// Everybody may ask for a sign of life.
+  private func isAuthorized(_ exchange: MetadataExchange) -> Bool {
+    guard let token, exchange.path != "/health" else { return true }
+    var value: UnsafePointer<CChar>?
+    var count = 0
+    let name: StaticString = "Authorization"
+    let isGiven =
+      library.argument(
+        exchange.connection, UInt32(mhd_header_kind),
+        UnsafeRawPointer(name.utf8Start).assumingMemoryBound(to: CChar.self),
+        name.utf8CodeUnitCount, &value, &count) == MicroHTTPLibrary.yes
+    guard isGiven, let value else { return false }
+    return token.isPresented(by: UnsafeRawBufferPointer(start: value, count: count))
   }
 
   private func finish(_ exchange: MetadataExchange) {
@@ -296,6 +318,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     defer { library.freeResponse(response) }
     let type = answer.isJSON ? "application/json" : "text/plain; charset=utf-8"
     _ = library.addHeader(response, "Content-Type", type)
+    if answer.status == 401 { _ = library.addHeader(response, "WWW-Authenticate", "Bearer") }
     return library.queue(exchange.connection, answer.status, response)
   }
 }

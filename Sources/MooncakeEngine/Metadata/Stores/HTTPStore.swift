@@ -6,11 +6,18 @@ package final class HTTPStore: MetadataStore {
   package let uri: MetadataURI
   private let client: HTTPClient
   private let credentials: String?
+  /// Instead of name and password.
+  private let token: MetadataToken?
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
     client = try HTTPClient(tls: uri.tls.filled(from: settings))
-    let user = uri.user ?? settings.user
+    // What the URI says goes first.
+    let token = uri.user == nil ? settings.token : nil
+    self.token = try token.map { text throws(EngineError) in
+      try MetadataToken(text, from: MetadataToken.variable)
+    }
+    let user = uri.user ?? (token == nil ? settings.user : nil)
     credentials = user.map { "\($0):\(uri.password ?? settings.password ?? "")" }
   }
 
@@ -197,10 +204,11 @@ package final class HTTPStore: MetadataStore {
       method: method, server: uri.endpoints[0], isSecure: uri.isSecure,
       target: "\(uri.path)\(subpath)?\(query.joined(separator: "&"))")
     request.credentials = credentials
+    if let token { request.headers = [token.header] }
     if method == .post { request.body = [] }
     if let body {
       request.body = body
-      request.headers = ["Content-Type: application/json"]
+      request.headers.append("Content-Type: application/json")
     }
     do throws(HTTPFailure) {
       return try client.perform(request, call)
@@ -219,7 +227,7 @@ package final class HTTPStore: MetadataStore {
     let cause = "the server answers with status \(response.status)\(text)"
     switch response.status {
     case 401, 403:
-      throw failure(.accessDenied, phase, cause, "give the right user and password")
+      throw failure(.accessDenied, phase, cause, authorizationRemedy)
     case 412 where lease != nil:
       throw failure(.notFound, phase, cause, "the lease has ended; it is made anew")
     case 413: throw failure(.full, phase, cause, "register fewer and larger buffers")
@@ -229,6 +237,14 @@ package final class HTTPStore: MetadataStore {
       throw failure(
         .protocolViolation, phase, cause, "is this the URI of a metadata server, with its path?")
     }
+  }
+
+  private var authorizationRemedy: String {
+    let variable = MetadataToken.variable
+    if token != nil { return "\(variable) must be here what it is at the server" }
+    let isNamed = credentials != nil
+    return "a server with a token needs the same \(variable) here\(isNamed ? " and no user" : ""), "
+      + "another one the right user and password"
   }
 
   private func malformed(_ phase: String) -> EngineError {

@@ -24,6 +24,8 @@ package struct MetadataSettings: Sendable {
   /// `MC_METADATA_USERNAME`, `MC_METADATA_PASSWORD`.
   package var user: String?
   package var password: String?
+  /// `MC_METADATA_HTTP_TOKEN`: what HTTP servers ask for, and what ours asks for.
+  package var token: String?
   /// `MC_METADATA_CA_FILE`, `MC_METADATA_CERT_FILE`, `MC_METADATA_KEY_FILE`.
   package var tls = TLSFiles()
   /// `MC_REDIS_USERNAME`, `MC_REDIS_PASSWORD`, `MC_REDIS_DB_INDEX`.
@@ -49,6 +51,7 @@ package struct MetadataSettings: Sendable {
     }
     user = text("MC_METADATA_USERNAME")
     password = text("MC_METADATA_PASSWORD")
+    token = text(MetadataToken.variable)
     tls = TLSFiles(
       authority: text("MC_METADATA_CA_FILE"), certificate: text("MC_METADATA_CERT_FILE"),
       key: text("MC_METADATA_KEY_FILE"))
