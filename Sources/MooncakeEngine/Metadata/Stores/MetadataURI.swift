@@ -32,12 +32,20 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     do throws(Malformed) {
       self = try Self.parse(text)
     } catch {
+      // Where a password stands, a part of the text may be a part of that.
+      let hasPassword = text.contains("@")
+      let part = error.part.map { hasPassword ? "a part of it " : "'\($0.prefix(100))' " } ?? ""
+      let hint = hasPassword ? " (what a password holds beyond letters and digits is encoded)" : ""
       throw EngineError(
-        .invalidArgument, "metadata \(Self.redacted(text)): \(error.reason)")
+        .invalidArgument, "metadata \(Self.redacted(text)): \(part)\(error.reason)\(hint)")
     }
   }
 
-  private struct Malformed: Error { let reason: String }
+  private struct Malformed: Error {
+    let reason: String
+    /// Of the text, what the reason is about.
+    var part: Substring?
+  }
 
   private init(_ service: Service, _ description: String) {
     self.service = service
@@ -60,8 +68,8 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         ["http": .http, "https": .http, "etcd": .etcd, "redis": .redis][scheme]
     else {
       throw Malformed(
-        reason: "the scheme '\(scheme.prefix(20))' is unknown: use etcd, redis, http, https or "
-          + "P2PHANDSHAKE")
+        reason: "is an unknown scheme: use etcd, redis, http, https or P2PHANDSHAKE",
+        part: scheme[...])
     }
     var uri = MetadataURI(service, redacted(text))
     uri.isSecure = scheme == "https"
@@ -104,7 +112,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         }
         if host.last == "/" { host.removeLast() }
         if host.contains("/") {
-          throw Malformed(reason: "the path in '\(part.prefix(100))' has no meaning for etcd")
+          throw Malformed(reason: "has a path, which has no meaning for etcd", part: part)
         }
       }
       do throws(HostPortError) {
@@ -113,7 +121,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         endpoints.append(endpoint)
       } catch {
         throw Malformed(
-          reason: "'\(part.prefix(100))' is no host or host:port: \(error.reason)")
+          reason: "is no host or host:port: \(error.reason)", part: part)
       }
     }
     if endpoints.contains(where: { $0.port == 0 }) {
@@ -133,7 +141,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     case .redis:
       if text.isEmpty || text == "/" { return }
       guard let number = UInt8(text.dropFirst()) else {
-        throw Malformed(reason: "'\(text.prefix(100))' is no database number from 0 to 255")
+        throw Malformed(reason: "is no database number from 0 to 255", part: text)
       }
       database = number
     default: break
@@ -144,7 +152,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     if service == .redis { throw Malformed(reason: "a query has no meaning for redis") }
     for part in text.split(separator: "&") {
       guard let (name, value) = Self.split(part, at: "="), !value.isEmpty else {
-        throw Malformed(reason: "'\(part.prefix(100))' is no name=value")
+        throw Malformed(reason: "is no name=value", part: part)
       }
       let file = try Self.decoded(value)
       switch name {
@@ -152,10 +160,13 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       case "cert": tls.certificate = file
       case "key": tls.key = file
       default:
-        throw Malformed(reason: "'\(name.prefix(100))' is unknown: use ca, cert or key")
+        throw Malformed(reason: "is unknown: use ca, cert or key", part: name)
       }
     }
     if service == .etcd { isSecure = true }
+    if !isSecure && tls != TLSFiles() {
+      throw Malformed(reason: "certificate files secure nothing over http: use https")
+    }
   }
 
   private static func decoded(_ text: Substring) throws(Malformed) -> String {
@@ -184,7 +195,10 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
   /// The text for messages: cut, on one line, the password hidden.
   private static func redacted(_ text: String) -> String {
     var shown = text
-    let body = split(text, at: "://")?.tail ?? text[...]
+    // A scheme has no password; what stands before a later "://" may be one.
+    let parts = split(text, at: "://")
+    let isScheme = parts.map { $0.head.utf8.allSatisfy { $0 >= 0x41 && $0 <= 0x7A } } ?? false
+    let body = isScheme ? parts!.tail : text[...]
     if let at = body.lastIndex(of: "@"), let colon = body[..<at].firstIndex(of: ":") {
       // A password with an unencoded slash reaches beyond the authority; it is hidden all the same.
       shown.replaceSubrange(body.index(after: colon)..<at, with: "***")

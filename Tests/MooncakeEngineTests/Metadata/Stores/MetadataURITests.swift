@@ -30,6 +30,7 @@ struct MetadataURITests {
       "etcd://h?x=1",
       "etcd://h?ca", "etcd://h?ca=", "http://h#f", "http://a b", "etcd://%4@h", "etcd://%ff@h",
       "etcd://%00@h", "\u{7}", "://", ":///", "etcd://[::1", "etcd://@", "p2phandshake://x",
+      "http://h?ca=f", "http://h/m?cert=f&key=g",
     ])
   func refused(text: String) {
     #expect(throws: EngineError.self) { try MetadataURI(parsing: text) }
@@ -38,7 +39,9 @@ struct MetadataURITests {
   @Test func passwordsStaySecret() throws {
     for text in [
       "etcd://user:secret@h", "redis://:secret@h/1", "http://u:se/cr@et@h/m", "ftp://u:secret@h",
-      "etcd://u:secret@", "u:secret@h:1",
+      "etcd://u:secret@", "u:secret@h:1", "redis://:secret/@h/x", "redis://u:secret/@h",
+      "etcd://u:secret/@h", "http://u:x?secret@h", "http://u:se?secret@h", "etcd://u:[secret@h",
+      "etcd://u:s,secret:x@h", "u:secret@h://", "u:secret@h://x", "redis://u:secret#@h",
     ] {
       let shown: String
       do { shown = try MetadataURI(parsing: text).description } catch { shown = "\(error)" }
