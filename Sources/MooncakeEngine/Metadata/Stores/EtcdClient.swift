@@ -13,6 +13,8 @@ final class EtcdClient: Sendable {
   private struct State: Sendable {
     /// The endpoint that answered last.
     var endpoint = 0
+    /// When, on `Clock`.
+    var answered: UInt64 = 0
     var token: String?
   }
   private let state = Lock(State())
@@ -29,6 +31,12 @@ final class EtcdClient: Sendable {
     isSecure = uri.isSecure || tls != TLSFiles()
   }
 
+  /// Milliseconds since an endpoint has answered.
+  var silentMilliseconds: UInt64 {
+    let now = Clock.now()
+    return state.withLock { now > $0.answered ? (now - $0.answered) / 1_000_000 : 0 }
+  }
+
   /// What a call is about.
   struct Query {
     var path: String
@@ -36,7 +44,7 @@ final class EtcdClient: Sendable {
     var phase: String
     /// Whether the answer may be long in coming, so that its lateness says nothing.
     var isWatch = false
-    var isComplete: (@Sendable ([UInt8]) -> Bool)?
+    var end: LineMark?
   }
 
   /// The answer's text. Whoever repeats after `isRepeated` was set cannot tell whether an earlier
@@ -57,7 +65,10 @@ final class EtcdClient: Sendable {
         ? call : call.within(milliseconds: min(share, Self.attemptMilliseconds))
       do throws(EngineError) {
         let answer = try ask(query, at: uri.endpoints[index], attempt)
-        state.withLock { $0.endpoint = index }
+        state.withLock {
+          $0.endpoint = index
+          $0.answered = Clock.now()
+        }
         return answer
       } catch {
         last = error
@@ -87,11 +98,21 @@ final class EtcdClient: Sendable {
       let response = try send(query, at: endpoint, token: token, call)
       if response.status == 200 { return response.body }
       let reason = reason(response)
-      // The token has ended, or the cluster has restarted.
-      if user != nil && !isRetry && reason.utf8.holds("invalid auth token") { continue }
+      if user != nil && !isRetry && wantsLogin(response, reason) { continue }
       throw refusal(response.status, reason, query.phase, endpoint)
     }
     throw failure(.accessDenied, query.phase, "its tokens end at once", "check the clocks")
+  }
+
+  /// Whether a new token may help: the old one has ended, the cluster has restarted, its users have
+  /// been changed, or it has users only since then.
+  private func wantsLogin(_ response: HTTPResponse, _ reason: String) -> Bool {
+    response.status == 401
+      || [
+        "invalid auth token", "auth store is old", "revision in header is old",
+        "user name is empty", "token is expired", "token has expired", "unauthenticated",
+        "Unauthenticated",
+      ].contains { reason.utf8.holds($0) }
   }
 
   private func token(
@@ -127,7 +148,7 @@ final class EtcdClient: Sendable {
       method: .post, server: endpoint, isSecure: isSecure, target: query.path,
       body: Array(query.body.utf8), headers: ["Content-Type: application/json"])
     if let token { request.headers.append("Authorization: \(token)") }
-    request.isComplete = query.isComplete
+    request.end = query.end
     do throws(HTTPFailure) {
       return try client.perform(request, call)
     } catch {
@@ -146,6 +167,12 @@ final class EtcdClient: Sendable {
   ) -> EngineError {
     let cause = "\(endpoint) answers '\(reason)' (status \(status))"
     func says(_ words: String...) -> Bool { words.contains { reason.utf8.holds($0) } }
+    if says("CommonName of client", "common name") {
+      return failure(
+        .accessDenied, phase, cause,
+        "with users, etcd's JSON gateway takes no certificate with a common name: give a client "
+          + "certificate without one (CN), and user and password")
+    }
     if says("lease not found") {
       return failure(.notFound, phase, cause, "the lease has ended; it is made anew")
     }
@@ -157,9 +184,11 @@ final class EtcdClient: Sendable {
         .accessDenied, phase, cause,
         "give the right user and password, and that user the right to the keys")
     }
-    if says("request is too large", "trying to send message larger") {
+    if says("request is too large", "message larger than max") {
       return failure(
-        .full, phase, cause, "register fewer and larger buffers, or raise --max-request-bytes")
+        .full, phase, cause,
+        "etcd takes 1.5 MiB in one request: register fewer and larger buffers, or raise its "
+          + "--max-request-bytes")
     }
     if says("database space exceeded") {
       return failure(.full, phase, cause, "compact and defragment etcd, or raise its quota")
@@ -168,6 +197,12 @@ final class EtcdClient: Sendable {
       || status >= 500
     {
       return failure(.unreachable, phase, cause, "does the cluster have a majority?")
+    }
+    if status == 404 {
+      return failure(
+        .protocolViolation, phase, cause,
+        "there is no JSON gateway: start etcd without --enable-grpc-gateway=false, and update one "
+          + "before 3.4")
     }
     return failure(.protocolViolation, phase, cause, "is this etcd 3.4 or newer?")
   }

@@ -5,6 +5,8 @@ package final class EtcdStore: MetadataStore {
   package let uri: MetadataURI
   let client: EtcdClient
   private static let pageCount = 500
+  /// After so long without an answer a watch asks whether its member is still one of the cluster.
+  private static let silenceMilliseconds: UInt64 = 5000
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
@@ -87,6 +89,11 @@ package final class EtcdStore: MetadataStore {
     prefix: String, since revision: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
+    // A member that is frozen or cut off is silent like one without news, and so is one whose long
+    // answer has come in part. Any that answers this knows the latest state.
+    if client.silentMilliseconds > Self.silenceMilliseconds {
+      if try !isUnchanged(prefix, since: revision, phase, call) { return .unknown }
+    }
     var writer = JSONWriter()
     writer.beginObject()
     writer.name("create_request")
@@ -99,14 +106,12 @@ package final class EtcdStore: MetadataStore {
     // The answer is a stream of lines; the first that tells of something ends it.
     let query = EtcdClient.Query(
       path: "/v3/watch", body: writer.text, phase: phase, isWatch: true,
-      isComplete: { received in
-        received.last == UInt8(ascii: "\n") && received.holds("\"events\"")
-          || received.holds("\"canceled\":true") || received.holds("\"error\"")
-      })
+      end: LineMark("\"events\"", "\"canceled\":true", "\"error\""))
     let text: [UInt8]
     do throws(EngineError) {
       var isRepeated = false
-      text = try client.ask(query, call, isRepeated: &isRepeated)
+      text = try client.ask(
+        query, call.within(milliseconds: Self.silenceMilliseconds), isRepeated: &isRepeated)
     } catch {
       // Nothing has happened.
       if error.code == .timeout { return .changes([], revision: revision) }
@@ -118,6 +123,23 @@ package final class EtcdStore: MetadataStore {
       guard try read(Array(line), phase, &changes, &latest) else { return .unknown }
     }
     return .changes(changes, revision: latest)
+  }
+
+  /// Whether no key with the prefix has been put after a revision, or deleted, as far as that can
+  /// be told from the keys that are there.
+  private func isUnchanged(
+    _ prefix: String, since revision: UInt64, _ phase: String, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    try ask("/v3/kv/range", phase, call.within(milliseconds: 2 * Self.silenceMilliseconds)) {
+      $0.member("key", Base64.encode(Self.start(prefix)))
+      $0.member("range_end", Base64.encode(Self.end(prefix)))
+      $0.member("min_mod_revision", String(revision &+ 1))
+      $0.member("limit", "1")
+      $0.name("keys_only")
+      $0.value(true)
+    } answer: { value in
+      !(value["kvs"]?.elements ?? .none).contains { _ in true }
+    }
   }
 
   /// Takes the changes of one line; false if the service has forgotten what was asked for.

@@ -21,8 +21,8 @@ struct HTTPRequest {
   var headers: [String] = []
   /// Name and password for basic authentication.
   var credentials: String?
-  /// Whether what has been received is enough, for answers that the server does not end.
-  var isComplete: (@Sendable ([UInt8]) -> Bool)?
+  /// When what has been received is enough, for answers that the server does not end.
+  var end: LineMark?
 }
 
 /// What a server answered.

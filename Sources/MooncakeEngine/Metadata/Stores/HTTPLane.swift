@@ -17,7 +17,7 @@ final class HTTPLane: @unchecked Sendable {
 
   // Of the running request.
   private var received: [UInt8] = []
-  private var isComplete: (@Sendable ([UInt8]) -> Bool)?
+  private var end: LineMark?
   private var stopReason = StopReason.none
 
   private enum StopReason { case none, enough, tooLong }
@@ -46,7 +46,7 @@ final class HTTPLane: @unchecked Sendable {
     _ request: HTTPRequest, _ addresses: [SocketAddress], _ call: MetadataCall
   ) throws(HTTPFailure) -> HTTPResponse {
     received = []
-    isComplete = request.isComplete
+    end = request.end
     stopReason = .none
     errorBuffer.pointee = 0
     var lists: [UnsafeMutablePointer<curl_slist>] = []
@@ -139,7 +139,7 @@ final class HTTPLane: @unchecked Sendable {
       return 0
     }
     received.append(contentsOf: bytes)
-    if let isComplete, isComplete(received) {
+    if end?.isFound(in: received) == true {
       stopReason = .enough
       return 0
     }
