@@ -70,10 +70,13 @@ struct MetadataChecks {
     switch error.code {
     case .accessDenied:
       "give user and password (MC_METADATA_USERNAME and MC_METADATA_PASSWORD; for Redis"
-        + " MC_REDIS_USERNAME and MC_REDIS_PASSWORD) or the certificate files (MC_METADATA_CA_FILE,"
-        + " MC_METADATA_CERT_FILE, MC_METADATA_KEY_FILE)"
+        + " MC_REDIS_USERNAME and MC_REDIS_PASSWORD), the token of an HTTP server"
+        + " (MC_METADATA_HTTP_TOKEN) or the certificate files (MC_METADATA_CA_FILE,"
+        + " MC_METADATA_CERT_FILE, MC_METADATA_KEY_FILE), and the user the right to the keys"
     case .timeout: "the service takes connections but does not answer: stopped, overloaded or full?"
     case .unreachable, .unresolved: "start the service, or correct the address"
+    case .unsupported: "use a service that can do it"
+    case .full: "give the service room, or raise its limit"
     default: "check that the URI names this kind of service, with its path"
     }
   }
@@ -123,6 +126,7 @@ struct MetadataChecks {
     let entry = MetadataEntry(
       key: "\(directory.prefix)doctor/\(UInt64.random(in: 0 ... .max))", value: "{\"doctor\":2}")
     try store.put(entry, lease: lease, call)
+    guard try renewal(store, lease, entry, &findings) else { return }
     let begin = Clock.now()
     let latest = Deadline.after(milliseconds: lease.ttlMilliseconds + 3000)
     while try store.get(entry.key, call) != nil {
@@ -147,6 +151,33 @@ struct MetadataChecks {
         : .ok("leases", detail))
   }
 
+  /// Renews a key as engines do, and ends another lease; false if the first did not work.
+  private func renewal(
+    _ store: any MetadataStore, _ lease: MetadataLease, _ entry: MetadataEntry,
+    _ findings: inout [Finding]
+  ) throws(EngineError) -> Bool {
+    guard try store.renew(lease, [entry], call) else {
+      findings.append(
+        .problem(
+          "renewal", "a key just put is gone when its lease is renewed",
+          advice: "does somebody else delete keys, or is there a replica that lags behind?"))
+      return false
+    }
+    let other = MetadataEntry(key: entry.key + "/ended", value: entry.value)
+    guard let second = try store.grant(ttlMilliseconds: Self.leaseMilliseconds, call) else {
+      return true
+    }
+    try store.put(other, lease: second, call)
+    try store.revoke(second, [other], call)
+    findings.append(
+      try store.get(other.key, call) == nil
+        ? .ok("renewal", "a lease can be renewed and ended")
+        : .problem(
+          "renewal", "a key is still there after the end of its lease",
+          advice: "the service's log says more; keys of ended processes stay until then"))
+    return true
+  }
+
   // MARK: What others have left
 
   private func owners(_ directory: MetadataDirectory) -> [Finding] {
@@ -169,7 +200,8 @@ struct MetadataChecks {
       do throws(EngineError) { _ = try SegmentDescriptor(json: entry.value) } catch {
         findings.append(
           .warning(
-            entry.key, error.message, advice: "mooncake metadata delete \(uri) \(entry.key)"))
+            entry.key, error.message,
+            advice: "mooncake metadata delete \(directory.store.uri) \(entry.key)"))
       }
     }
     for entry in routes.prefix(Self.ownerLimit) {

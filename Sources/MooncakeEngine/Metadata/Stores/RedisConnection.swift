@@ -58,7 +58,7 @@ struct HiredisLibrary: Sendable {
 }
 
 /// What Redis answers to a command.
-enum RedisReply {
+package enum RedisReply {
   case none
   case text([UInt8])
   case number(Int64)
@@ -67,10 +67,10 @@ enum RedisReply {
 }
 
 /// Why there is no answer.
-struct RedisFailure: Error {
-  let code: EngineError.Code
-  let cause: String
-  let remedy: String
+package struct RedisFailure: Error {
+  package let code: EngineError.Code
+  package let cause: String
+  package let remedy: String
 
   static func broken(_ error: Errno, _ deadline: Deadline) -> RedisFailure {
     switch error.rawValue {

@@ -56,8 +56,11 @@ package final class RedisStore: MetadataStore {
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
   ) throws(EngineError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
-    if case .none = try ask(Self.set(entry, lease) + ["NX"], phase, call) { return false }
-    return true
+    var isRepeated = false
+    let replies = try ask([Self.set(entry, lease) + ["NX"]], phase, call, isRepeated: &isRepeated)
+    guard case .none = replies[0] else { return true }
+    // The attempt that seemed to fail may be the one that put it.
+    return isRepeated ? try get(entry.key, call) == entry.value : false
   }
 
   package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
@@ -169,28 +172,48 @@ package final class RedisStore: MetadataStore {
   private func ask(
     _ commands: [[String]], _ phase: String, _ call: MetadataCall
   ) throws(EngineError) -> [RedisReply] {
+    var isRepeated = false
+    return try ask(commands, phase, call, isRepeated: &isRepeated)
+  }
+
+  /// Whoever repeats after `isRepeated` was set cannot tell whether the first attempt took effect.
+  private func ask(
+    _ commands: [[String]], _ phase: String, _ call: MetadataCall, isRepeated: inout Bool
+  ) throws(EngineError) -> [RedisReply] {
     if commands.isEmpty { return [] }
     do throws(RedisFailure) {
       if let connection = idle.withLock({ $0.popLast() }) {
         do throws(RedisFailure) {
-          return try checked(try run(commands, connection, call), phase)
+          return try run(commands, connection, phase, call)
         } catch {
-          // It may have been closed while nobody used it. Every command may be repeated.
+          // It may have been closed while nobody used it, or lead to what is the master no more.
           if error.code != .unreachable { throw error }
+          isRepeated = true
         }
       }
-      return try checked(try run(commands, try connect(call), call), phase)
+      return try run(commands, try connect(call), phase, call)
     } catch {
       throw failure(error.code, phase, error.cause, error.remedy)
     }
   }
 
   private func run(
-    _ commands: [[String]], _ connection: RedisConnection, _ call: MetadataCall
+    _ commands: [[String]], _ connection: RedisConnection, _ phase: String, _ call: MetadataCall
   ) throws(RedisFailure) -> [RedisReply] {
     let replies = try connection.run(commands, call)
-    idle.withLock { if $0.count < Self.idleLimit { $0.append(connection) } }
+    do throws(RedisFailure) {
+      try check(replies, phase)
+    } catch {
+      // Others may lead to the same server, which is not the one to ask any more.
+      if error.code == .unreachable { idle.withLock { $0 = [] } } else { keep(connection) }
+      throw error
+    }
+    keep(connection)
     return replies
+  }
+
+  private func keep(_ connection: RedisConnection) {
+    idle.withLock { if $0.count < Self.idleLimit { $0.append(connection) } }
   }
 
   private func connect(_ call: MetadataCall) throws(RedisFailure) -> RedisConnection {
@@ -198,37 +221,19 @@ package final class RedisStore: MetadataStore {
     var commands: [[String]] = []
     if let password { commands.append(["AUTH"] + (user.map { [$0] } ?? []) + [password]) }
     if database != 0 { commands.append(["SELECT", String(database)]) }
-    if commands.isEmpty { return connection }
-    _ = try checked(try connection.run(commands, call), "authenticate")
+    // Before anything else, and whatever rights the user has: what kind of Redis is this? Those
+    // before 6 do not know the command.
+    commands.insert(["HELLO", "2"], at: password == nil ? 0 : 1)
+    var replies = try connection.run(commands, call)
+    try RedisRefusal.check(mode: replies.remove(at: password == nil ? 0 : 1))
+    try check(replies, "authenticate")
     return connection
   }
 
-  private func checked(
-    _ replies: [RedisReply], _ phase: String
-  ) throws(RedisFailure) -> [RedisReply] {
+  private func check(_ replies: [RedisReply], _ phase: String) throws(RedisFailure) {
     for case .refusal(let text) in replies {
-      let cause = "the service answers '\(text.prefix(200))'"
-      let word = text.prefix { $0 != " " }
-      switch word {
-      case "NOAUTH", "WRONGPASS", "NOPERM":
-        throw RedisFailure(
-          code: .accessDenied, cause: cause,
-          remedy: "give the right user and password in the URI or in MC_REDIS_USERNAME and "
-            + "MC_REDIS_PASSWORD")
-      case "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN":
-        throw RedisFailure(code: .unreachable, cause: cause, remedy: "try again later")
-      case "OOM", "MISCONF", "READONLY", "NOREPLICAS":
-        throw RedisFailure(
-          code: .full, cause: cause, remedy: "the service takes no writes: see its log")
-      default:
-        let isPassword = phase == "authenticate" || text.utf8.holds("AUTH")
-        throw RedisFailure(
-          code: isPassword ? .accessDenied : .protocolViolation, cause: cause,
-          remedy: isPassword
-            ? "check user, password and database" : "is this Redis 5 or newer?")
-      }
+      throw RedisRefusal.failure(text, isLogin: phase == "authenticate")
     }
-    return replies
   }
 
   private func unexpected(_ reply: RedisReply, _ phase: String) -> EngineError {

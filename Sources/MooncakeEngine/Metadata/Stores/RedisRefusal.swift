@@ -1,0 +1,72 @@
+/// What the errors of Redis mean to whoever uses it as a metadata service.
+package enum RedisRefusal {
+  /// What a user needs on the keys below mooncake/.
+  package static let commands = "+get +set +del +mget +scan +eval +pexpire"
+  private static let noCluster =
+    "cluster mode is not supported, as the keys would lie on several nodes: name a Redis with "
+    + "cluster-enabled no, which may have replicas, or use etcd or mooncake metadata serve"
+
+  /// Refuses what cannot keep metadata; `reply` is the answer to HELLO.
+  package static func check(mode reply: RedisReply) throws(RedisFailure) {
+    guard case .list(let parts) = reply else { return }
+    for (name, value) in zip(parts, parts.dropFirst()) {
+      guard case .text(let name) = name, name.elementsEqual("mode".utf8),
+        case .text(let mode) = value
+      else { continue }
+      if mode.elementsEqual("cluster".utf8) {
+        throw RedisFailure(
+          code: .unsupported, cause: "this Redis runs in cluster mode", remedy: noCluster)
+      }
+      if mode.elementsEqual("sentinel".utf8) {
+        throw RedisFailure(
+          code: .unsupported, cause: "this is a sentinel, which keeps no keys",
+          remedy: "name the master, or an address that follows it")
+      }
+      return
+    }
+  }
+
+  /// The failure behind an error's text.
+  package static func failure(_ text: String, isLogin: Bool) -> RedisFailure {
+    let cause = "the service answers '\(text.prefix(200))'"
+    // An error inside of a script comes wrapped, in a manner of each version's own.
+    func says(_ words: String...) -> Bool {
+      words.contains { text.hasPrefix($0) || text.utf8.holds("-\($0) ") }
+    }
+    func failure(_ code: EngineError.Code, _ remedy: String) -> RedisFailure {
+      RedisFailure(code: code, cause: cause, remedy: remedy)
+    }
+    if says("READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS") {
+      return failure(
+        .unreachable, "this server is not the master now; what its name leads to is asked again")
+    }
+    if says("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
+      || text.utf8.holds("not allowed in cluster mode")
+    {
+      return failure(says("CLUSTERDOWN") ? .unreachable : .unsupported, noCluster)
+    }
+    if says("BUSY", "TRYAGAIN") { return failure(.unreachable, "try again later") }
+    if says("NOPERM") || text.utf8.holds("ACL failure")
+      || text.utf8.holds("user executing the script")
+    {
+      return failure(
+        .accessDenied,
+        "give the user the rights ~mooncake/* \(commands), and +select for a database")
+    }
+    if says("OOM", "MISCONF") || text.utf8.holds("maximum allowed size")
+      || text.utf8.holds("invalid bulk length")
+    {
+      return failure(
+        .full,
+        "the service takes no writes, or none of this size: see its log, maxmemory and "
+          + "proto-max-bulk-len")
+    }
+    if isLogin || says("NOAUTH", "WRONGPASS") || text.utf8.holds("AUTH") {
+      return failure(
+        .accessDenied,
+        "give the right user, password and database in the URI or in MC_REDIS_USERNAME, "
+          + "MC_REDIS_PASSWORD and MC_REDIS_DB_INDEX")
+    }
+    return failure(.protocolViolation, "is this Redis 5 or newer?")
+  }
+}

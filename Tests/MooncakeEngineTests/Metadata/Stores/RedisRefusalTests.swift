@@ -1,0 +1,49 @@
+import MooncakeEngine
+import Testing
+
+struct RedisRefusalTests {
+  @Test(
+    arguments: [
+      ("READONLY You can't write against a read only replica.", .unreachable, "master"),
+      (
+        "ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write against "
+          + "a read only replica.", .unreachable, "master"
+      ),
+      ("LOADING Redis is loading the dataset in memory", .unreachable, "master"),
+      ("MASTERDOWN Link with MASTER is down", .unreachable, "master"),
+      ("NOREPLICAS Not enough good replicas to write.", .unreachable, "master"),
+      ("CLUSTERDOWN Hash slot not served", .unreachable, "cluster mode"),
+      ("MOVED 866 127.0.0.1:7001", .unsupported, "cluster mode"),
+      ("CROSSSLOT Keys in request don't hash to the same slot", .unsupported, "cluster mode"),
+      ("ERR SELECT is not allowed in cluster mode", .unsupported, "cluster mode"),
+      ("MISCONF Redis is configured to save RDB snapshots", .full, "log"),
+      ("OOM command not allowed when used memory > 'maxmemory'.", .full, "maxmemory"),
+      ("NOPERM this user has no permissions to run the 'eval' command", .accessDenied, "+eval"),
+      (
+        "ERR ACL failure in script: User m has no permissions to run the 'pexpire' command",
+        .accessDenied, "+pexpire"
+      ),
+      (
+        "ERR The user executing the script can't run this command or subcommand script: 5",
+        .accessDenied, "+pexpire"
+      ),
+      ("WRONGPASS invalid username-password pair", .accessDenied, "MC_REDIS_PASSWORD"),
+      ("NOAUTH Authentication required.", .accessDenied, "MC_REDIS_PASSWORD"),
+      ("ERR unknown command 'EVAL'", .protocolViolation, "Redis 5"),
+    ] as [(String, EngineError.Code, String)])
+  func meaning(text: String, code: EngineError.Code, word: String) {
+    let failure = RedisRefusal.failure(text, isLogin: false)
+    #expect(failure.code == code)
+    #expect("\(failure.cause): \(failure.remedy)".contains(word))
+  }
+
+  @Test func modes() throws {
+    func reply(_ mode: String) -> RedisReply {
+      .list(["server", "redis", "mode", mode, "role", "master"].map { .text(Array($0.utf8)) })
+    }
+    try RedisRefusal.check(mode: reply("standalone"))
+    try RedisRefusal.check(mode: .refusal("ERR unknown command `HELLO`"))
+    #expect(throws: RedisFailure.self) { try RedisRefusal.check(mode: reply("cluster")) }
+    #expect(throws: RedisFailure.self) { try RedisRefusal.check(mode: reply("sentinel")) }
+  }
+}
