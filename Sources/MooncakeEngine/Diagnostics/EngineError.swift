@@ -43,4 +43,13 @@ public struct EngineError: Error, Sendable, CustomStringConvertible {
   }
 
   public var description: String { message }
+
+  /// Whether a service that answers this will answer the same next time, unless something is done
+  /// about it. Others pass by themselves.
+  package var isRefusal: Bool {
+    switch code {
+    case .full, .accessDenied, .protocolViolation, .unsupported, .invalidArgument: true
+    default: false
+    }
+  }
 }

@@ -119,6 +119,9 @@ extension TransferEngine {
     add(
       "metadata_reachable", "gauge", "Whether the metadata service answered last time.",
       counters.isReachable ? 1 : 0)
+    add(
+      "metadata_refused", "gauge", "Whether the metadata service refuses what is to be published.",
+      counters.isRefused ? 1 : 0)
     counter("metadata_publications", "Publications of the descriptor.", counters.publications)
     counter(
       "metadata_repetitions", "Of these, repetitions of what the service had lost.",

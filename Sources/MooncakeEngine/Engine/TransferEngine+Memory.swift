@@ -100,7 +100,32 @@ extension TransferEngine {
           location: location, place: place($0.address, $0.length))
       })
     sharedMemory?.server.publish()
-    if access != .local { publishChanges() }
+    if access == .local { return }
+    do throws(EngineError) {
+      try publishChanges()
+    } catch {
+      let starts = ranges.map(\.address)
+      try withdraw(local.buffers.remove(starts), Set(starts))
+      throw EngineError(
+        error.code, "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
+      )
+    }
+  }
+
+  /// Ends what peers do with buffers that have been removed, and unpublishes them. What the
+  /// metadata service refuses is tried again; peers that still find a buffer are refused here.
+  /// Throws BUSY where a copy does not end; `starts` are then known as unfinished.
+  private func withdraw(
+    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>
+  ) throws(EngineError) {
+    if starts.isEmpty { return }
+    let late = sharedMemory?.server.revoke(until: deadline(0))
+    transport.server.revoke(removed.map(\.range))
+    if removed.contains(where: { $0.range.access != .local }) { try? publishChanges() }
+    unfinished.withLock {
+      if late == nil { $0.subtract(starts) } else { $0.formUnion(starts) }
+    }
+    if let late { throw stillCopied(by: late) }
   }
 
   /// Ends the registration that begins at `address`: no peer touches the memory afterwards.
@@ -118,15 +143,7 @@ extension TransferEngine {
     var found = Set(removed.map(\.range.address))
     // Those of an earlier call that gave up waiting: nobody is offered them any more.
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
-    if !found.isEmpty {
-      let late = sharedMemory?.server.revoke(until: deadline(0))
-      transport.server.revoke(removed.map(\.range))
-      if removed.contains(where: { $0.range.access != .local }) { publishChanges() }
-      unfinished.withLock {
-        if late == nil { $0.subtract(found) } else { $0.formUnion(found) }
-      }
-      if let late { throw stillCopied(by: late) }
-    }
+    try withdraw(removed, found)
     for address in addresses where !found.contains(address) {
       throw EngineError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")

@@ -20,8 +20,10 @@ extension TransferEngine {
   }
 
   /// Tells the metadata service of changed registrations before the caller goes on to tell peers.
-  func publishChanges() {
-    publisher?.publishChanges(until: .after(milliseconds: Self.publicationMilliseconds))
+  /// Throws if peers will never hear of them.
+  func publishChanges() throws(EngineError) {
+    guard let publisher else { return try local.checkFitsMessage() }
+    try publisher.publishChanges(until: .after(milliseconds: Self.publicationMilliseconds))
   }
 
   /// Asks the metadata service, or without one the peer itself. `known` is what it said before.

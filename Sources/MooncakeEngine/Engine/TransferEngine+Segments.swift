@@ -264,6 +264,10 @@ extension TransferEngine {
   private func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
     let old = segment.route
     let new = try fetchDescriptor(segment.name, known: old.descriptor, deadline: deadline)
+    if new.isOlder(than: old.descriptor) {
+      Log.info("segment \(segment.name): what was just fetched is older than what is known")
+      return
+    }
     let isSameProcess = new.incarnation == old.descriptor.incarnation
     let isSamePlace =
       new.tcpDataHost == old.descriptor.tcpDataHost

@@ -11,6 +11,7 @@ package final class LocalSegment: Sendable {
   private struct Published: Sendable {
     var version: UInt64 = 0
     var json = ""
+    var metadataVersions = MetadataVersion()
   }
   private let published = Lock(Published())
 
@@ -34,11 +35,44 @@ package final class LocalSegment: Sendable {
     published.withLock { published in
       let version = buffers.version
       if version != published.version {
-        published = Published(version: version, json: descriptor.json())
+        var descriptor = descriptor
+        descriptor.metadataVersion = published.metadataVersions.next()
+        published.version = version
+        published.json = descriptor.json()
         warnIfTooLong(published.json.utf8.count)
       }
       return published.json
     }
+  }
+
+  /// Makes the next text newer than what another process has published under the name.
+  package func renewText(after other: UInt64) {
+    published.withLock { published in
+      published.metadataVersions.pass(other)
+      published.version = 0
+    }
+  }
+
+  /// Throws if the text has outgrown what peers take in one message. Without a metadata service
+  /// nobody could open the segment any more.
+  package func checkFitsMessage() throws(EngineError) {
+    let limit = HandshakeSettings.fromEnvironment().maximumLength
+    let buffers = buffers.snapshot.buffers
+    var writer = JSONWriter()
+    writer.value(name)
+    let nameByteCount = writer.text.utf8.count
+    // Far from the limit nothing needs to be counted.
+    if (buffers.count + 16) * (nameByteCount + 96) < limit { return }
+    let fixed = 128 + identity.json().utf8.count
+    let count = buffers.reduce(into: fixed) { count, buffer in
+      count += buffer.textByteCount(nameByteCount: nameByteCount)
+    }
+    if count < limit { return }
+    throw EngineError(
+      .full,
+      "segment \(name): with \(buffers.count) buffers the descriptor would have \(count) bytes, "
+        + "and peers take \(limit) in one message: register fewer and larger buffers, or raise "
+        + "MC_HANDSHAKE_MAX_LENGTH on both sides")
   }
 
   private func warnIfTooLong(_ byteCount: Int) {

@@ -32,6 +32,7 @@ extension SegmentDescriptor {
     tcpProtocolVersion = Int(
       try optionalInteger(value, "tcp_proto_version", upTo: UInt64(Int32.max)) ?? 1)
     incarnation = try parseIncarnation(value)
+    metadataVersion = try optionalInteger(value, "metadata_version", upTo: .max) ?? 0
     hostIdentity = try optionalString(value, "mooncake_host") ?? ""
     sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
     rpcAddress = try optionalString(value, "mooncake_rpc") ?? ""
@@ -59,6 +60,7 @@ extension SegmentDescriptor {
     writer.member("tcp_proto_version", UInt64(max(0, tcpProtocolVersion)))
     writer.member("rdma_server_name", "")
     writer.member("timestamp", localTimestamp())
+    if metadataVersion != 0 { writer.member("metadata_version", metadataVersion) }
     if incarnation != 0 {
       writer.member("mooncake_incarnation", Self.text(incarnation: incarnation))
     }
@@ -83,6 +85,17 @@ extension SegmentDescriptor {
     writer.endArray()
     writer.endObject()
     return writer.text
+  }
+}
+
+extension RemoteBuffer {
+  /// Bytes that it adds to a descriptor's text, comma included; nothing without remote rights.
+  package func textByteCount(nameByteCount: Int) -> Int {
+    let access = access.intersection([.remoteRead, .remoteWrite])
+    if access.isEmpty { return 0 }
+    let digits = String(address).utf8.count + String(length).utf8.count
+    let isWhole = access == [.remoteRead, .remoteWrite]
+    return 28 + nameByteCount + digits + (isWhole ? 0 : 20)
   }
 }
 

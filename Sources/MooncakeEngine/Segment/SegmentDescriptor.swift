@@ -39,6 +39,9 @@ public struct SegmentDescriptor: Equatable, Sendable {
   public var tcpProtocolVersion: Int
   /// Random per engine: tells a restarted process from its former self; 0 when the peer says none.
   public var incarnation: UInt64
+  /// Grows with every change of what is published, in microseconds since 1970; 0 when the peer says
+  /// none.
+  public var metadataVersion: UInt64 = 0
   /// Where the peer runs, as `HostIdentity` tells it; empty when the peer says none.
   public var hostIdentity = ""
   /// Socket under which processes of the same host share its memory; empty when it does not.
@@ -60,5 +63,13 @@ public struct SegmentDescriptor: Equatable, Sendable {
     self.tcpProtocolVersion = tcpProtocolVersion
     self.incarnation = incarnation
     self.buffers = buffers
+  }
+
+  /// Whether the same process has published the other after this one: a replica of the metadata
+  /// service that lags behind, or two answers that overtook each other.
+  package func isOlder(than other: SegmentDescriptor) -> Bool {
+    metadataVersion != 0 && metadataVersion < other.metadataVersion
+      && incarnation == other.incarnation && tcpDataPort == other.tcpDataPort
+      && tcpDataHost == other.tcpDataHost
   }
 }

@@ -92,14 +92,23 @@ package final class MetadataDirectory: Sendable {
   }
 
   /// The text under the route key. The incarnation is ours; others ignore it.
-  package static func routeText(_ address: HostPort, incarnation: UInt64) -> String {
+  package static func routeText(
+    _ address: HostPort, incarnation: UInt64, metadataVersion: UInt64
+  ) -> String {
     var writer = JSONWriter()
     writer.beginObject()
     writer.member("ip_or_host_name", address.host)
     writer.member("rpc_port", UInt64(address.port ?? 0))
+    writer.member("metadata_version", metadataVersion)
     writer.member("mooncake_incarnation", SegmentDescriptor.text(incarnation: incarnation))
     writer.endObject()
     return writer.text
+  }
+
+  /// The version in a descriptor or route; 0 if it says none.
+  package static func metadataVersion(in text: String) -> UInt64 {
+    guard let document = try? JSONDocument(parsing: text) else { return 0 }
+    return document.read { $0["metadata_version"]?.unsigned ?? 0 }
   }
 
   private func missing(_ key: String, _ what: String) -> EngineError {

@@ -13,11 +13,14 @@ package final class MetadataPublisher: Sendable {
     package var repetitions: UInt64 = 0
     package var failures: UInt64 = 0
     package var isReachable = true
+    /// Whether the service answers but takes not what is to be published.
+    package var isRefused = false
   }
 
   private let directory: MetadataDirectory
   private let local: LocalSegment
-  private let route: MetadataEntry
+  private let routeKey: String
+  private let rpcAddress: HostPort
   private let incarnation: String
   /// Readable when the engine closes: ends a running call.
   private let cancellation: Int32
@@ -25,6 +28,7 @@ package final class MetadataPublisher: Sendable {
   /// Only of the thread, and of `start` and `stop` while there is none.
   private struct Work: Sendable {
     var lease: MetadataLease?
+    var routeVersions = MetadataVersion()
     /// What has been put under it.
     var entries: [MetadataEntry] = []
     var next = Deadline.never
@@ -35,9 +39,18 @@ package final class MetadataPublisher: Sendable {
   private struct State: Sendable {
     var wanted: UInt64 = 0
     var published: UInt64 = 0
+    /// Up to where an attempt has ended, well or not.
+    var attempted: UInt64 = 0
     var isDown = false
+    /// How the last attempt ended, if the next would end alike.
+    var refusal: EngineError?
     var isStopping = false
     var counters = Counters()
+
+    /// Whether there are changes that must not wait for the next regular attempt.
+    var hasNews: Bool {
+      wanted > published && (!isDown || refusal != nil && wanted > attempted)
+    }
   }
 
   private let work = Lock(Work())
@@ -57,11 +70,9 @@ package final class MetadataPublisher: Sendable {
     self.directory = directory
     self.local = local
     self.cancellation = cancellation
-    let number = local.descriptor.incarnation
-    incarnation = SegmentDescriptor.text(incarnation: number)
-    route = MetadataEntry(
-      key: directory.routeKey(local.name),
-      value: directory.stored(MetadataDirectory.routeText(rpcAddress, incarnation: number)))
+    incarnation = SegmentDescriptor.text(incarnation: local.descriptor.incarnation)
+    routeKey = directory.routeKey(local.name)
+    self.rpcAddress = rpcAddress
   }
 
   deinit { stop() }
@@ -72,9 +83,13 @@ package final class MetadataPublisher: Sendable {
   package func start(until deadline: Deadline) throws(EngineError) {
     let call = MetadataCall(until: deadline, cancellation: cancellation)
     do throws(EngineError) {
-      try work.withLock { work throws(EngineError) in try publish(&work, isFirst: true, call) }
+      try work.withLock { work throws(EngineError) in
+        try publish(&work, isFirst: true, call)
+        // A user who may put but not renew would be gone with the first lease.
+        _ = try directory.store.renew(work.lease, work.entries, call)
+      }
     } catch {
-      if work.withLock({ !$0.entries.isEmpty }) { remove() }
+      if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) { remove() }
       throw error
     }
     do throws(Errno) {
@@ -87,15 +102,24 @@ package final class MetadataPublisher: Sendable {
   }
 
   /// Publishes what has changed and waits until it is done, unless the service cannot be reached:
-  /// then that happens when it is back.
-  package func publishChanges(until deadline: Deadline) {
+  /// then that happens when it is back. Throws if the service refuses it for good; what it has
+  /// stays there.
+  package func publishChanges(until deadline: Deadline) throws(EngineError) {
     let version = local.buffers.version
     state.withLock { $0.wanted = max($0.wanted, version) }
     ring()
     while true {
       let seen = progress.value
-      let isOver = state.withLock { $0.published >= version || $0.isDown || $0.isStopping }
-      if isOver || deadline.hasPassed { return }
+      let (isOver, refusal): (Bool, EngineError?) = state.withLock { state in
+        if state.published >= version || state.isStopping { return (true, nil) }
+        if let refusal = state.refusal { return (state.attempted >= version, refusal) }
+        return (state.isDown, nil)
+      }
+      if isOver {
+        if let refusal { throw refusal }
+        return
+      }
+      if deadline.hasPassed { return }
       progress.wait(while: seen, until: deadline)
     }
   }
@@ -140,15 +164,13 @@ package final class MetadataPublisher: Sendable {
   private func run() {
     while true {
       let bell = doorbell.value
-      let (isStopping, hasNews) = state.withLock { state in
-        (state.isStopping, state.wanted > state.published && !state.isDown)
-      }
+      let (isStopping, hasNews) = state.withLock { ($0.isStopping, $0.hasNews) }
       if isStopping { return }
       let next = work.withLock { work in
         if hasNews || work.next.hasPassed { step(&work) }
         return work.next
       }
-      let isIdle = state.withLock { $0.wanted <= $0.published || $0.isDown }
+      let isIdle = state.withLock { !$0.hasNews }
       if isIdle { doorbell.wait(while: bell, until: next) }
     }
   }
@@ -157,6 +179,7 @@ package final class MetadataPublisher: Sendable {
     let ttl = directory.settings.ttlMilliseconds
     let call = MetadataCall(
       until: .after(milliseconds: max(1000, ttl * 3 / 10)), cancellation: cancellation)
+    let version = local.buffers.version
     do throws(EngineError) {
       let isNews = state.withLock { $0.wanted > $0.published }
       if !work.isSuperseded && !isNews && work.entries.count == 2 {
@@ -171,10 +194,10 @@ package final class MetadataPublisher: Sendable {
       try publish(&work, isFirst: false, call)
     } catch {
       // A service that refuses the news still keeps what it has.
-      if [.full, .protocolViolation, .accessDenied].contains(error.code), work.entries.count == 2 {
+      if error.isRefusal, work.entries.count == 2 {
         _ = try? directory.store.renew(work.lease, work.entries, call)
       }
-      failed(&work, error)
+      failed(&work, error, version)
     }
   }
 
@@ -182,14 +205,14 @@ package final class MetadataPublisher: Sendable {
     _ work: inout Work, isFirst: Bool, _ call: MetadataCall
   ) throws(EngineError) {
     let isRepetition = !isFirst && work.entries.count < 2
-    if isRepetition {
-      if try isForeign(call) {
+    if isFirst || isRepetition {
+      if try isForeign(&work, call) && !isFirst {
         supersede(&work)
         return
       }
     }
     // Where there are no leases, what has been put stays.
-    if work.entries.isEmpty {
+    if work.lease == nil && work.entries.isEmpty {
       work.lease = try directory.store.grant(
         ttlMilliseconds: directory.settings.ttlMilliseconds, call)
     }
@@ -199,11 +222,15 @@ package final class MetadataPublisher: Sendable {
       key: directory.segmentKey(local.name), value: directory.stored(local.json))
     do throws(EngineError) {
       if work.entries.isEmpty {
+        let text = MetadataDirectory.routeText(
+          rpcAddress, incarnation: local.descriptor.incarnation,
+          metadataVersion: work.routeVersions.next())
+        let route = MetadataEntry(key: routeKey, value: directory.stored(text))
         try directory.store.put(route, lease: work.lease, call)
         work.entries = [route]
       }
       try directory.store.put(segment, lease: work.lease, call)
-      work.entries = [route, segment]
+      work.entries = [work.entries[0], segment]
     } catch {
       if error.code == .notFound {
         work.lease = nil
@@ -220,14 +247,30 @@ package final class MetadataPublisher: Sendable {
     if isRepetition { Log.info("segment \(local.name) is published again") }
   }
 
-  /// Whether another process has put the keys: then they stay its own.
-  private func isForeign(_ call: MetadataCall) throws(EngineError) -> Bool {
-    for key in [route.key, directory.segmentKey(local.name)] {
-      if let text = try directory.store.get(key, call), !text.utf8.holds(incarnation) {
-        return true
-      }
+  /// Whether another process has put the keys: then they stay its own. What is put here next is
+  /// newer in any case, or those that know the other's would keep that.
+  private func isForeign(_ work: inout Work, _ call: MetadataCall) throws(EngineError) -> Bool {
+    let segmentKey = directory.segmentKey(local.name)
+    var isForeign = false
+    var latest: UInt64 = 0
+    for key in [routeKey, segmentKey] {
+      guard let text = try read(key, call) else { continue }
+      if !text.utf8.holds(incarnation) { isForeign = true }
+      let version = MetadataDirectory.metadataVersion(in: text)
+      if key == routeKey { work.routeVersions.pass(version) } else { latest = version }
     }
-    return false
+    local.renewText(after: latest)
+    return isForeign
+  }
+
+  /// What stands under a key; empty if it is no text.
+  private func read(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    do throws(EngineError) {
+      return try directory.store.get(key, call)
+    } catch {
+      if error.code == .protocolViolation { return "" }
+      throw error
+    }
   }
 
   private func supersede(_ work: inout Work) {
@@ -242,7 +285,10 @@ package final class MetadataPublisher: Sendable {
   }
 
   private func advance(to version: UInt64) {
-    state.withLock { $0.published = max($0.published, version) }
+    state.withLock {
+      $0.published = max($0.published, version)
+      $0.attempted = max($0.attempted, version)
+    }
     progress.increment()
     progress.wakeAll()
   }
@@ -253,28 +299,44 @@ package final class MetadataPublisher: Sendable {
     let wasDown = state.withLock { state in
       defer { state.isDown = false }
       count(&state.counters)
+      state.refusal = nil
       state.counters.isReachable = true
+      state.counters.isRefused = false
       return state.isDown
     }
     if wasDown { Log.info("metadata \(directory.store.uri) can be reached again") }
   }
 
-  private func failed(_ work: inout Work, _ error: EngineError) {
+  private func failed(_ work: inout Work, _ error: EngineError, _ version: UInt64) {
     // A lease that has ended is no failure of the service.
     let isLost = error.code == .notFound && work.backoffMilliseconds == 0
     work.backoffMilliseconds = min(
       Self.maximumBackoffMilliseconds,
       max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
-    work.next = isLost ? .after(milliseconds: 0) : .after(milliseconds: work.backoffMilliseconds)
-    let wasDown = state.withLock { state in
-      defer { state.isDown = true }
+    // What is refused may be large, and will be refused again.
+    let pause =
+      error.isRefusal && work.entries.count == 2
+      ? directory.settings.ttlMilliseconds / 3 : work.backoffMilliseconds
+    work.next = .after(milliseconds: isLost ? 0 : pause)
+    let wasTold = state.withLock { state in
+      defer {
+        state.isDown = true
+        state.refusal = error.isRefusal ? error : nil
+        state.attempted = max(state.attempted, version)
+      }
       state.counters.failures &+= 1
-      state.counters.isReachable = isLost
-      return state.isDown
+      state.counters.isReachable = isLost || error.isRefusal
+      state.counters.isRefused = error.isRefusal
+      return state.isDown && (state.refusal != nil || !error.isRefusal)
     }
     progress.increment()
     progress.wakeAll()
-    if !wasDown && !isLost && error.code != .canceled {
+    if wasTold || isLost || error.code == .canceled { return }
+    if error.isRefusal {
+      Log.error(
+        "segment \(local.name): \(error.message) (transfers go on; peers find what was published "
+          + "before, and no registration succeeds until the service takes it)")
+    } else {
       Log.warning(
         "segment \(local.name): \(error.message) (transfers go on; what this process publishes is "
           + "published again as soon as the service can be reached)")

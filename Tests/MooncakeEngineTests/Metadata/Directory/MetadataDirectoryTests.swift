@@ -210,7 +210,7 @@ struct MetadataDirectoryTests {
       MetadataEntry(
         key: "mooncake/rpc_meta/x",
         value: MetadataDirectory.routeText(
-          HostPort(host: "::1", port: 5), incarnation: 7)), lease: nil, call)
+          HostPort(host: "::1", port: 5), incarnation: 7, metadataVersion: 1)), lease: nil, call)
     #expect(try directory.route(to: "x", call) == HostPort(host: "::1", port: 5))
     // Without a data host it is the route's.
     let text = #"{"name":"x","protocol":"tcp","tcp_data_port":9,"buffers":[]}"#

@@ -1,0 +1,94 @@
+import MooncakeEngine
+import MooncakeSystem
+import Testing
+
+/// Registrations that peers would never hear of.
+struct RefusedRegistrationTests {
+  private typealias Range = (address: UInt64, length: UInt64)
+
+  /// Pieces of one mapping; nothing is ever touched.
+  private func ranges(_ count: Int) -> [Range] {
+    (0..<count).map { (0x10_0000_0000 + UInt64($0) * 8192, 4096) }
+  }
+
+  private func register(_ engine: TransferEngine, _ ranges: [Range]) throws(EngineError) {
+    try ranges.withUnsafeBufferPointer { pointer throws(EngineError) in
+      try engine.register(pointer, location: "*", access: [.remoteRead, .remoteWrite])
+    }
+  }
+
+  private func refusal(_ engine: TransferEngine, _ ranges: [Range]) -> EngineError? {
+    do throws(EngineError) {
+      try register(engine, ranges)
+      return nil
+    } catch {
+      return error
+    }
+  }
+
+  @Test func peersTakeOneMessage() throws {
+    let engine = try makeEngine()
+    defer { engine.close() }
+    let many = ranges(30_000)
+    let error = try #require(refusal(engine, many))
+    #expect(error.code == .full)
+    for word in ["1048576", "MC_HANDSHAKE_MAX_LENGTH", "30000"] {
+      #expect(error.message.contains(word), "\(error.message)")
+    }
+    #expect(engine.local.buffers.snapshot.buffers.isEmpty)
+    // As many as fit, then one more.
+    var fitting = 0
+    while refusal(engine, Array(many[fitting..<fitting + 500])) == nil { fitting += 500 }
+    #expect(fitting > 9000)
+    #expect(engine.local.json.utf8.count < 1 << 20)
+    #expect(engine.local.buffers.snapshot.buffers.count == fitting)
+    let peer = try makeEngine()
+    defer { peer.close() }
+    let segment = try peer.openSegment(engine.name)
+    #expect(try peer.descriptor(of: segment).buffers.count == fitting)
+  }
+
+  /// What a caller sees where the service answers that it is too much.
+  @Test func serviceTakesNoMore() throws {
+    var limits = MetadataLimits()
+    limits.valueBytes = 64 << 10
+    let server = try MetadataServer(MetadataServer.Options(), limits)
+    defer { server.stop() }
+    let engine = try makeEngine {
+      $0.metadataURI = server.uri
+      $0.name = "target"
+    }
+    defer { engine.close() }
+    try register(engine, ranges(100))
+    let more = ranges(2000).dropFirst(100)
+    let begin = Clock.now()
+    let error = try #require(refusal(engine, Array(more)))
+    #expect(error.code == .full && error.message.contains("413"))
+    #expect(Clock.now() - begin < 3_000_000_000)
+    #expect(engine.local.buffers.snapshot.buffers.count == 100)
+    // The next one gets its own answer.
+    #expect(refusal(engine, Array(more))?.code == .full)
+    try register(engine, Array(more.prefix(100)))
+    let directory = try MetadataDirectory(MetadataURI(parsing: server.uri))
+    let call = MetadataCall(until: .after(milliseconds: 5000))
+    #expect(try directory.descriptor(of: "target", call).buffers.count == 200)
+  }
+
+  @Test func sizeIsKnownBefore() throws {
+    var descriptor = SegmentDescriptor(name: "a\"b")
+    let empty = descriptor.json().utf8.count
+    var expected = 0
+    let rights: [Access] = [.remoteRead, .remoteWrite, [.remoteRead, .remoteWrite]]
+    for (index, access) in rights.enumerated() {
+      let buffer = RemoteBuffer(
+        address: UInt64(4096) << UInt64(index * 12), length: UInt64(7) << UInt64(index * 9),
+        access: access)
+      descriptor.buffers.append(buffer)
+      expected += buffer.textByteCount(nameByteCount: 6)
+      let written = descriptor.json().utf8.count - empty
+      #expect(written <= expected && expected <= written + 1)
+    }
+    let local = RemoteBuffer(address: 1, length: 1, access: .local)
+    #expect(local.textByteCount(nameByteCount: 6) == 0)
+  }
+}
