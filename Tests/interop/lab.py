@@ -28,6 +28,8 @@ SCRIPTS = HERE.parent.parent / "scripts"
 # One of each behavior on the wire: v1 framing with a connection per request, v2 framing, v2 framing
 # with kept connections.
 RELEASES = ("0.3.9", "0.3.12.post1", "0.3.13.post1")
+# With metadata_version in what it publishes, and tokens for HTTP metadata servers.
+NEWEST = "0.3.14"
 # 0.3.13 does not get on with releases that close after each request; this one does with all.
 SELF_CHECK_RELEASE = "0.3.12.post1"
 SELF_CHECK = bool(os.environ.get("MOONCAKE_INTEROP_SELF_CHECK"))

@@ -86,11 +86,11 @@ class Etcd(Service):
 
     has_leases = True
 
-    def __init__(self, tls=False, host=LOOPBACK):
+    def __init__(self, tls=False, *flags, host=LOOPBACK):
         super().__init__(host)
         self.port = lab.free_ports(2)
         self.scheme = "http"
-        self.flags = []
+        self.flags = list(flags)
         self.uri = f"etcd://{host}:{self.port}"
         if tls:
             self.scheme = "https"
@@ -117,10 +117,24 @@ class Etcd(Service):
     def forget(self):
         shutil.rmtree(self.folder / "data")
 
+    def with_users(self):
+        """Makes root, and mooncake with the right to the keys; both have the password secret."""
+        for words in (("user", "add", "root:secret"), ("role", "add", "root"),
+                      ("user", "grant-role", "root", "root"), ("user", "add", "mooncake:secret"),
+                      ("role", "add", "keys"),
+                      ("role", "grant-permission", "keys", "--prefix=true", "readwrite",
+                       "mooncake/"),
+                      ("user", "grant-role", "mooncake", "keys"), ("auth", "enable")):
+            self.control(*words)
+
     def control(self, *words):
         """Runs etcdctl."""
+        files = []
+        if self.scheme == "https":
+            files = ["--cacert", "ca.pem", "--cert", "nameless.pem", "--key", "nameless.key"]
         done = subprocess.run(
-            ["etcdctl", "--endpoints", f"{self.host}:{self.port}", *words],
+            ["etcdctl", "--endpoints", f"{self.scheme}://{self.host}:{self.port}", *files, *words],
+            cwd=self.folder,
             env=dict(os.environ, ETCDCTL_API="3"), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=20,
         )
@@ -166,10 +180,11 @@ class EtcdCluster(Service):
 class Redis(Service):
     has_leases = True
 
-    def __init__(self, password=None, host=LOOPBACK):
+    def __init__(self, password=None, *flags, host=LOOPBACK):
         super().__init__(host)
         self.port = lab.free_ports(1)
         self.password = password
+        self.flags = flags
         userinfo = f":{password}@" if password else ""
         self.uri = f"redis://{userinfo}{host}:{self.port}/1"
         self.start()
@@ -180,7 +195,15 @@ class Redis(Service):
                  "--appendfsync", "always"]
         if self.password:
             words += ["--requirepass", self.password]
-        self.process = self.launch(words, self.port)
+        self.process = self.launch(words + list(self.flags), self.port)
+
+    def control(self, *words):
+        """Runs redis-cli in database 1, as its first user."""
+        done = subprocess.run(
+            ["redis-cli", "-h", self.host, "-p", str(self.port), "-n", "1", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20,
+        )
+        return done.stdout
 
     def forget(self):
         shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
@@ -196,17 +219,46 @@ class Ours(Service):
         self.port = lab.free_ports(1)
         self.uri = f"http://{host}:{self.port}/metadata"
         self.flags = ["--host", host, *flags]
+        self.variables = None
         if directory:
             self.flags += ["--directory", str(self.folder / "data")]
         self.start()
 
     def start(self):
         self.process = self.launch(
-            [cli(), "metadata", "serve", "--port", str(self.port), *self.flags], self.port
+            [cli(), "metadata", "serve", "--port", str(self.port), *self.flags], self.port,
+            self.variables,
         )
 
     def forget(self):
         shutil.rmtree(self.folder / "data", ignore_errors=True)
+
+
+class OursWithToken(Ours):
+    """mooncake metadata serve that asks for a token."""
+
+    TOKEN = "open-s3same"
+
+    def start(self):
+        self.variables = dict(os.environ, MC_METADATA_HTTP_TOKEN=self.TOKEN)
+        super().start()
+
+
+class StockHTTPWithToken(Service):
+    """The original's HTTP metadata server in Python, of the first release that asks for a token."""
+
+    TOKEN = "open-s3same"
+
+    def __init__(self):
+        super().__init__()
+        self.port = lab.free_ports(1)
+        self.uri = f"http://127.0.0.1:{self.port}/metadata"
+        python = lab.stock_environment(lab.NEWEST) / "bin" / "python"
+        self.process = self.launch(
+            [str(python), "-m", "mooncake.http_metadata_server", "--host", "127.0.0.1", "--port",
+             str(self.port)],
+            self.port, lab.stock_variables(MC_METADATA_HTTP_TOKEN=self.TOKEN),
+        )
 
 
 class StockHTTP(Service):
@@ -237,7 +289,8 @@ class StockHTTP(Service):
 
 
 def make_certificates(folder):
-    """ca, server, client, and a client and an authority that nobody knows."""
+    """ca, server, client, one without a common name, and a client and an authority that nobody
+    knows."""
 
     def openssl(*words):
         subprocess.run(
@@ -252,9 +305,10 @@ def make_certificates(folder):
     for authority in ("ca", "other"):
         openssl("req", "-x509", *curve, "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
                 "-subj", f"/CN={authority}", "-days", "2")
-    for name, authority in (("server", "ca"), ("client", "ca"), ("foreign", "other")):
-        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr",
-                "-subj", f"/CN={name}")
+    for name, authority in (("server", "ca"), ("client", "ca"), ("foreign", "other"),
+                            ("nameless", "ca")):
+        subject = "/O=nobody" if name == "nameless" else f"/CN={name}"
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem",
                 "-CAkey", f"{authority}.key", "-CAcreateserial", "-out", f"{name}.pem",
                 "-days", "2", "-extfile", "names")
@@ -289,11 +343,23 @@ def start_peer(uri, name, api="native", **variables):
     return lab.start_ours(api, **extra, **variables)
 
 
-def start_stock(version, uri, name):
+def start_stock(version, uri, name, **variables):
     return lab.start_stock(
         version, MOONCAKE_PEER_METADATA=uri, MOONCAKE_PEER_NAME=name,
-        MOONCAKE_PEER_BYTES=VARIABLES["MOONCAKE_PEER_BYTES"],
+        MOONCAKE_PEER_BYTES=VARIABLES["MOONCAKE_PEER_BYTES"], **variables,
     )
+
+
+def doctor(uri, **variables):
+    """The findings about a service, by name: (level, all text)."""
+    done = subprocess.run(
+        [cli(), "doctor", "--json", "--metadata", uri], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=60, env=dict(os.environ, **variables))
+    report = json.loads(done.stdout)
+    (group,) = [g for g in report["groups"] if g["group"] == "Metadata service"]
+    return {
+        finding["subject"]: (finding["level"], json.dumps(finding)) for finding in group["findings"]
+    }
 
 
 class Proxy:

@@ -79,6 +79,47 @@ class Meeting(unittest.TestCase):
         carry(redis.uri, http.uri)
         self.move(stock, ours, "stock to ours through Redis")
 
+    def test_news_are_noticed(self):
+        """The first release that orders what it finds by metadata_version."""
+        for kind in (services.Ours, services.Etcd):
+            service = kind()
+            self.addCleanup(service.end)
+            stock = services.start_stock(
+                lab.NEWEST, service.uri, "stock", MC_TE_METADATA_REFRESH_INTERVAL_SECONDS="1")
+            self.addCleanup(stock.kill)
+            for life in range(2):
+                ours = services.start_peer(service.uri, "ours")
+                self.addCleanup(ours.kill)
+                for key in ("mooncake/ram/ours", "mooncake/rpc_meta/ours"):
+                    text = json.loads(services.command("get", service.uri, key))
+                    self.assertGreater(text["metadata_version"], 1_700_000_000_000_000)
+
+                def seen(address):
+                    return lambda: stock.ask("first_buffer", peer="ours")["address"] == address
+
+                self.assertTrue(lab.wait_until(seen(ours.address), 10, pause=0.2), f"life {life}")
+                self.move(stock, ours, f"life {life}")
+                for change, address in (("unregister", None), ("register", ours.address)):
+                    self.assertEqual(ours.ask(change)["code"], 0)
+                    if address:
+                        self.assertTrue(lab.wait_until(seen(address), 10, pause=0.2), change)
+                self.move(stock, ours, f"life {life}, again")
+                ours.kill()
+            log = stock.log_tail(10_000)
+            self.assertNotIn("Rejecting", log)
+            self.assertIn("metadata version: 1", log)
+            # And what it publishes is news to us.
+            ours = services.start_peer(service.uri, "other")
+            self.addCleanup(ours.kill)
+            for change, code in (("unregister", False), ("register", True)) * 2:
+                stock.ask(change)
+                self.assertEqual(ours.ask("reopen", peer="stock")["code"], 0)
+                answer = ours.ask("transfer", peer="stock", operation="read",
+                                  pieces=[[0, stock.address, MIB]], timeout=5.0)
+                self.assertEqual(answer["code"] == 0, code, f"{change}: {answer}")
+            stock.kill()
+            ours.quit()
+
     def test_stock_restarts_under_its_name(self):
         """Our server lets it in, and a peer with the old descriptor goes on."""
         service = services.Ours()
