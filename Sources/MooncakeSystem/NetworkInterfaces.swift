@@ -61,13 +61,18 @@ package enum NetworkInterfaces {
   /// What a datagram to an address would bear as its source; port 0.
   private static func source(towards target: SocketAddress) -> SocketAddress? {
     let type = Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
-    let number = socket(target.family, type, 0)
-    if number < 0 { return nil }
-    let descriptor = FileDescriptor(owning: number)
-    guard target.withPointer({ connect(descriptor.rawValue, $0, $1) }) == 0 else { return nil }
-    var source = try? SocketAddress.filled { getsockname(descriptor.rawValue, $0, $1) }
-    source?.port = 0
-    return source
+    do throws(Errno) {
+      let descriptor = try FileDescriptor(
+        opening: { socket(target.family, type, 0) }, call: "socket")
+      guard target.withPointer({ connect(descriptor.rawValue, $0, $1) }) == 0 else { return nil }
+      var source = try SocketAddress.filled("getsockname") {
+        getsockname(descriptor.rawValue, $0, $1)
+      }
+      source.port = 0
+      return source
+    } catch {
+      return nil
+    }
   }
 
   /// Every address that `firstUsable` chooses from, with the name of its interface.
