@@ -228,11 +228,10 @@ extension TCPEndpoint {
       closeSocket()
     }
     state = .idle
+    // What waits for a fence goes over once it is there, or ends here.
     var moved = queue.takeAll()
-    var waiting = held.takeAll()
-    moved.append(contentsOf: &waiting)
     rewind()
-    earliestDeadline = .max
+    earliestDeadline = held.earliestDeadline
     while let slice = moved.popFirst() {
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
       if slice.pointee.wasSent && successor.isRestarted {
