@@ -6,16 +6,24 @@ import Synchronization
 /// Not the standard library's: its word holds the owner's thread number, which a thread looks up
 /// once. In the child of a fork the number is the parent's, and the first contended unlock ends the
 /// process. This word names nobody, so locks made in the child work like any other.
-package struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
+///
+/// Public, frozen and transparent like the standard library's: otherwise its users call generic code
+/// that asks for metadata, some hundred instructions each time.
+@frozen
+public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
   // Unchecked: the value is only touched by the thread that holds the word.
-  private let word = Atomic<UInt32>(LockWord.free)
-  private let value: _Cell<Value>
+  @usableFromInline let word: Atomic<UInt32>
+  @usableFromInline let value: _Cell<Value>
 
-  package init(_ value: consuming sending Value) { self.value = _Cell(value) }
+  @_transparent
+  public init(_ value: consuming sending Value) {
+    word = Atomic(0)
+    self.value = _Cell(value)
+  }
 
   /// Runs `body` while no other thread is inside.
-  @inline(__always)
-  package func withLock<Result: ~Copyable, Failure: Error>(
+  @_transparent
+  public func withLock<Result: ~Copyable, Failure: Error>(
     _ body: (inout sending Value) throws(Failure) -> sending Result
   ) throws(Failure) -> sending Result {
     if !LockWord.tryTake(word) { LockWord.take(word) }
@@ -25,15 +33,17 @@ package struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
 }
 
 /// The word of a lock.
+@usableFromInline
 enum LockWord {
-  static let free: UInt32 = 0
-  private static let held: UInt32 = 1
+  @inlinable static var free: UInt32 { 0 }
+  @inlinable static var held: UInt32 { 1 }
   /// Held, and somebody may be asleep.
-  private static let awaited: UInt32 = 2
+  @inlinable static var awaited: UInt32 { 2 }
 
   /// Most holders are gone within this.
   private static let spinCount = 100
 
+  @inlinable
   @inline(__always)
   static func tryTake(_ word: borrowing Atomic<UInt32>) -> Bool {
     word.compareExchange(
@@ -42,6 +52,7 @@ enum LockWord {
   }
 
   /// Takes a lock that somebody holds.
+  @usableFromInline
   @inline(never)
   static func take(_ word: borrowing Atomic<UInt32>) {
     for _ in 0..<spinCount {
@@ -54,6 +65,7 @@ enum LockWord {
     }
   }
 
+  @inlinable
   @inline(__always)
   static func release(_ word: borrowing Atomic<UInt32>) {
     if word.exchange(free, ordering: .releasing) == awaited { wake(word, count: 1) }
@@ -72,6 +84,7 @@ enum LockWord {
     }
   }
 
+  @usableFromInline
   @inline(never)
   static func wake(_ word: borrowing Atomic<UInt32>, count: Int32) {
     withAddress(of: word) { _ = linux_futex_wake($0, count) }
