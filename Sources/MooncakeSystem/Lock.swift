@@ -7,8 +7,8 @@ import Synchronization
 /// once. In the child of a fork the number is the parent's, and the first contended unlock ends the
 /// process. This word names nobody, so locks made in the child work like any other.
 ///
-/// Public, frozen and transparent like the standard library's: otherwise its users call generic code
-/// that asks for metadata, some hundred instructions each time.
+/// Public, frozen and transparent like the standard library's: otherwise its users call generic
+/// code that asks for metadata, some hundred instructions each time.
 @frozen
 public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
   // Unchecked: the value is only touched by the thread that holds the word.
