@@ -165,7 +165,8 @@ int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
 
 /* Cancels what is in flight, closes every connection, ends the engine's threads and frees its own
  * memory. Calls of other threads return MOONCAKE_ERROR_CANCELED or INVALID_HANDLE. Afterwards no
- * caller memory is touched. Blocking, at most a few seconds. Not from a callback of the library:
+ * caller memory is touched, unless the log names a thread of another process of this host that is
+ * held up in the middle of a copy. Blocking, at most a few seconds. Not from a callback of the library:
  * INVALID_ARGUMENT. Since 0.1. */
 int32_t mooncake_engine_destroy(mooncake_engine_t *engine);
 
@@ -328,7 +329,8 @@ int32_t mooncake_batch_submit(mooncake_engine_t *engine, mooncake_batch_t batch,
 /* As mooncake_batch_submit(); once the whole batch is COMPLETED, and only then, the segment of the
  * first request gets the notification. The batch and its completed requests become terminal
  * after the peer has acknowledged it or its delivery has failed; a failed delivery is the batch's
- * error. Since 0.1. */
+ * error. A batch holds one notification: another submitted before the batch has ended replaces it.
+ * Since 0.1. */
 int32_t mooncake_batch_submit_notify(mooncake_engine_t *engine, mooncake_batch_t batch,
                                      const mooncake_transfer_request_t *requests, uint64_t count,
                                      uint64_t timeout_ms, const char *name, const char *message);

@@ -97,7 +97,6 @@ static inline int linux_pidfd_open(pid_t process) {
   return (int)syscall(SYS_pidfd_open, process, 0);
 }
 
-// Whether other processes of the user may look into this one.
 // Constants that are GNU extensions, under names of their own.
 enum { LINUX_O_PATH = O_PATH };
 enum { LINUX_RENAME_NOREPLACE = 1, LINUX_RENAME_EXCHANGE = 2 };

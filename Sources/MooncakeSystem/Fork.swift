@@ -118,6 +118,8 @@ package enum Fork {
 
   private static func finishInChild() {
     gate.store(0, ordering: .relaxed)
+    // A thread of the parent may be inside, where a fork did not wait for it any longer.
+    preparing.store(LockWord.free, ordering: .relaxed)
     forkCount.wrappingAdd(1, ordering: .relaxed)
     if generation == 0 { forkCount.store(1, ordering: .relaxed) }
   }

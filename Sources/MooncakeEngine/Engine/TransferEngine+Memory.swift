@@ -104,11 +104,13 @@ extension TransferEngine {
     do throws(EngineError) {
       try publishChanges()
     } catch {
+      var message =
+        "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
       let starts = ranges.map(\.address)
-      try withdraw(local.buffers.remove(starts), Set(starts))
-      throw EngineError(
-        error.code, "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
-      )
+      do throws(EngineError) { try withdraw(local.buffers.remove(starts), Set(starts)) } catch {
+        message += "; \(error.message)"
+      }
+      throw EngineError(error.code, message)
     }
   }
 
@@ -184,8 +186,11 @@ extension TransferEngine {
     do throws(EngineError) {
       try register(address, length: length, location: location, access: access)
     } catch {
-      mappings.withLock { $0[key] = nil }
-      sharedMemory?.server.release(memory)
+      // Not unmapped as long as a peer may touch it.
+      if !unfinished.withLock({ $0.contains(key) }) {
+        mappings.withLock { $0[key] = nil }
+        sharedMemory?.server.release(memory)
+      }
       throw error
     }
     return address

@@ -210,20 +210,20 @@ extension Batch {
     let task = slice.pointee.task
     let batch = task.pointee.batch
     let length = slice.pointee.length
-    if outcome != .completed { batch.recordFailure(outcome, reason) }
+    if outcome != .completed { batch.recordFailure(outcome, task.pointee.segment, reason) }
     // Before the task's end: afterwards the batch, and with it a slice of its own, may be gone.
     if slice.pointee.isPooled { batch.pool.give(slice) }
     if let final = task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task, final) }
   }
 
-  private func recordFailure(_ outcome: Outcome, _ reason: () -> String) {
+  private func recordFailure(_ outcome: Outcome, _ segment: SegmentID, _ reason: () -> String) {
     if failureWord.load(ordering: .relaxed) != 0 { return }
     let (first, _) = failureWord.compareExchange(
       expected: 0, desired: outcome.rawValue, ordering: .acquiringAndReleasing)
     if !first { return }
     let message = reason()
     text.withLock { $0 = message }
-    if outcome.state != .canceled { Log.warning(message) }
+    if outcome.state != .canceled { Log.warning(message, about: "segment \(segment)") }
   }
 
   private func endTask(_ task: UnsafeMutablePointer<TransferTask>, _ final: Outcome) {
@@ -254,7 +254,7 @@ extension Batch {
 
   /// Ends the hold that a notification on its way has on the batch.
   package func endNotification(_ error: EngineError?) {
-    if let error { recordFailure(.failed(error.code)) { error.message } }
+    if let error { recordFailure(.failed(error.code), tasks[0].segment) { error.message } }
     endHold(Self.delivery)
   }
 

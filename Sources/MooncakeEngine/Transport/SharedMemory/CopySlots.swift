@@ -126,7 +126,8 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
         hasWarned = true
         Log.warning(
           "shared memory: thread \(thread) of process \(process.id) is in the middle of a copy "
-            + "from or to a buffer that is being unregistered; waiting for it")
+            + "from or to a buffer that is being unregistered; waiting for it",
+          about: "process \(process.id)")
       }
     }
     return true

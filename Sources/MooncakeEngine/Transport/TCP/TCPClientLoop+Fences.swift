@@ -16,13 +16,18 @@ extension TCPClientLoop {
       socket, token: token, expiry: Clock.now() &+ TCPFence.waitNanoseconds, peer: peer,
       unanswered: unanswered)
     counters.fences.wrappingAdd(1, ordering: .relaxed)
+    fences[token] = fence
     do throws(Errno) {
       try epoll.add(descriptor, events: Epoll.readable, token: token)
-      fences[token] = fence
     } catch {
-      fence.giveUp("cannot be watched: \(error)")
-      counters.fences.wrappingSubtract(1, ordering: .relaxed)
+      giveUp(fence, "cannot be watched: \(error)")
     }
+  }
+
+  /// Lets nobody wait for it any longer.
+  private func giveUp(_ fence: TCPFence, _ reason: String) {
+    fence.giveUp(reason)
+    lateFences += 1
   }
 
   /// Follows one that has something to tell.
@@ -30,6 +35,7 @@ extension TCPClientLoop {
     guard let fence = fences[token] else { return }
     let scratch = fenceScratch ?? .allocate(byteCount: Self.scratchBytes, alignment: 64)
     fenceScratch = scratch
+    let wasLate = fence.isOverdue
     switch fence.progress(scratch, Self.scratchBytes) {
     case .open: return
     case .closed: fence.lift()
@@ -37,6 +43,7 @@ extension TCPClientLoop {
     }
     epoll.remove(fence.descriptor)
     fences[token] = nil
+    if wasLate { lateFences -= 1 }
     counters.fences.wrappingSubtract(1, ordering: .relaxed)
   }
 
@@ -44,9 +51,14 @@ extension TCPClientLoop {
   /// and close it, writes may go on.
   func expireFences() {
     for fence in fences.values where !fence.isOverdue && now >= fence.expiry {
-      fence.giveUp(
-        "was not closed by the peer within \(TCPFence.waitNanoseconds / 1_000_000_000) s")
+      giveUp(
+        fence, "was not closed by the peer within \(TCPFence.waitNanoseconds / 1_000_000_000) s")
     }
+  }
+
+  /// Looks at late ones while nobody drives.
+  func pollLateFences() {
+    for fence in fences.values where fence.isOverdue { progressFence(fence.token) }
   }
 
   /// When the next fence is overdue.
@@ -57,6 +69,7 @@ extension TCPClientLoop {
   /// The loop is stopping.
   func dropFences() {
     for fence in fences.values { epoll.remove(fence.descriptor) }
+    lateFences = 0
     counters.fences.wrappingSubtract(fences.count, ordering: .relaxed)
     fences.removeAll()
   }

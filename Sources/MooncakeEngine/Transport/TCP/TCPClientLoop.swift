@@ -39,6 +39,12 @@ package final class TCPClientLoop: @unchecked Sendable {
   /// Connections given up with unanswered writes.
   var fences: [UInt64: TCPFence] = [:]
   var fenceScratch: UnsafeMutableRawPointer?
+  /// Those of them that nobody waits for any more. Others have the loop driven; these are looked at
+  /// now and then, so that a peer which is away for long keeps no driver from other peers.
+  var lateFences = 0 {
+    didSet { hasLateFences.store(lateFences > 0, ordering: .relaxed) }
+  }
+  private let hasLateFences = Atomic<Bool>(false)
   var nextToken: UInt64 = 1
   /// When the present turn began.
   var now: UInt64 = 0
@@ -65,6 +71,8 @@ package final class TCPClientLoop: @unchecked Sendable {
   private static let restNanoseconds: UInt64 = 500_000
   private static let activeNanoseconds: UInt64 = 10_000_000
 
+  private static let lateFenceNanoseconds: UInt64 = 1_000_000_000
+
   static let receiveLimitBytes = 1 << 20
   private static let wakeupToken: UInt64 = 0
   /// More bytes than this in a burst is bulk: spinning would only take the processor from the peer.
@@ -82,6 +90,11 @@ package final class TCPClientLoop: @unchecked Sendable {
   }
 
   deinit {
+    // Scheduled by other loops after this one had stopped.
+    var cursor = ready.load(ordering: .relaxed)
+    while let pointer = UnsafeRawPointer(bitPattern: cursor) {
+      cursor = Unmanaged<TCPEndpoint>.fromOpaque(pointer).takeRetainedValue().nextReady
+    }
     vectors.deallocate()
     headers.deallocate()
     statuses.deallocate()
@@ -215,10 +228,13 @@ extension TCPClientLoop {
       if !(hasWork && !isDriven.load(ordering: .sequentiallyConsistent))
         && !isStopping.load(ordering: .sequentiallyConsistent)
       {
-        doorbell.wait(
-          while: bell, until: rests ? Deadline(nanoseconds: now + Self.restNanoseconds) : .never)
+        doorbell.wait(while: bell, until: parkingEnd(rests, now))
       }
       parking.store(Parking.awake, ordering: .sequentiallyConsistent)
+      if hasLateFences.load(ordering: .relaxed), tryAcquire() {
+        pollLateFences()
+        release()
+      }
     }
   }
 }
@@ -226,6 +242,14 @@ extension TCPClientLoop {
 // MARK: - The driver
 
 extension TCPClientLoop {
+  private func parkingEnd(_ rests: Bool, _ now: UInt64) -> Deadline {
+    if rests { return Deadline(nanoseconds: now + Self.restNanoseconds) }
+    if hasLateFences.load(ordering: .relaxed) {
+      return Deadline(nanoseconds: now + Self.lateFenceNanoseconds)
+    }
+    return .never
+  }
+
   private func drive(until deadline: Deadline, isDone: () -> Bool) {
     var quietSince: UInt64 = 0
     var now = Clock.now()
@@ -278,7 +302,7 @@ extension TCPClientLoop {
     self.now = now
     var isBusy = takeReady()
     attendTimers(now)
-    if active.count <= Self.directLimit, fences.isEmpty,
+    if active.count <= Self.directLimit, fences.count == lateFences,
       active.allSatisfy({ $0.isConnected })
     {
       for index in active.indices where active[index].progress() { isBusy = true }
@@ -354,7 +378,8 @@ extension TCPClientLoop {
         index += 1
       }
     }
-    activeCount.store(active.count + fences.count, ordering: .sequentiallyConsistent)
+    let awaited = fences.isEmpty ? 0 : fences.count - lateFences
+    activeCount.store(active.count + awaited, ordering: .sequentiallyConsistent)
     flushCounters()
   }
 

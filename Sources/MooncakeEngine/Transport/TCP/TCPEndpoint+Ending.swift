@@ -46,7 +46,8 @@ extension TCPEndpoint {
     loop.counters.retries.wrappingAdd(UInt64(queue.count), ordering: .relaxed)
     let error = lastError
     while let slice = exhausted.popFirst() {
-      end(slice, .failed(error.code), reason: "\(error.message).\(lateStoreNote(slice))")
+      end(
+        slice, .failed(error.code), reason: error.message + lateStoreNote(slice, after: "."))
     }
   }
 
@@ -106,9 +107,9 @@ extension TCPEndpoint {
   }
 
   /// Told with the end of a write that the target may store after it.
-  private func lateStoreNote(_ slice: SlicePointer) -> String {
+  func lateStoreNote(_ slice: SlicePointer, after stop: String) -> String {
     slice.pointee.wasSent && verdict(slice) != .free
-      ? " The peer may still store it: a later write there waits until it cannot."
+      ? "\(stop) The peer may still store it: a later write there waits until it cannot."
       : ""
   }
 
@@ -185,13 +186,15 @@ extension TCPEndpoint {
     var due = slices
     while let slice = due.popFirst() {
       if slice.pointee.batch.isCancelRequested {
-        end(slice, .canceled, reason: "\(peer.description): canceled.\(lateStoreNote(slice))")
+        end(
+          slice, .canceled,
+          reason: "\(peer.description): canceled" + lateStoreNote(slice, after: "."))
       } else {
         end(
           slice, .timeout,
           reason: "\(describe(slice)): deadline passed while \(phase)"
             + (lastError.code == .system ? "." : ": is the peer alive and the timeout long enough?")
-            + lateStoreNote(slice))
+            + lateStoreNote(slice, after: ""))
       }
     }
   }

@@ -136,12 +136,15 @@ extension TCPEndpoint {
         + "the source memory is not readable"
       return failSlice(slice, .failed(.invalidArgument), reason)
     }
-    // A refusal may have arrived before the reset: it tells more than the broken pipe.
-    _ = receive()
-    guard case .connected = state else { return }
+    let ending = ending(error)
+    if case .fenced = ending {
+      // A refusal may have arrived before the reset: it tells more than the broken pipe. After
+      // another error the socket would show an end of the stream that no peer has sent.
+      _ = receive()
+      guard case .connected = state else { return }
+    }
     disconnect(
-      EngineError(.unreachable, "\(peer.description): sending requests: \(error)"),
-      ending(error))
+      EngineError(.unreachable, "\(peer.description): sending requests: \(error)"), ending)
   }
 
   /// Fails one slice that is on the wire; the connection cannot be used past it.

@@ -300,6 +300,8 @@ extension TCPEndpoint {
 
   func endAll(_ slices: consuming SliceQueue, _ outcome: Outcome, _ reason: String) {
     var slices = slices
-    while let slice = slices.popFirst() { end(slice, outcome, reason: reason) }
+    while let slice = slices.popFirst() {
+      end(slice, outcome, reason: reason + lateStoreNote(slice, after: "."))
+    }
   }
 }

@@ -22,7 +22,8 @@ final class TCPFence {
   let token: UInt64
   /// When writes stop to wait for it.
   let expiry: UInt64
-  var isOverdue = false
+  /// Whether nobody waits for it any more.
+  private(set) var isOverdue = false
   private let socket: Socket
   private let ranges: UnfencedRanges
   private let entry: UInt64
@@ -83,7 +84,8 @@ final class TCPFence {
     isOverdue = true
     Log.warning(
       "\(peerDescription): a connection with unanswered writes was given up and \(reason); "
-        + "writes to the same memory fail until the peer closes it or restarts")
+        + "writes to the same memory fail until the peer closes it or restarts",
+      about: peerDescription)
     ranges.markOverdue(entry)
   }
 }
