@@ -200,8 +200,11 @@ extension TCPEndpoint {
 
   private func finishConnect() {
     if let error = socket?.takeError() { return connectFailed(error) }
-    // Still in progress: a spurious wake-up.
-    guard let remote = try? socket?.peerAddress() else { return }
+    let remote: SocketAddress?
+    do throws(Errno) { remote = try socket?.peerAddress() } catch {
+      // Without a peer it is still in progress: a spurious wake-up.
+      return error.rawValue == ENOTCONN ? () : connectFailed(error)
+    }
     // A port of the ephemeral range that nobody listens on can connect to itself.
     if remote == (try? socket?.localAddress()) { return connectFailed(.connectionRefused) }
     state = .connected
