@@ -5,6 +5,76 @@ import Testing
 
 /// Peers whose memory cannot be reached at first.
 struct SharedMemoryRetryTests {
+  private static let byteCount = 4096
+
+  /// A peer over TCP that says it shares memory under another name.
+  private final class Target {
+    let engine: TransferEngine
+    let memory: GuardedMemory
+    let name: String
+    private let rpc: RPCServer
+
+    init(sharedMemoryName: String) throws {
+      engine = try makeEngine(.tcp)
+      memory = GuardedMemory(byteCount)
+      memory.fill(0x21)
+      try engine.register(memory.address, length: UInt64(byteCount), access: .remoteRead)
+      let listener = try makeListener()
+      let name = try listener.localAddress().description
+      self.name = name
+      var descriptor = engine.local.descriptor
+      descriptor.name = name
+      descriptor.hostIdentity = HostIdentity.current
+      descriptor.sharedMemoryName = sharedMemoryName
+      let text = descriptor.json()
+      rpc = try RPCServer(
+        listener: listener, handlers: .init(descriptor: { text }, notify: { _ in nil }))
+    }
+
+    func close() {
+      rpc.stop()
+      engine.close()
+    }
+  }
+
+  /// A queue of connections that is full when a segment is opened is not the end of it.
+  @Test func aFullQueue() throws {
+    let listener = try #require(SharedMemoryServer.listen())
+    let crowd = Crowd(listener.name)
+    #expect(crowd.count > 100)
+    let target = try Target(sharedMemoryName: listener.name)
+    defer { target.close() }
+    let engine = try makeEngine(.sharedMemory)
+    defer { engine.close() }
+    let segment = try engine.openSegment(target.name)
+    #expect(try engine.sharedMemoryPeer(of: segment) == nil)
+    #expect(try engine.sharedMemoryFailure(of: segment)?.contains("connect") ?? false)
+    let local = GuardedMemory(Self.byteCount)
+    let request = TransferRequest(
+      opcode: .read, segment: segment, source: local.address,
+      targetOffset: UInt64(UInt(bitPattern: target.memory.address)), length: UInt64(Self.byteCount))
+    try engine.transfer([request])
+    #expect(engine.streamedBytes == UInt64(Self.byteCount) && engine.sharedBytes == 0)
+
+    // The owner gets to its queue.
+    crowd.leave()
+    let closing = try EventFD()
+    let owner = try SharedMemoryTransport(
+      buffers: target.engine.local.buffers, listener: listener, helperCount: 1, processors: nil,
+      cancellation: closing.descriptor.rawValue, fallBack: { _ in })
+    defer { _ = owner.stop(until: .after(milliseconds: 5000)) }
+    owner.server.publish()
+    var rounds = 0
+    let isShared = eventually {
+      local.fill(0)
+      try? engine.transfer([request])
+      rounds += 1
+      return local.holdsOnly(0x21) && engine.sharedBytes > 0
+    }
+    #expect(isShared && rounds < 10_000, "\(rounds) rounds")
+    #expect(try engine.sharedMemoryFailure(of: segment) == nil)
+  }
+
   /// Attempts rest longer and longer, and there is one at a time.
   @Test func restsGrow() {
     let health = SharedMemoryHealth()
@@ -23,5 +93,25 @@ struct SharedMemoryRetryTests {
     #expect(health.noteFailure("another user", isFinal: true))
     usleep(100_000)
     #expect(!health.isDue && !health.beginAttempt())
+  }
+
+  /// Connections that wait in a queue until it is full.
+  private final class Crowd {
+    private var descriptors: [Int32] = []
+
+    init(_ name: String) {
+      while descriptors.count < 1000, let socket = try? LocalSocket.connected(to: name) {
+        descriptors.append(dup(socket.rawValue))
+      }
+    }
+
+    deinit { leave() }
+
+    var count: Int { descriptors.count }
+
+    func leave() {
+      for descriptor in descriptors { close(descriptor) }
+      descriptors = []
+    }
   }
 }
