@@ -166,8 +166,8 @@ int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
 /* Cancels what is in flight, closes every connection, ends the engine's threads and frees its own
  * memory. Calls of other threads return MOONCAKE_ERROR_CANCELED or INVALID_HANDLE. Afterwards no
  * caller memory is touched, unless the log names a thread of another process of this host that is
- * held up in the middle of a copy. Blocking, at most a few seconds. Not from a callback of the library:
- * INVALID_ARGUMENT. Since 0.1. */
+ * held up in the middle of a copy. Blocking, at most a few seconds. Not from a callback of the
+ * library: INVALID_ARGUMENT. Since 0.1. */
 int32_t mooncake_engine_destroy(mooncake_engine_t *engine);
 
 /* The segment name under which peers open this engine, "host:port" without a metadata service. Text
