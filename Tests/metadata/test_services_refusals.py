@@ -191,7 +191,8 @@ class Etcd(RefusalTest):
 
     def test_watch_leaves_a_frozen_member(self):
         cluster = self.start(services.EtcdCluster)
-        watch = lab.Program([services.cli(), "metadata", "watch", cluster.uri, "mooncake/"])
+        watch = lab.Program(
+            [services.cli(), "metadata", "watch", "--metadata", cluster.uri, "mooncake/"])
         self.addCleanup(watch.end)
         _, second, third = (f"etcd://127.0.0.1:{port}" for port in cluster.ports)
         services.command("put", second, "mooncake/one", "1")
@@ -206,20 +207,27 @@ class Etcd(RefusalTest):
 
     def test_watch_of_large_values(self):
         service = self.start(services.Etcd)
-        watch = lab.Program([services.cli(), "metadata", "watch", service.uri, "mooncake/"])
+        watch = lab.Program(
+            [services.cli(), "metadata", "watch", "--metadata", service.uri, "mooncake/"])
         self.addCleanup(watch.end)
         services.command("put", service.uri, "mooncake/first", "1")
         watch.find("mooncake/first")
-        threads = [
-            threading.Thread(target=services.command, args=(
-                "put", service.uri, f"mooncake/large{index:02}", "-", "--timeout-ms", "25000"),
-                kwargs={"text": "x" * 1_000_000})
-            for index in range(12)
-        ]
+        errors = []
+
+        def put_large(index):
+            try:
+                services.command(
+                    "put", service.uri, f"mooncake/large{index:02}", "-", "--timeout", "25s",
+                    text="x" * 1_000_000)
+            except Exception as error:  # Or the thread would end unseen.
+                errors.append(error)
+
+        threads = [threading.Thread(target=put_large, args=(index,)) for index in range(12)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
+        self.assertEqual(errors, [])
         for index in range(12):
             watch.find(f"mooncake/large{index:02}", 20)
 
