@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -330,6 +332,43 @@ class Redis(RefusalTest):
         sentinel = service.launch(["redis-server", str(file), "--sentinel"], port)
         self.addCleanup(lab.end_process, sentinel)
         self.refused(f"redis://127.0.0.1:{port}", "sentinel")
+
+
+class Passing(unittest.TestCase):
+    """What breaks on the way is not taken for a refusal."""
+
+    def failure(self, end):
+        """What a get says if the service ends the connection after the client's hello."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            def serve():
+                server.settimeout(20)
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection, _ = server.accept()
+                        connection.recv(1)
+                        end(connection)
+                        connection.close()
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            port = server.getsockname()[1]
+            return services.command(
+                "get", f"https://127.0.0.1:{port}/metadata", "mooncake/x", status=1)
+
+    def test_handshakes_that_break(self):
+        def reset(connection):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def end_of_file(connection):
+            connection.recv(4096)
+
+        for end in (reset, end_of_file):
+            with self.subTest(end=end.__name__):
+                self.assertNotIn("certificate files", self.failure(end))
+
+    def test_what_is_no_tls(self):
+        text = self.failure(lambda connection: connection.sendall(b"HTTP/1.0 400 Bad\r\n\r\n"))
+        self.assertIn("both speak TLS", text)
 
 
 class Interfaces(unittest.TestCase):

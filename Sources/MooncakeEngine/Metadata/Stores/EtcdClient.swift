@@ -101,18 +101,16 @@ final class EtcdClient: Sendable {
       if user != nil && !isRetry && wantsLogin(response, reason) { continue }
       throw refusal(response.status, reason, query.phase, endpoint)
     }
-    throw failure(.accessDenied, query.phase, "its tokens end at once", "check the clocks")
+    throw failure(.unreachable, query.phase, "its tokens end at once", "check the clocks")
   }
 
   /// Whether a new token may help: the old one has ended, the cluster has restarted, its users have
   /// been changed, or it has users only since then.
   private func wantsLogin(_ response: HTTPResponse, _ reason: String) -> Bool {
-    response.status == 401
-      || [
-        "invalid auth token", "auth store is old", "revision in header is old",
-        "user name is empty", "token is expired", "token has expired", "unauthenticated",
-        "Unauthenticated",
-      ].contains { reason.utf8.holds($0) }
+    response.status == 401 || EtcdRefusal.isStaleToken(reason)
+      || ["user name is empty", "unauthenticated", "Unauthenticated"].contains {
+        reason.utf8.holds($0)
+      }
   }
 
   private func token(
@@ -166,45 +164,8 @@ final class EtcdClient: Sendable {
     _ status: Int, _ reason: String, _ phase: String, _ endpoint: HostPort
   ) -> EngineError {
     let cause = "\(endpoint) answers '\(reason)' (status \(status))"
-    func says(_ words: String...) -> Bool { words.contains { reason.utf8.holds($0) } }
-    if says("CommonName of client", "common name") {
-      return failure(
-        .accessDenied, phase, cause,
-        "with users, etcd's JSON gateway takes no certificate with a common name: give a client "
-          + "certificate without one (CN), and user and password")
-    }
-    if says("lease not found") {
-      return failure(.notFound, phase, cause, "the lease has ended; it is made anew")
-    }
-    if says(
-      "authentication failed", "user name is empty", "permission denied", "invalid auth token",
-      "user name not found", "role name not found") || [401, 403].contains(status)
-    {
-      return failure(
-        .accessDenied, phase, cause,
-        "give the right user and password, and that user the right to the keys")
-    }
-    if says("request is too large", "message larger than max") {
-      return failure(
-        .full, phase, cause,
-        "etcd takes 1.5 MiB in one request: register fewer and larger buffers, or raise its "
-          + "--max-request-bytes")
-    }
-    if says("database space exceeded") {
-      return failure(.full, phase, cause, "compact and defragment etcd, or raise its quota")
-    }
-    if says("no leader", "timed out", "leader changed", "Unavailable", "connection refused")
-      || status >= 500
-    {
-      return failure(.unreachable, phase, cause, "does the cluster have a majority?")
-    }
-    if status == 404 {
-      return failure(
-        .protocolViolation, phase, cause,
-        "there is no JSON gateway: start etcd without --enable-grpc-gateway=false, and update one "
-          + "before 3.4")
-    }
-    return failure(.protocolViolation, phase, cause, "is this etcd 3.4 or newer?")
+    let meaning = EtcdRefusal.meaning(status, reason)
+    return failure(meaning.code, phase, cause, meaning.remedy)
   }
 
   func failure(

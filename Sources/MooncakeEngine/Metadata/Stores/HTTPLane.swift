@@ -196,6 +196,11 @@ final class HTTPLane: @unchecked Sendable {
       return HTTPFailure(
         code: call.deadline.hasPassed ? .timeout : .unreachable, cause: text,
         remedy: "is the host up, and does no firewall drop the packets?")
+    case CURLE_SSL_CONNECT_ERROR where !HTTPRefusal.isLasting(handshake: text):
+      return HTTPFailure(
+        code: .unreachable, cause: text,
+        remedy: "the connection ended during the TLS handshake: is the service up, and does it "
+          + "speak TLS?")
     case CURLE_PEER_FAILED_VERIFICATION, CURLE_SSL_CERTPROBLEM, CURLE_SSL_CACERT_BADFILE,
       CURLE_SSL_CONNECT_ERROR, CURLE_SSL_ISSUER_ERROR, CURLE_SSL_CIPHER:
       return HTTPFailure(

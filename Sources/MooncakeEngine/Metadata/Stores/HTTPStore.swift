@@ -232,7 +232,8 @@ package final class HTTPStore: MetadataStore {
       throw failure(.notFound, phase, cause, "the lease has ended; it is made anew")
     case 413: throw failure(.full, phase, cause, "register fewer and larger buffers")
     case 507: throw failure(.full, phase, cause, "give the server more memory or disk")
-    case 429, 500...599: throw failure(.unreachable, phase, cause, "look at the server's log")
+    case let status where HTTPRefusal.isPassing(status):
+      throw failure(.unreachable, phase, cause, "look at the server's log")
     default:
       throw failure(
         .protocolViolation, phase, cause, "is this the URI of a metadata server, with its path?")

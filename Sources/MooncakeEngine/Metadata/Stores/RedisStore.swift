@@ -225,7 +225,7 @@ package final class RedisStore: MetadataStore {
     // before 6 do not know the command.
     commands.insert(["HELLO", "2"], at: password == nil ? 0 : 1)
     var replies = try connection.run(commands, call)
-    try RedisRefusal.check(mode: replies.remove(at: password == nil ? 0 : 1))
+    try RedisRefusal.check(hello: replies.remove(at: password == nil ? 0 : 1))
     try check(replies, "authenticate")
     return connection
   }

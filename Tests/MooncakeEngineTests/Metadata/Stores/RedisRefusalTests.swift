@@ -9,9 +9,11 @@ struct RedisRefusalTests {
         "ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write against "
           + "a read only replica.", .unreachable, "master"
       ),
-      ("LOADING Redis is loading the dataset in memory", .unreachable, "master"),
+      ("LOADING Redis is loading the dataset in memory", .unreachable, "still reads"),
       ("MASTERDOWN Link with MASTER is down", .unreachable, "master"),
-      ("NOREPLICAS Not enough good replicas to write.", .unreachable, "master"),
+      ("NOREPLICAS Not enough good replicas to write.", .unreachable, "min-replicas-to-write"),
+      ("ERR max number of clients reached", .unreachable, "maxclients"),
+      ("DENIED Redis is running in protected mode", .accessDenied, "protected-mode no"),
       ("CLUSTERDOWN Hash slot not served", .unreachable, "cluster mode"),
       ("MOVED 866 127.0.0.1:7001", .unsupported, "cluster mode"),
       ("CROSSSLOT Keys in request don't hash to the same slot", .unsupported, "cluster mode"),
@@ -37,13 +39,43 @@ struct RedisRefusalTests {
     #expect("\(failure.cause): \(failure.remedy)".contains(word))
   }
 
+  @Test(
+    arguments: [
+      ("ERR max number of clients reached", .unreachable),
+      ("LOADING Redis is loading the dataset in memory", .unreachable),
+      ("ERR upstream failure", .unreachable),
+      ("WRONGPASS invalid username-password pair", .accessDenied),
+      ("ERR invalid password", .accessDenied),
+      ("ERR wrong number of arguments for 'auth' command", .accessDenied),
+      ("ERR Client sent AUTH, but no password is set", .accessDenied),
+      ("ERR DB index is out of range", .accessDenied),
+      ("ERR invalid DB index", .accessDenied),
+    ] as [(String, EngineError.Code)])
+  func login(text: String, code: EngineError.Code) {
+    #expect(RedisRefusal.failure(text, isLogin: true).code == code)
+  }
+
+  @Test func hello() throws {
+    try RedisRefusal.check(hello: .refusal("NOAUTH HELLO must be called with the client already"))
+    for (text, code) in [
+      ("DENIED Redis is running in protected mode", .accessDenied),
+      ("ERR max number of clients reached", .unreachable),
+      ("ERR odd", .unreachable),
+    ] as [(String, EngineError.Code)] {
+      let failure = #expect(throws: RedisFailure.self) {
+        try RedisRefusal.check(hello: .refusal(text))
+      }
+      #expect(failure?.code == code)
+    }
+  }
+
   @Test func modes() throws {
     func reply(_ mode: String) -> RedisReply {
       .list(["server", "redis", "mode", mode, "role", "master"].map { .text(Array($0.utf8)) })
     }
-    try RedisRefusal.check(mode: reply("standalone"))
-    try RedisRefusal.check(mode: .refusal("ERR unknown command `HELLO`"))
-    #expect(throws: RedisFailure.self) { try RedisRefusal.check(mode: reply("cluster")) }
-    #expect(throws: RedisFailure.self) { try RedisRefusal.check(mode: reply("sentinel")) }
+    try RedisRefusal.check(hello: reply("standalone"))
+    try RedisRefusal.check(hello: .refusal("ERR unknown command `HELLO`"))
+    #expect(throws: RedisFailure.self) { try RedisRefusal.check(hello: reply("cluster")) }
+    #expect(throws: RedisFailure.self) { try RedisRefusal.check(hello: reply("sentinel")) }
   }
 }
