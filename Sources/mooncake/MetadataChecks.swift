@@ -201,7 +201,7 @@ struct MetadataChecks {
         findings.append(
           .warning(
             entry.key, error.message,
-            advice: "mooncake metadata delete \(directory.store.uri) \(entry.key)"))
+            advice: Self.deletion(of: entry.key, directory)))
       }
     }
     for entry in routes.prefix(Self.ownerLimit) {
@@ -226,11 +226,23 @@ struct MetadataChecks {
         route.description, deadline: .after(milliseconds: min(timeoutMilliseconds, 1000)))
       return nil
     } catch {
-      let keys = "\(entry.key) and \(directory.segmentKey(name))"
+      let commands = [entry.key, directory.segmentKey(name)].map {
+        Self.deletion(of: $0, directory)
+      }
       return .warning(
         "owner of \(name)", "gives no sign of life: \(error.message)",
-        advice: "if its process is gone, delete \(keys) (mooncake metadata delete); keys with a"
-          + " lease vanish by themselves")
+        advice: "if its process is gone: \(commands.joined(separator: "; ")); keys with a lease "
+          + "vanish by themselves")
     }
+  }
+
+  /// The command for a shell, for which anybody may have chosen the key.
+  private static func deletion(of key: String, _ directory: MetadataDirectory) -> String {
+    func quoted(_ word: String) -> String {
+      let parts = word.split(separator: "'", omittingEmptySubsequences: false)
+      return "'\(parts.joined(separator: #"'\''"#))'"
+    }
+    return "mooncake metadata delete --metadata \(quoted(directory.store.uri.description)) "
+      + quoted(key)
   }
 }

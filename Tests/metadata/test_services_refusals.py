@@ -371,6 +371,31 @@ class Passing(unittest.TestCase):
         self.assertIn("both speak TLS", text)
 
 
+class Advice(RefusalTest):
+    def test_what_the_doctor_prints_can_be_run(self):
+        service = self.start(services.Ours)
+        keys = ["mooncake/ram/odd", "mooncake/ram/it's $(odd)", "mooncake/rpc_meta/gone",
+                "mooncake/ram/gone"]
+        for key in keys:
+            services.command("put", service.uri, key, "no descriptor")
+        advice = [json.loads(text).get("advice") or ""
+                  for _, text in services.doctor(service.uri).values()]
+        commands = []
+        for text in advice:
+            if "mooncake metadata delete" in text:
+                text = text.removeprefix("if its process is gone: ")
+                commands += [part for part in text.split("; ") if part.startswith("mooncake ")]
+        self.assertGreaterEqual(len(commands), len(keys))
+        for command in commands:
+            done = subprocess.run(
+                ["sh", "-c", 'mooncake() { "$CLI" "$@"; }; ' + command], timeout=30,
+                env=dict(os.environ, CLI=services.cli()), stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True)
+            # One key may be named by two findings.
+            self.assertIn(done.returncode, (0, 1), f"{command}: {done.stdout}")
+        self.assertEqual(services.keys(service.uri), [])
+
+
 class Interfaces(unittest.TestCase):
     """Which address peers are told where every interface is listened on."""
 
