@@ -250,6 +250,7 @@ class StockHTTPWithToken(Service):
     TOKEN = "open-s3same"
 
     def __init__(self):
+        lab.need_newest()
         super().__init__()
         self.port = lab.free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}/metadata"
@@ -344,6 +345,8 @@ def start_peer(uri, name, api="native", **variables):
 
 
 def start_stock(version, uri, name, **variables):
+    if version == lab.NEWEST:
+        lab.need_newest()
     return lab.start_stock(
         version, MOONCAKE_PEER_METADATA=uri, MOONCAKE_PEER_NAME=name,
         MOONCAKE_PEER_BYTES=VARIABLES["MOONCAKE_PEER_BYTES"], **variables,
