@@ -399,6 +399,7 @@ class Advice(RefusalTest):
 class Interfaces(unittest.TestCase):
     """Which address peers are told where every interface is listened on."""
 
+    LINE = "listening on every interface"
     SCRIPT = """
         set -e
         ip link set lo up
@@ -406,15 +407,15 @@ class Interfaces(unittest.TestCase):
         ip address add 172.17.0.1/16 dev docker0 && ip address add 10.1.2.3/24 dev eth0
         for device in docker0 d0 eth0 e0; do ip link set $device up; done
         {route}
-        exec timeout 5 {cli} bench target --bind 0.0.0.0 --buffer-size 1MiB </dev/null
+        exec timeout 5 {cli} bench target --bind {bind} --buffer-size 1MiB </dev/null
     """
 
-    def run_target(self, route):
-        script = self.SCRIPT.format(route=route, cli=services.cli())
+    def run_target(self, route, bind="0.0.0.0"):
+        script = self.SCRIPT.format(route=route, cli=services.cli(), bind=bind)
         done = subprocess.run(
             ["unshare", "--net", "sh", "-c", script], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, timeout=30,
-            env=dict(os.environ, MC_LOG_LEVEL="INFO"))
+            env={name: text for name, text in os.environ.items() if name != "MC_LOG_LEVEL"})
         if "Operation not permitted" in done.stdout:
             self.skipTest("no network namespaces here")
         return done.stdout
@@ -423,10 +424,19 @@ class Interfaces(unittest.TestCase):
         text = self.run_target("ip route add default via 10.1.2.1 dev eth0")
         self.assertIn("10.1.2.3:", text)
         self.assertNotIn("172.17.0.1:", text)
+        self.assertIn(self.LINE, text)
         self.assertIn("172.17.0.1 (docker0)", text)
 
     def test_without_default_route(self):
         self.assertIn("172.17.0.1:", self.run_target(":"))
+
+    def test_nothing_is_said_without_a_choice(self):
+        for route, bind in ((":", "0.0.0.0 --advertise 10.1.2.3"), (":", "10.1.2.3"),
+                            ("ip address del 172.17.0.1/16 dev docker0", "0.0.0.0")):
+            with self.subTest(route=route, bind=bind):
+                text = self.run_target(route, bind)
+                self.assertIn("10.1.2.3:", text)
+                self.assertNotIn(self.LINE, text)
 
 
 if __name__ == "__main__":

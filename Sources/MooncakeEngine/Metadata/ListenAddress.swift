@@ -71,7 +71,7 @@ func advertisedAddress(ipv6: Bool, remedy: String) -> SocketAddress? {
   }
   if !others.isEmpty {
     let names = others.prefix(8).map { "\($0.address.host) (\($0.name))" }
-    Log.info(
+    Log.warning(
       "listening on every interface; peers are told \(chosen.host), the address of the default "
         + "route, and not \(names.joined(separator: ", ")): \(remedy)")
   }
