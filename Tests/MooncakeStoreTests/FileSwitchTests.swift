@@ -154,7 +154,7 @@ import Testing
     #expect(scratch.contents("out/.mooncake-get-killed/new/a") == [1])
   }
 
-  @Test func aJournalThatIsNoneTouchesNothing() throws {
+  @Test func aMalformedJournalTouchesNothing() throws {
     for text in ["", "mooncake-switch 1\n", "mooncake-switch 1\n0 1 2 3 4 ../../x\nend\n"] {
       let scratch = ScratchDirectory()
       scratch.write("out/.mooncake-get-odd/switch", Array(text.utf8))

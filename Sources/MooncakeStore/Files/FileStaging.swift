@@ -154,7 +154,7 @@ package final class FileStaging {
       guard let present = try existing(file, parent) else { continue }
       let place = parent.path.appending(DirectoryWalk.name(of: file.path))
       if present.st_dev != device { throw Self.isElsewhere(place) }
-      // Of a directory with this bit only owners take names away.
+      // With this bit, only the owner of a file or of the directory may remove the file's name.
       let user = geteuid()
       if directory.st_mode & S_ISVTX != 0 && user != 0 && present.st_uid != user
         && directory.st_uid != user

@@ -5,7 +5,7 @@ import MooncakeSystem
 
 /// Puts the files of a staging area into their places, all or none. What it is about to do stands
 /// in the file `switch` of the area first, so that the next get can undo what a killed one began.
-/// Who is where is told by the numbers of the files, so undoing may begin anywhere and be repeated.
+/// Files are recognized by their inode numbers, so undoing may begin anywhere and be repeated.
 struct FileSwitch {
   /// A file and what is in its place.
   struct Entry: Equatable {

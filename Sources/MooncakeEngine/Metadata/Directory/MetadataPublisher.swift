@@ -13,7 +13,7 @@ package final class MetadataPublisher: Sendable {
     package var repetitions: UInt64 = 0
     package var failures: UInt64 = 0
     package var isReachable = true
-    /// Whether the service answers but takes not what is to be published.
+    /// Whether the service answers but refuses what should be published.
     package var isRefused = false
   }
 
