@@ -154,6 +154,16 @@ import Testing
     #expect(scratch.contents("out/.mooncake-get-killed/new/a") == [1])
   }
 
+  @Test func aGetThatIsKilledBeforeItBeginsLeavesNothing() throws {
+    let scratch = ScratchDirectory()
+    scratch.write("out/.mooncake-get-killed/switch.part", Array("mooncake-swi".utf8))
+    scratch.write("out/.mooncake-get-killed/new/a", [2])
+    scratch.write("out/.mooncake-get-killed/lock", [], mode: 0o600)
+    chmod(scratch["out/.mooncake-get-killed"], 0o700)
+    _ = try staged(scratch).commit(syncs: false)
+    #expect(scratch.names(in: "out") == ["a", "new", "there", "z"])
+  }
+
   @Test func aMalformedJournalTouchesNothing() throws {
     for text in ["", "mooncake-switch 1\n", "mooncake-switch 1\n0 1 2 3 4 ../../x\nend\n"] {
       let scratch = ScratchDirectory()

@@ -235,7 +235,9 @@ struct FileSwitch {
     }
     text += "end\n"
     do throws(Errno) {
-      let file = try area.directory.file(Self.journalName, flags: O_WRONLY | O_CREAT | O_EXCL)
+      // Under its name it is whole: who finds a part of it knows that nothing has begun.
+      let part = Self.journalName + ".part"
+      let file = try area.directory.file(part, flags: O_WRONLY | O_CREAT | O_EXCL)
       var bytes = Array(text.utf8)[...]
       while !bytes.isEmpty {
         let count = try retryingInterrupts {
@@ -244,10 +246,9 @@ struct FileSwitch {
         bytes = bytes.dropFirst(count)
       }
       // Without it a loss of power could leave the new names and no way back.
-      if syncs {
-        _ = try retryingInterrupts { fsync(file.rawValue) }
-        try area.directory.sync()
-      }
+      if syncs { _ = try retryingInterrupts { fsync(file.rawValue) } }
+      try area.directory.move(part, to: area.directory, Self.journalName)
+      if syncs { try area.directory.sync() }
     } catch {
       area.directory.remove(Self.journalName)
       throw FileFailure.error(area.target.path, error, "noting what is to be put there")
