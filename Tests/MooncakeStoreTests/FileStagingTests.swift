@@ -60,6 +60,27 @@ import Testing
     }
   }
 
+  /// A slash and a mark that combines with it are one character, but two bytes.
+  @Test func namesThatBeginWithACombiningMark() throws {
+    let scratch = ScratchDirectory()
+    let files: [FileList.File] = [
+      .init(path: "d/\u{301}x", size: 1), .init(path: "d/\u{301}y/\u{301}z", size: 1),
+      .init(path: "d/\u{302}y/\u{301}z", size: 1),
+    ]
+    let staging = self.staging(scratch["out"])
+    Self.fill(try staging.place(Self.manifest(files)).buffers)
+    _ = try staging.commit(syncs: true)
+    #expect(scratch.names(in: "out") == ["d"])
+    #expect(scratch.names(in: "out/d").count == 3)
+    #expect(files.map { scratch.contents("out/" + $0.path) } == [[1], [2], [3]])
+    let layout = try ShardLayout(bufferSizes: [3], shardBytes: 16)
+    let memory = try Manifest(layout: layout, digests: [Digest(high: 0, low: 0)])
+    let nameless = self.staging(scratch["out"], payload: "models/\u{301}step")
+    _ = try nameless.place(memory)
+    _ = try nameless.commit(syncs: false)
+    #expect(scratch.contents("out/\u{301}step")?.count == 3)
+  }
+
   @Test func nothingIsLeftWithoutCommit() throws {
     let scratch = ScratchDirectory()
     scratch.write("old", [1])

@@ -16,8 +16,18 @@ final class Directory: Sendable {
 
   var number: Int32 { descriptor.rawValue }
 
+  /// Nobody reaches anything beyond this directory by a path.
+  private static func isName(_ name: String) -> Bool {
+    !name.isEmpty && name.utf8.allSatisfy { $0 != UInt8(ascii: "/") }
+  }
+
+  private static func check(_ name: String) throws(Errno) {
+    if !isName(name) { throw Errno(EINVAL) }
+  }
+
   /// What stands under a name; nil if nothing does.
   func status(of name: String) throws(Errno) -> stat? {
+    try Self.check(name)
     var status = stat()
     if fstatat(number, name, &status, AT_SYMLINK_NOFOLLOW) == 0 { return status }
     let error = Errno.current
@@ -37,12 +47,14 @@ final class Directory: Sendable {
   }
 
   func file(_ name: String, flags: Int32, mode: mode_t = 0o600) throws(Errno) -> FileDescriptor {
-    try FileDescriptor(
+    try Self.check(name)
+    return try FileDescriptor(
       opening: { openat(number, name, flags | O_NOFOLLOW | O_CLOEXEC, mode) })
   }
 
   /// Returns false if something of that name is there.
   func makeDirectory(_ name: String, mode: mode_t = 0o777) throws(Errno) -> Bool {
+    try Self.check(name)
     if mkdirat(number, name, mode) == 0 { return true }
     let error = Errno.current
     if error.rawValue == EEXIST { return false }
@@ -51,16 +63,20 @@ final class Directory: Sendable {
 
   /// Removes a name that is not a directory's.
   @discardableResult
-  func remove(_ name: String) -> Bool { unlinkat(number, name, 0) == 0 }
+  func remove(_ name: String) -> Bool { Self.isName(name) && unlinkat(number, name, 0) == 0 }
 
   /// Removes an empty directory.
   @discardableResult
-  func removeDirectory(_ name: String) -> Bool { unlinkat(number, name, AT_REMOVEDIR) == 0 }
+  func removeDirectory(_ name: String) -> Bool {
+    Self.isName(name) && unlinkat(number, name, AT_REMOVEDIR) == 0
+  }
 
   /// Moves what has a name here to a name elsewhere; `flags` are those of renameat2.
   func move(
     _ name: String, to other: Directory, _ otherName: String, flags: Int = 0
   ) throws(Errno) {
+    try Self.check(name)
+    try Self.check(otherName)
     let result =
       flags == 0
       ? renameat(number, name, other.number, otherName)

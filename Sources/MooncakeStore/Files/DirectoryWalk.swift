@@ -23,7 +23,8 @@ struct DirectoryWalk {
   /// Opens the directory of a path; `makes`: those that are missing are made. Else the innermost
   /// that is there is open then. Returns how many are not there.
   mutating func open(directoryOf path: String, makes: Bool) throws(EngineError) -> Int {
-    let parts = path.split(separator: "/").dropLast()
+    // By bytes: "/" and a combining mark after it are one character.
+    let parts = path.utf8.split(separator: UInt8(ascii: "/")).dropLast().map { Substring($0) }
     var common = 0
     for (part, open) in zip(parts, inner) {
       if !part.utf8.elementsEqual(open.name.utf8) { break }

@@ -28,7 +28,8 @@ package final class FileStaging {
     path = FilePath(bytes: bytes)
     self.replacesFiles = replacesFiles
     self.exchanges = exchanges
-    nameWithoutList = name.split(separator: "/").last.map(String.init) ?? name
+    nameWithoutList =
+      name.utf8.split(separator: UInt8(ascii: "/")).last.map { String(Substring($0)) } ?? name
   }
 
   deinit { discard() }

@@ -278,10 +278,10 @@ struct FileSwitch {
     var bytes = [UInt8](repeating: 0, count: Int(status.st_size))
     let count = bytes.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
     guard count == bytes.count, let text = String(validating: bytes, as: UTF8.self),
-      text.hasPrefix(header), text.hasSuffix("\nend\n")
+      bytes.starts(with: header.utf8), bytes.suffix(5).elementsEqual("\nend\n".utf8)
     else { return nil }
     var entries: [Entry] = []
-    for line in text.split(separator: "\n").dropFirst().dropLast() {
+    for line in text.utf8.split(separator: UInt8(ascii: "\n")).dropFirst().dropLast() {
       guard let entry = Entry(parsing: line) else { return nil }
       entries.append(entry)
     }
@@ -291,8 +291,11 @@ struct FileSwitch {
 }
 
 extension FileSwitch.Entry {
-  fileprivate init?(parsing line: Substring) {
-    let words = line.split(separator: " ", maxSplits: 5)
+  /// By bytes: a space and a combining mark after it are one character.
+  fileprivate init?(parsing line: Substring.UTF8View) {
+    let words = line.split(
+      separator: UInt8(ascii: " "), maxSplits: 5, omittingEmptySubsequences: false
+    ).map { Substring($0) }
     guard words.count == 6, let depth = Int(words[0]), let number = UInt64(words[1]),
       let seconds = Int(words[2]), let nanoseconds = Int(words[3]), let old = UInt64(words[4])
     else { return nil }
