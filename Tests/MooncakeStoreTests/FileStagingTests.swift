@@ -81,6 +81,20 @@ import Testing
     #expect(scratch.contents("out/\u{301}step")?.count == 3)
   }
 
+  /// Directories get the bit of the one that they are made in.
+  @Test func aDirectoryThatHandsItsGroupDown() throws {
+    let scratch = ScratchDirectory()
+    mkdir(scratch["out"], 0o755)
+    chmod(scratch["out"], 0o2755)
+    scratch.write("out/.mooncake-get-00000000000dead0/new/part", [1])
+    scratch.leaveLock(in: "out/.mooncake-get-00000000000dead0")
+    chmod(scratch["out/.mooncake-get-00000000000dead0"], 0o2700)
+    let staging = self.staging(scratch["out"])
+    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    _ = try staging.commit(syncs: false)
+    #expect(scratch.names(in: "out") == ["a"])
+  }
+
   @Test func nothingIsLeftWithoutCommit() throws {
     let scratch = ScratchDirectory()
     scratch.write("old", [1])
@@ -147,18 +161,12 @@ import Testing
     #expect(scratch.contents("out/a") == [9])
   }
 
-  /// What a killed get leaves.
-  private static func leaveArea(_ scratch: ScratchDirectory, _ name: String) {
-    scratch.write(name + "/lock", [], mode: 0o600)
-    chmod(scratch[name], 0o700)
-  }
-
   @Test func leftoversOfTheDeadGo() throws {
     let scratch = ScratchDirectory()
-    scratch.write("out/.mooncake-get-dead00/new/d/part", [1])
-    Self.leaveArea(scratch, "out/.mooncake-get-dead00")
-    symlink("/", scratch["out/.mooncake-get-dead00/link"])
-    mkdir(scratch["out/.mooncake-get-dead01"], 0o700)
+    scratch.write("out/.mooncake-get-00000000000dead0/new/d/part", [1])
+    scratch.leaveLock(in: "out/.mooncake-get-00000000000dead0")
+    symlink("/", scratch["out/.mooncake-get-00000000000dead0/link"])
+    mkdir(scratch["out/.mooncake-get-00000000000dead1"], 0o700)
     let living = self.staging(scratch["out"])
     _ = try living.place(Self.manifest([.init(path: "living", size: 1)]))
     #expect(scratch.names(in: "out").count == 1)
@@ -174,23 +182,40 @@ import Testing
     let scratch = ScratchDirectory()
     // As somebody prepares it who may write into the directory.
     scratch.write("victim/file", [1])
-    Self.leaveArea(scratch, "victim")
+    scratch.leaveLock(in: "victim")
     mkdir(scratch["out"], 0o777)
-    symlink(scratch["victim"], scratch["out/.mooncake-get-AAAAAA"])
-    scratch.write("out/.mooncake-get-plain", [2])
-    scratch.write("out/.mooncake-get-unlocked/file", [3])
-    scratch.write("out/.mooncake-get-shared/file", [4])
-    Self.leaveArea(scratch, "out/.mooncake-get-shared")
-    chmod(scratch["out/.mooncake-get-shared"], 0o777)
-    scratch.write("out/.mooncake-get-linked/file", [5])
-    symlink(scratch["victim/lock"], scratch["out/.mooncake-get-linked/lock"])
-    mkfifo(scratch["out/.mooncake-get-pipe"], 0o600)
-    scratch.write("out/.mooncake-get-locks/file", [6])
-    mkfifo(scratch["out/.mooncake-get-locks/lock"], 0o600)
+    let name = "out/.mooncake-get-00000000000000"
+    symlink(scratch["victim"], scratch[name + "a0"])
+    scratch.write(name + "b0", [2])
+    scratch.write(name + "c0/file", [3])
+    scratch.write(name + "c1/file", [4])
+    scratch.leaveLock(in: name + "c1")
+    chmod(scratch[name + "c1"], 0o777)
+    scratch.write(name + "c2/file", [5])
+    symlink(scratch["victim/lock"], scratch[name + "c2/lock"])
+    mkfifo(scratch[name + "b1"], 0o600)
+    scratch.write(name + "c3/file", [6])
+    mkfifo(scratch[name + "c3/lock"], 0o600)
+    // The caller's own directories, which somebody has given such names.
+    for (index, text) in ["", "1234\n", "mooncake-get 1\n7\n8\n"].enumerated() {
+      scratch.write("state/file", [8])
+      scratch.write("state/lock", Array(text.utf8), mode: 0o600)
+      chmod(scratch["state"], 0o700)
+      rename(scratch["state"], scratch[name + "d\(index)"])
+    }
+    // A lock that is a copy; one for others to read; a name that no get gives.
+    scratch.write(name + "e0/file", [9])
+    scratch.write(name + "e0/lock", scratch.contents("victim/lock")!, mode: 0o600)
+    chmod(scratch[name + "e0"], 0o700)
+    for name in [name + "e1", "out/.mooncake-get-x", name + "0e2", name + "E3"] {
+      scratch.write(name + "/file", [9])
+      scratch.leaveLock(in: name)
+    }
+    chmod(scratch[name + "e1"], 0o755)
     if geteuid() == 0 {
-      scratch.write("out/.mooncake-get-other/file", [7])
-      Self.leaveArea(scratch, "out/.mooncake-get-other")
-      chown(scratch["out/.mooncake-get-other"], 12345, 12345)
+      scratch.write(name + "f0/file", [7])
+      scratch.leaveLock(in: name + "f0")
+      chown(scratch[name + "f0"], 12345, 12345)
     }
     let before = scratch.names(in: "out")
     let staging = self.staging(scratch["out"])
@@ -198,7 +223,7 @@ import Testing
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == (before + ["a"]).sorted())
     #expect(scratch.names(in: "victim") == ["file", "lock"])
-    for name in before where !["AAAAAA", "plain", "pipe"].contains(where: { name.hasSuffix($0) }) {
+    for name in before where !["a0", "b0", "b1"].contains(where: { name.hasSuffix($0) }) {
       #expect(scratch.names(in: "out/" + name).contains("file"), "\(name)")
     }
   }

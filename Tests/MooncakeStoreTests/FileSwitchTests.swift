@@ -182,10 +182,10 @@ import Testing
 
   @Test func aGetThatIsKilledBeforeItBeginsLeavesNothing() throws {
     let scratch = ScratchDirectory()
-    scratch.write("out/.mooncake-get-killed/switch.part", Array("mooncake-swi".utf8))
-    scratch.write("out/.mooncake-get-killed/new/a", [2])
-    scratch.write("out/.mooncake-get-killed/lock", [], mode: 0o600)
-    chmod(scratch["out/.mooncake-get-killed"], 0o700)
+    let area = "out/.mooncake-get-0000000000000dd1"
+    scratch.write("\(area)/switch.part", Array("mooncake-swi".utf8))
+    scratch.write("\(area)/new/a", [2])
+    scratch.leaveLock(in: area)
     _ = try staged(scratch).commit(syncs: false)
     #expect(scratch.names(in: "out") == ["a", "new", "there", "z"])
   }

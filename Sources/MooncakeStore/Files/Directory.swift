@@ -103,6 +103,27 @@ final class Directory: Sendable {
     return names
   }
 
+  /// Whether nothing is in it, under whatever name.
+  func isEmpty() throws(Errno) -> Bool {
+    let copy = openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if copy < 0 { throw Errno.current }
+    guard let stream = fdopendir(copy) else {
+      let error = Errno.current
+      close(copy)
+      throw error
+    }
+    defer { closedir(stream) }
+    while true {
+      errno = 0
+      guard let entry = readdir(stream) else {
+        if errno != 0 { throw Errno.current }
+        return true
+      }
+      let bytes = withUnsafeBytes(of: entry.pointee.d_name) { Array($0.prefix { $0 != 0 }) }
+      if bytes != Array(".".utf8) && bytes != Array("..".utf8) { return false }
+    }
+  }
+
   /// Has its names survive a loss of power.
   func sync() throws(Errno) {
     // It may be open for passing through only.

@@ -246,7 +246,10 @@ struct FileSwitch {
         bytes = bytes.dropFirst(count)
       }
       // Without it a loss of power could leave the new names and no way back.
-      if syncs { _ = try retryingInterrupts { fsync(file.rawValue) } }
+      if syncs {
+        _ = try retryingInterrupts { fsync(file.rawValue) }
+        try area.syncLock()
+      }
       try area.directory.move(part, to: area.directory, Self.journalName)
       if syncs { try area.directory.sync() }
     } catch {

@@ -21,58 +21,115 @@ final class StagingArea {
   var isKept = false
 
   private init(
-    _ target: Directory, _ name: String, _ directory: Directory, _ lock: consuming FileDescriptor
+    _ target: Directory, _ name: String, _ directory: Directory, _ lock: consuming FileDescriptor,
+    isNew: Bool
   ) throws(Errno) {
     self.target = target
     self.name = name
     self.directory = directory
     self.lock = lock
-    _ = try directory.makeDirectory("new")
-    _ = try directory.makeDirectory("old")
+    for part in ["new", "old"] {
+      if try !directory.makeDirectory(part) && isNew { throw Errno(EEXIST) }
+    }
     new = try directory.directory("new")
     old = try directory.directory("old")
   }
 
-  /// Whether a name is that of a directory in use here, or left by a process that was killed.
+  /// Whether a name is kept for such directories.
   static func isStaging(_ name: some StringProtocol) -> Bool {
     name.utf8.starts(with: prefix.utf8)
   }
 
+  private static let randomDigits = 16
+
+  /// Whether a name is one that `make` gives.
+  private static func isMade(_ name: String) -> Bool {
+    let digits = name.utf8.dropFirst(prefix.utf8.count)
+    return isStaging(name) && digits.count == randomDigits
+      && digits.allSatisfy { (48...57).contains($0) || (97...102).contains($0) }
+  }
+
+  /// Whether a directory is the calling user's and for nobody else. The bit that directories
+  /// inherit with their group does not matter.
+  private static func isPrivate(_ status: stat) -> Bool {
+    status.st_uid == geteuid() && status.st_mode & 0o5777 == 0o700
+  }
+
   /// Makes one; nil if the directory that it was to be in is gone.
   static func make(in target: Directory) throws(EngineError) -> StagingArea? {
-    do throws(Errno) {
-      for _ in 0..<100 {
-        let name = prefix + String(UInt64.random(in: (1 << 60) ... .max), radix: 16)
-        do throws(Errno) {
-          if try !target.makeDirectory(name, mode: 0o700) { continue }
-        } catch {
-          if error.rawValue == ENOENT { return nil }
-          throw error
-        }
-        if let area = try take(target, name) { return area }
+    for _ in 0..<100 {
+      let name = prefix + String(UInt64.random(in: (1 << 60) ... .max), radix: 16)
+      do throws(Errno) {
+        if try !target.makeDirectory(name, mode: 0o700) { continue }
+      } catch {
+        if error.rawValue == ENOENT { return nil }
+        throw failure(target, error)
       }
-      throw Errno(EEXIST)
-    } catch {
-      throw FileFailure.error(target.path, error, "making a directory in it")
+      do throws(Errno) {
+        let directory = try target.directory(name)
+        if try isUntouched(directory) {
+          if let area = try take(target, name, directory) { return area }
+          continue
+        }
+      } catch {
+        // Somebody who looks for leftovers was faster.
+        if error.rawValue == ENOENT { continue }
+        throw failure(target, error)
+      }
+      target.removeDirectory(name)
+      throw EngineError(
+        .accessDenied,
+        "\(target.path): \(name), just made there, is not an empty directory for its user alone: "
+          + "somebody has put another one in its place, or the file system keeps no owners and "
+          + "modes; choose another directory")
     }
+    throw failure(target, Errno(EEXIST))
+  }
+
+  private static func failure(_ target: Directory, _ error: Errno) -> EngineError {
+    FileFailure.error(target.path, error, "making a directory in it")
+  }
+
+  /// Whether a directory still is as `make` has made it: whoever may rename what is in the target
+  /// can put another one in its place before it is opened.
+  private static func isUntouched(_ directory: Directory) throws(Errno) -> Bool {
+    let isOwn = isPrivate(try directory.status())
+    // A server may give what its clients make to others.
+    if !isOwn && linux_is_shared_system(directory.number) == 0 { return false }
+    return try directory.isEmpty()
   }
 
   /// Locks a new directory; nil if somebody who looks for leftovers was faster.
-  private static func take(_ target: Directory, _ name: String) throws(Errno) -> StagingArea? {
-    do throws(Errno) {
-      let directory = try target.directory(name)
-      let lock = try directory.file(lockName, flags: O_RDWR | O_CREAT | O_EXCL)
-      // Where nothing can be locked, nothing is taken for a leftover either.
-      if flock(lock.rawValue, LOCK_EX | LOCK_NB) != 0 && Errno.current == .wouldBlock { return nil }
-      var status = stat()
-      if fstat(lock.rawValue, &status) != 0 || status.st_nlink == 0 { return nil }
-      let boot = bootNumber()
-      _ = boot.withUnsafeBytes { write(lock.rawValue, $0.baseAddress, $0.count) }
-      return try StagingArea(target, name, directory, lock)
-    } catch {
-      if error.rawValue == ENOENT { return nil }
+  private static func take(
+    _ target: Directory, _ name: String, _ directory: Directory
+  ) throws(Errno) -> StagingArea? {
+    do throws(Errno) { return try lock(target, name, directory) } catch {
+      // What is half made would be nobody's leftover.
+      directory.clear()
+      target.removeDirectory(name)
       throw error
     }
+  }
+
+  private static func lock(
+    _ target: Directory, _ name: String, _ directory: Directory
+  ) throws(Errno) -> StagingArea? {
+    let lock = try directory.file(lockName, flags: O_RDWR | O_CREAT | O_EXCL)
+    // Where nothing can be locked, nothing is taken for a leftover either.
+    if flock(lock.rawValue, LOCK_EX | LOCK_NB) != 0 && Errno.current == .wouldBlock { return nil }
+    var status = stat()
+    if fstat(lock.rawValue, &status) != 0 || status.st_nlink == 0 { return nil }
+    let text = lockText(of: try directory.status())
+    let count = try retryingInterrupts {
+      text.withUnsafeBytes { write(lock.rawValue, $0.baseAddress, $0.count) }
+    }
+    if count != text.count { throw Errno(ENOSPC) }
+    return try StagingArea(target, name, directory, lock, isNew: true)
+  }
+
+  /// Has it be known as a leftover also after a loss of power.
+  func syncLock() throws(Errno) {
+    _ = try retryingInterrupts { fsync(lock.rawValue) }
   }
 
   /// Removes all of it.
@@ -86,13 +143,13 @@ final class StagingArea {
   // MARK: Leftovers
 
   /// Removes what processes have left that were killed, and nothing else: directories of the
-  /// calling user that nobody else can write into, with a lock that nobody holds.
+  /// calling user, for nobody else, with a lock that was written for them and that nobody holds.
   /// `holdsSwitch`: nobody else puts files into their places; switches that broke off are undone.
   static func removeLeftovers(in target: Directory, holdsSwitch: Bool) {
     guard let device = try? target.status().st_dev else { return }
-    for name in target.names() where isStaging(name) {
+    for name in target.names() where isMade(name) {
       guard let directory = try? target.directory(name), let status = try? directory.status(),
-        status.st_uid == geteuid(), status.st_mode & 0o022 == 0, status.st_dev == device
+        isPrivate(status), status.st_dev == device
       else { continue }
       let lock: FileDescriptor
       do throws(Errno) {
@@ -104,20 +161,35 @@ final class StagingArea {
       }
       var file = stat()
       guard fstat(lock.rawValue, &file) == 0, file.st_mode & S_IFMT == S_IFREG,
-        file.st_uid == geteuid(), isOfThisMachine(lock),
+        file.st_uid == geteuid(), isLock(lock, of: status),
         flock(lock.rawValue, LOCK_EX | LOCK_NB) == 0
       else { continue }
       reclaim(target, name, directory, lock, holdsSwitch)
     }
   }
 
-  /// On a file system that other machines see, a lock may be known to its own machine only: there
-  /// the file must tell of this one, since it was started.
-  private static func isOfThisMachine(_ lock: borrowing FileDescriptor) -> Bool {
-    if linux_is_shared_system(lock.rawValue) == 0 { return true }
-    var bytes = [UInt8](repeating: 0, count: 64)
+  private static let lockHeader = "mooncake-get 1"
+
+  /// What is in the lock of a directory: another one that has a file `lock` and was given such a
+  /// name is no leftover.
+  private static func lockText(of directory: stat) -> [UInt8] {
+    Array("\(lockHeader)\n\(directory.st_ino)\n\(directory.st_dev)\n".utf8) + bootNumber()
+  }
+
+  private static func isLock(_ lock: borrowing FileDescriptor, of directory: stat) -> Bool {
+    var bytes = [UInt8](repeating: 0, count: 256)
     let count = bytes.withUnsafeMutableBytes { pread(lock.rawValue, $0.baseAddress, $0.count, 0) }
-    return count > 0 && Array(bytes.prefix(count)) == bootNumber()
+    func lines(_ text: some Sequence<UInt8>) -> [[UInt8]] {
+      Array(text).split(separator: UInt8(ascii: "\n"), omittingEmptySubsequences: false)
+        .map { Array($0) }
+    }
+    let found = lines(bytes.prefix(max(0, count)))
+    let own = lines(lockText(of: directory))
+    guard found.count == own.count, found[..<2] == own[..<2] else { return false }
+    if !bootNumber().isEmpty && found[3...] == own[3...] { return found[2] == own[2] }
+    // Since the machine was started again, devices may have other numbers. On a file system that
+    // other machines see, a lock may be known to its own machine only, and only since then.
+    return linux_is_shared_system(lock.rawValue) == 0
   }
 
   /// What no other machine has, and this one until it is started again.
@@ -135,7 +207,7 @@ final class StagingArea {
   ) {
     if FileSwitch.isBroken(in: directory) {
       if !holdsSwitch { return }
-      guard let area = try? StagingArea(target, name, directory, lock),
+      guard let area = try? StagingArea(target, name, directory, lock, isNew: false),
         FileSwitch.recover(area)
       else {
         Log.warning(
