@@ -37,7 +37,13 @@ enum Output {
   /// Whether nobody reads what is written.
   static var isClosed: Bool {
     var item = pollfd(fd: STDOUT_FILENO, events: 0, revents: 0)
-    return poll(&item, 1, 0) > 0 && item.revents & Int16(POLLERR) != 0
+    return poll(&item, 1, 0) > 0 && isEnd(item.revents)
+  }
+
+  /// Whether what `poll` tells of stdout is that nobody reads it: a pipe says so by an error, a
+  /// socket or a terminal hangs up, and stdout may be closed.
+  static func isEnd(_ events: Int16) -> Bool {
+    events & Int16(POLLERR | POLLHUP | POLLNVAL) != 0
   }
 
   /// Throws if something could not be written. Whoever closes a pipe has what it wanted.

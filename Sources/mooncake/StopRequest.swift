@@ -37,7 +37,7 @@ final class StopRequest: Sendable {
       // A write that fails elsewhere is noticed at the next look.
       let look = orEndOfOutput ? min(deadline, .after(milliseconds: 500)) : deadline
       let count = poll(&descriptors, nfds_t(descriptors.count), look.remainingMilliseconds)
-      if orEndOfOutput && (Output.hasFailed || descriptors[2].revents & Int16(POLLERR) != 0) {
+      if orEndOfOutput && (Output.hasFailed || Output.isEnd(descriptors[2].revents)) {
         return
       }
       if count > 0 && descriptors[1].revents != 0 && inputHasEnded() { return }

@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -144,6 +145,22 @@ class Store(unittest.TestCase):
         status, _, errors = self.ended(holder)
         self.assertEqual(status, 1, errors)
         self.assertIn("removed by its name", errors)
+
+    def test_watch_ends_with_a_reader_that_hangs_up(self):
+        """Of a socket or a terminal that is no error of stdout, but its end."""
+        for pair in (socket.socketpair, os.openpty):
+            ours, theirs = (end if isinstance(end, int) else end.detach() for end in pair())
+            watch = subprocess.Popen(
+                [PROGRAM, "store", "watch", "t/nothing", "--metadata", self.uri], stdout=theirs,
+                stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=clean_environment())
+            self.addCleanup(watch.communicate)
+            self.addCleanup(watch.kill)
+            os.close(theirs)
+            time.sleep(0.5)
+            self.assertIsNone(watch.poll())
+            os.close(ours)
+            self.assertEqual(watch.wait(LIMIT_SECONDS), 0, pair)
 
     def test_interrupted_get_leaves_nothing(self):
         holder = self.start("publish", self.folder / "blob", "--name", "t/stopped")
