@@ -95,6 +95,23 @@ import Testing
     #expect(scratch.names(in: "out") == ["a"])
   }
 
+  /// Holes before files that begin at a huge page are mappings, too.
+  @Test func mappingsOfFilesAndHoles() throws {
+    let huge = 2 << 20
+    let sizes = [UInt64](repeating: UInt64(huge) + 1, count: 100) + [0, 1]
+    let aligned = try #require(FilePlaces(sizes: sizes, mappingLimit: 200))
+    #expect(aligned.mappingCount == 200)
+    #expect(aligned.offsets.prefix(100).allSatisfy { $0 % huge == 0 })
+    // Without holes where those would be too many.
+    let dense = try #require(FilePlaces(sizes: sizes, mappingLimit: 199))
+    #expect(dense.mappingCount == 101)
+    for (index, size) in sizes.enumerated().dropLast() {
+      let gap = dense.offsets[index + 1] - dense.offsets[index] - Int(size)
+      #expect((0..<65_536).contains(gap))
+    }
+    #expect(FilePlaces(sizes: [.max], mappingLimit: .max) == nil)
+  }
+
   @Test func nothingIsLeftWithoutCommit() throws {
     let scratch = ScratchDirectory()
     scratch.write("old", [1])

@@ -11,29 +11,19 @@ final class FileArena: Sendable {
   private let places: [Int]
   private let byteCount: UInt64
 
-  private static let hugePageBytes = 2 << 20
-
   /// Reserves addresses for files of these sizes; `what` begins errors.
   init(sizes: [UInt64], _ what: String) throws(EngineError) {
-    var places: [Int] = []
-    var end = 0
-    for size in sizes {
-      // Huge pages fit where the file begins at one.
-      let alignment = size >= UInt64(Self.hugePageBytes) ? Self.hugePageBytes : 1
-      guard let length = Int(exactly: size), length < Int.max / 4, end < Int.max / 4 else {
-        throw EngineError(.full, "\(what): the files are larger than any memory")
-      }
-      end = (end + alignment - 1) & ~(alignment - 1)
-      places.append(end)
-      end += (length + MemoryMapping.pageBytes - 1) & ~(MemoryMapping.pageBytes - 1)
+    guard let places = FilePlaces(sizes: sizes, mappingLimit: Self.freeMappings()) else {
+      throw EngineError(.full, "\(what): the files are larger than any memory")
     }
-    self.places = places
+    self.places = places.offsets
+    let end = places.byteCount
     byteCount = UInt64(end)
     if end == 0 {
       range = nil
       return
     }
-    try Self.checkMapCount(sizes.count { $0 > 0 }, what)
+    try Self.checkMapCount(places.mappingCount, sizes.count { $0 > 0 }, what)
     do throws(Errno) { range = try .reserved(byteCount: end) } catch {
       throw EngineError(.outOfMemory, "\(what): reserving addresses for \(end) bytes: \(error)")
     }
@@ -77,18 +67,27 @@ final class FileArena: Sendable {
   // MARK: The number of mappings
 
   /// Refuses what the system would, before anything is read.
-  private static func checkMapCount(_ count: Int, _ what: String) throws(EngineError) {
-    guard let limit = number("/proc/sys/vm/max_map_count") else { return }
+  private static func checkMapCount(
+    _ count: Int, _ fileCount: Int, _ what: String
+  ) throws(EngineError) {
+    guard let limit = mappingLimit() else { return }
     let needed = mappingCount() + count + spareMappings
     if needed <= limit { return }
     throw EngineError(
       .full,
-      "\(what): \(count) files that are not empty take a mapping each, and the system allows a "
+      "\(what): \(fileCount) files that are not empty take a mapping each, and the system allows a "
         + "process \(limit) (vm.max_map_count): raise that with `sysctl -w vm.max_map_count="
         + "\(max(needed, count + count / 4) * 2)`, or pack the files into fewer")
   }
 
-  /// For what else the process may map, holes between files included.
+  /// How many more the process may have.
+  private static func freeMappings() -> Int {
+    mappingLimit().map { $0 - mappingCount() - spareMappings } ?? .max
+  }
+
+  private static func mappingLimit() -> Int? { number("/proc/sys/vm/max_map_count") }
+
+  /// For what else the process may map.
   private static let spareMappings = 512
 
   private static func mappingCount() -> Int {
@@ -108,5 +107,46 @@ final class FileArena: Sendable {
     let length = bytes.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
     let digits = bytes.prefix(max(0, length)).prefix { (48...57).contains($0) }
     return Int(String(decoding: digits, as: UTF8.self))
+  }
+}
+
+/// Where files lie one after the other, and how many mappings that takes.
+package struct FilePlaces {
+  package private(set) var offsets: [Int] = []
+  package private(set) var byteCount = 0
+  /// Of the files that are not empty and of the holes between them.
+  package private(set) var mappingCount = 0
+
+  private static let hugePageBytes = 2 << 20
+
+  /// Huge pages fit where a file begins at one; it does unless the holes that this leaves would be
+  /// mappings too many. nil: the files are larger than any memory.
+  package init?(sizes: [UInt64], mappingLimit: Int) {
+    guard let aligned = Self(sizes, aligns: true) else { return nil }
+    if aligned.mappingCount <= mappingLimit {
+      self = aligned
+    } else {
+      self.init(sizes, aligns: false)
+    }
+  }
+
+  private init?(_ sizes: [UInt64], aligns: Bool) {
+    for size in sizes {
+      guard let length = Int(exactly: size), length < Int.max / 4, byteCount < Int.max / 4 else {
+        return nil
+      }
+      if aligns && length >= Self.hugePageBytes {
+        let aligned = Self.roundedUp(byteCount, Self.hugePageBytes)
+        if aligned > byteCount { mappingCount += 1 }
+        byteCount = aligned
+      }
+      offsets.append(byteCount)
+      byteCount += Self.roundedUp(length, MemoryMapping.pageBytes)
+      if length > 0 { mappingCount += 1 }
+    }
+  }
+
+  private static func roundedUp(_ number: Int, _ unit: Int) -> Int {
+    (number + unit - 1) & ~(unit - 1)
   }
 }
