@@ -337,7 +337,11 @@ class Store(unittest.TestCase):
         self.addCleanup(group.rmdir)
         if not (group / "memory.max").exists():
             self.skipTest("no control group of memory can be made")
+        # Swap is room, too.
+        if not (group / "memory.swap.max").exists():
+            self.skipTest("no control group can limit swap, which is room beyond its memory")
         (group / "memory.max").write_text(str(48 << 20))
+        (group / "memory.swap.max").write_text("0")
         self.start("publish", self.folder / "sparse", "--name", "t/sparse")
         command = f'echo $$ > {group}/cgroup.procs; exec "$@"'
         done = subprocess.run(
