@@ -195,6 +195,25 @@ import Testing
     #expect(scratch.names(in: "out") == ["living", "other"])
   }
 
+  /// Devices may have other numbers after that, and a switch that broke off must be undone.
+  @Test func leftoversFromBeforeTheMachineWasStarted() throws {
+    let scratch = ScratchDirectory()
+    let name = ".mooncake-get-00000000000dead"
+    for (index, changed) in [[2, 3], [2], [1, 3], [0, 3]].enumerated() {
+      let area = "out/\(name)\(index)"
+      scratch.write(area + "/file", [1])
+      scratch.leaveLock(in: area)
+      var lines = String(decoding: scratch.contents(area + "/lock")!, as: UTF8.self)
+        .split(separator: "\n").map { String($0) }
+      for line in changed { lines[line] += "1" }
+      scratch.write(area + "/lock", Array((lines.joined(separator: "\n") + "\n").utf8))
+    }
+    let staging = self.staging(scratch["out"])
+    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    _ = try staging.commit(syncs: false)
+    #expect(scratch.names(in: "out") == [1, 2, 3].map { "\(name)\($0)" } + ["a"])
+  }
+
   @Test func whatOnlyLooksLikeALeftoverStays() throws {
     let scratch = ScratchDirectory()
     // As somebody prepares it who may write into the directory.
