@@ -12,8 +12,9 @@ import Synchronization
 @frozen
 public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
   // Unchecked: the value is only touched by the thread that holds the word.
-  @usableFromInline let word: Atomic<UInt32>
+  // First the value: the thread sanitizer may take its change for one of the lock, at this address.
   @usableFromInline let value: _Cell<Value>
+  @usableFromInline let word: Atomic<UInt32>
 
   @_transparent
   public init(_ value: consuming sending Value) {
