@@ -271,11 +271,23 @@ public final class TransferEngine: @unchecked Sendable {
     }
     guard let late else { return }
     // Never unmapped: what lies there next would be written to.
-    for memory in memories { _ = Unmanaged.passRetained(memory) }
+    let kept = KeptMemory(memories)
+    let pointer = UInt(bitPattern: Unmanaged.passRetained(kept).toOpaque())
+    kept.previous = Self.keptMemory.exchange(pointer, ordering: .acquiringAndReleasing)
     Log.error(
       "destroying an engine: \(late) is in the middle of a copy that does not end and may still "
         + "touch memory that was registered: do not reuse it before that thread has ended")
   }
+
+  /// Memory of engines that have ended which a peer may still touch. It stays mapped, and in sight
+  /// of tools that look for lost memory.
+  private final class KeptMemory {
+    let memories: [EngineMemory]
+    var previous: UInt = 0
+
+    init(_ memories: [EngineMemory]) { self.memories = memories }
+  }
+  private static let keptMemory = Atomic<UInt>(0)
 
   package var isClosing: Bool { closing.load(ordering: .sequentiallyConsistent) }
 
