@@ -109,11 +109,19 @@ package final class Holding: Sendable {
     }
   }
 
+  /// Grants neither given back nor expired.
+  package var grantCount: Int {
+    state.withLock { $0.ledger.outstandingCount(now: Clock.now()) }
+  }
+
+  /// When the last grant expires, if none is given back; 0 without grants.
+  package var lastGrantExpiry: UInt64 { state.withLock { $0.ledger.lastExpiry } }
+
   /// Stops granting and waits until what was granted has been given back or the deadline passes.
   /// Returns whether readers were left.
   package func drain(until deadline: Deadline, _ bounds: Bounds? = nil) -> Bool {
     stopGranting()
-    while state.withLock({ $0.ledger.outstandingCount(now: Clock.now()) }) > 0 {
+    while grantCount > 0 {
       if deadline.hasPassed || bounds?.isOver == true { return true }
       sleepBriefly(nanoseconds: 2_000_000)
     }

@@ -13,6 +13,13 @@ final class MemoryTable: Sendable {
   private let engine: TransferEngine
   private let entries = Lock<[UInt64: Entry]>([:])
 
+  /// Memory that is no payload any more while a peer still has a grant to write into it.
+  private struct LateWrites {
+    var buffers: [BufferLayout.Buffer]
+    var end: UInt64
+  }
+  private let lateWrites = Lock<[LateWrites]>([])
+
   init(_ engine: TransferEngine) { self.engine = engine }
 
   /// Registers all buffers or none.
@@ -48,6 +55,32 @@ final class MemoryTable: Sendable {
       }
       for range in new { entries[range.address] = Entry(length: range.length, access: access) }
       for address in shared { entries[address]!.useCount += 1 }
+    }
+  }
+
+  /// Buffers that are about to be let go may be written to until then, by peers that have a grant.
+  func expectWrites(to buffers: [BufferLayout.Buffer], until end: UInt64) {
+    let now = Clock.now()
+    lateWrites.withLock { lateWrites in
+      lateWrites.removeAll { $0.end <= now }
+      if end > now { lateWrites.append(LateWrites(buffers: buffers, end: end)) }
+    }
+  }
+
+  /// From when on none of these buffers may be written to by peers that had a grant for a former
+  /// payload there: before that, the write would land in the new one.
+  func endOfLateWrites(to buffers: [BufferLayout.Buffer]) -> UInt64 {
+    lateWrites.withLock { lateWrites in
+      var end: UInt64 = 0
+      for late in lateWrites where late.end > end {
+        let isTouched = late.buffers.contains { old in
+          buffers.contains { new in
+            new.address < old.address + old.length && old.address < new.address + new.length
+          }
+        }
+        if isTouched { end = late.end }
+      }
+      return end
     }
   }
 

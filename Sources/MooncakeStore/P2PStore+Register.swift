@@ -43,6 +43,7 @@ extension P2PStore {
       let head = try directory.head(name, bounds.call)
       if former != nil || head != nil { throw Self.taken(name) }
     }
+    if options.isWritable { try waitForLateWriters(layout, bounds) }
     let digests = options.isWritable ? [] : try ShardHashing.run(shards, bounds, digestOf)
     let manifest = try Manifest(
       layout: shards, digests: digests, isWritable: options.isWritable,
@@ -135,6 +136,16 @@ extension P2PStore {
     } catch {
       memory.unregister(layout.ranges)
       throw error
+    }
+  }
+
+  /// Peers may still have grants to write into what was a payload on the same memory.
+  private func waitForLateWriters(
+    _ layout: BufferLayout, _ bounds: Bounds
+  ) throws(EngineError) {
+    while memory.endOfLateWrites(to: layout.ranges) > Clock.now() {
+      try bounds.check("waiting until peers cannot write to the former payload there any more")
+      bounds.sleep(orReadable: -1)
     }
   }
 

@@ -119,13 +119,24 @@ public final class P2PStore: Sendable {
             + "other holders")
       }
     }
-    memory.unregister(entry.layout?.ranges ?? [])
-    if let holding = entry.holding {
-      catalog.close(holding)
-      holding.close()
-    }
+    revoke(entry)
     free(entry.allocations)
   }
+
+  /// Ends what peers may do with the memory of a payload.
+  private func revoke(_ entry: Catalog.Entry) {
+    let ranges = entry.layout?.ranges ?? []
+    guard let holding = entry.holding else { return memory.unregister(ranges) }
+    if holding.manifest.isWritable {
+      memory.expectWrites(to: ranges, until: holding.lastGrantExpiry)
+    }
+    memory.unregister(ranges)
+    catalog.close(holding)
+    holding.close()
+  }
+
+  /// Grants of a payload of this store that peers have neither given back nor let expire.
+  package func grantCount(of name: String) -> Int { catalog.holding(of: name)?.grantCount ?? 0 }
 
   func bounds(
     _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64
@@ -160,9 +171,7 @@ public final class P2PStore: Sendable {
     if let holding = entry.holding {
       _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
       keeper.remove(holding.record, MetadataCall(until: .after(milliseconds: 3000)))
-      catalog.close(holding)
-      holding.close()
     }
-    memory.unregister(entry.layout?.ranges ?? [])
+    revoke(entry)
   }
 }

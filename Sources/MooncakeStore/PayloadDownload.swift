@@ -72,6 +72,8 @@ package final class PayloadDownload {
   private var flights: [Flight] = []
   private var connections: [HolderAddress: HolderConnection] = [:]
   private var sources: [String: GetResult.Source] = [:]
+  /// Who has sent shards that no digest covers.
+  private var trusted: Set<HolderAddress> = []
   private var doneBytes: UInt64 = 0
 
   /// Longest wait between two looks at progress, cancellation and the plan.
@@ -112,6 +114,9 @@ package final class PayloadDownload {
       for item in inbox.take() { note(item) }
       checkFlights()
     }
+    try HoldingCheck(
+      engine: engine, workers: workers, manifest: manifest, reader: reader, bounds: bounds
+    ).run(trusted)
     try bounds.report(progress, isLast: true)
     return sources.values.sorted { $0.byteCount > $1.byteCount }
   }
@@ -310,6 +315,7 @@ package final class PayloadDownload {
     let bytes = UnsafeRawBufferPointer(start: P2PStore.pointer(local), count: Int(range.length))
     let isIntact =
       manifest.isWritable || Digest(of: bytes) == manifest.digests[flight.shard]
+    if manifest.isWritable { trusted.insert(holder) }
     let isNews = plan.finished(
       flight.shard, from: holder, isIntact: isIntact, now: Clock.now())
     let isOrigin = plan.isOrigin(holder)

@@ -18,9 +18,13 @@ struct RangeTransfer {
   /// Everything before it has moved.
   private var position: UInt64
   private var failures: [String] = []
+  /// Most bytes of one grant; smaller where the link is so slow that grants expire meanwhile.
+  private var stepBytes: UInt64
 
   /// Most bytes, and shards, that are asked for at once.
   private static let stepShards = 64
+  private static let mostWrittenBytes: UInt64 = 64 << 20
+  private static let leastWrittenBytes: UInt64 = 256 << 10
   private static let askMilliseconds: UInt64 = 2000
   private static let pauseNanoseconds: UInt64 = 20_000_000
 
@@ -38,6 +42,7 @@ struct RangeTransfer {
     start = offset
     end = offset + length
     position = offset
+    stepBytes = opcode == .write ? Self.mostWrittenBytes : .max
   }
 
   /// A range that several holders have is read from any of them; what is written goes to the
@@ -68,9 +73,15 @@ struct RangeTransfer {
 
   /// Moves what one grant allows; returns false if this holder has nothing more for us.
   private mutating func step(_ connection: HolderConnection) throws(EngineError) -> Bool {
-    var shards = manifest.layout.shards(in: position..<end)
+    let stop = position + min(stepBytes, end - position)
+    var shards = manifest.layout.shards(in: position..<stop)
     shards = shards.lowerBound..<min(shards.upperBound, shards.lowerBound + Self.stepShards)
+    let start = Clock.now()
     let answer = try ask(connection.holder, wanted: shards)
+    // A write that came later could land in what the holder keeps there then.
+    let lease =
+      opcode == .read
+      ? Deadline.never : Deadline(nanoseconds: start + answer.leaseMilliseconds * 900_000)
     switch answer.state {
     case .gone:
       throw EngineError(.notFound, "it holds this version no longer")
@@ -87,14 +98,24 @@ struct RangeTransfer {
     while last < shards.upperBound, granted.contains(last) { last += 1 }
     let reached: UInt64
     do throws(EngineError) {
-      reached = try move(connection, shards.lowerBound..<last)
+      reached = try move(connection, shards.lowerBound..<last, stop, until: lease)
     } catch {
-      _ = try? ask(connection.holder, wanted: 0..<0)
-      throw error
+      let farewell = try? ask(connection.holder, wanted: 0..<0)
+      guard error.code == .timeout, lease.hasPassed, farewell?.state == .serving,
+        stepBytes > Self.leastWrittenBytes
+      else { throw error }
+      stepBytes = max(stepBytes / 8, Self.leastWrittenBytes)
+      return true
     }
     // If it ended its offer meanwhile, the memory may have been something else already.
     let farewell = try ask(connection.holder, wanted: 0..<0)
-    if farewell.state == .gone { throw EngineError(.notFound, "it has just withdrawn this") }
+    if farewell.state == .gone {
+      throw EngineError(
+        .notFound,
+        opcode == .read
+          ? "it withdrew the payload while it was read"
+          : "it withdrew the payload while it was written: what was written is lost")
+    }
     let hasMoved = reached > position
     position = reached
     if !hasMoved { failures.append("\(connection.holder.segment): it lacks shard \(last)") }
@@ -116,15 +137,15 @@ struct RangeTransfer {
     }
   }
 
-  /// Moves the part of the range that lies in some shards; returns up to where.
+  /// Moves the part of the range that lies in some shards and before `limit`; returns up to where.
   private func move(
-    _ connection: HolderConnection, _ shards: Range<Int>
+    _ connection: HolderConnection, _ shards: Range<Int>, _ limit: UInt64, until lease: Deadline
   ) throws(EngineError) -> UInt64 {
     var requests: [TransferRequest] = []
     var reached = position
     for shard in shards {
       let range = manifest.layout.range(ofShard: shard)
-      let stop = min(end, range.offset + range.length)
+      let stop = min(limit, range.offset + range.length)
       guard let remote = connection.layout.address(of: reached, length: stop - reached) else {
         throw EngineError(.protocolViolation, "its buffers do not hold whole shards")
       }
@@ -134,18 +155,23 @@ struct RangeTransfer {
           targetOffset: remote, length: stop - reached))
       reached = stop
     }
-    if !requests.isEmpty { try run(requests) }
+    if !requests.isEmpty { try run(requests, until: min(bounds.deadline, lease)) }
     return reached
   }
 
   /// Moves requests; on any failure none of them touches the caller's memory any more.
-  private func run(_ requests: [TransferRequest]) throws(EngineError) {
+  private func run(
+    _ requests: [TransferRequest], until deadline: Deadline
+  ) throws(EngineError) {
+    if deadline.hasPassed {
+      throw EngineError(.timeout, "the time to write was over before it began")
+    }
     let batch = try engine.createBatch(capacity: requests.count)
     defer { try? engine.freeBatch(batch) }
     let event = try engine.eventDescriptor(of: batch)
     try engine.submit(
       batch, count: requests.count,
-      timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline),
+      timeoutMilliseconds: HolderConnection.milliseconds(until: deadline),
       notification: nil
     ) { RawRequest(requests[$0]) }
     do throws(EngineError) {

@@ -1,0 +1,56 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// Asks holders, after the last byte of a payload without digests, whether they held it until then.
+/// A holder that withdrew it meanwhile may have used the memory for something else, so the bytes
+/// may be those of another payload.
+struct HoldingCheck {
+  let engine: TransferEngine
+  let workers: WorkerPool
+  let manifest: Manifest
+  let reader: UInt64
+  let bounds: Bounds
+
+  private static let askMilliseconds: UInt64 = 2000
+  private static let pauseNanoseconds: UInt64 = 100_000_000
+  /// For a holder that does not answer; as long as a download waits for one.
+  private static let patienceMilliseconds: UInt64 = 10_000
+
+  /// Returns if all of them held it, and throws otherwise.
+  func run(_ holders: Set<HolderAddress>) throws(EngineError) {
+    for holder in holders { try check(holder) }
+  }
+
+  private func check(_ holder: HolderAddress) throws(EngineError) {
+    let request = ShardRequest.farewell(
+      to: holder, version: manifest.version, reader: reader,
+      shardCount: manifest.layout.shardCount)
+    let patience = Deadline.after(milliseconds: Self.patienceMilliseconds)
+    while true {
+      let failure: EngineError
+      do throws(EngineError) {
+        let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
+        let answer = try bounds.run(on: workers, "asking whether the payload is still held") {
+          [engine] () throws(EngineError) in
+          try StoreService.ask(engine, holder, request, until: deadline)
+        }
+        if answer.state != .gone { return }
+        throw EngineError(
+          .noHolder,
+          "holder \(holder.segment) at \(holder.rpc) withdrew the payload while it was read, and "
+            + "its memory may hold something else now: get it again")
+      } catch {
+        failure = error
+      }
+      if failure.code == .noHolder || failure.code == .canceled { throw failure }
+      try bounds.check("asking whether the payload is still held")
+      if patience.hasPassed {
+        throw EngineError(
+          .noHolder,
+          "holder \(holder.segment) at \(holder.rpc) did not confirm that it held the payload "
+            + "until the last byte was read, so the bytes may be others: \(failure.message)")
+      }
+      sleepBriefly(nanoseconds: Self.pauseNanoseconds)
+    }
+  }
+}
