@@ -302,7 +302,8 @@ enum {
 
 /* Called on a thread of the library, one call at a time for a watch; one that is slow delays later
  * changes. kind: MOONCAKE_CHANGE_*. *payload is valid until it returns. May call any function but
- * mooncake_engine_destroy(), mooncake_store_destroy() and mooncake_store_watch_destroy(). */
+ * mooncake_engine_destroy(), mooncake_store_destroy() and mooncake_store_watch_destroy(): they wait
+ * for callbacks, so that called from one they do nothing and return INVALID_ARGUMENT. */
 typedef void (*mooncake_store_watch_callback_t)(int32_t kind,
                                                 const mooncake_payload_info_t *payload,
                                                 void *context);
@@ -311,9 +312,10 @@ typedef struct mooncake_store_watch mooncake_store_watch_t;
 
 /* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED,
  * and with every later change of one. The caller owns *watch and ends it with
- * mooncake_store_watch_destroy(); after mooncake_store_destroy() it is silent. context must last
- * until either has returned. Errors: INVALID_ARGUMENT, FULL (1,024 watches), SYSTEM; of the
- * metadata service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
+ * mooncake_store_watch_destroy(); mooncake_store_destroy() silences it, too. context must last until
+ * either has returned: then no callback is running and none will run. Errors: INVALID_ARGUMENT,
+ * INVALID_HANDLE (a store that is being destroyed), FULL (1,024 watches), SYSTEM. A metadata service
+ * that cannot be reached is waited for. Since 0.1. */
 int32_t mooncake_store_watch_create(mooncake_store_t *store, const char *prefix,
                                     mooncake_store_watch_t **watch,
                                     mooncake_store_watch_callback_t callback, void *context);

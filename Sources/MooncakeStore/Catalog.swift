@@ -109,9 +109,12 @@ final class Catalog: Sendable {
 
   var isClosed: Bool { state.withLock { $0.isClosed } }
 
+  /// Refuses new calls; those that run end soon.
+  func refuse() { state.withLock { $0.isClosed = true } }
+
   /// Refuses new calls, waits for those that run, and returns what is held.
   func close() -> [Entry] {
-    state.withLock { $0.isClosed = true }
+    refuse()
     while true {
       let seen = releases.value
       let entries: [Entry]? = state.withLock { state in

@@ -42,12 +42,12 @@ extension P2PStore {
   }
 
   /// Tells of payloads whose names begin with a prefix: first those that are there, then each that
-  /// appears, gets another version, or vanishes. The handler runs on a thread of the watch.
+  /// appears, gets another version, or vanishes. The handler runs on a thread of the watch, and not
+  /// any more once the watch has been stopped or the store closed.
   public func watch(
     prefix: String, _ handler: @escaping @Sendable (PayloadChange) -> Void
   ) throws(EngineError) -> PayloadWatch {
-    if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
-    return try PayloadWatch(directory, prefix: prefix, handler)
+    try PayloadWatch(directory, prefix: prefix, of: watches, handler)
   }
 
   private func queryBounds(_ what: String, _ operation: StoreOperation) -> Bounds {

@@ -26,9 +26,12 @@ public final class P2PStore: Sendable {
   let memory: MemoryTable
   let workers = WorkerPool(name: "mc-store-ask", threadLimit: 8)
   let catalog = Catalog()
+  let watches = PayloadWatches()
   private let ownsEngine: Bool
   private let service: UInt64
-  private let isClosed = Lock(false)
+  private let isClosing = Atomic(false)
+  /// 1 once it is closed.
+  private let closed = Futex()
 
   /// Uses an engine that stays the caller's and must be closed after the store.
   public convenience init(
@@ -88,25 +91,32 @@ public final class P2PStore: Sendable {
         + "start one with `mooncake metadata serve`")
   }
 
-  /// Withdraws every payload, waiting for readers as long as the options say, and frees what the
-  /// store allocated. Idempotent; a second caller waits for the first.
+  /// Ends all watches, withdraws every payload, waiting for readers as long as the options say, and
+  /// frees what the store allocated. Idempotent; a second caller waits for the first, unless it is
+  /// the handler of a watch: that is what the first waits for.
   public func close() {
-    isClosed.withLock { isClosed in
-      if isClosed { return }
-      isClosed = true
-      let entries = catalog.close()
-      let deadline = Deadline.after(milliseconds: drainMilliseconds)
-      for entry in entries { entry.holding?.stopGranting() }
-      keeper.stop()
-      let call = MetadataCall(until: .after(milliseconds: 2000))
-      for entry in entries where entry.holding != nil || entry.isShared {
-        shared?.removeOwn(entry.name, segment: engine.name, call)
-      }
-      for entry in entries { dissolve(entry, until: deadline) }
-      engine.services.remove(service)
-      workers.stop()
-      if ownsEngine { engine.close() }
+    if isClosing.exchange(true, ordering: .acquiringAndReleasing) {
+      if watches.isCurrent { return }
+      while closed.value == 0 { closed.wait(while: 0, until: .never) }
+      return
     }
+    // First this: what handlers call must not keep them.
+    catalog.refuse()
+    watches.close()
+    let entries = catalog.close()
+    let deadline = Deadline.after(milliseconds: drainMilliseconds)
+    for entry in entries { entry.holding?.stopGranting() }
+    keeper.stop()
+    let call = MetadataCall(until: .after(milliseconds: 2000))
+    for entry in entries where entry.holding != nil || entry.isShared {
+      shared?.removeOwn(entry.name, segment: engine.name, call)
+    }
+    for entry in entries { dissolve(entry, until: deadline) }
+    engine.services.remove(service)
+    workers.stop()
+    if ownsEngine { engine.close() }
+    closed.store(1)
+    closed.wakeAll()
   }
 
   /// Ends a holding: no grants, readers done or the deadline passed, memory unregistered and, if it

@@ -12,43 +12,45 @@ public enum PayloadChange: Sendable, Equatable {
   case vanished(name: String)
 }
 
-/// Tells a handler of payloads whose names have a prefix, until it is stopped or released.
+/// Tells a handler of payloads whose names have a prefix, until it is stopped or released, or its
+/// store is closed.
 public final class PayloadWatch: Sendable {
   private let loop: PayloadWatchLoop
-  private let thread: Lock<WorkerThread?>
+  private let watches: PayloadWatches
 
   package init(
-    _ directory: StoreDirectory, prefix: String,
+    _ directory: StoreDirectory, prefix: String, of watches: PayloadWatches = PayloadWatches(),
     _ handler: @escaping @Sendable (PayloadChange) -> Void
   ) throws(EngineError) {
+    self.watches = watches
     do throws(Errno) {
-      let loop = try PayloadWatchLoop(directory, prefix: prefix, handler)
-      self.loop = loop
-      thread = Lock(try WorkerThread.start(name: "mc-store-watch") { loop.run() })
+      loop = try PayloadWatchLoop(directory, prefix: prefix, handler)
+      if try watches.start(loop) { return }
     } catch {
       throw EngineError(.system, "cannot watch payloads: \(error)")
     }
+    throw EngineError(.invalidHandle, "the store was closed")
   }
 
   deinit { stop() }
 
-  /// Ends the watch. No handler runs when this returns; called by the handler, none runs again.
-  public func stop() {
-    loop.requestStop()
-    let thread = thread.withLock { $0.take() }
-    guard let thread else { return }
-    // A handler that stops its own watch cannot wait for it.
-    if thread.isCurrent { thread.detach() } else { thread.join() }
-  }
+  /// Ends the watch. No handler runs when this returns, whoever else ends it at the same time;
+  /// called by the handler, none runs again.
+  public func stop() { watches.stop(loop) }
 }
 
 /// The thread of a watch.
-private final class PayloadWatchLoop: Sendable {
+final class PayloadWatchLoop: Sendable {
   private let directory: StoreDirectory
   private let prefix: String
   private let handler: @Sendable (PayloadChange) -> Void
   private let stopping: EventFD
   private let isStopping = Atomic(false)
+  private let thread = Lock<WorkerThread?>(nil)
+  /// Whether somebody joins or has detached the thread.
+  private let isReaped = Atomic(false)
+  /// 0 while handlers may run.
+  private let ended = Futex(1)
 
   /// What has been told, by name.
   private struct Known {
@@ -72,12 +74,42 @@ private final class PayloadWatchLoop: Sendable {
     stopping = try EventFD()
   }
 
+  func start() throws(Errno) {
+    ended.store(0)
+    do throws(Errno) {
+      try thread.withLock { thread throws(Errno) in
+        thread = try WorkerThread.start(name: "mc-store-watch") { [self] in
+          run()
+          ended.store(1)
+          ended.wakeAll()
+        }
+      }
+    } catch {
+      ended.store(1)
+      throw error
+    }
+  }
+
   func requestStop() {
     isStopping.store(true, ordering: .releasing)
     stopping.signal()
   }
 
-  func run() {
+  /// Whether the caller is the handler.
+  var isCurrent: Bool { thread.withLock { $0?.isCurrent ?? false } }
+
+  /// Waits until no handler runs any more.
+  func waitUntilEnded() {
+    while ended.value == 0 { ended.wait(while: 0, until: .never) }
+    if !isReaped.exchange(true, ordering: .relaxed) { thread.withLock { $0 }?.join() }
+  }
+
+  /// Instead of waiting, where the handler itself ends the watch.
+  func detach() {
+    if !isReaped.exchange(true, ordering: .relaxed) { thread.withLock { $0 }?.detach() }
+  }
+
+  private func run() {
     let watch = MetadataWatch(directory.store, prefix: directory.headKey(prefix))
     var known: [MetadataKey: Known] = [:]
     var backoff: UInt64 = 0

@@ -164,4 +164,75 @@ private final class Told: Sendable {
     #expect(told.texts.count == 1)
     own.withLock { $0 = nil }
   }
+
+  @Test func noHandlerRunsAfterItsStore() throws {
+    let cluster = try Cluster()
+    let (other, store) = (try cluster.store(), try cluster.store())
+    defer { other.close() }
+    let isOver = Atomic(false)
+    let memory = Memory(4096)
+    let publisher = try WorkerThread.start(name: "publish") {
+      while !isOver.load(ordering: .relaxed) {
+        _ = try? other.register("a", [memory.buffer])
+        try? other.unregister("a")
+      }
+    }
+    let running = Atomic(0)
+    let count = Atomic(0)
+    let isGone = Atomic(false)
+    let wrong = Atomic(0)
+    let watches = try (0..<3).map { _ in
+      try store.watch(prefix: "") { _ in
+        running.wrappingAdd(1, ordering: .sequentiallyConsistent)
+        count.wrappingAdd(1, ordering: .sequentiallyConsistent)
+        usleep(150_000)
+        if isGone.load(ordering: .sequentiallyConsistent) {
+          wrong.wrappingAdd(1, ordering: .relaxed)
+        }
+        running.wrappingSubtract(1, ordering: .sequentiallyConsistent)
+      }
+    }
+    #expect(eventually { running.load(ordering: .relaxed) > 0 })
+    // One is ended by its own thread at the same time: neither end may return too early.
+    let ender = try WorkerThread.start(name: "end") {
+      watches[0].stop()
+      if count.load(ordering: .relaxed) == 0 { wrong.wrappingAdd(1, ordering: .relaxed) }
+    }
+    store.close()
+    isGone.store(true, ordering: .sequentiallyConsistent)
+    let runningCount = running.load(ordering: .sequentiallyConsistent)
+    #expect(runningCount == 0)
+    let countAtEnd = count.load(ordering: .sequentiallyConsistent)
+    ender.join()
+    usleep(300_000)
+    isOver.store(true, ordering: .relaxed)
+    publisher.join()
+    let (countLater, wrongCount) = (count.load(ordering: .relaxed), wrong.load(ordering: .relaxed))
+    #expect(countLater == countAtEnd && wrongCount == 0)
+    #expect(code { _ = try store.watch(prefix: "") { _ in } } == .invalidHandle)
+    withExtendedLifetime(watches) {}
+  }
+
+  @Test func aHandlerMayCloseItsStore() throws {
+    let cluster = try Cluster()
+    let store = try cluster.store()
+    let memory = Memory(4096)
+    try store.register("a", [memory.buffer])
+    let entered = Atomic(0)
+    let count = Atomic(0)
+    let watch = try store.watch(prefix: "") { [weak store] _ in
+      entered.wrappingAdd(1, ordering: .relaxed)
+      // By now another thread closes it, too, and waits for this handler.
+      usleep(200_000)
+      store?.close()
+      count.wrappingAdd(1, ordering: .relaxed)
+    }
+    #expect(eventually { entered.load(ordering: .relaxed) == 1 })
+    store.close()
+    let (enteredCount, endedCount) = (
+      entered.load(ordering: .relaxed), count.load(ordering: .relaxed)
+    )
+    #expect(enteredCount == 1 && endedCount == 1)
+    watch.stop()
+  }
 }
