@@ -71,6 +71,8 @@ package final class PayloadDownload {
   private var plan: DownloadPlan
   private var flights: [Flight] = []
   private var connections: [HolderAddress: HolderConnection] = [:]
+  /// What the engine last said of parts of answers.
+  private var arrivals: [SegmentID: UInt64] = [:]
   private var sources: [String: GetResult.Source] = [:]
   /// Who has sent shards that no digest covers.
   private var trusted: Set<HolderAddress> = []
@@ -183,6 +185,10 @@ package final class PayloadDownload {
         flights[index].isCanceled = true
         try? engine.cancel(flights[index].batch)
       }
+    case .leave(let holder, let request):
+      _ = workers.run { [engine] in
+        _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
+      }
     case .discover:
       let isAccepted = workers.run { [inbox, discover] in
         _ = inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
@@ -285,12 +291,7 @@ package final class PayloadDownload {
         continue
       }
       if !status.state.isTerminal {
-        if status.transferredBytes > flight.seenBytes {
-          plan.progressed(
-            flight.connection.holder, bytes: status.transferredBytes - flight.seenBytes,
-            now: Clock.now())
-          flights[index].seenBytes = status.transferredBytes
-        }
+        noteProgress(of: index)
         index += 1
         continue
       }
@@ -298,6 +299,19 @@ package final class PayloadDownload {
       end(flight, status)
       try? engine.freeBatch(flight.batch)
     }
+  }
+
+  /// Slices that have arrived are counted; a part of one says only that bytes come.
+  private func noteProgress(of index: Int) {
+    let flight = flights[index]
+    let connection = flight.connection
+    let bytes = (try? engine.poll(flight.batch, request: 0))?.transferredBytes ?? 0
+    let arrival = engine.partialArrivalCount(from: connection.segment)
+    let isPartial = arrivals.updateValue(arrival, forKey: connection.segment) ?? arrival != arrival
+    if bytes <= flight.seenBytes && !isPartial { return }
+    flights[index].seenBytes = max(bytes, flight.seenBytes)
+    plan.progressed(
+      connection.holder, bytes: flights[index].seenBytes - flight.seenBytes, now: Clock.now())
   }
 
   private func end(_ flight: Flight, _ status: BatchStatus) {

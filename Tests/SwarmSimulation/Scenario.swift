@@ -7,6 +7,11 @@ package struct Scenario: Sendable {
     case killed
     /// The machine ends: nobody answers any more.
     case silenced
+    /// It answers and grants, but no byte of a shard leaves it any more.
+    case muted
+    /// No packet of more than 1,500 bytes gets through, in either direction: no shard, no long
+    /// question, no long answer.
+    case narrowed
   }
 
   package var receiverCount: Int
@@ -29,6 +34,12 @@ package struct Scenario: Sendable {
   package var corruptNodes: Set<Int> = []
   /// Nodes with a fraction of the link.
   package var slowNodes: [Int: Double] = [:]
+  /// The slow ones begin so long before all others.
+  package var slowLead: UInt64 = 0
+  /// Records of holders that are no more and answer nobody.
+  package var deadRecordCount = 0
+  /// How many of 1,000 questions are lost, or their answers.
+  package var lostPerMille: UInt64 = 0
   package var ledger = UploadLedger.Settings()
   package var plan = DownloadPlan.Settings()
   /// Simulated time after which a run is given up.
@@ -46,6 +57,11 @@ package struct Outcome: Sendable {
   package var completeCount = 0
   /// Receivers that gave up, having found nobody.
   package var stuckCount = 0
+  /// Nodes that gave up, and the longest time that one of them took from its start.
+  package var stuckNodes: Set<Int> = []
+  package var longestDespair: UInt64 = 0
+  /// When each node was complete, from its start.
+  package var durations: [Int: UInt64] = [:]
   package var failedCount = 0
   package var originCopies = 0.0
   package var metadataOperations = 0

@@ -7,7 +7,8 @@ package final class Simulation {
   private enum Event {
     case start(Int)
     case wake(Int)
-    case askArrives(from: Int, to: Int, ShardRequest, deadline: UInt64)
+    /// Nobody waits for the answer of the last one that a holder hears.
+    case askArrives(from: Int, to: Int, ShardRequest, deadline: UInt64, isLast: Bool)
     case answer(Int, from: Int, ShardAnswer)
     case askFails(Int, from: Int, isRefused: Bool)
     case flow(Channel)
@@ -26,6 +27,10 @@ package final class Simulation {
     var freeTime: UInt64 = 0
     var wakeTime = UInt64.max
     var lastShard: UInt64?
+    var startTime: UInt64 = 0
+
+    /// Neither asks nor answers any more.
+    var hasEnded: Bool { fault == .killed || fault == .silenced }
   }
 
   private let scenario: Scenario
@@ -47,9 +52,13 @@ package final class Simulation {
     self.scenario = scenario
     random = SwarmRandom(seed: scenario.seed)
     let count = scenario.receiverCount + 1
-    nodes = Array(repeating: Node(), count: count)
+    nodes = Array(repeating: Node(), count: count + scenario.deadRecordCount)
+    for dead in count..<nodes.count {
+      nodes[dead].fault = .silenced
+      registered.append(dead)
+    }
     network = Network(
-      capacity: (0..<count).map {
+      capacity: nodes.indices.map {
         scenario.linkBytesPerSecond * scenario.slowNodes[$0, default: 1]
       })
     unfinishedCount = scenario.receiverCount
@@ -59,7 +68,8 @@ package final class Simulation {
     nodes[0].ledger = UploadLedger(
       shardCount: scenario.shardCount, seed: random.next(), settings: ledgerSettings)
     for node in 1..<count {
-      queue.add(.start(node), at: random.next() % max(1, scenario.startSpread))
+      let lead = scenario.slowNodes[node] == nil ? scenario.slowLead : 0
+      queue.add(.start(node), at: lead + random.next() % max(1, scenario.startSpread))
     }
     for (node, time, fault) in scenario.faults { queue.add(.fail(node, fault), at: time) }
   }
@@ -85,8 +95,8 @@ package final class Simulation {
     switch event {
     case .start(let node): start(node)
     case .wake(let node): if nodes[node].wakeTime == now { pump(node) }
-    case .askArrives(let from, let to, let request, let deadline):
-      answer(from, to, request, deadline)
+    case .askArrives(let from, let to, let request, let deadline, let isLast):
+      answer(from, to, request, deadline, isLast)
     case .answer(let node, let holder, let answer):
       nodes[node].plan?.answered(by: address(holder), answer, now: now)
       pump(node)
@@ -114,7 +124,8 @@ package final class Simulation {
   /// Head, page of holders, lease, own record: four operations; a fifth tells completion.
   private func start(_ node: Int) {
     firstStart = min(firstStart, now)
-    if nodes[node].fault != nil { return }
+    if nodes[node].hasEnded { return }
+    nodes[node].startTime = now
     let isAlone = scenario.isOriginAlone
     outcome.metadataOperations += isAlone ? 1 : 5
     nodes[node].plan = DownloadPlan(
@@ -144,12 +155,14 @@ package final class Simulation {
   }
 
   private func pump(_ node: Int) {
-    guard nodes[node].plan != nil, nodes[node].fault == nil, !nodes[node].isFinished else { return }
+    guard nodes[node].plan != nil, !nodes[node].hasEnded, !nodes[node].isFinished else { return }
     tellProgress(node)
     while let action = nodes[node].plan!.next(now) { perform(action, node) }
     if nodes[node].plan!.isComplete { return finish(node) }
     if nodes[node].plan!.isStuck(now) {
       outcome.stuckCount += 1
+      outcome.stuckNodes.insert(node)
+      outcome.longestDespair = max(outcome.longestDespair, now - nodes[node].startTime)
       nodes[node].isFinished = true
       unfinishedCount -= 1
       return
@@ -175,12 +188,14 @@ package final class Simulation {
     nodes[node].isFinished = true
     unfinishedCount -= 1
     outcome.completeCount += 1
+    outcome.durations[node] = now - nodes[node].startTime
     outcome.makespan = max(outcome.makespan, now - firstStart)
     for holder in nodes[node].plan!.lenders {
       let request = ShardRequest.farewell(
         to: holder, version: version, reader: UInt64(node), shardCount: scenario.shardCount)
       queue.add(
-        .askArrives(from: node, to: self.node(holder), request, deadline: .max),
+        .askArrives(
+          from: node, to: self.node(holder), request, deadline: .max, isLast: true),
         at: now + scenario.latency)
     }
     if let fault = scenario.originFault, outcome.completeCount == 1 { fail(0, fault) }
@@ -193,9 +208,15 @@ package final class Simulation {
       queue.add(
         .askArrives(
           from: node, to: self.node(holder), request,
-          deadline: now + timeoutMilliseconds * 1_000_000), at: now + scenario.latency)
+          deadline: now + timeoutMilliseconds * 1_000_000, isLast: false),
+        at: now + scenario.latency)
     case .read(let holder, let shard): read(shard, node, self.node(holder))
     case .cancel(let holder, let shard): cancel(shard, node, self.node(holder))
+    case .leave(let holder, let request):
+      queue.add(
+        .askArrives(
+          from: node, to: self.node(holder), request, deadline: .max, isLast: true),
+        at: now + scenario.latency)
     case .discover:
       outcome.metadataOperations += 1
       queue.add(.discovered(node), at: now + 2_000_000)
@@ -204,9 +225,12 @@ package final class Simulation {
 
   // MARK: Asks
 
-  private func answer(_ from: Int, _ to: Int, _ request: ShardRequest, _ deadline: UInt64) {
-    if let fault = nodes[to].fault {
-      let isRefused = fault == .killed
+  private func answer(
+    _ from: Int, _ to: Int, _ request: ShardRequest, _ deadline: UInt64, _ isLast: Bool
+  ) {
+    if nodes[to].hasEnded || isLost(request, from, to) {
+      if isLast { return }
+      let isRefused = nodes[to].fault == .killed
       queue.add(
         .askFails(from, from: to, isRefused: isRefused),
         at: isRefused ? now + scenario.latency : deadline)
@@ -219,13 +243,32 @@ package final class Simulation {
     outcome.unusedGrantCount += answer.granted.count
     nodes[to].freeTime = max(now, nodes[to].freeTime) + scenario.askCost
     let arrival = nodes[to].freeTime + scenario.latency
-    if nodes[from].isFinished { return }
-    if arrival > deadline {
+    if nodes[from].isFinished || isLast { return }
+    if arrival > deadline || isLost(answer, from, to) {
       queue.add(.askFails(from, from: to, isRefused: false), at: deadline)
     } else {
       queue.add(.answer(from, from: to, answer), at: arrival)
     }
   }
+
+  /// A question by chance, or because it does not fit.
+  private func isLost(_ request: ShardRequest, _ from: Int, _ to: Int) -> Bool {
+    if scenario.lostPerMille > 0, random.next() % 1000 < scenario.lostPerMille { return true }
+    if !isNarrow(from, to) { return false }
+    // Base64 of a bit a shard, and what frames it.
+    return request.have.count / 6 + request.reading.count * 4 + 400 > Self.narrowBytes
+  }
+
+  private func isLost(_ answer: ShardAnswer, _ from: Int, _ to: Int) -> Bool {
+    if !isNarrow(from, to) { return false }
+    return answer.peers.count * 100 + answer.granted.count * 5 + 200 > Self.narrowBytes
+  }
+
+  private func isNarrow(_ one: Int, _ other: Int) -> Bool {
+    nodes[one].fault == .narrowed || nodes[other].fault == .narrowed
+  }
+
+  private static let narrowBytes = 1400
 
   // MARK: Reads
 
@@ -254,6 +297,7 @@ package final class Simulation {
 
   private func flow(_ channel: Channel) {
     if channel.isFlowing || channel.shards.isEmpty || nodes[channel.holder].fault != nil { return }
+    if nodes[channel.receiver].fault == .narrowed { return }
     network.start(channel, now: now, changed: schedule)
   }
 
@@ -314,12 +358,14 @@ package final class Simulation {
   private func fail(_ node: Int, _ fault: Scenario.Fault) {
     if nodes[node].fault != nil { return }
     nodes[node].fault = fault
-    if node > 0 {
+    if node > 0 && nodes[node].hasEnded {
       if !nodes[node].isFinished { unfinishedCount -= 1 }
       nodes[node].isFinished = true
       outcome.failedCount += 1
     }
-    for channel in network.down[node] { network.stop(channel, now: now, changed: schedule) }
+    if fault != .muted {
+      for channel in network.down[node] { network.stop(channel, now: now, changed: schedule) }
+    }
     for channel in network.up[node] { network.stop(channel, now: now, changed: schedule) }
     for channel in channels.values where channel.holder == node && fault == .killed {
       for shard in channel.shards {

@@ -64,6 +64,12 @@ extension TransferEngine {
     }
   }
 
+  /// A count that changes while parts of answers arrive from a segment, which no status shows: that
+  /// counts whole slices.
+  package func partialArrivalCount(from segment: SegmentID) -> UInt64 {
+    (try? segments.segment(segment))?.route.connections.peer.partialArrivalCount ?? 0
+  }
+
   /// Waits until every submitted request is terminal. Throws `.timeout` if they still run after the
   /// timeout; 0 waits as long as they do.
   public func wait(

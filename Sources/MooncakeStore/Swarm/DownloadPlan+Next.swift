@@ -12,15 +12,41 @@ extension DownloadPlan {
   /// What is to be done now; call until it returns nil.
   package mutating func next(_ now: UInt64) -> Action? {
     clock = now
-    if lastHope == nil { lastHope = now }
-    if !queue.isEmpty { return queue.removeFirst() }
-    if isComplete { return nil }
+    if lastByte == nil { lastByte = now }
+    if isOver { surrender() }
+    // Each further turn has given up a stalled neighbor, and the number of these is bounded.
+    while true {
+      if !queue.isEmpty { return queue.removeFirst() }
+      if isComplete || isOver { return nil }
+      guard let index = stalledIndex else { break }
+      if neighbors[index].probes < settings.probeLimit {
+        neighbors[index].probes += 1
+        return ask(index, limit: 0, timeoutMilliseconds: 400)
+      }
+      neighbors[index].isMute = true
+      drop(index, Self.muteReason)
+    }
+    return nextQuestion() ?? move() ?? discover()
+  }
+
+  static let muteReason =
+    "it answers and grants, but sends nothing: is its data port let through, and packets of full "
+    + "size (MTU)?"
+
+  /// A neighbor that owes bytes and has been silent for too long.
+  private var stalledIndex: Int? {
+    neighbors.indices.first { index in
+      guard let (time, duty) = duty(of: neighbors[index]) else { return false }
+      return duty == .probe && time <= clock
+    }
+  }
+
+  private mutating func nextQuestion() -> Action? {
     var best: (index: Int, score: Double)?
-    // Backwards: a stalled neighbor may be removed.
     for index in neighbors.indices.reversed() {
-      guard let (time, duty) = duty(of: neighbors[index]), time <= now else { continue }
+      guard let (time, duty) = duty(of: neighbors[index]), time <= clock else { continue }
       switch duty {
-      case .probe: return probe(index)
+      case .probe: continue
       case .tell: return ask(index, limit: 0)
       case .fetch where neighbors[index].readCount > 0: return fetch(index)
       case .fetch:
@@ -28,21 +54,40 @@ extension DownloadPlan {
         if score > best?.score ?? -1 { best = (index, score) }
       }
     }
-    if let best { return fetch(best.index) }
-    return move() ?? discover()
+    return best.map { fetch($0.index) }
   }
 
   /// When `next` shall be called again, if nothing is reported before.
   package var wakeTime: UInt64 {
     if !queue.isEmpty { return 0 }
     if isComplete { return .max }
-    var time = min(discoveryTime, moveTime)
-    for neighbor in neighbors { time = min(time, duty(of: neighbor)?.0 ?? .max) }
+    if isOver { return .max }
+    var time = min(min(discoveryTime, moveTime), surrenderTime)
+    for neighbor in neighbors {
+      time = min(time, duty(of: neighbor)?.0 ?? .max)
+      if untakenCount > 0, let lateTime = lateTime(of: neighbor), lateTime > clock {
+        time = min(time, lateTime)
+      }
+    }
     return time
   }
 
   var untakenCount: Int { shardCount - taken.memberCount }
-  private var activeCount: Int { neighbors.count { $0.isActive } }
+
+  /// Those that are read, or have been asked a moment ago. Who does not answer keeps nobody else
+  /// from being asked.
+  private var activeCount: Int {
+    neighbors.count { neighbor in
+      neighbor.readCount > 0 || lateTime(of: neighbor).map { $0 > clock } ?? false
+    }
+  }
+
+  /// When a question that is not answered is late.
+  private func lateTime(of neighbor: Neighbor) -> UInt64? {
+    neighbor.asked.map {
+      $0.since &+ (reads.isEmpty ? settings.firstLateNanoseconds : settings.lateNanoseconds)
+    }
+  }
 
   /// Shards granted ahead by a holder: what arrives while the next question is answered.
   private func window(of neighbor: Neighbor) -> Int {
@@ -53,7 +98,7 @@ extension DownloadPlan {
   }
 
   private func duty(of neighbor: Neighbor) -> (UInt64, Duty)? {
-    if neighbor.isAsking || neighbor.isBanned { return nil }
+    if neighbor.isAsking || neighbor.isBanned || neighbor.isDropped { return nil }
     if neighbor.readCount > 0 {
       let wantsMore =
         untakenCount > 0 && neighbor.readCount <= window(of: neighbor) / 2 && neighbor.failures == 0
@@ -65,7 +110,7 @@ extension DownloadPlan {
     }
     let mayStart = untakenCount > 0 && activeCount < settings.holdersAtOnce
     if mayStart && neighbor.nextAsk <= clock { return (neighbor.nextAsk, .fetch) }
-    if neighbor.isOwedWord { return (0, .tell) }
+    if neighbor.isOwedWord && neighbor.isAlive { return (0, .tell) }
     return mayStart ? (neighbor.nextAsk, .fetch) : nil
   }
 
@@ -84,7 +129,7 @@ extension DownloadPlan {
       wanted: wanted, turn: turn, reading: Array(reading.keys), limit: limit)
     neighbors[index].isOwedWord = false
     neighbors[index].renewal = .max
-    neighbors[index].asked = .init(limit: limit, moving: wanted?.lowerBound)
+    neighbors[index].asked = .init(limit: limit, moving: wanted?.lowerBound, since: clock)
     return .ask(neighbors[index].address, request, timeoutMilliseconds: timeoutMilliseconds)
   }
 
@@ -97,21 +142,12 @@ extension DownloadPlan {
       timeoutMilliseconds: isReading ? 400 : 2000)
   }
 
-  /// A holder that answers but sends nothing time and again is as good as dead.
-  private mutating func probe(_ index: Int) -> Action? {
-    if neighbors[index].probes == 5 {
-      drop(index, "answers, but nothing arrives")
-      return next(clock)
-    }
-    neighbors[index].probes += 1
-    return ask(index, limit: 0, timeoutMilliseconds: 400)
-  }
-
   /// Speed that a new reader may expect; the origin is left to those who find nobody else.
   private mutating func score(of neighbor: Neighbor) -> Double {
     let speed = neighbor.heldCount == 0 ? 1 : neighbor.speed ?? typicalSpeed
     let share = speed / Double(1 + neighbor.readerCount)
-    return share * (neighbor.isOrigin ? 0.5 : 1) * (0.5 + 0.5 * random.unit())
+    let trust = neighbor.isKnown ? 2.0 : 1
+    return share * (neighbor.isOrigin ? 0.5 : 1) * trust * (0.5 + 0.5 * random.unit())
   }
 
   private var typicalSpeed: Double {

@@ -12,6 +12,8 @@ package struct DownloadPlan: Sendable {
     case read(HolderAddress, shard: Int)
     /// End this read early; report as ever how it ended.
     case cancel(HolderAddress, shard: Int)
+    /// Tell a holder that was given up that nothing is read from it any more; report nothing.
+    case leave(HolderAddress, ShardRequest)
     /// Look for more holders in the metadata service; `add` them, then report with `discovered`.
     case discover
   }
@@ -31,10 +33,20 @@ package struct DownloadPlan: Sendable {
     package var candidateLimit = 32
     /// Looks into the metadata service while any neighbor lives.
     package var discoveryLimit = 4
-    /// Without a living neighbor for so long it is stuck; longer than a network that is back needs.
+    /// Without a byte and a living neighbor for so long it is stuck; longer than a network that is
+    /// back needs.
     package var isolatedNanoseconds: UInt64 = 10_000_000_000
-    /// With living neighbors that have nothing for so long it is stuck.
+    /// With living neighbors from which no byte comes for so long it is stuck.
     package var starvedNanoseconds: UInt64 = 15_000_000_000
+    /// The same where they say that others come first.
+    package var queuedNanoseconds: UInt64 = 120_000_000_000
+    /// Questions to a silent holder that it answers, without a byte, before it is given up: the
+    /// pauses between them double.
+    package var probeLimit = 4
+    /// A question takes up one of the places of `holdersAtOnce` for so long; and where nothing is
+    /// read yet.
+    package var lateNanoseconds: UInt64 = 200_000_000
+    package var firstLateNanoseconds: UInt64 = 50_000_000
     /// Times a shard may be taken from a slow holder.
     package var moveLimit = 3
 
@@ -75,8 +87,13 @@ package struct DownloadPlan: Sendable {
   var nextMove: UInt64 = 0
   /// Latest time told.
   var clock: UInt64 = 0
-  /// When it last looked as if the payload could be completed; nil: now.
-  var lastHope: UInt64?
+  /// When bytes arrived last; nil: it has not begun.
+  var lastByte: UInt64?
+  /// When a holder answered last, and when one said last that others come first.
+  var lastAnswer: UInt64 = 0
+  var lastBusy: UInt64 = 0
+  /// Holders given up whose reads have not all ended.
+  private var departing: [HolderAddress] = []
   /// Holders that failed and why, the latest of each.
   package private(set) var tried: [(holder: HolderAddress, reason: String)] = []
   package private(set) var corruptShardCount = 0
@@ -107,23 +124,14 @@ package struct DownloadPlan: Sendable {
 
   /// Those who count grants, or may, and are to be told at the end that nothing is read any more.
   package var lenders: [HolderAddress] {
-    neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address)
+    neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address) + departing
   }
 
   /// Living holders without anything that is missing.
   package var useless: [HolderAddress] {
-    neighbors.filter { $0.isAlive && $0.heldCount != nil && !$0.isActive }.map(\.address)
-  }
-
-  /// Whether there is nobody left to hope for.
-  package func isStuck(_ now: UInt64) -> Bool {
-    guard let lastHope, !isComplete, reads.isEmpty, !isDiscovering,
-      !neighbors.contains(where: \.isAsking)
-    else { return false }
-    let grace =
-      neighbors.contains(where: \.isAlive)
-      ? settings.starvedNanoseconds : settings.isolatedNanoseconds
-    return now > lastHope &+ grace
+    neighbors.filter {
+      $0.isAlive && !$0.isMute && $0.heldCount != nil && !$0.isActive
+    }.map(\.address)
   }
 
   // MARK: Holders
@@ -139,7 +147,7 @@ package struct DownloadPlan: Sendable {
     if let until = avoided[holder.holding], until > clock { return }
     // Reads of its former time here must have ended.
     if reads.values.contains(where: { $0.holder.holding == holder.holding }) { return }
-    let isNeeded = isOrigin || neighbors.count < settings.neighborLimit
+    let isNeeded = neighbors.count < settings.neighborLimit + (isOrigin ? Self.originLimit : 0)
     if isNeeded {
       neighbors.append(Neighbor(holder, isOrigin: isOrigin))
       candidates.removeAll { $0.holding == holder.holding }
@@ -149,6 +157,20 @@ package struct DownloadPlan: Sendable {
       } else {
         candidates[Int.random(in: candidates.indices, using: &random)] = holder
       }
+    }
+  }
+
+  /// Origins beside all other neighbors: honest records name one.
+  private static let originLimit = 4
+
+  /// What is known before the first question: whether the holder has answered another one. Those
+  /// that have not are asked after the others.
+  package mutating func expect(_ holder: HolderAddress, answers: Bool, now: UInt64) {
+    guard let index = index(of: holder) else { return }
+    if answers {
+      neighbors[index].isKnown = true
+    } else {
+      neighbors[index].nextAsk = now &+ settings.lateNanoseconds
     }
   }
 
@@ -163,19 +185,27 @@ package struct DownloadPlan: Sendable {
   package mutating func answered(by holder: HolderAddress, _ answer: ShardAnswer, now: UInt64) {
     clock = now
     for peer in answer.peers { add(peer, isOrigin: false) }
-    guard let index = index(of: holder), let asked = neighbors[index].asked else { return }
+    guard let index = index(of: holder) else {
+      // Given up while it was answering: nobody reads what it grants.
+      if !answer.granted.isEmpty && avoided[holder.holding] != nil { depart(holder) }
+      return
+    }
+    guard let asked = neighbors[index].asked else { return }
     neighbors[index].asked = nil
     if answer.state == .gone {
       drop(index, "holds it no longer")
       return
     }
-    if answer.state == .busy || answer.heldCount > (neighbors[index].heldCount ?? 0) {
-      lastHope = now
-    }
-    neighbors[index].failures = 0
-    tried.removeAll { $0.holder == holder }
+    lastAnswer = now
+    if answer.state == .busy { lastBusy = now }
     neighbors[index].heldCount = answer.heldCount
     neighbors[index].readerCount = answer.readerCount
+    if neighbors[index].isDropped {
+      neighbors[index].isOwedWord = true
+      return
+    }
+    neighbors[index].failures = 0
+    if !neighbors[index].isMute { tried.removeAll { $0.holder == holder } }
     let lease = min(answer.leaseMilliseconds, 86_400_000) * 1_000_000
     neighbors[index].renewal = now &+ max(lease / 2, 250_000_000)
     var isUseful = false
@@ -188,21 +218,26 @@ package struct DownloadPlan: Sendable {
       }
     }
     if isUseful {
-      lastHope = now
       neighbors[index].refusals = 0
     } else if asked.limit > 0 {
       refused(index, retryMilliseconds: answer.retryMilliseconds)
     }
   }
 
-  /// `isGone`: the holder itself lives but has this payload no longer.
+  /// `isGone`: the holder itself lives but has this payload no longer. A question may be lost: while
+  /// bytes come, they say more about the holder than it does.
   package mutating func askFailed(
     _ holder: HolderAddress, reason: String, isGone: Bool, now: UInt64
   ) {
     clock = now
     guard let index = index(of: holder) else { return }
+    let asked = neighbors[index].asked
     neighbors[index].asked = nil
-    drop(index, reason)
+    let sends =
+      neighbors[index].readCount > 0 && neighbors[index].lastProgress > asked?.since ?? .max
+    if isGone || !sends { return drop(index, reason) }
+    wait(index, milliseconds: 100)
+    neighbors[index].renewal = neighbors[index].nextAsk
   }
 
   private mutating func accept(_ shard: Int, from index: Int, moving: Int?) -> Bool {
@@ -253,11 +288,22 @@ package struct DownloadPlan: Sendable {
 
   // MARK: Reads
 
-  /// Bytes of shards have arrived; those of a finished shard need not be told.
+  /// Bytes of shards have arrived; those of a finished shard need not be told. None: part of what
+  /// cannot be counted yet.
   package mutating func progressed(_ holder: HolderAddress, bytes: UInt64, now: UInt64) {
     clock = now
-    guard let index = index(of: holder) else { return }
+    guard let index = index(of: holder), neighbors[index].readCount > 0 else { return }
     neighbors[index].progress(bytes, now: now)
+    hear(from: index)
+  }
+
+  /// Bytes have come from a neighbor.
+  private mutating func hear(from index: Int) {
+    lastByte = clock
+    if !neighbors[index].isMute { return }
+    neighbors[index].isMute = false
+    let holder = neighbors[index].address
+    tried.removeAll { $0.holder == holder }
   }
 
   /// A shard has arrived. Returns whether it is intact and was missing.
@@ -273,8 +319,11 @@ package struct DownloadPlan: Sendable {
         neighbors[index].isOwedWord = true
       }
       verified.insert(shard)
-      lastHope = now
-      if let index = index(of: holder) { neighbors[index].isProven = true }
+      lastByte = now
+      if let index = index(of: holder) {
+        neighbors[index].isProven = true
+        hear(from: index)
+      }
       return true
     }
     corruptShardCount += 1
@@ -312,6 +361,10 @@ package struct DownloadPlan: Sendable {
       neighbors[index].endRead(shardBytes, isWhole: isWhole, now: clock)
       neighbors[index].isOwedWord = true
     }
+    if let place = departing.firstIndex(where: { $0.holding == holder.holding }) {
+      departing.remove(at: place)
+      depart(holder)
+    }
     return read
   }
 
@@ -327,29 +380,51 @@ package struct DownloadPlan: Sendable {
   // MARK: Failure
 
   /// Ends what is read from a holder and does without it: for a while, or forever. An origin stays,
-  /// to be tried again.
+  /// to be tried again. Everybody else is told, so that its places are free for others.
   mutating func drop(_ index: Int, _ reason: String, isForever: Bool = false) {
     let holder = neighbors[index].address
     note(holder, reason)
-    for (shard, read) in reads where read.holder == holder && !read.isCanceled {
-      reads[shard]?.isCanceled = true
-      queue.append(.cancel(holder, shard: shard))
-    }
+    cancelReads(of: holder)
     for (shard, read) in reads where read.successor == holder { reads[shard]?.successor = nil }
     neighbors[index].failures += 1
-    neighbors[index].isOwedWord = false
     if neighbors[index].isOrigin {
       neighbors[index].isBanned = neighbors[index].isBanned || isForever
+      neighbors[index].isDropped = neighbors[index].readCount > 0
+      if neighbors[index].isBanned { depart(holder) }
       wait(index, milliseconds: min(1000, 100 << UInt64(min(neighbors[index].failures, 5))))
       return
     }
+    let mayLend = neighbors[index].isAsking || neighbors[index].heldCount != nil
     neighbors.remove(at: index)
+    if mayLend { depart(holder) }
     if avoided.count >= 256 { avoided = avoided.filter { $0.value == .max } }
     if avoided.count < 4096 { avoided[holder.holding] = isForever ? .max : clock &+ 2_000_000_000 }
     if let other = candidates.popLast() { add(other, isOrigin: false) }
   }
 
-  private mutating func note(_ holder: HolderAddress, _ reason: String) {
+  mutating func cancelReads(of holder: HolderAddress) {
+    for (shard, read) in reads where read.holder == holder && !read.isCanceled {
+      reads[shard]?.isCanceled = true
+      queue.append(.cancel(holder, shard: shard))
+    }
+  }
+
+  /// Takes leave of a holder once all reads from it have ended.
+  private mutating func depart(_ holder: HolderAddress) {
+    if reads.values.contains(where: { $0.holder == holder }) {
+      if !departing.contains(holder) { departing.append(holder) }
+      return
+    }
+    turn += 1
+    queue.append(
+      .leave(
+        holder,
+        ShardRequest(
+          holding: holder.holding, version: version, reader: reader, own: nil,
+          have: ShardSet(count: shardCount), turn: turn, reading: [], limit: 0)))
+  }
+
+  mutating func note(_ holder: HolderAddress, _ reason: String) {
     tried.removeAll { $0.holder == holder }
     if tried.count == 32 { tried.removeFirst() }
     tried.append((holder, reason))

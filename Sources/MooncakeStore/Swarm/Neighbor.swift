@@ -6,6 +6,12 @@ struct Neighbor: Sendable {
   var isBanned = false
   /// Whether a shard of its matched the digest.
   var isProven = false
+  /// Whether it has answered a question before the first about shards.
+  var isKnown = false
+  /// Its reads have been canceled and not all have ended.
+  var isDropped = false
+  /// Dropped for its silence, and no byte has come since.
+  var isMute = false
   /// What the ask on its way is for; nil: none is.
   var asked: Ask?
   /// Not to be asked for shards before.
@@ -39,6 +45,7 @@ struct Neighbor: Sendable {
     var limit: Int
     /// The shard that is to be moved to this holder.
     var moving: Int?
+    var since: UInt64
   }
 
   init(_ address: HolderAddress, isOrigin: Bool) {
@@ -80,6 +87,7 @@ struct Neighbor: Sendable {
   /// left.
   mutating func endRead(_ shardBytes: UInt64, isWhole: Bool, now: UInt64) {
     readCount -= 1
+    if readCount == 0 { isDropped = false }
     let left = UInt64(readCount) * shardBytes
     let arrived = pendingBytes > left ? pendingBytes - left : 0
     if isWhole { progress(arrived, now: now) }

@@ -304,4 +304,108 @@ import Testing
     #expect(plan.missingCount == 10)
     #expect(actions(&plan, 0).count == 1)
   }
+
+  /// Runs an origin that answers each question as `answer` says, and sends nothing, until it is
+  /// stuck; returns when that was.
+  private func silence(
+    _ plan: inout DownloadPlan, holders: [HolderAddress], within milliseconds: UInt64,
+    _ answer: (HolderAddress, ShardRequest) -> ShardAnswer
+  ) -> UInt64? {
+    for step in 0..<(milliseconds / 10) {
+      let now = step * 10 * millisecond
+      for action in actions(&plan, now) {
+        switch action {
+        case .ask(let holder, let request, _):
+          plan.answered(by: holder, answer(holder, request), now: now)
+        case .cancel(let holder, let shard):
+          plan.failed(shard, from: holder, reason: "canceled", isDead: false, now: now)
+        case .discover: plan.discovered(now: now)
+        case .read, .leave: break
+        }
+      }
+      if plan.isStuck(now) { return now }
+    }
+    return nil
+  }
+
+  @Test(arguments: [true, false])
+  func whoAnswersAndGrantsButSendsNothingIsGivenUp(isOrigin: Bool) throws {
+    var plan = plan(100)
+    plan.add(origin, isOrigin: isOrigin)
+    var next = 0
+    let end = try #require(
+      silence(&plan, holders: [origin], within: 60_000) { _, request in
+        if request.limit == 0 { return serving([]) }
+        next += 1
+        return serving([next % 100])
+      })
+    #expect(end < 16_000 * millisecond, "grants are no bytes")
+    if isOrigin { #expect(plan.tried.contains { $0.reason.contains("sends nothing") }) }
+  }
+
+  @Test func whoAlwaysPutsOffIsGivenUp() throws {
+    var plan = plan(100)
+    plan.add(origin, isOrigin: true)
+    let end = try #require(
+      silence(&plan, holders: [origin], within: 200_000) { _, _ in
+        ShardAnswer(state: .busy, retryMilliseconds: 500, heldCount: 100)
+      })
+    #expect(end > 100_000 * millisecond && end < 130_000 * millisecond)
+  }
+
+  @Test func manyThatSendNothingAreGivenUpAtOnce() {
+    var plan = plan(1000)
+    for number in 2...40 as ClosedRange<UInt64> { plan.add(holder(number), isOrigin: false) }
+    plan.add(origin, isOrigin: true)
+    for action in actions(&plan, 0) {
+      guard case .ask(let holder, _, _) = action else { continue }
+      plan.answered(by: holder, serving([Int(holder.holding)]), now: 0)
+    }
+    // Nothing was looked at in between, as when the process stood still.
+    #expect(actions(&plan, 3_600_000 * millisecond).count < 100)
+  }
+
+  @Test func aLostQuestionEndsNoReadThatFlows() {
+    var plan = plan(100)
+    plan.add(holder(2), isOrigin: false)
+    _ = actions(&plan, 0)
+    plan.answered(by: holder(2), serving([1]), now: 0)
+    #expect(asks(actions(&plan, 0)).count == 1)
+    plan.progressed(holder(2), bytes: 1000, now: 300 * millisecond)
+    plan.askFailed(holder(2), reason: "no answer", isGone: false, now: 400 * millisecond)
+    #expect(asks(actions(&plan, 400 * millisecond)).isEmpty)
+    #expect(plan.holderCount == 1)
+    // Without bytes it is another matter.
+    #expect(asks(actions(&plan, 600 * millisecond)).count == 1)
+    plan.askFailed(holder(2), reason: "no answer", isGone: false, now: 1000 * millisecond)
+    #expect(actions(&plan, 1000 * millisecond).contains(.cancel(holder(2), shard: 1)))
+  }
+
+  @Test func theDroppedIsToldOnceItsReadsHaveEnded() {
+    var plan = plan(100)
+    plan.add(holder(2), isOrigin: false)
+    _ = actions(&plan, 0)
+    plan.answered(by: holder(2), serving([1, 2]), now: 0)
+    _ = actions(&plan, 0)
+    plan.failed(1, from: holder(2), reason: "reset", isDead: true, now: 1)
+    func left(_ actions: [DownloadPlan.Action]) -> Int {
+      actions.count { if case .leave(holder(2), _) = $0 { true } else { false } }
+    }
+    #expect(left(actions(&plan, 1)) == 0)
+    #expect(plan.lenders.contains(holder(2)))
+    plan.failed(2, from: holder(2), reason: "canceled", isDead: false, now: 2)
+    #expect(left(actions(&plan, 2)) == 1)
+    #expect(plan.lenders.isEmpty)
+  }
+
+  @Test func whoDoesNotAnswerKeepsNobodyFromBeingAsked() {
+    var plan = plan(100)
+    for number in 2...16 as ClosedRange<UInt64> { plan.add(holder(number), isOrigin: false) }
+    plan.add(origin, isOrigin: true)
+    var asked: Set<HolderAddress> = []
+    for step in 0...30 as ClosedRange<UInt64> {
+      asked.formUnion(asks(actions(&plan, step * 10 * millisecond)).map(\.0))
+    }
+    #expect(asked.count == 16)
+  }
 }

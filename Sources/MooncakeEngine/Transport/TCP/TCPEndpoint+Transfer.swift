@@ -197,6 +197,7 @@ extension TCPEndpoint {
       guard case .connected = state else { return true }
       if count < expected { break }
     }
+    if receiveOffset > TCPWire.statusBytes && isAny { peer.countPartialArrival() }
     if queue.isEmpty {
       lastUse = Clock.now()
       if held.isEmpty { earliestDeadline = .max }

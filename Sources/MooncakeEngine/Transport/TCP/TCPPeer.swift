@@ -38,6 +38,7 @@ package final class TCPPeer: Sendable {
   private let retired = Atomic<Bool>(false)
   private let successorBox = Lock<Successor?>(nil)
   private let lastReport = Atomic<UInt64>(0)
+  private let partialArrivals = Atomic<UInt64>(0)
 
   private static let reportNanoseconds: UInt64 = 100_000_000
 
@@ -70,6 +71,11 @@ package final class TCPPeer: Sendable {
     let index = attempts.wrappingAdd(1, ordering: .relaxed).oldValue
     return addresses[index % addresses.count]
   }
+
+  /// Changes as long as bytes of reads arrive that are not complete yet.
+  package var partialArrivalCount: UInt64 { partialArrivals.load(ordering: .relaxed) }
+
+  func countPartialArrival() { partialArrivals.wrappingAdd(1, ordering: .relaxed) }
 
   func reportTrouble() {
     let now = Clock.now()

@@ -1,0 +1,35 @@
+/// When a download gives up. What holders say keeps it going for a bounded time only; bytes do for as
+/// long as they come.
+extension DownloadPlan {
+  /// Whether there is nobody left to hope for, and nothing on its way.
+  package func isStuck(_ now: UInt64) -> Bool {
+    !isComplete && lastByte != nil && now > surrenderTime && reads.isEmpty && !isDiscovering
+      && !neighbors.contains(where: \.isAsking)
+  }
+
+  /// When it gives up, if no byte arrives before.
+  var surrenderTime: UInt64 {
+    guard let lastByte else { return .max }
+    let latest = lastByte &+ settings.queuedNanoseconds
+    let isIsolated = !neighbors.contains(where: \.isAlive)
+    return min(
+      latest,
+      isIsolated
+        ? max(lastByte, lastAnswer) &+ settings.isolatedNanoseconds
+        : max(lastByte, lastBusy) &+ settings.starvedNanoseconds)
+  }
+
+  /// No question is sent and no read begun from then on.
+  var isOver: Bool { !isComplete && clock > surrenderTime }
+
+  /// Ends what is still read.
+  mutating func surrender() {
+    for index in neighbors.indices
+    where neighbors[index].readCount > 0 && !neighbors[index].isDropped {
+      note(neighbors[index].address, Self.muteReason)
+      neighbors[index].isMute = true
+      neighbors[index].isDropped = true
+      cancelReads(of: neighbors[index].address)
+    }
+  }
+}
