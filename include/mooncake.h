@@ -421,8 +421,10 @@ int32_t mooncake_metadata_server_options_init(mooncake_metadata_server_options_t
                                               uint32_t struct_size);
 
 /* Starts a server that listens when this returns. options may be null. The caller owns *server and
- * ends it with mooncake_metadata_server_stop(). Errors: INVALID_ARGUMENT, ADDRESS_IN_USE,
- * UNSUPPORTED (libmicrohttpd is missing), FULL (64 servers), SYSTEM. Since 0.1. */
+ * ends it with mooncake_metadata_server_stop(). Errors: INVALID_ARGUMENT (also: what the directory
+ * keeps needs more than maximum_bytes), ADDRESS_IN_USE, UNSUPPORTED (libmicrohttpd is missing),
+ * FULL (64 servers), SYSTEM (also: the directory's journal is damaged or of another version; the
+ * message says where). Nothing in a directory is lost by a start that fails. Since 0.1. */
 int32_t mooncake_metadata_server_start(const mooncake_metadata_server_options_t *options,
                                        mooncake_metadata_server_t **server);
 

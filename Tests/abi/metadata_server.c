@@ -1,5 +1,7 @@
 /* The metadata server of mooncake.h: engines of one process find each other by name through it, it
  * keeps its contents over a restart, and no argument or handle ends the process. */
+#include <arpa/inet.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 
 #include "mooncake.h"
@@ -81,6 +83,49 @@ static void serve(const char *directory) {
   REQUIRE_OK(mooncake_metadata_server_stop(server));
 }
 
+static void put(uint32_t port, const char *key, size_t length) {
+  struct sockaddr_in address;
+  int descriptor = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  char *value = calloc(length, 1);
+  char text[200];
+  memset(&address, 0, sizeof address);
+  address.sin_family = AF_INET;
+  address.sin_port = htons((uint16_t)port);
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  REQUIRE(descriptor >= 0 && value);
+  REQUIRE(connect(descriptor, (struct sockaddr *)&address, sizeof address) == 0);
+  int count = snprintf(text, sizeof text,
+                       "PUT /metadata?key=%s HTTP/1.1\r\nHost: h\r\nContent-Length: %zu\r\n\r\n",
+                       key, length);
+  REQUIRE(send(descriptor, text, (size_t)count, 0) == count);
+  REQUIRE(send(descriptor, value, length, 0) == (ssize_t)length);
+  REQUIRE(recv(descriptor, text, sizeof text, 0) > 12);
+  CHECK(strncmp(text, "HTTP/1.1 200", 12) == 0);
+  close(descriptor);
+  free(value);
+}
+
+/* A start that would lose what is kept is refused, and then nothing is lost. */
+static void smaller_limit(const char *directory) {
+  mooncake_metadata_server_options_t options = defaults();
+  mooncake_metadata_server_t *server = NULL;
+  uint32_t port = 0;
+  options.directory = directory;
+  REQUIRE_OK(mooncake_metadata_server_start(&options, &server));
+  REQUIRE_OK(mooncake_metadata_server_port(server, &port));
+  put(port, "one", 700000);
+  put(port, "two", 700000);
+  REQUIRE_OK(mooncake_metadata_server_stop(server));
+  options.maximum_bytes = 1 << 20;
+  server = NULL;
+  CHECK_EQUAL(mooncake_metadata_server_start(&options, &server), MOONCAKE_ERROR_INVALID_ARGUMENT);
+  CHECK(server == NULL);
+  CHECK(strstr(mooncake_error_message(), "2MiB or more (maximum_bytes in C)") != NULL);
+  options.maximum_bytes = 2 << 20;
+  REQUIRE_OK(mooncake_metadata_server_start(&options, &server));
+  REQUIRE_OK(mooncake_metadata_server_stop(server));
+}
+
 static void bad_arguments(void) {
   mooncake_metadata_server_options_t options = defaults();
   mooncake_metadata_server_t *server = NULL;
@@ -153,6 +198,7 @@ int main(void) {
   bad_arguments();
   serve(NULL);
   serve(directory);
+  smaller_limit(directory);
   forked();
   snprintf(command, sizeof command, "rm -r %s", directory);
   CHECK_EQUAL(system(command), 0);

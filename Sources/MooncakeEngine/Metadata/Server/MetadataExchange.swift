@@ -21,7 +21,6 @@ final class MetadataExchange {
   /// A wait for changes.
   struct Watch {
     var prefix: String
-    var since: UInt64
     /// Up to where nothing has matched.
     var seen: UInt64
     /// On `Clock`, in nanoseconds.

@@ -6,18 +6,21 @@ import MooncakeSystem
 /// behind the others and synced before its request is answered; a file that has grown far beyond
 /// its contents is written anew beside and renamed.
 package final class MetadataJournal {
-  /// One change.
-  package enum Record: Equatable, Sendable {
-    case put(key: String, value: [UInt8], lease: UInt64)
-    case delete(key: String)
-    case grant(lease: UInt64, ttlMilliseconds: UInt64)
-    case revoke(lease: UInt64)
+  package typealias Record = MetadataJournalFormat.Record
+
+  /// How files are made safe; tests put slow and failing disks here.
+  package struct Disk: Sendable {
+    package var syncData: @Sendable (Int32) -> Int32 = { fdatasync($0) }
+    package var sync: @Sendable (Int32) -> Int32 = { fsync($0) }
+
+    package init() {}
   }
 
   private let directory: FileDescriptor
   private let lockFile: FileDescriptor
   private var file: FileDescriptor
   private let path: String
+  private let disk: Disk
   private var fileBytes: Int
   private var pending: [UInt8] = []
   /// A record could not be written: what follows makes no sense without it.
@@ -25,15 +28,18 @@ package final class MetadataJournal {
   /// The file as it was when it could not be written anew.
   private var failedFileBytes = 0
   private static let name = "journal"
-  private static var head: [UInt8] { Array("mooncake metadata 1\n".utf8) }
   private static let slackBytes = 4 << 20
+  private static let loadBytes = 1 << 20
+  private static let restore = "restore it from a copy, or"
 
-  /// Opens or creates the journal of a directory and reads every record of it in order. What a
-  /// crash has left half-written at the end is cut off.
+  /// Opens or creates the journal of a directory and reads every record of it in order; `replay`
+  /// says what is wrong with one that makes no sense. What a crash has left half-written at the end
+  /// is cut off. Anything else that is wrong is an error, and the file stays as it is.
   package init(
-    directory path: String, limits: MetadataLimits, _ replay: (Record) -> Void
+    directory path: String, disk: Disk = Disk(), _ replay: (Record) -> String?
   ) throws(EngineError) {
     self.path = path
+    self.disk = disk
     if mkdir(path, 0o700) != 0 && Errno.current.rawValue != EEXIST {
       throw Self.failure(path, "\(Errno.current)")
     }
@@ -46,7 +52,8 @@ package final class MetadataJournal {
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw Self.failure(path, "\(Errno.current)") }
     fileBytes = Int(status.st_size)
-    try read(limits, replay)
+    try cut(to: fileBytes == 0 ? 0 : read(replay))
+    try create()
   }
 
   /// Closing alone would not do while a child of a fork has the file open. That child never ends
@@ -61,42 +68,134 @@ package final class MetadataJournal {
     }
   }
 
-  private func read(
-    _ limits: MetadataLimits, _ replay: (Record) -> Void
-  ) throws(EngineError) {
-    if fileBytes == 0 {
-      pending = Self.head
-      do throws(Errno) { try commit { [] } } catch { throw Self.failure(path, "\(error)") }
-      return
-    }
-    // The bytes are parsed in place; their pages are the kernel's to take back.
-    guard let start = mmap(nil, fileBytes, PROT_READ, MAP_PRIVATE, file.rawValue, 0),
-      start != MAP_FAILED
-    else { throw Self.failure(path, "\(Errno.current)") }
-    let bytes = UnsafeRawBufferPointer(start: start, count: fileBytes)
-    defer { munmap(start, bytes.count) }
-    guard bytes.starts(with: Self.head) else {
-      throw Self.failure(path, "the file is no journal: it is left as it is")
-    }
-    var position = Self.head.count
-    while let (record, next) = Self.decode(bytes, position, limits) {
-      replay(record)
-      position = next
-    }
-    if position == fileBytes { return }
-    Log.warning(
-      "metadata server: \(path): the last \(fileBytes - position) bytes are no whole record, as "
-        + "after a crash: cut off")
-    if ftruncate(file.rawValue, position) != 0 { throw Self.failure(path, "\(Errno.current)") }
-    fileBytes = position
-  }
-
   private static func failure(_ path: String, _ cause: String) -> EngineError {
     EngineError(.system, "metadata server: \(path): \(cause)")
   }
 
+  // MARK: Start
+
+  /// Writes the head of an empty file, and makes the names of file and directory as safe as it.
+  private func create() throws(EngineError) {
+    if fileBytes == 0 { pending = MetadataJournalFormat.head }
+    do throws(Errno) {
+      try commit { [] }
+      try syncDirectory(directory.rawValue)
+      // It may be closed to this user, who then has not made the directory either.
+      guard let parent = try? FileDescriptor.open(path + "/..", flags: O_RDONLY | O_DIRECTORY)
+      else { return }
+      try syncDirectory(parent.rawValue)
+    } catch {
+      throw Self.failure(path, "making the journal: \(error)")
+    }
+  }
+
+  private func syncDirectory(_ directory: Int32) throws(Errno) {
+    if disk.sync(directory) == 0 { return }
+    let error = Errno.current
+    // Some file systems have nothing to sync there.
+    if error.rawValue != EINVAL { throw error }
+  }
+
+  /// Hands every record over; returns how many bytes of the file are good.
+  private func read(_ replay: (Record) -> String?) throws(EngineError) -> Int {
+    let end = try endWithoutZeros()
+    var start = 0
+    var bytes = try load(0, min(end, Self.loadBytes))
+    let head = bytes.withUnsafeBytes { MetadataJournalFormat.readHead($0, fileBytes: fileBytes) }
+    var position: Int
+    switch head {
+    case .present(let next): position = next
+    case .unfinished: return 0
+    case .version(let version):
+      throw refusal(
+        at: 0, "it has format \(version), which another version of this server writes",
+        "use that version, or")
+    case .foreign: throw refusal(at: 0, "this is not how a journal begins", Self.restore)
+    }
+    while true {
+      let found = bytes.withUnsafeBytes { MetadataJournalFormat.read($0, at: position - start) }
+      switch found {
+      case .record(let record, let next):
+        if let problem = replay(record) { throw refusal(at: position, problem, Self.restore) }
+        position = start + next
+      case .damage(let what): throw refusal(at: position, what, Self.restore)
+      case .beginning:
+        let known = start + bytes.count
+        if known == end { return position }
+        bytes = try load(
+          position, min(end - position, max(Self.loadBytes, 2 * (known - position))))
+        start = position
+      }
+    }
+  }
+
+  /// Where the zeros begin in which the file ends, if it does.
+  private func endWithoutZeros() throws(EngineError) -> Int {
+    var end = fileBytes
+    while end > 0 {
+      let bytes = try load(max(0, end - Self.loadBytes), min(end, Self.loadBytes))
+      if let last = bytes.lastIndex(where: { $0 != 0 }) { return end - bytes.count + last + 1 }
+      end -= bytes.count
+    }
+    return 0
+  }
+
+  /// Bytes of the file. They are not mapped, since a disk's error would end the process.
+  private func load(_ offset: Int, _ count: Int) throws(EngineError) -> [UInt8] {
+    let descriptor = file.rawValue
+    do throws(Errno) {
+      return try readWhole(descriptor, offset, count)
+    } catch {
+      throw Self.failure(path, "reading \(Self.name) at byte \(offset): \(error)")
+    }
+  }
+
+  private func readWhole(
+    _ descriptor: Int32, _ offset: Int, _ count: Int
+  ) throws(Errno) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: count)
+    var done = 0
+    while done < count {
+      let more = try bytes.withUnsafeMutableBytes { buffer in
+        Result { () throws(Errno) in
+          try retryingInterrupts {
+            pread(descriptor, buffer.baseAddress! + done, count - done, off_t(offset + done))
+          }
+        }
+      }.get()
+      // Somebody has cut the file.
+      if more == 0 { throw Errno(EIO) }
+      done += more
+    }
+    return bytes
+  }
+
+  private func refusal(at offset: Int, _ found: String, _ advice: String) -> EngineError {
+    EngineError(
+      .system,
+      "metadata server: \(path)/\(Self.name): byte \(offset) of \(fileBytes): \(found); the file "
+        + "stays as it is, and the server does not start, since it would lose what follows: "
+        + "\(advice) move the file away to start empty (engines that run put their keys again)")
+  }
+
+  /// Drops what a crash has left half-written.
+  private func cut(to keptBytes: Int) throws(EngineError) {
+    if keptBytes == fileBytes { return }
+    let lostBytes = fileBytes - keptBytes
+    if ftruncate(file.rawValue, keptBytes) != 0 { throw Self.failure(path, "\(Errno.current)") }
+    fileBytes = keptBytes
+    Log.warning(
+      "metadata server: \(path)/\(Self.name): "
+        + (keptBytes == 0
+          ? "it holds \(lostBytes) bytes and no whole head, as after a crash while it was made: "
+            + "made anew"
+          : "the last \(lostBytes) bytes are no whole record, as after a crash: cut off"))
+  }
+
+  // MARK: Changes
+
   /// Adds a record; it is safe after the next `commit`.
-  package func append(_ record: Record) { Self.encode(record, into: &pending) }
+  package func append(_ record: Record) { MetadataJournalFormat.encode(record, into: &pending) }
 
   package var hasPending: Bool { !pending.isEmpty }
 
@@ -111,7 +210,7 @@ package final class MetadataJournal {
     }
     do throws(Errno) {
       try Self.write(pending, to: file.rawValue, at: fileBytes)
-      if fdatasync(file.rawValue) != 0 { throw Errno.current }
+      if disk.syncData(file.rawValue) != 0 { throw Errno.current }
     } catch {
       isBehind = true
       _ = ftruncate(file.rawValue, fileBytes)
@@ -131,7 +230,7 @@ package final class MetadataJournal {
     do throws(Errno) {
       let new = try FileDescriptor.open(newPath, flags: O_RDWR | O_CREAT | O_TRUNC)
       let byteCount = try Self.write(records, to: new.rawValue)
-      if fsync(new.rawValue) != 0 { throw Errno.current }
+      if disk.sync(new.rawValue) != 0 { throw Errno.current }
       if rename(newPath, path + "/" + Self.name) != 0 { throw Errno.current }
       file = new
       fileBytes = byteCount
@@ -141,8 +240,9 @@ package final class MetadataJournal {
       throw error
     }
     // Until that is safe, too, a crash may bring the former file back.
-    isBehind = fsync(directory.rawValue) != 0
-    if isBehind { throw Errno.current }
+    isBehind = true
+    try syncDirectory(directory.rawValue)
+    isBehind = false
   }
 
   /// Writes a whole file; returns its length.
@@ -150,9 +250,9 @@ package final class MetadataJournal {
     _ records: some Sequence<Record>, to file: Int32
   ) throws(Errno) -> Int {
     var written = 0
-    var bytes = head
+    var bytes = MetadataJournalFormat.head
     for record in records {
-      encode(record, into: &bytes)
+      MetadataJournalFormat.encode(record, into: &bytes)
       if bytes.count < 1 << 20 { continue }
       try write(bytes, to: file, at: written)
       written += bytes.count
@@ -174,90 +274,6 @@ package final class MetadataJournal {
           }
         }
       }.get()
-    }
-  }
-
-  // MARK: Records: length of the rest, checksum of it, kind, number, key length, key, value
-
-  private static let headerBytes = 8
-  private static let fixedBytes = 13
-
-  private static func encode(_ record: Record, into bytes: inout [UInt8]) {
-    let (kind, number, key, value): (UInt8, UInt64, String, [UInt8]) =
-      switch record {
-      case .put(let key, let value, let lease): (1, lease, key, value)
-      case .delete(let key): (2, 0, key, [])
-      case .grant(let lease, let ttl): (3, lease, "", Self.bytes(ttl, 8))
-      case .revoke(let lease): (4, lease, "", [])
-      }
-    let start = bytes.count
-    bytes += [UInt8](repeating: 0, count: headerBytes)
-    bytes.append(kind)
-    bytes += Self.bytes(number, 8)
-    bytes += Self.bytes(UInt64(key.utf8.count), 4)
-    bytes += Array(key.utf8)
-    bytes += value
-    let rest = bytes.count - start - headerBytes
-    let sum = bytes.withUnsafeBytes {
-      Checksum.crc32(UnsafeRawBufferPointer(rebasing: $0[(start + headerBytes)...]))
-    }
-    let header = Self.bytes(UInt64(rest), 4) + Self.bytes(UInt64(sum), 4)
-    bytes.replaceSubrange(start..<(start + headerBytes), with: header)
-  }
-
-  private static func decode(
-    _ bytes: UnsafeRawBufferPointer, _ position: Int, _ limits: MetadataLimits
-  ) -> (Record, next: Int)? {
-    guard bytes.count - position >= headerBytes + fixedBytes else { return nil }
-    let length = Int(number(bytes, position, 4))
-    let start = position + headerBytes
-    guard length >= fixedBytes, length <= bytes.count - start else { return nil }
-    let rest = UnsafeRawBufferPointer(rebasing: bytes[start..<(start + length)])
-    guard UInt64(Checksum.crc32(rest)) == number(bytes, position + 4, 4) else { return nil }
-    let keyCount = Int(number(rest, 9, 4))
-    guard keyCount <= length - fixedBytes,
-      let key = String(validating: rest[fixedBytes..<(fixedBytes + keyCount)], as: UTF8.self)
-    else { return nil }
-    let value = rest[(fixedBytes + keyCount)...]
-    let lease = number(rest, 1, 8)
-    let record: Record
-    switch rest[0] {
-    case 1: record = .put(key: key, value: Array(value), lease: lease)
-    case 2: record = .delete(key: key)
-    case 3 where value.count == 8:
-      record = .grant(
-        lease: lease, ttlMilliseconds: number(UnsafeRawBufferPointer(rebasing: value), 0, 8))
-    case 4: record = .revoke(lease: lease)
-    default: return nil
-    }
-    return (record, start + length)
-  }
-
-  private static func bytes(_ number: UInt64, _ count: Int) -> [UInt8] {
-    (0..<count).map { UInt8(truncatingIfNeeded: number >> UInt64($0 * 8)) }
-  }
-
-  private static func number(
-    _ bytes: UnsafeRawBufferPointer, _ position: Int, _ count: Int
-  ) -> UInt64 {
-    (0..<count).reduce(0) { $0 | UInt64(bytes[position + $1]) << UInt64($1 * 8) }
-  }
-}
-
-/// The checksum of Ethernet and zip files.
-enum Checksum {
-  private static let table: [UInt32] = (0..<256).map { index in
-    (0..<8).reduce(UInt32(index)) { sum, _ in
-      sum & 1 == 0 ? sum >> 1 : sum >> 1 ^ 0xEDB8_8320
-    }
-  }
-
-  static func prepare() { _ = table }
-
-  static func crc32(_ bytes: UnsafeRawBufferPointer) -> UInt32 {
-    let table = table
-    return ~bytes.reduce(~0) { sum, byte in
-      table[Int((sum ^ UInt32(byte)) & 0xFF)] ^ sum >> 8
     }
   }
 }

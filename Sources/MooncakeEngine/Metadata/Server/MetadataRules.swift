@@ -145,7 +145,7 @@ struct MetadataRules {
       let wait = number(parameter("wait_ms"), default: 0)
     else { return Answer(400, "since or wait_ms is no number\n") }
     exchange.watch = MetadataExchange.Watch(
-      prefix: prefix, since: since, seen: since,
+      prefix: prefix, seen: since,
       end: now &+ min(wait, Self.waitMilliseconds) &* 1_000_000)
     return answer(toWatch: exchange, now: now)
   }
@@ -155,7 +155,8 @@ struct MetadataRules {
     guard let watch = exchange.watch else { return nil }
     let isOver = now >= watch.end
     if watch.seen == table.revision && !isOver { return nil }
-    guard let changes = table.changes(prefix: watch.prefix, since: watch.since) else {
+    // Nothing has matched up to what was seen, so what follows is all.
+    guard let changes = table.changes(prefix: watch.prefix, since: watch.seen) else {
       return Answer(410, "the changes since then are not remembered: list anew\n")
     }
     if changes.isEmpty && !isOver {
@@ -240,19 +241,27 @@ struct MetadataRules {
 
   // MARK: Journal
 
-  /// Takes a record of the journal over.
-  mutating func replay(_ record: MetadataJournal.Record, now: UInt64) {
+  /// Takes a record of the journal over; returns what is wrong with it if it makes no sense.
+  mutating func replay(_ record: MetadataJournal.Record) -> String? {
     switch record {
     case .put(let key, let value, let lease):
-      _ = table.put(MetadataKey(key), value, lease: lease)
-    case .delete(let key): _ = table.delete(MetadataKey(key))
-    // Every owner gets its full time to find the server again.
+      if table.restore(MetadataKey(key), value, lease: lease) { return nil }
+      return "a key hangs on the lease \(lease), which no record before has granted"
+    case .delete(let key):
+      _ = table.delete(MetadataKey(key))
+      return nil
     case .grant(let lease, let ttl):
-      _ = table.grant(
-        lease, ttlMilliseconds: min(ttl, Self.leaseMilliseconds.upperBound), now: now)
-    case .revoke(let lease): _ = table.revoke(lease)
+      let ttl = min(ttl, Self.leaseMilliseconds.upperBound)
+      if table.restoreLease(lease, ttlMilliseconds: ttl, now: 0) { return nil }
+      return "the lease \(lease) is granted a second time"
+    case .revoke(let lease):
+      _ = table.revoke(lease)
+      return nil
     }
   }
+
+  /// Begins to count the time of leases: every owner gets the full time to find the server again.
+  mutating func startLeases(now: UInt64) { table.renewAll(now: now) }
 
   /// Records that lead to the present state.
   var snapshot: [MetadataJournal.Record] {

@@ -39,7 +39,9 @@ public final class MetadataServer: Sendable {
     try self.init(options, limits)
   }
 
-  package init(_ options: Options, _ limits: MetadataLimits) throws(EngineError) {
+  package init(
+    _ options: Options, _ limits: MetadataLimits, disk: MetadataJournal.Disk = .init()
+  ) throws(EngineError) {
     EngineGlobals.prepare()
     guard let target = SocketAddress(numeric: options.host, port: options.port) else {
       throw EngineError(
@@ -50,20 +52,15 @@ public final class MetadataServer: Sendable {
     let token = try Self.token(options)
     if token == nil && !target.isLoopback {
       Log.warning(
-        "metadata server: whoever reaches \(target.host) may read and change everything: set "
-          + "\(MetadataToken.variable) here and at every client")
+        "metadata server: it listens on \(target.host) and asks for no token, so whoever reaches "
+          + "it may read and change everything: set \(MetadataToken.variable) here and at every "
+          + "client, or listen on 127.0.0.1")
     }
     var now = timespec()
     clock_gettime(CLOCK_REALTIME, &now)
     let revision = UInt64(max(0, now.tv_sec)) &* 1_000_000 &+ UInt64(now.tv_nsec / 1000)
     var rules = MetadataRules(table: MetadataTable(revision: revision, limits: limits))
-    let start = Clock.now()
-    var journal: MetadataJournal?
-    if let directory = options.directory {
-      journal = try MetadataJournal(directory: directory, limits: limits) {
-        rules.replay($0, now: start)
-      }
-    }
+    let journal = try Self.openJournal(options, disk, &rules)
     let listener = try Self.listen(on: target)
     address = try Self.address(of: listener)
     let loop = try MetadataServerLoop(
@@ -74,6 +71,21 @@ public final class MetadataServer: Sendable {
     } catch {
       throw EngineError(.system, "metadata server: cannot start a thread: \(error)")
     }
+  }
+
+  private static func openJournal(
+    _ options: Options, _ disk: MetadataJournal.Disk, _ rules: inout MetadataRules
+  ) throws(EngineError) -> MetadataJournal? {
+    guard let directory = options.directory else { return nil }
+    let journal = try MetadataJournal(directory: directory, disk: disk) { rules.replay($0) }
+    let (used, limit) = (rules.table.usedBytes, rules.table.limits.totalBytes)
+    if used <= limit { return journal }
+    let mebibytes = (used + (1 << 20) - 1) >> 20
+    throw EngineError(
+      .invalidArgument,
+      "metadata server: \(directory): what it keeps takes \(used) bytes, and the limit is "
+        + "\(limit): start with --memory \(mebibytes)MiB or more (maximum_bytes in C), or with "
+        + "another directory to start empty; nothing is lost")
   }
 
   private static func token(_ options: Options) throws(EngineError) -> MetadataToken? {

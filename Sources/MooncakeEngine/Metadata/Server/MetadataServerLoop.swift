@@ -14,7 +14,8 @@ final class MetadataServerLoop: @unchecked Sendable {
   private let doorbell: EventFD
   private let isStopping = Atomic(false)
   private var rules: MetadataRules
-  private let journal: MetadataJournal?
+  /// Its directory is free for another server when this one has stopped.
+  private var journal: MetadataJournal?
   private let token: MetadataToken?
   /// Suspended until something changes.
   private var watchers: [MetadataExchange] = []
@@ -104,6 +105,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   func run() {
     let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 8)
     defer { events.deallocate() }
+    rules.startLeases(now: Clock.now())
     while !isStopping.load(ordering: .acquiring) {
       let pause = pause
       FileDescriptor.fillStandard()
@@ -127,6 +129,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     watchers = []
     _ = library.run(daemon)
     stopDaemon()
+    journal = nil
   }
 
   deinit { if !isDaemonStopped { stopDaemon() } }

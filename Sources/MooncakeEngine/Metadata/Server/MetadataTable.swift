@@ -9,6 +9,10 @@ package struct MetadataLimits: Sendable {
   package var historyCount = 4096
   package var historyBytes = 8 << 20
   package var connectionCount = 2048
+  /// The rest stays for others.
+  package var connectionsPerHost = 1536
+  /// For a whole request, and for the client to take a whole answer; also for silence in between.
+  package var requestMilliseconds: UInt64 = 60_000
 
   package init() {}
 }
@@ -76,9 +80,26 @@ package struct MetadataTable {
     if key.text.utf8.count > limits.keyBytes || value.count > limits.valueBytes {
       return .tooLarge
     }
-    let growth = old.map { value.count - $0.value.count } ?? cost(key, value)
-    if usedBytes + growth > limits.totalBytes { return .full }
-    usedBytes += growth
+    if usedBytes + growth(of: old, key, value) > limits.totalBytes { return .full }
+    store(key, value, lease, in: old)
+    return .done
+  }
+
+  /// Puts what a server with other limits may have taken; false if there is no such lease.
+  package mutating func restore(_ key: MetadataKey, _ value: [UInt8], lease: UInt64) -> Bool {
+    if lease != 0 && leases[lease] == nil { return false }
+    store(key, value, lease, in: entries[key])
+    return true
+  }
+
+  private func growth(of old: Entry?, _ key: MetadataKey, _ value: [UInt8]) -> Int {
+    old.map { value.count - $0.value.count } ?? cost(key, value)
+  }
+
+  private mutating func store(
+    _ key: MetadataKey, _ value: [UInt8], _ lease: UInt64, in old: Entry?
+  ) {
+    usedBytes += growth(of: old, key, value)
     if let old {
       if old.lease != lease { leases[old.lease]?.keys.remove(key) }
     } else {
@@ -87,7 +108,6 @@ package struct MetadataTable {
     entries[key] = Entry(value: value, lease: lease)
     leases[lease]?.keys.insert(key)
     note(key, value)
-    return .done
   }
 
   /// Returns whether it was there.
@@ -169,7 +189,13 @@ package struct MetadataTable {
 
   /// False if there are too many, or the number is taken.
   package mutating func grant(_ id: UInt64, ttlMilliseconds: UInt64, now: UInt64) -> Bool {
-    if id == 0 || leases[id] != nil || leases.count >= limits.leaseCount { return false }
+    if leases.count >= limits.leaseCount { return false }
+    return restoreLease(id, ttlMilliseconds: ttlMilliseconds, now: now)
+  }
+
+  /// Grants a lease that a server with other limits may have granted; false if the number is taken.
+  package mutating func restoreLease(_ id: UInt64, ttlMilliseconds: UInt64, now: UInt64) -> Bool {
+    if id == 0 || leases[id] != nil { return false }
     let expiry = now &+ ttlMilliseconds &* 1_000_000
     leases[id] = Lease(ttlMilliseconds: ttlMilliseconds, expiry: expiry)
     earliestExpiry = min(earliestExpiry, expiry)
@@ -199,6 +225,16 @@ package struct MetadataTable {
     if now < nextExpiry { return [] }
     earliestExpiry = leases.values.lazy.map(\.expiry).filter { $0 > now }.min() ?? .max
     return leases.filter { $0.value.expiry <= now }.map(\.key).sorted()
+  }
+
+  /// Gives every lease its full time from now on.
+  package mutating func renewAll(now: UInt64) {
+    leases = leases.mapValues { lease in
+      var lease = lease
+      lease.expiry = now &+ lease.ttlMilliseconds &* 1_000_000
+      return lease
+    }
+    earliestExpiry = leases.values.lazy.map(\.expiry).min() ?? .max
   }
 
   /// Gives every lease more time: nobody could renew while the server did not run.

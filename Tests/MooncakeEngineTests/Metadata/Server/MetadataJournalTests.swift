@@ -3,36 +3,6 @@ import MooncakeEngine
 import MooncakeSystem
 import Testing
 
-/// A folder that is removed in the end.
-private final class Folder {
-  let path: String
-
-  init() {
-    var template = Array("/tmp/journal-XXXXXX".utf8CString)
-    path = template.withUnsafeMutableBufferPointer { String(cString: mkdtemp($0.baseAddress!)!) }
-  }
-
-  var file: String { path + "/journal" }
-
-  var bytes: [UInt8] {
-    get {
-      guard let file = try? FileDescriptor.open(file, flags: O_RDONLY) else { return [] }
-      var bytes = [UInt8](repeating: 0, count: 1 << 20)
-      let count = bytes.withUnsafeMutableBytes { read(file.rawValue, $0.baseAddress, $0.count) }
-      return Array(bytes.prefix(max(0, count)))
-    }
-    set {
-      let file = try! FileDescriptor.open(file, flags: O_RDWR | O_CREAT | O_TRUNC)
-      _ = newValue.withUnsafeBytes { write(file.rawValue, $0.baseAddress, $0.count) }
-    }
-  }
-
-  deinit {
-    for name in ["journal", "journal.new", "lock"] { unlink("\(path)/\(name)") }
-    rmdir(path)
-  }
-}
-
 struct MetadataJournalTests {
   private typealias Record = MetadataJournal.Record
 
@@ -41,72 +11,46 @@ struct MetadataJournalTests {
     .put(key: "é", value: [], lease: 0), .delete(key: "a"), .revoke(lease: 5),
   ]
 
-  private func read(_ folder: Folder) throws -> [Record] {
-    var found: [Record] = []
-    _ = try MetadataJournal(directory: folder.path, limits: MetadataLimits()) { found.append($0) }
-    return found
-  }
-
-  private func write(_ folder: Folder, _ records: [Record]) throws {
-    let journal = try MetadataJournal(directory: folder.path, limits: MetadataLimits()) { _ in }
-    for record in records { journal.append(record) }
-    try journal.commit { [] }
-  }
-
   @Test func keepsEverything() throws {
-    let folder = Folder()
-    try write(folder, Self.records)
-    #expect(try read(folder) == Self.records)
-    try write(folder, Self.records)
-    #expect(try read(folder) == Self.records + Self.records)
+    let folder = JournalFolder()
+    try folder.write(Self.records)
+    #expect(try folder.read() == Self.records)
+    try folder.write(Self.records)
+    #expect(try folder.read() == Self.records + Self.records)
   }
 
   @Test func cutAnywhereKeepsWholeRecords() throws {
-    let folder = Folder()
-    try write(folder, Self.records)
+    let folder = JournalFolder()
+    try folder.write(Self.records)
     let whole = folder.bytes
-    let head = Array("mooncake metadata 1\n".utf8).count
+    let head = MetadataJournalFormat.head.count
     for count in head..<whole.count {
       folder.bytes = Array(whole[..<count])
-      let found = try read(folder)
+      let found = try folder.read()
       #expect(found.count < Self.records.count && Self.records.starts(with: found))
       // What was cut off does not come back, and what comes next is kept.
-      try write(folder, [.delete(key: "next")])
-      #expect(try read(folder) == found + [.delete(key: "next")])
-    }
-  }
-
-  @Test func damageEndsTheReading() throws {
-    let folder = Folder()
-    try write(folder, Self.records)
-    let whole = folder.bytes
-    for index in Array("mooncake metadata 1\n".utf8).count..<whole.count {
-      var bytes = whole
-      bytes[index] ^= 0x10
-      folder.bytes = bytes
-      #expect(Self.records.starts(with: try read(folder)))
+      try folder.write([.delete(key: "next")])
+      #expect(try folder.read() == found + [.delete(key: "next")])
     }
   }
 
   @Test func foreignFilesStay() throws {
-    let folder = Folder()
+    let folder = JournalFolder()
     folder.bytes = Array("something else entirely".utf8)
-    #expect(throws: EngineError.self) { try read(folder) }
+    #expect(throws: EngineError.self) { try folder.read() }
     #expect(folder.bytes == Array("something else entirely".utf8))
   }
 
   @Test func oneServerAtATime() throws {
-    let folder = Folder()
-    let first = try MetadataJournal(directory: folder.path, limits: MetadataLimits()) { _ in }
-    #expect(throws: EngineError.self) { try read(folder) }
+    let folder = JournalFolder()
+    let first = try MetadataJournal(directory: folder.path) { _ in nil }
+    #expect(throws: EngineError.self) { try folder.read() }
     withExtendedLifetime(first) {}
   }
 
   @Test func aChildOfAForkDoesNotKeepTheLock() throws {
-    let folder = Folder()
-    var first: MetadataJournal? = try MetadataJournal(
-      directory: folder.path, limits: MetadataLimits()
-    ) { _ in }
+    let folder = JournalFolder()
+    var first: MetadataJournal? = try MetadataJournal(directory: folder.path) { _ in nil }
     typealias Fork = @convention(c) () -> pid_t
     let fork = unsafeBitCast(dlsym(nil, "fork"), to: Fork.self)
     let child = fork()
@@ -120,13 +64,13 @@ struct MetadataJournalTests {
     }
     withExtendedLifetime(first) {}
     first = nil
-    #expect(throws: Never.self) { try read(folder) }
+    #expect(throws: Never.self) { try folder.read() }
   }
 
   @Test func rewritesShorter() throws {
-    let folder = Folder()
+    let folder = JournalFolder()
     do {
-      let journal = try MetadataJournal(directory: folder.path, limits: MetadataLimits()) { _ in }
+      let journal = try MetadataJournal(directory: folder.path) { _ in nil }
       for index in 0..<1000 {
         journal.append(.put(key: "k", value: [UInt8(index % 256)], lease: 0))
       }
@@ -136,13 +80,13 @@ struct MetadataJournalTests {
       journal.append(.delete(key: "x"))
       try journal.commit { [] }
     }
-    #expect(try read(folder) == [.put(key: "k", value: [9], lease: 0), .delete(key: "x")])
+    #expect(try folder.read() == [.put(key: "k", value: [9], lease: 0), .delete(key: "x")])
     #expect(folder.bytes.count < 200)
   }
 
   @Test func missingParentsAreTold() {
     #expect(throws: EngineError.self) {
-      try MetadataJournal(directory: "/nonexistent/a/b", limits: MetadataLimits()) { _ in }
+      try MetadataJournal(directory: "/nonexistent/a/b") { _ in nil }
     }
   }
 }

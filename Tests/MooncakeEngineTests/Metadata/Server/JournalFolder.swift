@@ -1,0 +1,58 @@
+import Glibc
+import MooncakeEngine
+import MooncakeSystem
+
+/// A folder for a journal that is removed in the end.
+final class JournalFolder: Sendable {
+  let path: String
+
+  init() {
+    var template = Array("/tmp/journal-XXXXXX".utf8CString)
+    path = template.withUnsafeMutableBufferPointer { String(cString: mkdtemp($0.baseAddress!)!) }
+  }
+
+  var file: String { path + "/journal" }
+
+  var bytes: [UInt8] {
+    get {
+      guard let file = try? FileDescriptor.open(file, flags: O_RDONLY) else { return [] }
+      var bytes = [UInt8](repeating: 0, count: 1 << 20)
+      let count = bytes.withUnsafeMutableBytes {
+        Glibc.read(file.rawValue, $0.baseAddress, $0.count)
+      }
+      return Array(bytes.prefix(max(0, count)))
+    }
+    set {
+      let file = try! FileDescriptor.open(file, flags: O_RDWR | O_CREAT | O_TRUNC)
+      _ = newValue.withUnsafeBytes { Glibc.write(file.rawValue, $0.baseAddress, $0.count) }
+    }
+  }
+
+  func write(_ records: [MetadataJournal.Record]) throws {
+    let journal = try MetadataJournal(directory: path) { _ in nil }
+    for record in records { journal.append(record) }
+    try journal.commit { [] }
+  }
+
+  func read() throws -> [MetadataJournal.Record] {
+    var found: [MetadataJournal.Record] = []
+    _ = try MetadataJournal(directory: path) {
+      found.append($0)
+      return nil
+    }
+    return found
+  }
+
+  /// What a start says when it is refused; nil if it is not.
+  func refusal() -> String? {
+    do {
+      _ = try read()
+      return nil
+    } catch { return "\(error)" }
+  }
+
+  deinit {
+    for name in ["journal", "journal.new", "lock"] { unlink("\(path)/\(name)") }
+    rmdir(path)
+  }
+}
