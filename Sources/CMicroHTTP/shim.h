@@ -9,23 +9,24 @@
 enum {
   mhd_argument_kind = MHD_GET_ARGUMENT_KIND,
   mhd_header_kind = MHD_HEADER_KIND,
-  mhd_must_copy = MHD_RESPMEM_MUST_COPY
+  mhd_must_copy = MHD_RESPMEM_MUST_COPY,
+  mhd_connection_started = MHD_CONNECTION_NOTIFY_STARTED
 };
 
 // `function` is the address of MHD_start_daemon or MHD_get_daemon_info.
 typedef struct MHD_Daemon *(*mhd_start_function)(
   unsigned int, uint16_t, MHD_AcceptPolicyCallback, void *, MHD_AccessHandlerCallback, void *, ...);
 
-// A daemon without a thread of its own on a listening socket, which it then owns.
+// A daemon without a thread and a listener of its own.
 static inline struct MHD_Daemon *mhd_start(
-  void *function, int listener, unsigned int connection_limit, size_t memory_bytes,
+  void *function, unsigned int connection_limit, size_t memory_bytes,
   unsigned int timeout_seconds, MHD_AccessHandlerCallback handler,
-  MHD_RequestCompletedCallback completed, void *context) {
+  MHD_RequestCompletedCallback completed, MHD_NotifyConnectionCallback changed, void *context) {
   return ((mhd_start_function)function)(
-    MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME, 0, NULL, NULL, handler, context,
-    MHD_OPTION_LISTEN_SOCKET, listener, MHD_OPTION_CONNECTION_LIMIT, connection_limit,
-    MHD_OPTION_CONNECTION_MEMORY_LIMIT, memory_bytes, MHD_OPTION_CONNECTION_TIMEOUT,
-    timeout_seconds, MHD_OPTION_NOTIFY_COMPLETED, completed, context, MHD_OPTION_END);
+    MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_NO_LISTEN_SOCKET, 0, NULL, NULL, handler,
+    context, MHD_OPTION_CONNECTION_LIMIT, connection_limit, MHD_OPTION_CONNECTION_MEMORY_LIMIT,
+    memory_bytes, MHD_OPTION_CONNECTION_TIMEOUT, timeout_seconds, MHD_OPTION_NOTIFY_COMPLETED,
+    completed, context, MHD_OPTION_NOTIFY_CONNECTION, changed, context, MHD_OPTION_END);
 }
 
 // The epoll descriptor of a daemon started as above; -1 if it has none.
@@ -36,13 +37,6 @@ static inline int mhd_epoll_descriptor(
   const union MHD_DaemonInfo *info =
     ((mhd_daemon_info_function)function)(daemon, MHD_DAEMON_INFO_EPOLL_FD);
   return info ? info->epoll_fd : -1;
-}
-
-static inline unsigned int mhd_connection_count(
-  void *function, struct MHD_Daemon *daemon) {
-  const union MHD_DaemonInfo *info =
-    ((mhd_daemon_info_function)function)(daemon, MHD_DAEMON_INFO_CURRENT_CONNECTIONS);
-  return info ? info->num_connections : 0;
 }
 
 #endif

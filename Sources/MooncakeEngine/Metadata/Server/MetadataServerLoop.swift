@@ -5,7 +5,9 @@ import MooncakeSystem
 import Synchronization
 
 /// The one thread of a metadata server: libmicrohttpd drives the connections, this decides what
-/// they are answered and when those that wait go on.
+/// they are answered and when those that wait go on. A turn takes in what has come, ends leases,
+/// makes the journal safe and answers; what comes meanwhile is for the next turn, so that no number
+/// of clients keeps one of these from happening.
 final class MetadataServerLoop: @unchecked Sendable {
   // Unchecked: all but `isStopping` and the doorbell belongs to the thread once it runs.
   private let library: MicroHTTPLibrary
@@ -17,6 +19,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Its directory is free for another server when this one has stopped.
   private var journal: MetadataJournal?
   private let token: MetadataToken?
+  private let clients: MetadataClients
   /// Suspended until something changes.
   private var watchers: [MetadataExchange] = []
   /// Suspended until the journal is safe.
@@ -25,9 +28,13 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Of answers that clients have not taken yet.
   private var answerBytes = 0
   private var isDaemonStopped = false
+  /// When requests were last taken in.
   private var last = Clock.now()
 
   private static var stopping: MetadataExchange.Answer { .init(503, "the server is stopping\n") }
+  private static var crowded: MetadataExchange.Answer {
+    .init(503, "too many values come in at once: try again\n")
+  }
   private static var unauthorized: MetadataExchange.Answer {
     .init(401, "unauthorized: this server asks for the token in \(MetadataToken.variable)\n")
   }
@@ -36,8 +43,9 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Answers made before they are sent.
   private static let turnBytes = 16 << 20
   private static let memoryBytes = 16 << 10
-  private static let idleSeconds: UInt32 = 60
   private static let tickMilliseconds: Int32 = 1000
+  /// Of a time without taking requests in, what counts for leases at most.
+  private static let stallNanoseconds: UInt64 = 500_000_000
 
   init(
     listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?,
@@ -55,9 +63,9 @@ final class MetadataServerLoop: @unchecked Sendable {
     }
     FileDescriptor.fillStandard()
     let owner = Box()
-    let connections = UInt32(rules.table.limits.connectionCount)
+    let connections = UInt32(rules.table.limits.connectionCount + MetadataClients.closingCount)
     let daemon = mhd_start(
-      library.start, listener.rawValue, connections, Self.memoryBytes, Self.idleSeconds,
+      library.start, connections, Self.memoryBytes, 0,
       { context, connection, url, method, _, bytes, count, slot in
         guard let context, let connection, let url, let method, let count, let slot else {
           return MicroHTTPLibrary.no
@@ -73,19 +81,25 @@ final class MetadataServerLoop: @unchecked Sendable {
         slot.pointee = nil
         let box = Unmanaged<Box>.fromOpaque(context).takeUnretainedValue()
         box.loop?.finish(Unmanaged<MetadataExchange>.fromOpaque(exchange).takeRetainedValue())
+      },
+      { context, connection, _, event in
+        guard let context, let connection else { return }
+        let box = Unmanaged<Box>.fromOpaque(context).takeUnretainedValue()
+        box.loop?.clients.changed(
+          connection, isStart: Int(event.rawValue) == mhd_connection_started)
       }, Unmanaged.passUnretained(owner).toOpaque())
     guard let daemon else {
       throw EngineError(.system, "metadata server: libmicrohttpd does not start: \(Errno.current)")
     }
     self.daemon = daemon
     self.owner = owner
-    // The daemon closes it.
-    _ = listener.release()
+    clients = MetadataClients(library, daemon, listener: listener, limits: rules.table.limits)
     owner.loop = self
     do throws(Errno) {
       try epoll.add(
         mhd_epoll_descriptor(library.information, daemon), events: Epoll.readable, token: 0)
       try epoll.add(doorbell.descriptor.rawValue, events: Epoll.readable, token: 1)
+      try clients.listen(epoll)
     } catch {
       throw EngineError(.system, "metadata server: \(error)")
     }
@@ -105,22 +119,26 @@ final class MetadataServerLoop: @unchecked Sendable {
   func run() {
     let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 8)
     defer { events.deallocate() }
-    rules.startLeases(now: Clock.now())
+    last = Clock.now()
+    rules.startLeases(now: last)
     while !isStopping.load(ordering: .acquiring) {
       let pause = pause
       FileDescriptor.fillStandard()
-      _ = epoll.wait(into: events, timeoutMilliseconds: pause)
+      let start = Clock.now()
+      let count = epoll.wait(into: events, timeoutMilliseconds: pause)
       let now = Clock.now()
-      postponeAfterStall(now, pause)
+      postponeAfterStall(now, waited: now &- start, pause)
+      if events[..<count].contains(where: { $0.data.u64 == MetadataClients.listenerToken }) {
+        clients.accept(epoll)
+      }
+      // Before leases end: what came while the disk kept the thread may be renewals.
       _ = library.run(daemon)
       rules.expire(now: now)
-      // Each lets the daemon run, and what that takes in has no other occasion.
-      repeat {
-        commit()
-        serveWatchers(now)
-      } while !rules.records.isEmpty
-      last = Clock.now()
+      commit()
+      serveWatchers(Clock.now())
+      clients.tend(epoll, now: Clock.now())
     }
+    commit()
     // Suspended connections must not meet the end of the daemon.
     for exchange in watchers {
       exchange.answer = Self.stopping
@@ -129,6 +147,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     watchers = []
     _ = library.run(daemon)
     stopDaemon()
+    clients.stop()
     journal = nil
   }
 
@@ -141,21 +160,27 @@ final class MetadataServerLoop: @unchecked Sendable {
 
   /// Milliseconds until there is something to do without a request.
   private var pause: Int32 {
+    // What came in while the journal was written.
+    if !rules.records.isEmpty { return 0 }
     var wait = rules.table.leases.isEmpty ? Int32.max : Self.tickMilliseconds
     var milliseconds: UInt64 = 0
     if library.timeout(daemon, &milliseconds) == MicroHTTPLibrary.yes {
       wait = min(wait, Int32(clamping: milliseconds))
     }
-    let end = min(rules.table.nextExpiry, watchers.map { $0.watch?.end ?? .max }.min() ?? .max)
+    var end = min(rules.table.nextExpiry, clients.nextTime)
+    for exchange in watchers { end = min(end, exchange.watch?.end ?? .max) }
     wait = min(wait, Deadline(nanoseconds: end).remainingMilliseconds.magnitude32)
     return wait == .max ? -1 : wait
   }
 
-  /// A process that was stopped could not take renewals; their owners are not to blame.
-  private func postponeAfterStall(_ now: UInt64, _ pause: Int32) {
+  /// While the process was stopped, or the disk was slow, it could not take renewals; their owners
+  /// are not to blame. A part of the time counts all the same: leases end on the slowest disk.
+  private func postponeAfterStall(_ now: UInt64, waited: UInt64, _ pause: Int32) {
+    defer { last = now }
     if pause < 0 { return }
-    let expected = last &+ UInt64(pause) &* 1_000_000
-    if now > expected &+ 500_000_000 { rules.table.postpone(nanoseconds: now - expected) }
+    let stall = now &- last &- min(waited, UInt64(pause) &* 1_000_000)
+    if stall <= Self.stallNanoseconds { return }
+    rules.table.postpone(nanoseconds: stall - Self.stallNanoseconds)
   }
 
   /// Makes the journal safe, then lets those go on whose changes it holds.
@@ -221,6 +246,7 @@ final class MetadataServerLoop: @unchecked Sendable {
       let exchange = MetadataExchange(connection, method: method, path: path)
       if !isAuthorized(exchange) { exchange.answer = Self.unauthorized }
       slot.pointee = Unmanaged.passRetained(exchange).toOpaque()
+      clients.enter(.body, connection)
       return MicroHTTPLibrary.yes
     }
     let exchange = Unmanaged<MetadataExchange>.fromOpaque(known).takeUnretainedValue()
@@ -231,6 +257,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     }
     if let answer = exchange.answer { return send(answer, exchange) }
     if isStopping.load(ordering: .acquiring) { return send(Self.stopping, exchange) }
+    clients.enter(.work, connection)
     let before = rules.records.count
     guard
       let answer = rules.answer(
@@ -251,12 +278,15 @@ final class MetadataServerLoop: @unchecked Sendable {
 
   private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
     if exchange.isTooLarge || exchange.answer != nil { return }
-    if exchange.body.count + bytes.count > rules.table.limits.valueBytes
-      || bodyBytes + bytes.count > Self.bodyBytesLimit
-    {
+    let isTooLarge = exchange.body.count + bytes.count > rules.table.limits.valueBytes
+    let isCrowded = bodyBytes + bytes.count > Self.bodyBytesLimit
+    if isTooLarge || isCrowded {
       bodyBytes -= exchange.body.count
       exchange.body = []
-      exchange.isTooLarge = true
+      exchange.isTooLarge = isTooLarge
+      if isTooLarge { return }
+      exchange.answer = Self.crowded
+      clients.closeStalest(in: .body)
       return
     }
     exchange.body.append(contentsOf: bytes)
@@ -281,6 +311,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   private func finish(_ exchange: MetadataExchange) {
     bodyBytes -= exchange.body.count
     answerBytes -= exchange.sentBytes
+    clients.enter(.head, exchange.connection)
     watchers.removeAll { $0 === exchange }
     committing.removeAll { $0 === exchange }
   }
@@ -308,8 +339,10 @@ final class MetadataServerLoop: @unchecked Sendable {
   ) -> MHD_Result {
     // Clients that ask and do not read must not fill the memory.
     let isTooMuch = answerBytes + given.body.count > Self.answerBytesLimit
+    if isTooMuch { clients.closeStalest(in: .answer) }
     let answer =
       isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given
+    clients.enter(.answer, exchange.connection)
     exchange.answer = nil
     exchange.sentBytes = answer.body.count
     answerBytes += exchange.sentBytes

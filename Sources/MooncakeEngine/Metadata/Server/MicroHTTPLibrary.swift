@@ -1,4 +1,5 @@
 import CMicroHTTP
+import Glibc
 import MooncakeSystem
 import Synchronization
 
@@ -9,6 +10,7 @@ struct MicroHTTPLibrary: Sendable {
   nonisolated(unsafe) let information: UnsafeMutableRawPointer
   let stop: @convention(c) (OpaquePointer) -> Void
   let run: @convention(c) (OpaquePointer) -> MHD_Result
+  let add: @convention(c) (OpaquePointer, Int32, UnsafePointer<sockaddr>, socklen_t) -> MHD_Result
   let timeout: @convention(c) (OpaquePointer, UnsafeMutablePointer<UInt64>) -> MHD_Result
   let argument:
     @convention(c) (
@@ -47,6 +49,7 @@ struct MicroHTTPLibrary: Sendable {
       let information = library.symbol("MHD_get_daemon_info"),
       let stop = find("MHD_stop_daemon", type(of: stop)),
       let run = find("MHD_run", type(of: run)),
+      let add = find("MHD_add_connection", type(of: add)),
       let timeout = find("MHD_get_timeout", type(of: timeout)),
       let argument = find("MHD_lookup_connection_value_n", type(of: argument)),
       let suspend = find("MHD_suspend_connection", type(of: suspend)),
@@ -60,6 +63,7 @@ struct MicroHTTPLibrary: Sendable {
     self.information = information
     self.stop = stop
     self.run = run
+    self.add = add
     self.timeout = timeout
     self.argument = argument
     self.suspend = suspend
