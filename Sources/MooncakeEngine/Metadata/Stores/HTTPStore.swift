@@ -11,6 +11,12 @@ package final class HTTPStore: MetadataStore {
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
+    if !uri.isSecure && settings.tls != TLSFiles() {
+      Log.warning(
+        "metadata \(uri): it goes over the network unencrypted, and the certificate files in "
+          + "MC_METADATA_CA_FILE, ..._CERT_FILE and ..._KEY_FILE are not used: say https:// if the "
+          + "service has TLS")
+    }
     client = try HTTPClient(tls: uri.tls.filled(from: settings))
     // What the URI says goes first.
     let token = uri.user == nil ? settings.token : nil
