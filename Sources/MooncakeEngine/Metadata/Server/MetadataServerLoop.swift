@@ -38,8 +38,6 @@ final class MetadataServerLoop: @unchecked Sendable {
   private static var unauthorized: MetadataExchange.Answer {
     .init(401, "unauthorized: this server asks for the token in \(MetadataToken.variable)\n")
   }
-  private static let bodyBytesLimit = 256 << 20
-  private static let answerBytesLimit = 256 << 20
   /// Answers made before they are sent.
   private static let turnBytes = 16 << 20
   private static let memoryBytes = 16 << 10
@@ -279,7 +277,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
     if exchange.isTooLarge || exchange.answer != nil { return }
     let isTooLarge = exchange.body.count + bytes.count > rules.table.limits.valueBytes
-    let isCrowded = bodyBytes + bytes.count > Self.bodyBytesLimit
+    let isCrowded = bodyBytes + bytes.count > rules.table.limits.passingBytes
     if isTooLarge || isCrowded {
       bodyBytes -= exchange.body.count
       exchange.body = []
@@ -338,7 +336,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     _ given: MetadataExchange.Answer, _ exchange: MetadataExchange
   ) -> MHD_Result {
     // Clients that ask and do not read must not fill the memory.
-    let isTooMuch = answerBytes + given.body.count > Self.answerBytesLimit
+    let isTooMuch = answerBytes + given.body.count > rules.table.limits.passingBytes
     if isTooMuch { clients.closeStalest(in: .answer) }
     let answer =
       isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given

@@ -13,6 +13,8 @@ package struct MetadataLimits: Sendable {
   package var connectionsPerHost = 1536
   /// For a whole request, and for the client to take a whole answer; also for silence in between.
   package var requestMilliseconds: UInt64 = 60_000
+  /// Of values that are coming in, and of answers that clients have not taken; each.
+  package var passingBytes = 256 << 20
 
   package init() {}
 }

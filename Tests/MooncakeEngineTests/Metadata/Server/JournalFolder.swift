@@ -16,27 +16,37 @@ final class JournalFolder: Sendable {
   var bytes: [UInt8] {
     get {
       guard let file = try? FileDescriptor.open(file, flags: O_RDONLY) else { return [] }
-      var bytes = [UInt8](repeating: 0, count: 1 << 20)
+      var bytes = [UInt8](repeating: 0, count: 64 << 10)
       let count = bytes.withUnsafeMutableBytes {
         Glibc.read(file.rawValue, $0.baseAddress, $0.count)
       }
       return Array(bytes.prefix(max(0, count)))
     }
     set {
+      // Some file systems sync a file that is written over.
+      unlink(file)
       let file = try! FileDescriptor.open(file, flags: O_RDWR | O_CREAT | O_TRUNC)
       _ = newValue.withUnsafeBytes { Glibc.write(file.rawValue, $0.baseAddress, $0.count) }
     }
   }
 
+  /// Thousands of starts would wait for the disk for long.
+  private static let fastDisk = {
+    var disk = MetadataJournal.Disk()
+    disk.sync = { _ in 0 }
+    disk.syncData = { _ in 0 }
+    return disk
+  }()
+
   func write(_ records: [MetadataJournal.Record]) throws {
-    let journal = try MetadataJournal(directory: path) { _ in nil }
+    let journal = try MetadataJournal(directory: path, disk: Self.fastDisk) { _ in nil }
     for record in records { journal.append(record) }
     try journal.commit { [] }
   }
 
   func read() throws -> [MetadataJournal.Record] {
     var found: [MetadataJournal.Record] = []
-    _ = try MetadataJournal(directory: path) {
+    _ = try MetadataJournal(directory: path, disk: Self.fastDisk) {
       found.append($0)
       return nil
     }

@@ -138,6 +138,8 @@ struct MetadataServerTests {
     return String(health.split { !$0.isNumber }.last { $0.count > 10 } ?? "")
   }
 
+  private static let soon: UInt64 = Sanitizer.isAny ? 5000 : 1000
+
   @Test func slowClientsMakeRoom() throws {
     let server = try MetadataServer(MetadataServer.Options(), smallLimits)
     defer { server.stop() }
@@ -161,8 +163,8 @@ struct MetadataServerTests {
         for host in ["127.0.0.1", "127.0.0.2"] {
           for round in 0..<10 {
             let client = try MetadataTestClient(to: server, from: host)
-            let health = try client.ask("GET", "/health", within: 1000)
-            let put = try client.ask("PUT", "/metadata?key=k", "v\(round)", within: 1000)
+            let health = try client.ask("GET", "/health", within: Self.soon)
+            let put = try client.ask("PUT", "/metadata?key=k", "v\(round)", within: Self.soon)
             complaints.require(health.status == 200 && put.status == 200, "\(health) \(put)")
           }
         }
@@ -188,10 +190,56 @@ struct MetadataServerTests {
         let refused = try MetadataTestClient(to: server).receive()
         complaints.require(refused.status == 503, "\(refused)")
         let other = try MetadataTestClient(to: server, from: "127.0.0.2")
-        complaints.require(try other.ask("GET", "/health", within: 1000).status == 200, "health")
+        complaints.require(
+          try other.ask("GET", "/health", within: Self.soon).status == 200, "health")
       }
     }
     #expect(complaints.all == [])
+  }
+
+  @Test func slowValuesGiveWay() throws {
+    var limits = MetadataLimits()
+    limits.passingBytes = 1 << 20
+    let server = try MetadataServer(MetadataServer.Options(), limits)
+    defer { server.stop() }
+    let slow = try MetadataTestClient(to: server)
+    let value = String(repeating: "v", count: 900_000)
+    try slow.send(
+      "PUT /metadata?key=slow HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\n" + value)
+    usleep(300_000)
+    let client = try MetadataTestClient(to: server, from: "127.0.0.2")
+    // Not slow yet.
+    #expect(try client.ask("PUT", "/metadata?key=a", value).status == 503)
+    usleep(1_000_000)
+    var statuses: [Int] = []
+    let deadline = Deadline.after(milliseconds: 5000)
+    while statuses.last != 200 && !deadline.hasPassed {
+      statuses.append(try client.ask("PUT", "/metadata?key=a", value).status)
+      usleep(20_000)
+    }
+    #expect(statuses.last == 200 && statuses.dropLast().allSatisfy { $0 == 503 }, "\(statuses)")
+    #expect(try slow.receive().status == 0)
+    #expect(try client.ask("GET", "/metadata?key=slow").status == 404)
+  }
+
+  @Test func answersThatNobodyTakesGiveWay() throws {
+    var limits = MetadataLimits()
+    limits.passingBytes = 12 << 20
+    let server = try MetadataServer(MetadataServer.Options(), limits)
+    defer { server.stop() }
+    let client = try MetadataTestClient(to: server, from: "127.0.0.2")
+    let value = String(repeating: "v", count: 10 << 20)
+    #expect(try client.ask("PUT", "/metadata?key=a", value).status == 200)
+    let slow = try MetadataTestClient(to: server)
+    try slow.send("GET /metadata?key=a HTTP/1.1\r\nHost: h\r\n\r\n")
+    usleep(1_200_000)
+    var statuses: [Int] = []
+    let deadline = Deadline.after(milliseconds: 10_000)
+    while statuses.last != 200 && !deadline.hasPassed {
+      statuses.append(try client.ask("GET", "/metadata?key=a").status)
+      usleep(20_000)
+    }
+    #expect(statuses.last == 200 && statuses.dropLast().allSatisfy { $0 == 503 }, "\(statuses)")
   }
 
   @Test func requestsAreBoundedAsAWhole() throws {
