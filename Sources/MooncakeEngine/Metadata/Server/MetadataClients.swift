@@ -17,7 +17,7 @@ final class MetadataClients {
   static let listenerToken: UInt64 = 2
   /// Connections of the daemon that are closing, beside the others.
   static let closingCount = 512
-  private static let acceptsPerTurn = 64
+  private static let acceptsPerTurn = 256
   private static let pauseNanoseconds: UInt64 = 100_000_000
   /// Who takes longer than this may have to give way to others.
   private static let graceNanoseconds: UInt64 = 1_000_000_000
