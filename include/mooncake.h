@@ -8,7 +8,8 @@
  *    only. mooncake_error_message() explains the calling thread's last failure.
  *  - It may be called from any thread at any time. Strings and structs passed in are copied before
  *    it returns; memory named by a transfer request must stay valid until that request is terminal.
- *  - "Blocking" functions return within their timeout; others return without waiting for a peer.
+ *  - "Blocking" functions return within their timeout, or the engine's default if they take none,
+ *    also if a peer or the metadata service stands still; others do not wait for either.
  *  - A handle that is null, wrong or already destroyed gives MOONCAKE_ERROR_INVALID_HANDLE.
  *  - A handle created before fork() is invalid in the child.
  *  - Timeouts are milliseconds; 0 means the engine's default.
@@ -157,7 +158,8 @@ int32_t mooncake_engine_options_init(mooncake_engine_options_t *options, uint32_
 
 /* Creates an engine whose ports are listening when this returns, and which a metadata service, if
  * one is named, knows. options may be null. The caller owns *engine and ends it with
- * mooncake_engine_destroy(). Blocking with a metadata service, at most ten seconds.
+ * mooncake_engine_destroy(). Blocking with a metadata service: for default_timeout_ms, at most ten
+ * seconds.
  * Errors: INVALID_ARGUMENT, ADDRESS_IN_USE, UNRESOLVED, UNSUPPORTED, FULL (1,024 engines), SYSTEM;
  * of the service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL. Since 0.1. */
 int32_t mooncake_engine_create(const mooncake_engine_options_t *options,
@@ -201,15 +203,16 @@ typedef struct mooncake_buffer {
  * near ("cpu:0", "cuda:1"), null or "*" lets the engine find out. The memory stays the caller's; it
  * must stay mapped until it is unregistered: transfers may touch it directly. access:
  * MOONCAKE_ACCESS_*. A metadata service knows the buffer when this returns, or, if it cannot be
- * reached, as soon as it can. Errors, after which nothing is registered: INVALID_ARGUMENT (null,
- * empty, wraps around), OVERLAP, FULL (the engine, or what peers or the service take), PROTOCOL and
- * ACCESS_DENIED (the service refuses). Since 0.1. */
+ * reached or does not answer within the default timeout (at most ten seconds), as soon as it does.
+ * Blocking with a metadata service. Errors, after which nothing is registered: INVALID_ARGUMENT
+ * (null, empty, wraps around), OVERLAP, FULL (the engine, or what peers or the service take),
+ * PROTOCOL and ACCESS_DENIED (the service refuses). Since 0.1. */
 int32_t mooncake_memory_register(mooncake_engine_t *engine, void *address, uint64_t length,
                                  const char *location, uint32_t access);
 
 /* Ends the registration that begins at address. When it returns, no peer reads or writes the memory
- * and none will. Errors: NOT_REGISTERED; BUSY if a process of this host has been in the middle of a
- * copy for the default timeout and may still touch the memory: keep it, and call again.
+ * and none will. Blocking. Errors: NOT_REGISTERED; BUSY if a process of this host has been in the
+ * middle of a copy for the default timeout and may still touch the memory: keep it, and call again.
  * Since 0.1. */
 int32_t mooncake_memory_unregister(mooncake_engine_t *engine, void *address);
 

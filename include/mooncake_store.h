@@ -11,7 +11,9 @@
  *    hexadecimal digits, is the digest of these: the same bytes cut the same way are the same
  *    version. No get ever mixes two.
  *  - Functions that take an operation block. Its deadline and its cancellation end them as TIMEOUT
- *    and CANCELED, and so does mooncake_store_destroy(); what they had begun is then undone.
+ *    and CANCELED, and so does mooncake_store_destroy(); what they had begun is then undone. That
+ *    holds within a tenth of a second whatever stands still, the metadata service, too: what it
+ *    cannot be told by then it is told when it is back.
  *    Besides what each says, they give INVALID_ARGUMENT, INVALID_HANDLE, FULL, SYSTEM, and of the
  *    metadata service UNREACHABLE, TIMEOUT, ACCESS_DENIED, PROTOCOL.
  *  - What the library hands out (results, and what callbacks get) is its own memory, read-only.
@@ -57,7 +59,7 @@ int32_t mooncake_store_create(mooncake_engine_t *engine,
 /* Withdraws every payload that the store offers, frees the memory that it allocated, ends its
  * watches and its own engine. Calls of other threads return CANCELED or INVALID_HANDLE. Afterwards
  * no callback runs and no caller memory is touched. Results and cancellations stay valid. Blocking:
- * readers get options.drain_ms, the rest at most a few seconds. Not from a callback of the library:
+ * readers get options.drain_ms, the rest at most five seconds. Not from a callback of the library:
  * INVALID_ARGUMENT. Since 0.1. */
 int32_t mooncake_store_destroy(mooncake_store_t *store);
 

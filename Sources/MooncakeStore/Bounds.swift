@@ -40,11 +40,16 @@ package final class Bounds {
     MetadataCall(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
   }
 
-  package var isCanceled: Bool {
-    if cancellation < 0 { return false }
-    var item = pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0)
-    return poll(&item, 1, 0) > 0
+  /// A call that undoes or ends something: three seconds at most, and what is left of the
+  /// operation, but so much that a service that answers can be asked.
+  package var lastCall: MetadataCall {
+    if isOver { return MetadataCall(until: .after(milliseconds: Self.lastMilliseconds)) }
+    let end = max(deadline, .after(milliseconds: Self.lastMilliseconds))
+    return MetadataCall(until: min(end, .after(milliseconds: 3000)), cancellation: cancellation)
   }
+  private static let lastMilliseconds: UInt64 = 50
+
+  package var isCanceled: Bool { Waiting.isReadable(cancellation) }
 
   package var isOver: Bool { deadline.hasPassed || isCanceled }
 

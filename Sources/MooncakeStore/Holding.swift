@@ -25,7 +25,7 @@ package final class Holding: Sendable {
   /// Offers nothing yet but what is available; the memory is registered by the caller.
   package init(
     name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
-    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64
+    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64, _ call: MetadataCall
   ) throws(EngineError) {
     self.name = name
     self.engine = engine
@@ -42,7 +42,8 @@ package final class Holding: Sendable {
         available: available))
     let bytes = manifest.bytes
     let memory = try engine.allocate(
-      length: UInt64(bytes.count + layout.buffers.count * Self.rowBytes), access: .remoteRead)
+      length: UInt64(bytes.count + layout.buffers.count * Self.rowBytes), access: .remoteRead,
+      publishing: call)
     index = UInt64(UInt(bitPattern: memory))
     bytes.withUnsafeBytes { memory.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
     for (row, buffer) in layout.buffers.enumerated() {
@@ -129,5 +130,7 @@ package final class Holding: Sendable {
   }
 
   /// Frees what this holds beside the payload's memory.
-  package func close() { try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(index))!) }
+  package func close(_ call: MetadataCall) {
+    try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(index))!, publishing: call)
+  }
 }

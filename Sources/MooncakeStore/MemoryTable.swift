@@ -22,8 +22,24 @@ final class MemoryTable: Sendable {
 
   init(_ engine: TransferEngine) { self.engine = engine }
 
-  /// Registers all buffers or none.
+  /// Registers all buffers or none, and waits within the call until peers can find them.
   func register(
+    _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: MetadataCall
+  ) throws(EngineError) {
+    try enter(buffers, location: location, access: access)
+    if access == .local { return }
+    do throws(EngineError) {
+      // Not under the lock: others would wait beyond their own deadlines.
+      try engine.publishChanges(call)
+    } catch {
+      unregister(buffers, .background)
+      throw EngineError(
+        error.code,
+        "registering \(buffers.count) buffer(s), none of which remains: \(error.message)")
+    }
+  }
+
+  private func enter(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access
   ) throws(EngineError) {
     try entries.withLock { entries throws(EngineError) in
@@ -45,7 +61,8 @@ final class MemoryTable: Sendable {
       if !new.isEmpty {
         do {
           try new.withUnsafeBufferPointer { ranges in
-            try engine.register(ranges, location: location, access: access)
+            try engine.register(
+              ranges, location: location, access: access, publishing: .background)
           }
         } catch let error as EngineError {
           throw error
@@ -85,8 +102,8 @@ final class MemoryTable: Sendable {
   }
 
   /// Lets go of buffers; when this returns, nobody reads those that no other holding uses.
-  func unregister(_ buffers: [BufferLayout.Buffer]) {
-    entries.withLock { entries in
+  func unregister(_ buffers: [BufferLayout.Buffer], _ call: MetadataCall) {
+    let isChanged = entries.withLock { entries in
       var last: [UInt64] = []
       for buffer in buffers {
         guard var entry = entries[buffer.address] else { continue }
@@ -94,13 +111,15 @@ final class MemoryTable: Sendable {
         entries[buffer.address] = entry.useCount == 0 ? nil : entry
         if entry.useCount == 0 { last.append(buffer.address) }
       }
-      if last.isEmpty { return }
+      if last.isEmpty { return false }
       do {
-        try last.withUnsafeBufferPointer { try engine.unregister($0) }
+        try last.withUnsafeBufferPointer { try engine.unregister($0, publishing: .background) }
       } catch {
         // The engine has closed, and with it nobody reads any more; or it has logged who does.
         Log.debug("store: unregistering memory: \(error)")
       }
+      return true
     }
+    if isChanged { try? engine.publishChanges(call) }
   }
 }

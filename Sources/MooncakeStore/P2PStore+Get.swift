@@ -151,7 +151,7 @@ extension P2PStore {
       let layout = try Self.layout(target.name, buffers, in: range, for: manifest)
       // What peers may change is a snapshot here, which is of no use to others.
       let isOffered = options.sharesOnward && !manifest.isWritable
-      entry = try accept(target, manifest, layout, isOffered, options)
+      entry = try accept(target, manifest, layout, isOffered, options, bounds.call)
     } catch {
       free(allocations)
       throw error
@@ -168,7 +168,7 @@ extension P2PStore {
         info: info, buffers: buffers, isVerified: !manifest.isWritable,
         nanoseconds: Clock.now() &- start, sources: sources, attributes: manifest.attributes)
     } catch {
-      withdraw(entry, until: .after(milliseconds: 0))
+      withdraw(entry, until: .after(milliseconds: 0), bounds)
       throw error
     }
   }
@@ -176,15 +176,15 @@ extension P2PStore {
   /// Registers the receiver's memory.
   private func accept(
     _ target: Target, _ manifest: Manifest, _ layout: BufferLayout, _ isOffered: Bool,
-    _ options: GetOptions
+    _ options: GetOptions, _ call: MetadataCall
   ) throws(EngineError) -> Catalog.Entry {
     if isOffered {
       return try offer(
         target.name, manifest, layout, isOrigin: false, location: options.location,
         available: ShardSet(count: manifest.layout.shardCount),
-        publishedMilliseconds: target.summary.publishedMilliseconds)
+        publishedMilliseconds: target.summary.publishedMilliseconds, call)
     }
-    try memory.register(layout.ranges, location: options.location, access: .local)
+    try memory.register(layout.ranges, location: options.location, access: .local, call)
     return Catalog.Entry(name: target.name, isOrigin: false, holding: nil, layout: layout)
   }
 

@@ -51,7 +51,7 @@ extension P2PStore {
       salt: options.isWritable ? .random(in: 1 ... .max) : 0, attributes: options.attributes)
     let new = try offer(
       name, manifest, layout, isOrigin: true, location: options.location,
-      available: ShardSet(count: manifest.layout.shardCount, isFull: true))
+      available: ShardSet(count: manifest.layout.shardCount, isFull: true), bounds.call)
     do throws(EngineError) {
       try bounds.report(
         StoreProgress(
@@ -59,7 +59,7 @@ extension P2PStore {
           activeHolderCount: 0, holderCount: 0))
       try publish(new.holding!, isCreateOnly: options.isCreateOnly, bounds)
     } catch {
-      withdraw(new, until: .after(milliseconds: 0))
+      withdraw(new, until: .after(milliseconds: 0), bounds)
       throw error
     }
     entry = new
@@ -121,20 +121,21 @@ extension P2PStore {
   /// Registers memory and lets peers find it by the holding's number, not yet by name.
   func offer(
     _ name: String, _ manifest: Manifest, _ layout: BufferLayout, isOrigin: Bool,
-    location: String, available: ShardSet, publishedMilliseconds: UInt64 = WallClock.milliseconds()
+    location: String, available: ShardSet,
+    publishedMilliseconds: UInt64 = WallClock.milliseconds(), _ call: MetadataCall
   ) throws(EngineError) -> Catalog.Entry {
     try memory.register(
       layout.ranges, location: location,
-      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead)
+      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead, call)
     do throws(EngineError) {
       let holding = try Holding(
         name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
-        publishedMilliseconds: publishedMilliseconds)
+        publishedMilliseconds: publishedMilliseconds, call)
       catalog.open(holding)
       return Catalog.Entry(
         name: name, isOrigin: isOrigin, holding: holding, layout: layout)
     } catch {
-      memory.unregister(layout.ranges)
+      memory.unregister(layout.ranges, .background)
       throw error
     }
   }
@@ -165,11 +166,9 @@ extension P2PStore {
   /// Takes a payload of this store from the metadata service and from memory. Where it is replaced,
   /// the existing system's document is its successor's by now.
   func withdraw(
-    _ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds? = nil,
-    isReplaced: Bool = false
+    _ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds, isReplaced: Bool = false
   ) {
-    let call = MetadataCall(
-      until: .after(milliseconds: 3000), cancellation: bounds?.cancellation ?? -1)
+    let call = bounds.lastCall
     if let holding = entry.holding {
       holding.stopGranting()
       keeper.remove(holding.record, call)
@@ -177,7 +176,7 @@ extension P2PStore {
     if !isReplaced && (entry.holding != nil || entry.isShared) {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
-    dissolve(entry, until: deadline, bounds)
+    dissolve(entry, until: deadline, call, bounds)
   }
 
   /// `range`: what all buffers lie in and is registered in one.

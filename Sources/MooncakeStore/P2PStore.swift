@@ -106,12 +106,12 @@ public final class P2PStore: Sendable {
     let entries = catalog.close()
     let deadline = Deadline.after(milliseconds: drainMilliseconds)
     for entry in entries { entry.holding?.stopGranting() }
+    let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
     keeper.stop()
-    let call = MetadataCall(until: .after(milliseconds: 2000))
     for entry in entries where entry.holding != nil || entry.isShared {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
-    for entry in entries { dissolve(entry, until: deadline) }
+    for entry in entries { dissolve(entry, until: deadline, call) }
     engine.services.remove(service)
     workers.stop()
     if ownsEngine { engine.close() }
@@ -119,9 +119,14 @@ public final class P2PStore: Sendable {
     closed.wakeAll()
   }
 
+  /// What the metadata service gets to forget the payloads of a store that closes.
+  private static let closeMilliseconds: UInt64 = 2000
+
   /// Ends a holding: no grants, readers done or the deadline passed, memory unregistered and, if it
   /// is the engine's, freed.
-  func dissolve(_ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds? = nil) {
+  func dissolve(
+    _ entry: Catalog.Entry, until deadline: Deadline, _ call: MetadataCall, _ bounds: Bounds? = nil
+  ) {
     if let holding = entry.holding {
       if holding.drain(until: deadline, bounds) {
         Log.warning(
@@ -129,20 +134,20 @@ public final class P2PStore: Sendable {
             + "other holders")
       }
     }
-    revoke(entry)
+    revoke(entry, call)
     free(entry.allocations)
   }
 
   /// Ends what peers may do with the memory of a payload.
-  private func revoke(_ entry: Catalog.Entry) {
+  private func revoke(_ entry: Catalog.Entry, _ call: MetadataCall) {
     let ranges = entry.layout?.ranges ?? []
-    guard let holding = entry.holding else { return memory.unregister(ranges) }
+    guard let holding = entry.holding else { return memory.unregister(ranges, call) }
     if holding.manifest.isWritable {
       memory.expectWrites(to: ranges, until: holding.lastGrantExpiry)
     }
-    memory.unregister(ranges)
+    memory.unregister(ranges, call)
     catalog.close(holding)
-    holding.close()
+    holding.close(call)
   }
 
   /// Grants of a payload of this store that peers have neither given back nor let expire.
@@ -182,6 +187,6 @@ public final class P2PStore: Sendable {
       _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
       keeper.remove(holding.record, MetadataCall(until: .after(milliseconds: 3000)))
     }
-    revoke(entry)
+    revoke(entry, MetadataCall(until: .after(milliseconds: 3000)))
   }
 }

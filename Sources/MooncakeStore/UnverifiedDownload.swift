@@ -5,6 +5,7 @@ import MooncakeSystem
 /// digests. Several shards at once; each from any location, then from the others.
 struct UnverifiedDownload {
   private let engine: TransferEngine
+  private let workers: WorkerPool
   private let document: SharedDocument
   private let layout: BufferLayout
   private let bounds: Bounds
@@ -16,6 +17,7 @@ struct UnverifiedDownload {
 
   private static let windowCount = 8
   private static let attemptMilliseconds: UInt64 = 10_000
+  private static let openMilliseconds: UInt64 = 3000
 
   private struct Flight {
     let shard: Int
@@ -24,10 +26,11 @@ struct UnverifiedDownload {
   }
 
   init(
-    _ engine: TransferEngine, _ document: SharedDocument, into layout: BufferLayout,
-    _ bounds: Bounds
+    _ engine: TransferEngine, _ workers: WorkerPool, _ document: SharedDocument,
+    into layout: BufferLayout, _ bounds: Bounds
   ) {
     self.engine = engine
+    self.workers = workers
     self.document = document
     self.layout = layout
     self.bounds = bounds
@@ -145,12 +148,22 @@ struct UnverifiedDownload {
 
   private mutating func segment(_ name: String) throws(EngineError) -> SegmentID {
     if let id = segments[MetadataKey(name)] { return id }
-    let id = try engine.openSegment(
-      name,
-      timeoutMilliseconds: min(3000, HolderConnection.milliseconds(until: bounds.deadline) &- 1)
-        &+ 1)
-    segments[MetadataKey(name)] = id
-    return id
+    let timeout =
+      min(Self.openMilliseconds, HolderConnection.milliseconds(until: bounds.deadline) &- 1) &+ 1
+    let opened = OpenedSegment()
+    do throws(EngineError) {
+      let id = try bounds.run(on: workers, "opening a segment") {
+        [engine] () throws(EngineError) in
+        let id = try engine.openSegment(name, timeoutMilliseconds: timeout)
+        opened.set(id, engine)
+        return id
+      }
+      segments[MetadataKey(name)] = id
+      return id
+    } catch {
+      opened.abandon(engine)
+      throw error
+    }
   }
 
   private func exhausted(_ shard: Int) -> EngineError {
@@ -159,6 +172,27 @@ struct UnverifiedDownload {
       .noHolder,
       "payload '\(document.name)': no live holder of shard \(shard); tried: "
         + (tried.isEmpty ? "nobody, no location is listed" : tried.joined(separator: "; ")))
+  }
+}
+
+/// A segment that a worker opens for a caller who may have given up by then.
+private final class OpenedSegment: Sendable {
+  private let state = Lock<(id: SegmentID?, isAbandoned: Bool)>((nil, false))
+
+  func set(_ id: SegmentID, _ engine: TransferEngine) {
+    let isAbandoned = state.withLock { state in
+      state.id = id
+      return state.isAbandoned
+    }
+    if isAbandoned { try? engine.closeSegment(id) }
+  }
+
+  func abandon(_ engine: TransferEngine) {
+    let id = state.withLock { state in
+      state.isAbandoned = true
+      return state.id
+    }
+    if let id { try? engine.closeSegment(id) }
   }
 }
 
@@ -181,7 +215,7 @@ extension P2PStore {
       let layout = try Self.layout(document.name, buffers, in: range, for: geometry)
       try memory.register(
         layout.ranges, location: options.location,
-        access: options.sharesOnward ? .remoteRead : .local)
+        access: options.sharesOnward ? .remoteRead : .local, bounds.call)
       entry.layout = layout
       let sources = try fetch(document, into: layout, bounds)
       if options.sharesOnward {
@@ -197,7 +231,7 @@ extension P2PStore {
         info: document.info, buffers: buffers, isVerified: false,
         nanoseconds: Clock.now() &- start, sources: sources)
     } catch {
-      dissolve(entry, until: .after(milliseconds: 0))
+      dissolve(entry, until: .after(milliseconds: 0), bounds.lastCall)
       throw error
     }
   }
@@ -210,7 +244,7 @@ extension P2PStore {
     var shards = Array(document.shards.indices)
     var sources: [String: GetResult.Source] = [:]
     for _ in 0..<Self.roundLimit {
-      var download = UnverifiedDownload(engine, document, into: layout, bounds)
+      var download = UnverifiedDownload(engine, workers, document, into: layout, bounds)
       try download.run(shards)
       sources.merge(download.sources) { first, second in
         var sum = first

@@ -5,11 +5,14 @@ import Synchronization
 /// Why a host name gave no address.
 package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible {
   package let isTimeout: Bool
+  /// Whether the caller gave up.
+  package let isCanceled: Bool
   /// The resolver's own words, such as "Name or service not known".
   package let description: String
 
-  package init(isTimeout: Bool, description: String) {
+  package init(isTimeout: Bool, isCanceled: Bool = false, description: String) {
     self.isTimeout = isTimeout
+    self.isCanceled = isCanceled
     self.description = description
   }
 }
@@ -17,7 +20,8 @@ package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible
 /// Turns host names into addresses within a deadline.
 ///
 /// `getaddrinfo` cannot be interrupted, so it runs on a thread of its own that is left behind when
-/// the deadline passes first. A fixed number of slots bounds these threads.
+/// the deadline passes, or the caller gives up, first. A fixed number of slots bounds these
+/// threads.
 package enum Resolver {
   /// Lookups that may run at once, those left behind included; others wait for their turn.
   package static let maximumLookups = 16
@@ -25,20 +29,24 @@ package enum Resolver {
   package typealias Lookup =
     @Sendable (_ host: String, _ port: UInt16) -> Result<[SocketAddress], ResolveError>
 
-  /// Addresses of a host in the system's order of preference, at least one.
+  /// Addresses of a host in the system's order of preference, at least one. The call is given up
+  /// once `cancellation` is readable.
   package static func resolve(
-    _ host: String, port: UInt16, deadline: Deadline
+    _ host: String, port: UInt16, deadline: Deadline, cancellation: Int32 = -1
   ) throws(ResolveError) -> [SocketAddress] {
     if let address = SocketAddress(numeric: host, port: port) { return [address] }
-    return try resolve(host, port: port, deadline: deadline, lookup: systemLookup)
+    return try resolve(
+      host, port: port, deadline: deadline, cancellation: cancellation, lookup: systemLookup)
   }
 
   /// As above with another source of addresses.
   package static func resolve(
-    _ host: String, port: UInt16, deadline: Deadline, lookup: @escaping Lookup
+    _ host: String, port: UInt16, deadline: Deadline, cancellation: Int32 = -1,
+    lookup: @escaping Lookup
   ) throws(ResolveError) -> [SocketAddress] {
     let slots = Self.slots
-    try slots.acquire(until: deadline)
+    let patience = Patience(deadline: deadline, cancellation: cancellation)
+    try slots.acquire(patience)
     let answer = Answer()
     do {
       try WorkerThread.startDetached(name: "mc-resolve") {
@@ -49,7 +57,7 @@ package enum Resolver {
       slots.release()
       throw ResolveError(isTimeout: false, description: "cannot start a thread: \(error)")
     }
-    return try answer.wait(until: deadline).get()
+    return try answer.wait(patience).get()
   }
 
   // Replaced only in a forked child, before it has a second thread: the parent's lookups end there.
@@ -89,6 +97,27 @@ package enum Resolver {
   }
 }
 
+/// How long a caller waits.
+private struct Patience {
+  let deadline: Deadline
+  let cancellation: Int32
+
+  private static let tickMilliseconds: UInt64 = 50
+
+  /// When to look again: a futex cannot wait for a descriptor, too.
+  var tick: Deadline {
+    cancellation < 0 ? deadline : min(deadline, .after(milliseconds: Self.tickMilliseconds))
+  }
+
+  /// The error of a caller that waits no longer; `reason` is why it had to wait.
+  func end(_ reason: String) -> ResolveError? {
+    if Waiting.isReadable(cancellation) {
+      return ResolveError(isTimeout: false, isCanceled: true, description: "given up")
+    }
+    return deadline.hasPassed ? ResolveError(isTimeout: true, description: reason) : nil
+  }
+}
+
 /// Where a lookup thread leaves its result for a caller that may have gone.
 private final class Answer: Sendable {
   private let result = Lock<Result<[SocketAddress], ResolveError>?>(nil)
@@ -100,14 +129,13 @@ private final class Answer: Sendable {
     ready.wakeAll()
   }
 
-  func wait(until deadline: Deadline) -> Result<[SocketAddress], ResolveError> {
+  func wait(_ patience: Patience) -> Result<[SocketAddress], ResolveError> {
     while true {
       if let value = result.withLock({ $0 }) { return value }
-      if deadline.hasPassed {
-        return .failure(
-          ResolveError(isTimeout: true, description: "the name service did not answer in time"))
+      if let error = patience.end("the name service did not answer in time") {
+        return .failure(error)
       }
-      ready.wait(while: 0, until: deadline)
+      ready.wait(while: 0, until: patience.tick)
     }
   }
 }
@@ -119,7 +147,7 @@ private final class LookupSlots: Sendable {
 
   init(count: Int) { free = Lock(count) }
 
-  func acquire(until deadline: Deadline) throws(ResolveError) {
+  func acquire(_ patience: Patience) throws(ResolveError) {
     while true {
       // Read before the check: a release in between makes the wait below return at once.
       let seen = releases.value
@@ -129,11 +157,10 @@ private final class LookupSlots: Sendable {
         return true
       }
       if taken { return }
-      if deadline.hasPassed {
-        throw ResolveError(
-          isTimeout: true, description: "earlier lookups still wait for the name service")
+      if let error = patience.end("earlier lookups still wait for the name service") {
+        throw error
       }
-      releases.wait(while: seen, until: deadline)
+      releases.wait(while: seen, until: patience.tick)
     }
   }
 

@@ -11,4 +11,11 @@ package enum Waiting {
     }
     return false
   }
+
+  /// Whether a descriptor is readable now; false for none, -1.
+  package static func isReadable(_ descriptor: Int32) -> Bool {
+    if descriptor < 0 { return false }
+    var item = pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0)
+    return poll(&item, 1, 0) > 0
+  }
 }

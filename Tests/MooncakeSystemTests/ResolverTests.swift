@@ -55,6 +55,31 @@ import Testing
     #expect(!addresses.isEmpty)
   }
 
+  @Test func hangingLookupEndsWhenItIsCanceled() throws {
+    let gate = Gate()
+    let cancellation = try EventFD()
+    let thread = try WorkerThread.start(name: "cancel") {
+      while gate.entered == 0 { sleepBriefly(nanoseconds: 1_000_000) }
+      cancellation.signal()
+    }
+    let start = Clock.now()
+    do throws(ResolveError) {
+      _ = try Resolver.resolve(
+        "slow.example", port: 1, deadline: .after(milliseconds: 20_000),
+        cancellation: cancellation.descriptor.rawValue
+      ) { _, _ in
+        gate.enter()
+        return .failure(ResolveError(isTimeout: false, description: "late"))
+      }
+      Issue.record("resolved")
+    } catch {
+      #expect(error.isCanceled && !error.isTimeout)
+    }
+    #expect(Clock.now() - start < 5_000_000_000)
+    gate.open()
+    thread.join()
+  }
+
   @Test func lookupResultIsHandedOver() throws {
     let expected = [SocketAddress(numeric: "10.1.2.3", port: 9)!]
     let addresses = try Resolver.resolve(

@@ -81,10 +81,11 @@ extension TransferEngine {
     }
   }
 
-  /// Registers all ranges or none.
+  /// Registers all ranges or none. `publishing` bounds how long the metadata service is waited
+  /// for; nil: as long as the default timeout.
   package func register(
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
-    access: Access
+    access: Access, publishing: MetadataCall? = nil
   ) throws(EngineError) {
     try checkOpen()
     if location.utf8.count > 4096 {
@@ -102,12 +103,14 @@ extension TransferEngine {
     sharedMemory?.server.publish()
     if access == .local { return }
     do throws(EngineError) {
-      try publishChanges()
+      try publishChanges(publishing)
     } catch {
       var message =
         "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
       let starts = ranges.map(\.address)
-      do throws(EngineError) { try withdraw(local.buffers.remove(starts), Set(starts)) } catch {
+      do throws(EngineError) {
+        try withdraw(local.buffers.remove(starts), Set(starts), publishing)
+      } catch {
         message += "; \(error.message)"
       }
       throw EngineError(error.code, message)
@@ -118,12 +121,14 @@ extension TransferEngine {
   /// metadata service refuses is tried again; peers that still find a buffer are refused here.
   /// Throws BUSY where a copy does not end; `starts` are then known as unfinished.
   private func withdraw(
-    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>
+    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ publishing: MetadataCall?
   ) throws(EngineError) {
     if starts.isEmpty { return }
     let late = sharedMemory?.server.revoke(until: deadline(0))
     transport.server.revoke(removed.map(\.range))
-    if removed.contains(where: { $0.range.access != .local }) { try? publishChanges() }
+    if removed.contains(where: { $0.range.access != .local }) {
+      try? publishChanges(publishing)
+    }
     unfinished.withLock {
       if late == nil { $0.subtract(starts) } else { $0.formUnion(starts) }
     }
@@ -139,13 +144,15 @@ extension TransferEngine {
   }
 
   /// Unregisters every address that is registered; throws for the first that is not.
-  package func unregister(_ addresses: UnsafeBufferPointer<UInt64>) throws(EngineError) {
+  package func unregister(
+    _ addresses: UnsafeBufferPointer<UInt64>, publishing: MetadataCall? = nil
+  ) throws(EngineError) {
     try checkOpen()
     let removed = local.buffers.remove(Array(addresses))
     var found = Set(removed.map(\.range.address))
     // Those of an earlier call that gave up waiting: nobody is offered them any more.
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
-    try withdraw(removed, found)
+    try withdraw(removed, found, publishing)
     for address in addresses where !found.contains(address) {
       throw EngineError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")
@@ -166,6 +173,13 @@ extension TransferEngine {
   public func allocate(
     length: UInt64, location: String = "*", access: Access
   ) throws(EngineError) -> UnsafeMutableRawPointer {
+    try allocate(length: length, location: location, access: access, publishing: nil)
+  }
+
+  /// As above; `publishing` bounds how long the metadata service is waited for.
+  package func allocate(
+    length: UInt64, location: String = "*", access: Access, publishing: MetadataCall?
+  ) throws(EngineError) -> UnsafeMutableRawPointer {
     try checkOpen()
     guard length > 0, length <= UInt64(Int.max) else {
       throw EngineError(.invalidArgument, "cannot allocate \(length) bytes")
@@ -184,7 +198,12 @@ extension TransferEngine {
     // Before the registration, which looks up where the range lies.
     mappings.withLock { $0[key] = memory }
     do throws(EngineError) {
-      try register(address, length: length, location: location, access: access)
+      let range = (address: key, length: length)
+      try withUnsafePointer(to: range) { pointer throws(EngineError) in
+        try register(
+          UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access,
+          publishing: publishing)
+      }
     } catch {
       // Not unmapped as long as a peer may touch it.
       if !unfinished.withLock({ $0.contains(key) }) {
@@ -208,6 +227,13 @@ extension TransferEngine {
 
   /// Unregisters and frees memory of `allocate`.
   public func free(_ address: UnsafeMutableRawPointer) throws(EngineError) {
+    try free(address, publishing: nil)
+  }
+
+  /// As above; `publishing` bounds how long the metadata service is waited for.
+  package func free(
+    _ address: UnsafeMutableRawPointer, publishing: MetadataCall?
+  ) throws(EngineError) {
     try checkOpen()
     let key = UInt64(UInt(bitPattern: address))
     guard let memory = mappings.withLock({ $0.removeValue(forKey: key) }) else {
@@ -220,7 +246,7 @@ extension TransferEngine {
     let others = parts.filter { $0 > key && $0 < end }
     do throws(EngineError) {
       try ([key] + others).withUnsafeBufferPointer { addresses throws(EngineError) in
-        try unregister(addresses)
+        try unregister(addresses, publishing: publishing)
       }
     } catch {
       if error.code == .busy {

@@ -19,11 +19,15 @@ extension TransferEngine {
       until: min(deadline(0), .after(milliseconds: Self.publicationMilliseconds)))
   }
 
-  /// Tells the metadata service of changed registrations before the caller goes on to tell peers.
-  /// Throws if peers will never hear of them.
-  func publishChanges() throws(EngineError) {
+  /// Tells the metadata service of changed registrations before the caller goes on to tell peers,
+  /// or, once `call` is over, in the background; without one the default timeout bounds it. Throws
+  /// if peers will never hear of them.
+  package func publishChanges(_ call: MetadataCall? = nil) throws(EngineError) {
     guard let publisher else { return try local.checkFitsMessage() }
-    try publisher.publishChanges(until: .after(milliseconds: Self.publicationMilliseconds))
+    let limit = min(deadline(0), .after(milliseconds: Self.publicationMilliseconds))
+    try publisher.publishChanges(
+      MetadataCall(
+        until: min(call?.deadline ?? limit, limit), cancellation: call?.cancellation ?? -1))
   }
 
   /// Asks the metadata service, or without one the peer itself. `known` is what it said before.

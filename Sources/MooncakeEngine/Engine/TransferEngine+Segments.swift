@@ -83,9 +83,11 @@ extension TransferEngine {
 
   /// Fetches every open segment's descriptor anew; what cannot be fetched stays as it is.
   package func refreshAllSegments() {
+    // For all of them, or a service that stands still would be waited for once for each.
+    let deadline = deadline(0)
     for segment in segments.all where segment.id != 0 {
       do throws(EngineError) {
-        try refresh(segment, deadline: deadline(0))
+        try refresh(segment, deadline: deadline)
       } catch {
         Log.warning(
           "refreshing segment \(segment.name): \(error.message)", about: segment.name)

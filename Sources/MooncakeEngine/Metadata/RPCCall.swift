@@ -35,8 +35,10 @@ struct RPCCall {
     }
     let addresses: [SocketAddress]
     do throws(ResolveError) {
-      addresses = try Resolver.resolve(peer.host, port: port, deadline: deadline)
+      addresses = try Resolver.resolve(
+        peer.host, port: port, deadline: deadline, cancellation: cancellation)
     } catch {
+      if error.isCanceled { throw canceled }
       throw failure(
         error.isTimeout ? .timeout : .unresolved, "cannot resolve \(peer.host)",
         "\(error); check the name and this machine's name service")
@@ -141,7 +143,7 @@ struct RPCCall {
   // MARK: Errors
 
   private var canceled: EngineError {
-    failure(.canceled, "given up", "the engine was destroyed meanwhile")
+    failure(.canceled, "given up", "it was canceled, or the engine destroyed, meanwhile")
   }
 
   private func broken(_ error: Errno, _ moment: String) -> EngineError {

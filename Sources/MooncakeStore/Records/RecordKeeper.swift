@@ -117,6 +117,8 @@ package final class RecordKeeper: Sendable {
       state.lastEdition &+= 1
       state.slots[key]?.edition = state.lastEdition
       state.slots[key]?.isWanted = false
+      // Should deleting it fail, the thread does it.
+      state.slots[key]?.isStored = false
       return true
     }
     if !isKnown { return }

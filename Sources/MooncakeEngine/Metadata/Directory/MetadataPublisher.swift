@@ -62,6 +62,8 @@ package final class MetadataPublisher: Sendable {
   private static let firstBackoffMilliseconds: UInt64 = 100
   private static let maximumBackoffMilliseconds: UInt64 = 1000
   private static let removalMilliseconds: UInt64 = 2000
+  /// How often a wait looks whether it is canceled.
+  private static let cancellationMilliseconds: UInt64 = 50
 
   package init(
     _ directory: MetadataDirectory, _ local: LocalSegment, rpcAddress: HostPort,
@@ -89,7 +91,9 @@ package final class MetadataPublisher: Sendable {
         _ = try directory.store.renew(work.lease, work.entries, call)
       }
     } catch {
-      if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) { remove() }
+      if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) {
+        remove(within: deadline.hasPassed ? Self.cancellationMilliseconds : nil)
+      }
       throw error
     }
     do throws(Errno) {
@@ -101,10 +105,10 @@ package final class MetadataPublisher: Sendable {
     }
   }
 
-  /// Publishes what has changed and waits until it is done, unless the service cannot be reached:
-  /// then that happens when it is back. Throws if the service refuses it for good; what it has
-  /// stays there.
-  package func publishChanges(until deadline: Deadline) throws(EngineError) {
+  /// Publishes what has changed and waits until it is done or the call is over, unless the service
+  /// cannot be reached: then that happens when it is back. Throws if the service refuses it for
+  /// good; what it has stays there.
+  package func publishChanges(_ call: MetadataCall) throws(EngineError) {
     let version = local.buffers.version
     state.withLock { $0.wanted = max($0.wanted, version) }
     ring()
@@ -119,8 +123,12 @@ package final class MetadataPublisher: Sendable {
         if let refusal { throw refusal }
         return
       }
-      if deadline.hasPassed { return }
-      progress.wait(while: seen, until: deadline)
+      if call.isOver { return }
+      // A futex cannot wait for a descriptor, too.
+      let tick =
+        call.cancellation < 0
+        ? Deadline.never : .after(milliseconds: Self.cancellationMilliseconds)
+      progress.wait(while: seen, until: min(call.deadline, tick))
     }
   }
 
@@ -145,14 +153,13 @@ package final class MetadataPublisher: Sendable {
     doorbell.wakeAll()
   }
 
-  private func remove() {
+  private func remove(within milliseconds: UInt64? = nil) {
     let isDown = state.withLock { $0.isDown }
+    let milliseconds = milliseconds ?? Self.removalMilliseconds / (isDown ? 4 : 1)
     work.withLock { work in
       do throws(EngineError) {
         try directory.store.revoke(
-          work.lease, work.entries,
-          MetadataCall(
-            until: .after(milliseconds: Self.removalMilliseconds / (isDown ? 4 : 1))))
+          work.lease, work.entries, MetadataCall(until: .after(milliseconds: milliseconds)))
       } catch {
         Log.warning("segment \(local.name) stays published until its lease ends: \(error.message)")
       }

@@ -36,6 +36,12 @@ struct HTTPFailure: Error {
   let code: EngineError.Code
   let cause: String
   let remedy: String
+
+  static var canceled: HTTPFailure {
+    HTTPFailure(
+      code: .canceled, cause: "given up",
+      remedy: "it was canceled, or the engine destroyed, meanwhile")
+  }
 }
 
 /// Asks HTTP servers through libcurl. Connections are kept; threads do not wait for each other.
@@ -56,8 +62,10 @@ final class HTTPClient: Sendable {
     let addresses: [SocketAddress]
     do throws(ResolveError) {
       addresses = try Resolver.resolve(
-        request.server.host, port: request.server.port ?? 80, deadline: call.deadline)
+        request.server.host, port: request.server.port ?? 80, deadline: call.deadline,
+        cancellation: call.cancellation)
     } catch {
+      if error.isCanceled { throw .canceled }
       throw HTTPFailure(
         code: error.isTimeout ? .timeout : .unresolved,
         cause: "cannot resolve \(request.server.host): \(error)",

@@ -163,10 +163,7 @@ final class HTTPLane: @unchecked Sendable {
       let wait = call.deadline.remainingMilliseconds
       _ = curl.multiPoll(
         multi, &extra, call.cancellation < 0 ? 0 : 1, wait < 0 ? 1000 : min(wait, 1000), nil)
-      if extra.revents != 0 {
-        throw HTTPFailure(
-          code: .canceled, cause: "given up", remedy: "the engine was destroyed meanwhile")
-      }
+      if extra.revents != 0 { throw .canceled }
     }
     var left: Int32 = 0
     guard let message = curl.multiRead(multi, &left) else { return CURLE_FAILED_INIT }

@@ -11,6 +11,12 @@ package struct MetadataCall: Sendable {
     self.cancellation = cancellation
   }
 
+  /// Waits for nothing: what it asks for is done in the background, or later.
+  package static let background = MetadataCall(until: Deadline(nanoseconds: 0))
+
+  /// Whether its time has passed or it was given up.
+  package var isOver: Bool { deadline.hasPassed || Waiting.isReadable(cancellation) }
+
   /// The same call with less time.
   func within(milliseconds: UInt64) -> MetadataCall {
     MetadataCall(

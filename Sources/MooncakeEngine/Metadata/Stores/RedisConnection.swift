@@ -76,7 +76,8 @@ package struct RedisFailure: Error {
     switch error.rawValue {
     case ECANCELED:
       RedisFailure(
-        code: .canceled, cause: "given up", remedy: "the engine was destroyed meanwhile")
+        code: .canceled, cause: "given up",
+        remedy: "it was canceled, or the engine destroyed, meanwhile")
     case ETIMEDOUT where deadline.hasPassed:
       RedisFailure(
         code: .timeout, cause: "no answer before the deadline",
@@ -119,8 +120,10 @@ final class RedisConnection: @unchecked Sendable {
     let addresses: [SocketAddress]
     do throws(ResolveError) {
       addresses = try Resolver.resolve(
-        server.host, port: server.port ?? 6379, deadline: call.deadline)
+        server.host, port: server.port ?? 6379, deadline: call.deadline,
+        cancellation: call.cancellation)
     } catch {
+      if error.isCanceled { throw .broken(Errno(ECANCELED), call.deadline) }
       throw RedisFailure(
         code: error.isTimeout ? .timeout : .unresolved,
         cause: "cannot resolve \(server.host): \(error)",
