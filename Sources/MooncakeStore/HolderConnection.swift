@@ -78,31 +78,41 @@ package struct HolderConnection: Sendable {
     writer.beginObject()
     writer.member("service", StoreService.name)
     writer.member("op", "open")
+    writer.storeVersion()
     writer.member("holding", HexNumber.text(holder.holding))
     writer.endObject()
     let answer = try engine.callService(at: holder.rpc, writer.text, until: deadline)
-    let index: Index?
-    do throws(JSONError) {
-      index = try JSONDocument(parsing: answer).read { value in
-        guard value["state"]?.unsigned != ShardAnswer.State.gone.rawValue,
-          let version = value["version"]?.string.flatMap({ PayloadVersion($0) }),
-          let manifestAddress = value["manifest_address"]?.unsigned,
-          let manifestBytes = value["manifest_bytes"]?.unsigned,
-          (1...UInt64(Manifest.maximumBytes)).contains(manifestBytes),
-          let tableAddress = value["table_address"]?.unsigned,
-          let bufferCount = value["buffers"]?.unsigned,
-          bufferCount <= UInt64(ShardLayout.maximumBufferCount)
-        else { return nil }
-        return Index(
-          version: version, manifestAddress: manifestAddress, manifestBytes: manifestBytes,
-          tableAddress: tableAddress, bufferCount: bufferCount)
-      }
-    } catch {
+    if answer == RPCAnswer.noService { throw gone(holder) }
+    let document: JSONDocument
+    do throws(JSONError) { document = try JSONDocument(parsing: answer) } catch {
       throw EngineError(
         .protocolViolation, "holder \(holder.segment): its answer is no JSON: \(error)")
     }
+    let index: Index?
+    do throws(EngineError) {
+      index = try document.read(parse)
+    } catch {
+      throw EngineError(error.code, "holder \(holder.segment): \(error.message)")
+    }
     guard let index else { throw gone(holder) }
     return index
+  }
+
+  /// nil: it holds this no longer.
+  private static func parse(_ value: JSONValue) throws(EngineError) -> Index? {
+    try StoreVersion.checkAnswer(value)
+    if value["state"]?.unsigned == ShardAnswer.State.gone.rawValue { return nil }
+    guard let version = value["version"]?.string.flatMap({ PayloadVersion($0) }),
+      let manifestAddress = value["manifest_address"]?.unsigned,
+      let manifestBytes = value["manifest_bytes"]?.unsigned,
+      (1...UInt64(Manifest.maximumBytes)).contains(manifestBytes),
+      let tableAddress = value["table_address"]?.unsigned,
+      let bufferCount = value["buffers"]?.unsigned,
+      bufferCount <= UInt64(ShardLayout.maximumBufferCount)
+    else { throw EngineError(.protocolViolation, "its answer does not say where things are") }
+    return Index(
+      version: version, manifestAddress: manifestAddress, manifestBytes: manifestBytes,
+      tableAddress: tableAddress, bufferCount: bufferCount)
   }
 
   private static func read(

@@ -79,6 +79,7 @@ package final class Holding: Sendable {
     var writer = JSONWriter()
     writer.beginObject()
     writer.member("state", isWithdrawn ? ShardAnswer.State.gone.rawValue : 0)
+    writer.storeVersion()
     writer.member("version", version.description)
     writer.member("manifest_address", index)
     writer.member("manifest_bytes", UInt64(manifest.bytes.count))

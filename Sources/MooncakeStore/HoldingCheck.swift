@@ -42,7 +42,7 @@ struct HoldingCheck {
       } catch {
         failure = error
       }
-      if failure.code == .noHolder || failure.code == .canceled { throw failure }
+      if [.noHolder, .canceled, .unsupported].contains(failure.code) { throw failure }
       try bounds.check("asking whether the payload is still held")
       if patience.hasPassed {
         throw EngineError(

@@ -117,6 +117,7 @@ extension P2PStore {
   /// Reads the manifest from whoever has it.
   func manifest(of target: Target, _ bounds: Bounds) throws(EngineError) -> Manifest {
     var failures: [String] = []
+    var code = EngineError.Code.noHolder
     // Every receiver begins with another holder; the origin, which all know, comes last.
     let order = target.holders.shuffled().sorted { !$0.isOrigin && $1.isOrigin }
     for record in order {
@@ -131,11 +132,13 @@ extension P2PStore {
       } catch {
         if error.code == .canceled { throw error }
         try bounds.check("fetching the manifest")
+        // That is what can be mended.
+        if error.code == .unsupported { code = .unsupported }
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
     }
     throw EngineError(
-      .noHolder,
+      code,
       "payload '\(target.name)': no live holder of version \(target.version); tried: "
         + failures.joined(separator: "; "))
   }

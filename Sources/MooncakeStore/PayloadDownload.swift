@@ -74,6 +74,8 @@ package final class PayloadDownload {
   /// What the engine last said of parts of answers.
   private var arrivals: [SegmentID: UInt64] = [:]
   private var sources: [String: GetResult.Source] = [:]
+  /// Whether a holder speaks another version than this process.
+  private var hasOtherVersions = false
   /// Who has sent shards that no digest covers.
   private var trusted: Set<HolderAddress> = []
   private var doneBytes: UInt64 = 0
@@ -149,7 +151,7 @@ package final class PayloadDownload {
     }
     tried += wrong
     return EngineError(
-      .noHolder,
+      hasOtherVersions ? .unsupported : .noHolder,
       "no live holder for \(missing); tried: "
         + (tried.isEmpty ? "nobody, none is known" : tried.joined(separator: "; ")))
   }
@@ -268,6 +270,7 @@ package final class PayloadDownload {
       }
     case .answered(let holder, let answer): plan.answered(by: holder, answer, now: now)
     case .failed(let holder, let error):
+      if error.code == .unsupported { hasOtherVersions = true }
       plan.askFailed(
         holder, reason: error.message, isGone: error.code == .notFound, now: now)
     case .discovered(let records):

@@ -48,6 +48,7 @@ struct RangeTransfer {
   /// A range that several holders have is read from any of them; what is written goes to the
   /// origin, the only holder that a writable payload has.
   mutating func run(_ holders: [HolderRecord]) throws(EngineError) {
+    var code = EngineError.Code.noHolder
     for record in holders.shuffled() {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
@@ -61,12 +62,13 @@ struct RangeTransfer {
       } catch {
         if error.code == .canceled { throw error }
         try bounds.check("\(end - position) bytes left")
+        if error.code == .unsupported { code = .unsupported }
         failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
       }
       if position == end { return }
     }
     throw EngineError(
-      .noHolder,
+      code,
       "payload: no live holder for bytes \(position) to \(end); tried: "
         + failures.joined(separator: "; "))
   }

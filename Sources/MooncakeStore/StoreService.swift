@@ -20,18 +20,30 @@ package enum StoreService {
   package static func answer(
     _ call: JSONValue, holding find: (UInt64) -> Holding?
   ) -> String? {
-    guard call["service"]?.string == name,
-      let number = call["holding"]?.string.flatMap({ HexNumber.parse($0) }),
+    guard call["service"]?.string == name else { return nil }
+    if let refusal = StoreVersion.refusal(of: call) { return refusal }
+    guard let number = call["holding"]?.string.flatMap({ HexNumber.parse($0) }),
       let holding = find(number)
     else { return nil }
     switch call["op"]?.string {
     case "open": return holding.answerOpen()
     case "ask":
-      guard
-        let request = try? ShardRequest(json: call, shardCount: holding.manifest.layout.shardCount)
-      else { return #"{"error":"malformed request"}"# }
-      return holding.answer(request).json
-    default: return #"{"error":"unknown operation"}"#
+      do throws(EngineError) {
+        let shardCount = holding.manifest.layout.shardCount
+        return holding.answer(try ShardRequest(json: call, shardCount: shardCount)).json
+      } catch {
+        return refusal(error.message)
+      }
+    default: return refusal("unknown operation")
     }
+  }
+
+  private static func refusal(_ text: String) -> String {
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("error", text)
+    writer.storeVersion()
+    writer.endObject()
+    return writer.text
   }
 }

@@ -46,7 +46,8 @@ package struct FileList: Equatable, Sendable {
     self.files = files
   }
 
-  /// The list as a manifest's attributes.
+  /// The list as a manifest's attributes. It says no version as long as that is 1: another text
+  /// would be another version of the payload.
   package var json: [UInt8] {
     var writer = JSONWriter()
     writer.beginObject()
@@ -68,6 +69,7 @@ package struct FileList: Equatable, Sendable {
   }
 
   private static func files(_ value: JSONValue) throws(EngineError) -> [File] {
+    try StoreVersion.check(value, "the payload's list of files")
     guard let list = value["files"], list.isArray else {
       throw violation("it has no array 'files'")
     }

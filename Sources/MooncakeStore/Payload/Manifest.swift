@@ -5,7 +5,8 @@ import MooncakeEngine
 ///
 /// The bytes, little-endian: magic, size, shard bytes, salt (8 each), flags, numbers of buffers,
 /// shards and attribute bytes (4 each); the buffers' sizes (8 each); the shards' digests (low half,
-/// high half); the attributes.
+/// high half); the attributes. It does not grow: another format has another last letter in its
+/// magic.
 package struct Manifest: Equatable, Sendable {
   package static let maximumAttributeBytes = 16 << 20
   /// No manifest is longer.
@@ -72,9 +73,10 @@ package struct Manifest: Equatable, Sendable {
   /// Reads a manifest that came from a peer; every fault is a `protocolViolation`.
   package init(parsing bytes: [UInt8]) throws(EngineError) {
     var reader = LittleEndianReader(bytes: bytes)
-    guard bytes.count >= Self.headerBytes, reader.next() as UInt64 == Self.magic else {
+    guard bytes.count >= Self.headerBytes else {
       throw Self.violation("it does not begin like one")
     }
+    try Self.check(magic: reader.next())
     let size: UInt64 = reader.next()
     let shardBytes: UInt64 = reader.next()
     salt = reader.next()
@@ -117,6 +119,19 @@ package struct Manifest: Equatable, Sendable {
     attributes = Array(bytes[(bytes.count - attributeCount)...])
     self.bytes = bytes
     version = Self.version(of: bytes)
+  }
+
+  /// The last letter is the version, a digit.
+  private static func check(magic: UInt64) throws(EngineError) {
+    if magic == Self.magic { return }
+    let letter = UInt8(magic >> 56)
+    guard magic << 8 == Self.magic << 8,
+      (UInt8(ascii: "1")...UInt8(ascii: "9")).contains(letter)
+    else { throw violation("it does not begin like one") }
+    throw EngineError(
+      .unsupported,
+      "the manifest has version \(letter - UInt8(ascii: "0")), this process knows 1: update "
+        + "libmooncake here")
   }
 
   private static func version(of bytes: [UInt8]) -> PayloadVersion {

@@ -35,6 +35,7 @@ package struct PayloadSummary: Equatable, Sendable {
   }
 
   func write(to writer: inout JSONWriter) {
+    writer.storeVersion()
     writer.member("name", name)
     writer.member("version", version.description)
     writer.member("size", size)
@@ -90,6 +91,9 @@ package struct PayloadSummary: Equatable, Sendable {
     } catch {
       throw malformed(error.description)
     }
-    return try document.read(body)
+    return try document.read { value throws(EngineError) in
+      try StoreVersion.check(value, "the record of a payload")
+      return try body(value)
+    }
   }
 }

@@ -57,10 +57,11 @@ package final class StoreDirectory: Sendable {
       if !head.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
       return head
     } catch {
+      let place = "metadata \(uri): key '\(headKey(name))': \(error.message)"
+      if error.code == .unsupported { throw EngineError(.unsupported, place) }
       throw EngineError(
         error.code,
-        "metadata \(uri): key '\(headKey(name))': \(error.message): register the payload anew; "
-          + "else remove the key with `mooncake metadata delete`")
+        "\(place): register the payload anew; else remove the key with `mooncake metadata delete`")
     }
   }
 

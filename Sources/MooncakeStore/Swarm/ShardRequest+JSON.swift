@@ -33,6 +33,7 @@ extension ShardRequest {
     writer.member("turn", turn)
     if !reading.isEmpty { writer.write("reading", reading) }
     writer.member("limit", UInt64(limit))
+    writer.storeVersion()
     writer.endObject()
     return writer.text
   }
@@ -68,6 +69,7 @@ extension ShardAnswer {
     var writer = JSONWriter()
     writer.beginObject()
     writer.member("state", state.rawValue)
+    writer.storeVersion()
     if !granted.isEmpty { writer.write("granted", granted) }
     writer.member("lease_ms", leaseMilliseconds)
     writer.member("retry_ms", retryMilliseconds)
@@ -97,6 +99,7 @@ extension ShardAnswer {
   }
 
   private init(parsing value: JSONValue, shardCount: Int) throws(EngineError) {
+    try StoreVersion.checkAnswer(value)
     guard let number = value["state"]?.unsigned, let state = State(rawValue: number) else {
       throw malformed("state")
     }

@@ -1,0 +1,63 @@
+import MooncakeEngine
+
+/// The version of what stores say to each other and write where others read it.
+///
+/// A message, a record or a list of files carries the lowest version that its reader must know;
+/// without one that is 1. What a reader may ignore is added as a new member, without a new version:
+/// members that are not known are ignored. What it must understand raises the version.
+package enum StoreVersion {
+  package static let current: UInt64 = 1
+  static let member = "store_version"
+  /// The member of a refusal that tells why as a word; its text is for people.
+  static let reasonMember = "reason"
+  private static let reason = "version"
+
+  /// Throws `unsupported`, which names both versions, if `value` needs a later one than is known.
+  static func check(_ value: JSONValue, _ what: String) throws(EngineError) {
+    guard let number = value[member] else { return }
+    guard let needed = number.unsigned else {
+      throw EngineError(.protocolViolation, "\(what): malformed \(member)")
+    }
+    if needed > current {
+      throw EngineError(
+        .unsupported,
+        "\(what) needs version \(needed) of the store, this process knows \(current): update "
+          + "libmooncake here")
+    }
+  }
+
+  /// What a holder answers to a question that needs a later version; nil if it does not.
+  static func refusal(of question: JSONValue) -> String? {
+    guard let needed = question[member]?.unsigned, needed > current else { return nil }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member(
+      "error",
+      "the question needs version \(needed) of the store, this holder knows \(current): update "
+        + "libmooncake there")
+    writer.member(reasonMember, reason)
+    writer.member(member, current)
+    writer.endObject()
+    return writer.text
+  }
+
+  /// Throws what an answer that is a refusal says. The text is another process's.
+  static func checkAnswer(_ value: JSONValue) throws(EngineError) {
+    try check(value, "its answer")
+    guard let text = value["error"]?.string else { return }
+    throw EngineError(
+      value[reasonMember]?.string == reason ? .unsupported : .protocolViolation,
+      "it refuses: \(Self.printable(text))")
+  }
+
+  private static func printable(_ text: String) -> String {
+    String(
+      decoding: text.utf8.prefix(300).map { $0 < 0x20 || $0 == 0x7F ? UInt8(ascii: "?") : $0 },
+      as: UTF8.self)
+  }
+}
+
+extension JSONWriter {
+  /// Says which version a reader must know.
+  mutating func storeVersion() { member(StoreVersion.member, StoreVersion.current) }
+}
