@@ -1,5 +1,6 @@
 import ArgumentParser
 import Glibc
+import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
@@ -62,6 +63,18 @@ enum ArgumentText {
 
   private static func standsForBytes(_ text: String) -> Bool {
     text.unicodeScalars.contains { block.contains($0.value) }
+  }
+
+  /// A message that may quote arguments, without the secrets of URIs among them.
+  static func hidingSecrets(of arguments: [String], in message: String) -> String {
+    var shown = message
+    for argument in arguments {
+      let value = argument.hasPrefix("-") ? argument.drop { $0 != "=" }.dropFirst() : argument[...]
+      guard value.contains("://") || value.contains("@") else { continue }
+      shown = shown.split(separator: value, omittingEmptySubsequences: false)
+        .joined(separator: RedactedURI.text(String(value)))
+    }
+    return shown
   }
 
   /// Takes an argument for a path.

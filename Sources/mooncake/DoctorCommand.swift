@@ -22,7 +22,13 @@ struct DoctorCommand: ParsableCommand {
   @Flag(help: "Prints one JSON object.")
   var json = false
 
-  func validate() throws { try requireTimeout(timeout, atMost: 600) }
+  func validate() throws {
+    try requireTimeout(timeout, atMost: 600)
+    if peer?.contains("://") == true {
+      throw ValidationError(
+        "A peer is the name of a segment, such as host:port; --metadata names a metadata service.")
+    }
+  }
 
   func run() throws {
     silenceLog()

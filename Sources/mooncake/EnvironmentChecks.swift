@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeEngine
 
 /// Environment variables of the existing system, as far as this library reads them.
 enum EnvironmentChecks {
@@ -7,6 +8,7 @@ enum EnvironmentChecks {
     /// Outside of the ports that the system chooses for others.
     case port
     case text
+    case uri
     case oneOf([String])
     /// Set at all means on.
     case flag
@@ -30,6 +32,7 @@ enum EnvironmentChecks {
     "MC_TCP_PROTO": .integer(1...2),
     "MC_TRANSFER_TIMEOUT": .integer(1...Int.max),
     "MC_FORCE_TCP": .flag,
+    "MC_METADATA_SERVER": .uri,
     "MC_METADATA_CLUSTER_ID": .text,
     "MC_METADATA_TTL": .integer(2...3600),
     "MC_METADATA_USERNAME": .text,
@@ -72,8 +75,9 @@ enum EnvironmentChecks {
     let isSecret = ["PASSWORD", "TOKEN", "SECRET"].contains(where: name.hasSuffix)
     let shown = isSecret ? "(hidden)" : "\"\(value)\""
     guard let rule = rules[name] else {
+      // Its value may be a secret under a misspelled name.
       return .warning(
-        name, "\(shown) has no effect in this version",
+        name, "it has no effect in this version",
         advice: "check the spelling; the documentation lists what is read")
     }
     switch rule {
@@ -83,6 +87,7 @@ enum EnvironmentChecks {
     case .text:
       return value.isEmpty
         ? invalid(name, shown, "must not be empty") : .ok(name, shown)
+    case .uri: return .ok(name, RedactedURI.text(value))
     case .oneOf(let choices):
       return choices.contains(value.uppercased())
         ? .ok(name, shown)

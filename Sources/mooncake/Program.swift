@@ -17,8 +17,17 @@ enum Program {
       try command.run()
       try Output.check()
     } catch {
-      MooncakeCommand.exit(withError: error)
+      exit(error, arguments)
     }
+  }
+
+  /// Says why and ends. What the message quotes of the arguments may be a URI with a password.
+  private static func exit(_ error: any Error, _ arguments: [String]) -> Never {
+    let message = MooncakeCommand.fullMessage(for: error)
+    let shown = ArgumentText.hidingSecrets(of: arguments, in: message)
+    if shown == message { MooncakeCommand.exit(withError: error) }
+    printError(shown)
+    Glibc.exit(MooncakeCommand.exitCode(for: error).rawValue)
   }
 
   /// Else the first socket or file would take their numbers, and text would be written into it.

@@ -157,8 +157,13 @@ final class EtcdClient: Sendable {
   private func reason(_ response: HTTPResponse) -> String {
     let document = try? JSONDocument(parsing: response.body)
     let text = document?.read { ($0["error"] ?? $0["message"])?.string }
-    return text ?? String(decoding: response.body.prefix(200), as: UTF8.self)
+    let secrets = ServiceSecrets(password, state.withLock { $0.token })
+    return text.map { secrets.hidden(in: $0.utf8) }
+      ?? String(secrets.hidden(in: response.body.prefix(Self.quotedBytes)).prefix(200))
   }
+
+  /// Bytes of an answer that are looked at for its reason.
+  private static let quotedBytes = 4096
 
   private func refusal(
     _ status: Int, _ reason: String, _ phase: String, _ endpoint: HostPort

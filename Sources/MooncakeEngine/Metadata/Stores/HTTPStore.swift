@@ -8,6 +8,9 @@ package final class HTTPStore: MetadataStore {
   private let credentials: String?
   /// Instead of name and password.
   private let token: MetadataToken?
+  private let secrets: ServiceSecrets
+  /// Bytes of an answer that are looked at for its reason.
+  private static let quotedBytes = 4096
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
@@ -24,7 +27,10 @@ package final class HTTPStore: MetadataStore {
       try MetadataToken(text, from: MetadataToken.variable)
     }
     let user = uri.user ?? (token == nil ? settings.user : nil)
-    credentials = user.map { "\($0):\(uri.password ?? settings.password ?? "")" }
+    let password = uri.password ?? settings.password
+    credentials = user.map { "\($0):\(password ?? "")" }
+    secrets = ServiceSecrets(
+      token, password, credentials.map { Base64.encode($0.utf8) })
   }
 
   package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
@@ -228,8 +234,8 @@ package final class HTTPStore: MetadataStore {
   ) throws(EngineError) {
     if response.status == 200 { return }
     let text =
-      String(decoding: response.body.prefix(200), as: UTF8.self)
-      .split(whereSeparator: \.isNewline).first.map { " (\($0))" } ?? ""
+      secrets.hidden(in: response.body.prefix(Self.quotedBytes))
+      .split(whereSeparator: \.isNewline).first.map { " (\($0.prefix(200)))" } ?? ""
     let cause = "the server answers with status \(response.status)\(text)"
     switch response.status {
     case 401, 403:

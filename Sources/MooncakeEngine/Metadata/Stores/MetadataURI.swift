@@ -21,23 +21,24 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
   package private(set) var database: UInt8?
   package private(set) var isSecure = false
   package private(set) var tls = TLSFiles()
-  /// As given, but without the password.
+  /// As given, but without what may be a secret.
   package let description: String
 
   private static let maximumBytes = 4096
   private static let maximumEndpointCount = 64
 
-  /// Parses a text. Errors name it without its password.
+  /// Parses a text. Errors name it without what may be a secret.
   package init(parsing text: String) throws(EngineError) {
     do throws(Malformed) {
       self = try Self.parse(text)
     } catch {
-      // Where a password stands, a part of the text may be a part of that.
-      let hasPassword = text.contains("@")
-      let part = error.part.map { hasPassword ? "a part of it " : "'\($0.prefix(100))' " } ?? ""
-      let hint = hasPassword ? " (what a password holds beyond letters and digits is encoded)" : ""
-      throw EngineError(
-        .invalidArgument, "metadata \(Self.redacted(text)): \(part)\(error.reason)\(hint)")
+      // Where a secret stands, a part of the text may be a part of that.
+      let shown = RedactedURI.text(text)
+      let hasSecret = text.contains("@") || shown.contains("***")
+      let part = error.part.map { hasSecret ? "a part of it " : "'\($0.prefix(100))' " } ?? ""
+      let hint =
+        text.contains("@") ? " (what a password holds beyond letters and digits is encoded)" : ""
+      throw EngineError(.invalidArgument, "metadata \(shown): \(part)\(error.reason)\(hint)")
     }
   }
 
@@ -71,7 +72,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         reason: "is an unknown scheme: use etcd, redis, http, https or P2PHANDSHAKE",
         part: scheme[...])
     }
-    var uri = MetadataURI(service, redacted(text))
+    var uri = MetadataURI(service, RedactedURI.text(text))
     uri.isSecure = scheme == "https"
     var rest = parts?.tail ?? text[...]
     if rest.contains("#") { throw Malformed(reason: "a '#' has no meaning here") }
@@ -176,7 +177,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     return value
   }
 
-  private static func split(
+  static func split(
     _ text: some StringProtocol, at separator: String
   ) -> (head: Substring, tail: Substring)? {
     let text = Substring(text)
@@ -190,21 +191,5 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       start = bytes.index(after: index)
     }
     return nil
-  }
-
-  /// The text for messages: cut, on one line, the password hidden.
-  private static func redacted(_ text: String) -> String {
-    var shown = text
-    // A scheme has no password; what stands before a later "://" may be one.
-    let parts = split(text, at: "://")
-    let isScheme = parts.map { $0.head.utf8.allSatisfy { $0 >= 0x41 && $0 <= 0x7A } } ?? false
-    let body = isScheme ? parts!.tail : text[...]
-    if let at = body.lastIndex(of: "@"), let colon = body[..<at].firstIndex(of: ":") {
-      // A password with an unencoded slash reaches beyond the authority; it is hidden all the same.
-      shown.replaceSubrange(body.index(after: colon)..<at, with: "***")
-    }
-    if shown.utf8.count > 200 { shown = String(shown.prefix(200)) + "..." }
-    let isPlain = shown.utf8.allSatisfy { $0 > 0x20 && $0 != 0x7F }
-    return isPlain && !shown.isEmpty ? shown : String(reflecting: shown)
   }
 }

@@ -225,13 +225,18 @@ package final class RedisStore: MetadataStore {
     // before 6 do not know the command.
     commands.insert(["HELLO", "2"], at: password == nil ? 0 : 1)
     var replies = try connection.run(commands, call)
-    try RedisRefusal.check(hello: replies.remove(at: password == nil ? 0 : 1))
+    var hello = replies.remove(at: password == nil ? 0 : 1)
+    if case .refusal(let text) = hello {
+      hello = .refusal(ServiceSecrets(password).hidden(in: text.utf8))
+    }
+    try RedisRefusal.check(hello: hello)
     try check(replies, "authenticate")
     return connection
   }
 
   private func check(_ replies: [RedisReply], _ phase: String) throws(RedisFailure) {
-    for case .refusal(let text) in replies {
+    for case .refusal(let answer) in replies {
+      let text = ServiceSecrets(password).hidden(in: answer.utf8)
       throw RedisRefusal.failure(text, isLogin: phase == "authenticate")
     }
   }

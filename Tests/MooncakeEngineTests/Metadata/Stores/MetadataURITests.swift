@@ -42,10 +42,23 @@ struct MetadataURITests {
       "etcd://u:secret@", "u:secret@h:1", "redis://:secret/@h/x", "redis://u:secret/@h",
       "etcd://u:secret/@h", "http://u:x?secret@h", "http://u:se?secret@h", "etcd://u:[secret@h",
       "etcd://u:s,secret:x@h", "u:secret@h://", "u:secret@h://x", "redis://u:secret#@h",
+      "http://h/m?token=secret", "http://h/m?secret", "http://h/m?token=secret@x",
+      "http://u:secret@h/m?ca=f&token=secret", "etcd://h:1?password=secret", "etcd://u:secret",
+      "redis://:secret", "etcd://h:1,u:secret", "u:secret/x", "etcd://http://u:secret",
+      "etcd://u:\u{308}secret@h", "http://h/m?\u{308}token=secret",
     ] {
       let shown: String
       do { shown = try MetadataURI(parsing: text).description } catch { shown = "\(error)" }
       #expect(!shown.contains("secret") && !shown.contains("cr@et"), "\(shown)")
+    }
+  }
+
+  @Test func whatIsNoSecretIsShown() throws {
+    for text in [
+      "etcd://a:1,[::1]:2,c", "redis://h:6379/7", "http://h/m", "https://h/m?ca=/a&cert=c&key=k",
+      "etcd://http://a:1", "::1",
+    ] {
+      #expect(RedactedURI.text(text) == text)
     }
   }
 
