@@ -6,28 +6,10 @@ import MooncakeSystem
 import Testing
 
 @Suite struct FileStagingTests {
-  private static func manifest(_ files: [FileList.File]) throws -> Manifest {
-    let layout = try ShardLayout(
-      bufferSizes: files.map(\.size).filter { $0 > 0 }, shardBytes: 1 << 20)
-    return try Manifest(
-      layout: layout,
-      digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount),
-      attributes: FileList(files).json)
-  }
-
   private static let files: [FileList.File] = [
     .init(path: "a", size: 5), .init(path: "d/e/empty", size: 0),
     .init(path: "d/run", size: 5000, isExecutable: true),
   ]
-
-  /// What the tests ask for, by paths as texts.
-  private func staging(
-    _ directory: String, payload: String = "p", replacesFiles: Bool = false, exchanges: Bool = true
-  ) -> FileStaging {
-    FileStaging(
-      directory: FilePath(directory), payload: payload, replacesFiles: replacesFiles,
-      exchanges: exchanges)
-  }
 
   private func failure(_ body: () throws -> Void) -> EngineError? {
     #expect(throws: EngineError.self) { try body() }
@@ -39,11 +21,32 @@ import Testing
     }
   }
 
+  /// The host is not killed by the signal that comes with it.
+  @Test func aSizeLimitIsAnError() throws {
+    var former = rlimit()
+    getrlimit(__rlimit_resource_t(RLIMIT_FSIZE.rawValue), &former)
+    // Other tests write less meanwhile.
+    var limit = former
+    limit.rlim_cur = 1 << 40
+    setrlimit(__rlimit_resource_t(RLIMIT_FSIZE.rawValue), &limit)
+    defer { setrlimit(__rlimit_resource_t(RLIMIT_FSIZE.rawValue), &former) }
+    let scratch = ScratchDirectory()
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    let layout = try ShardLayout(bufferSizes: [1 << 41], shardBytes: 1 << 32)
+    let manifest = try Manifest(
+      layout: layout,
+      digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount),
+      attributes: FileList([.init(path: "a", size: 1 << 41)]).json)
+    let error = failure { _ = try staging.place(manifest) }
+    #expect(error?.message.contains("making room") == true, "\(String(describing: error))")
+    staging.discard()
+  }
+
   @Test func filesGetTheirNamesAtTheEnd() throws {
     for syncs in [false, true] {
       let scratch = ScratchDirectory()
-      let staging = self.staging(scratch["new/out/"])
-      let buffers = try staging.place(Self.manifest(Self.files)).buffers
+      let staging = MooncakeStoreTests.staging(scratch["new/out/"])
+      let buffers = try staging.place(Manifest.ofFiles(Self.files)).buffers
       #expect(buffers.map(\.length) == [5, 5000])
       Self.fill(buffers)
       #expect(scratch.names(in: "new/out").count == 1)
@@ -67,15 +70,15 @@ import Testing
       .init(path: "d/\u{301}x", size: 1), .init(path: "d/\u{301}y/\u{301}z", size: 1),
       .init(path: "d/\u{302}y/\u{301}z", size: 1),
     ]
-    let staging = self.staging(scratch["out"])
-    Self.fill(try staging.place(Self.manifest(files)).buffers)
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    Self.fill(try staging.place(Manifest.ofFiles(files)).buffers)
     _ = try staging.commit(syncs: true)
     #expect(scratch.names(in: "out") == ["d"])
     #expect(scratch.names(in: "out/d").count == 3)
     #expect(files.map { scratch.contents("out/" + $0.path) } == [[1], [2], [3]])
     let layout = try ShardLayout(bufferSizes: [3], shardBytes: 16)
     let memory = try Manifest(layout: layout, digests: [Digest(high: 0, low: 0)])
-    let nameless = self.staging(scratch["out"], payload: "models/\u{301}step")
+    let nameless = MooncakeStoreTests.staging(scratch["out"], payload: "models/\u{301}step")
     _ = try nameless.place(memory)
     _ = try nameless.commit(syncs: false)
     #expect(scratch.contents("out/\u{301}step")?.count == 3)
@@ -89,8 +92,8 @@ import Testing
     scratch.write("out/.mooncake-get-00000000000dead0/new/part", [1])
     scratch.leaveLock(in: "out/.mooncake-get-00000000000dead0")
     chmod(scratch["out/.mooncake-get-00000000000dead0"], 0o2700)
-    let staging = self.staging(scratch["out"])
-    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    Self.fill(try staging.place(Manifest.ofFiles([.init(path: "a", size: 1)])).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == ["a"])
   }
@@ -116,8 +119,8 @@ import Testing
     let scratch = ScratchDirectory()
     scratch.write("old", [1])
     do {
-      let staging = self.staging(scratch["new/out"])
-      _ = try staging.place(Self.manifest(Self.files))
+      let staging = MooncakeStoreTests.staging(scratch["new/out"])
+      _ = try staging.place(Manifest.ofFiles(Self.files))
       #expect(scratch.names() == ["new", "old"])
     }
     #expect(scratch.names() == ["old"])
@@ -125,9 +128,9 @@ import Testing
 
   @Test func anotherVersionStartsOver() throws {
     let scratch = ScratchDirectory()
-    let staging = self.staging(scratch["out"])
-    _ = try staging.place(Self.manifest(Self.files))
-    Self.fill(try staging.place(Self.manifest([.init(path: "z", size: 3)])).buffers)
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    _ = try staging.place(Manifest.ofFiles(Self.files))
+    Self.fill(try staging.place(Manifest.ofFiles([.init(path: "z", size: 3)])).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == ["z"])
     #expect(scratch.contents("out/z") == [1, 1, 1])
@@ -138,22 +141,22 @@ import Testing
     let layout = try ShardLayout(bufferSizes: [3, 4], shardBytes: 16)
     let digests = Array(repeating: Digest(high: 0, low: 0), count: 2)
     let manifest = try Manifest(layout: layout, digests: digests)
-    let staging = self.staging(scratch["out"], payload: "models/step-7")
+    let staging = MooncakeStoreTests.staging(scratch["out"], payload: "models/step-7")
     let buffers = try staging.place(manifest).buffers
     #expect(buffers.map(\.length) == [7])
     _ = try staging.commit(syncs: false)
     #expect(scratch.contents("out/step-7")?.count == 7)
-    let nameless = self.staging(scratch["out"], payload: "..")
+    let nameless = MooncakeStoreTests.staging(scratch["out"], payload: "..")
     #expect(failure { _ = try nameless.place(manifest) }?.code == .invalidArgument)
   }
 
   @Test func filesInTheWay() throws {
-    let manifest = try Self.manifest(Self.files)
+    let manifest = try Manifest.ofFiles(Self.files)
     for (existing, isReplaceable) in [("a", true), ("a/x", false), ("d", false)] {
       let scratch = ScratchDirectory()
       scratch.write("out/" + existing, [9])
       for replaces in [false, true] {
-        let staging = self.staging(scratch["out"], replacesFiles: replaces)
+        let staging = MooncakeStoreTests.staging(scratch["out"], replacesFiles: replaces)
         if replaces && isReplaceable {
           Self.fill(try staging.place(manifest).buffers)
           _ = try staging.commit(syncs: false)
@@ -169,8 +172,8 @@ import Testing
 
   @Test func whatCameMeanwhileStays() throws {
     let scratch = ScratchDirectory()
-    let staging = self.staging(scratch["out"])
-    _ = try staging.place(Self.manifest(Self.files))
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    _ = try staging.place(Manifest.ofFiles(Self.files))
     scratch.write("out/a", [9])
     #expect(failure { _ = try staging.commit(syncs: false) }?.code == .exists)
     staging.discard()
@@ -184,11 +187,11 @@ import Testing
     scratch.leaveLock(in: "out/.mooncake-get-00000000000dead0")
     symlink("/", scratch["out/.mooncake-get-00000000000dead0/link"])
     mkdir(scratch["out/.mooncake-get-00000000000dead1"], 0o700)
-    let living = self.staging(scratch["out"])
-    _ = try living.place(Self.manifest([.init(path: "living", size: 1)]))
+    let living = MooncakeStoreTests.staging(scratch["out"])
+    _ = try living.place(Manifest.ofFiles([.init(path: "living", size: 1)]))
     #expect(scratch.names(in: "out").count == 1)
-    let other = self.staging(scratch["out"])
-    _ = try other.place(Self.manifest([.init(path: "other", size: 1)]))
+    let other = MooncakeStoreTests.staging(scratch["out"])
+    _ = try other.place(Manifest.ofFiles([.init(path: "other", size: 1)]))
     #expect(scratch.names(in: "out").count == 2)
     _ = try living.commit(syncs: false)
     _ = try other.commit(syncs: false)
@@ -208,8 +211,8 @@ import Testing
       for line in changed { lines[line] += "1" }
       scratch.write(area + "/lock", Array((lines.joined(separator: "\n") + "\n").utf8))
     }
-    let staging = self.staging(scratch["out"])
-    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    Self.fill(try staging.place(Manifest.ofFiles([.init(path: "a", size: 1)])).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == [1, 2, 3].map { "\(name)\($0)" } + ["a"])
   }
@@ -254,8 +257,8 @@ import Testing
       chown(scratch[name + "f0"], 12345, 12345)
     }
     let before = scratch.names(in: "out")
-    let staging = self.staging(scratch["out"])
-    Self.fill(try staging.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    Self.fill(try staging.place(Manifest.ofFiles([.init(path: "a", size: 1)])).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.names(in: "out") == (before + ["a"]).sorted())
     #expect(scratch.names(in: "victim") == ["file", "lock"])
@@ -269,8 +272,8 @@ import Testing
     scratch.write("victim/file", [1])
     mkdir(scratch["out"], 0o755)
     symlink("../victim", scratch["out/d"])
-    let manifest = try Self.manifest([.init(path: "d/file", size: 1)])
-    let staging = self.staging(scratch["out"], replacesFiles: true)
+    let manifest = try Manifest.ofFiles([.init(path: "d/file", size: 1)])
+    let staging = MooncakeStoreTests.staging(scratch["out"], replacesFiles: true)
     let error = failure { _ = try staging.place(manifest) }
     #expect(error?.code == .exists && error?.message.contains("out/d is a link") == true)
     // Also one that comes while the bytes do.
@@ -284,8 +287,8 @@ import Testing
     unlink(scratch["out/d"])
     symlink("../victim/file", scratch["out/a"])
     symlink("out", scratch["alias"])
-    let through = self.staging(scratch["alias"], replacesFiles: true)
-    Self.fill(try through.place(Self.manifest([.init(path: "a", size: 1)])).buffers)
+    let through = MooncakeStoreTests.staging(scratch["alias"], replacesFiles: true)
+    Self.fill(try through.place(Manifest.ofFiles([.init(path: "a", size: 1)])).buffers)
     _ = try through.commit(syncs: false)
     var status = stat()
     #expect(lstat(scratch["out/a"], &status) == 0 && status.st_mode & S_IFMT == S_IFREG)
@@ -297,9 +300,9 @@ import Testing
     scratch.write("out/a", [1])
     link(scratch["out/a"], scratch["elsewhere"])
     mkfifo(scratch["out/b"], 0o600)
-    let staging = self.staging(scratch["out"], replacesFiles: true)
+    let staging = MooncakeStoreTests.staging(scratch["out"], replacesFiles: true)
     let files: [FileList.File] = [.init(path: "a", size: 1), .init(path: "b", size: 1)]
-    Self.fill(try staging.place(Self.manifest(files)).buffers)
+    Self.fill(try staging.place(Manifest.ofFiles(files)).buffers)
     _ = try staging.commit(syncs: false)
     #expect(scratch.contents("elsewhere") == [1])
     #expect(scratch.contents("out/b") == [2])
@@ -313,8 +316,8 @@ import Testing
       return
     }
     defer { umount(scratch["disk"]) }
-    let staging = self.staging(scratch["disk/out"])
-    let manifest = try Self.manifest([
+    let staging = MooncakeStoreTests.staging(scratch["disk/out"])
+    let manifest = try Manifest.ofFiles([
       .init(path: "small", size: 1000), .init(path: "large", size: 2 << 20),
     ])
     let error = failure { _ = try staging.place(manifest) }
@@ -331,8 +334,8 @@ import Testing
     }
     let scratch = ScratchDirectory()
     mkdir(scratch["out"], 0o500)
-    let staging = self.staging(scratch["out"])
-    let manifest = try Self.manifest([.init(path: "a", size: 1)])
+    let staging = MooncakeStoreTests.staging(scratch["out"])
+    let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])
     #expect(failure { _ = try staging.place(manifest) }?.code == .accessDenied)
   }
 }

@@ -7,15 +7,6 @@ import Testing
 
 /// Many files get into their places, or none.
 @Suite struct FileSwitchTests {
-  private static func manifest(_ files: [FileList.File]) throws -> Manifest {
-    let layout = try ShardLayout(
-      bufferSizes: files.map(\.size).filter { $0 > 0 }, shardBytes: 1 << 20)
-    return try Manifest(
-      layout: layout,
-      digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount),
-      attributes: FileList(files).json)
-  }
-
   private static let files: [FileList.File] = [
     .init(path: "a", size: 1), .init(path: "new/deep/b", size: 1), .init(path: "there/c", size: 1),
     .init(path: "there/d", size: 1), .init(path: "z", size: 1),
@@ -30,10 +21,9 @@ import Testing
     _ scratch: ScratchDirectory, _ files: [FileList.File] = files, byte: UInt8 = 2,
     exchanges: Bool = true, replaces: Bool = true
   ) throws -> FileStaging {
-    let staging = FileStaging(
-      directory: FilePath(scratch["out"]), payload: "p", replacesFiles: replaces,
-      exchanges: exchanges)
-    for buffer in try staging.place(Self.manifest(files)).buffers {
+    let staging = MooncakeStoreTests.staging(
+      scratch["out"], replacesFiles: replaces, exchanges: exchanges)
+    for buffer in try staging.place(Manifest.ofFiles(files)).buffers {
       memset(buffer.address, Int32(byte), Int(buffer.length))
     }
     return staging

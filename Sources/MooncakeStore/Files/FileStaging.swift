@@ -252,8 +252,12 @@ package final class FileStaging {
         throw EngineError(.full, "\(place): \(file.size) bytes are more than a file can have")
       }
       // A disk that is full says so here, not by a signal when the last page is written.
-      var error: Int32
-      repeat { error = posix_fallocate(descriptor.rawValue, 0, size) } while error == EINTR
+      let number = descriptor.rawValue
+      let error = withoutWriteSignals {
+        var error: Int32
+        repeat { error = posix_fallocate(number, 0, size) } while error == EINTR
+        return error
+      }
       if error != 0 { throw Self.noRoom(place, file.size, Errno(error), descriptor) }
       let address = try arena!.map(index, descriptor, file.size, place, writable: true)
       buffers.append(PayloadBuffer(address: address, length: file.size))
