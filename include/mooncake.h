@@ -265,7 +265,8 @@ int32_t mooncake_segment_buffers(mooncake_engine_t *engine, mooncake_segment_t s
                                  mooncake_remote_buffer_t *buffers, uint64_t capacity,
                                  uint64_t *count);
 
-/* The segment descriptor as JSON. Text output. Since 0.1. */
+/* The segment descriptor as JSON. Where the peer is on this host and shared memory is not used, its
+ * member mooncake_shm_failure says why. Text output. Since 0.1. */
 int32_t mooncake_segment_describe(mooncake_engine_t *engine, mooncake_segment_t segment,
                                   char *buffer, uint64_t capacity, uint64_t *length);
 

@@ -59,7 +59,13 @@ package func mooncake_segment_describe(
   _ capacity: UInt64, _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
   nativeCall(engine) { engine throws(EngineError) in
-    try writeText(try engine.descriptor(of: segment).json(), buffer, capacity, length)
+    var text = try engine.descriptor(of: segment).json()
+    if segment != 0, let reason = try engine.sharedMemoryFailure(of: segment) {
+      var writer = JSONWriter()
+      writer.value(reason)
+      text = "\(text.dropLast()),\"mooncake_shm_failure\":\(writer.text)}"
+    }
+    try writeText(text, buffer, capacity, length)
   }
 }
 
