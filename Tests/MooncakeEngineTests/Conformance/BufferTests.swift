@@ -23,7 +23,7 @@ struct BufferTests {
       try ranges.withUnsafeBufferPointer { ranges throws(EngineError) in
         try pair.target.register(ranges, location: "cpu:0", access: [.remoteRead, .remoteWrite])
       }
-      var generator = SeededGenerator(seed: 42)
+      var generator = SeededRandom(seed: 42)
       let picks = (0..<500).map { _ in Int.random(in: 0..<count, using: &generator) }
       let local = GuardedMemory(picks.count * length)
       let requests = picks.enumerated().map { place, pick in
@@ -234,20 +234,5 @@ struct BufferTests {
       #expect(local.areGuardsIntact)
       try pair.target.unregister(hollow)
     }
-  }
-}
-
-/// A random generator whose sequence a seed repeats.
-struct SeededGenerator: RandomNumberGenerator {
-  private var state: UInt64
-
-  init(seed: UInt64) { state = seed }
-
-  mutating func next() -> UInt64 {
-    state &+= 0x9E37_79B9_7F4A_7C15
-    var word = state
-    word = (word ^ word >> 30) &* 0xBF58_476D_1CE4_E5B9
-    word = (word ^ word >> 27) &* 0x94D0_49BB_1331_11EB
-    return word ^ word >> 31
   }
 }

@@ -41,7 +41,7 @@ struct ConcurrencyTests {
     func run(_ round: Int) throws {
       let pattern = Pattern(seed: seed)
       let local = GuardedMemory(share)
-      var generator = SeededGenerator(seed: UInt64(seed) << 32 | UInt64(round))
+      var generator = SeededRandom(seed: UInt64(seed) << 32 | UInt64(round))
       local.fill(pattern)
       try move(&generator) { pair.write(from: local.address + $0, to: remote + $0, $1) }
       local.fill(0)
@@ -51,7 +51,7 @@ struct ConcurrencyTests {
     }
 
     private func move(
-      _ generator: inout SeededGenerator, _ request: (Int, Int) -> TransferRequest
+      _ generator: inout SeededRandom, _ request: (Int, Int) -> TransferRequest
     ) throws {
       var requests: [TransferRequest] = []
       var offset = 0

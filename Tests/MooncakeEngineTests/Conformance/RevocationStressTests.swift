@@ -6,7 +6,8 @@ import Synchronization
 import Testing
 
 /// Random batches over buffers that are taken back at random. No byte of a buffer moves while it is
-/// not registered. STRESS_SECONDS makes it longer, STRESS_SEED repeats a run's choices.
+/// not registered. MOONCAKE_STRESS_SECONDS makes it longer, MOONCAKE_STRESS_SEED repeats a run's
+/// choices.
 struct RevocationStressTests {
   private static let bufferCount = 6
   private static let localBytes = 4 << 20
@@ -22,12 +23,12 @@ struct RevocationStressTests {
 
   @Test(arguments: TransportKind.allCases)
   func buffersComeAndGo(_ kind: TransportKind) throws {
-    let seed = Self.number("STRESS_SEED") ?? .random(in: 0 ... .max)
-    print("\(kind): STRESS_SEED=\(seed)")
-    let end = Deadline.after(milliseconds: (Self.number("STRESS_SECONDS") ?? 2) * 1000)
+    let seed = Self.number("MOONCAKE_STRESS_SEED") ?? .random(in: 0 ... .max)
+    print("\(kind): MOONCAKE_STRESS_SEED=\(seed)")
+    let end = Deadline.after(milliseconds: (Self.number("MOONCAKE_STRESS_SECONDS") ?? 2) * 1000)
     let pair = try EnginePair(kind)
     defer { pair.close() }
-    var generator = SeededGenerator(seed: seed)
+    var generator = SeededRandom(seed: seed)
     let buffers = try (0..<Self.bufferCount).map { index in
       try RegisteredMemory(
         index % 2 == 0 ? .mapped : .ordinary, pair.target,
@@ -73,12 +74,12 @@ struct RevocationStressTests {
     private let pair: EnginePair
     private let buffers: [RegisteredMemory]
     private let local: RegisteredMemory
-    private var generator: SeededGenerator
+    private var generator: SeededRandom
 
     init(_ pair: EnginePair, _ buffers: [RegisteredMemory], _ seed: UInt64, isRegistered: Bool) {
       self.pair = pair
       self.buffers = buffers
-      generator = SeededGenerator(seed: seed)
+      generator = SeededRandom(seed: seed)
       // Only registered local memory takes part in mapped copies.
       local = try! RegisteredMemory(.ordinary, pair.initiator, localBytes, access: .local)
       if !isRegistered { try! pair.initiator.unregister(local.address) }

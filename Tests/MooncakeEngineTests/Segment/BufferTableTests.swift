@@ -81,7 +81,7 @@ struct BufferTableTests {
   /// Single inserts and removes against batches of the same.
   @Test func randomOrder() throws {
     let table = BufferTable()
-    var generator = SeededGenerator(seed: 3)
+    var generator = SeededRandom(seed: 3)
     let addresses = (1...500).map { UInt64($0) * 100 }
     for address in addresses.shuffled(using: &generator) {
       try table.insert([Self.buffer(address, 100)])

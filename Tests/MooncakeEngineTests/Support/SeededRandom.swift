@@ -1,8 +1,8 @@
 /// Numbers that a seed repeats.
-struct SeededRandom {
+struct SeededRandom: RandomNumberGenerator {
   private var state: UInt64
 
-  init(_ seed: UInt64) { state = seed }
+  init(seed: UInt64) { state = seed }
 
   /// The next number of SplitMix64.
   mutating func next() -> UInt64 {

@@ -1,4 +1,5 @@
 import MooncakeStore
+import MooncakeSystem
 
 extension Manifest {
   /// The manifest of files, whose bytes do not matter.

@@ -219,7 +219,7 @@ struct DataPortTests {
     let memory = GuardedMemory(4096)
     memory.fill(0x21)
     try Self.withServer(memory) { engine in
-      var generator = SeededGenerator(seed: 77)
+      var generator = SeededRandom(seed: 77)
       for _ in 0..<400 {
         let count = Int.random(in: 1...2000, using: &generator)
         let bytes = (0..<count).map { _ in UInt8.random(in: 0...255, using: &generator) }

@@ -51,7 +51,7 @@ private final class OverwriteRun {
 
   init(seed: UInt64) throws {
     self.seed = seed
-    random = SeededRandom(seed)
+    random = SeededRandom(seed: seed)
     peer = try PeerProcess.serving(byteCount: Self.slotCount * Self.slotBytes)
     engine = try makeEngine()
     segment = try engine.openSegment(peer.name)

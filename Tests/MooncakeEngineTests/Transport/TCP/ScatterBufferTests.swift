@@ -17,7 +17,7 @@ struct ScatterBufferTests {
     // Pieces of many sizes with gaps of many sizes, more than one system call takes.
     var pieces: [(offset: Int, count: Int)] = []
     var offset = 0
-    var generator = SeededGenerator(seed: 5)
+    var generator = SeededRandom(seed: 5)
     while offset < ScatterBuffer.byteCount - 300 {
       let count = Int.random(in: 1...200, using: &generator)
       pieces.append((offset, count))
