@@ -4,9 +4,10 @@ import Glibc
 /// A thread of the library: named, with every signal blocked so that the host's handlers never run
 /// on it.
 package final class WorkerThread: @unchecked Sendable {
-  // Unchecked: `handle` is written once before the object is shared.
+  // Unchecked: `handle` is written once before the object is shared, `body` is the thread's.
   private var handle = pthread_t()
-  private let body: @Sendable () -> Void
+  /// Until it runs: what it holds may hold the thread, and must not outlive its run because of that.
+  private var body: (@Sendable () -> Void)?
   private let name: String
   private let processors: ProcessorSet?
 
@@ -61,7 +62,9 @@ package final class WorkerThread: @unchecked Sendable {
         let thread = Unmanaged<WorkerThread>.fromOpaque(argument!).takeRetainedValue()
         pthread_setname_np(pthread_self(), String(thread.name.prefix(15)))
         if let processors = thread.processors { try? processors.bindCurrentThread() }
-        thread.body()
+        let body = thread.body
+        thread.body = nil
+        body?()
         return nil
       }, context.toOpaque())
     if result != 0 {

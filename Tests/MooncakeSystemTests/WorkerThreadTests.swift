@@ -46,6 +46,20 @@ struct WorkerThreadTests {
     #expect(isCurrent.load(ordering: .relaxed) && !started.isCurrent)
   }
 
+  /// Who keeps its own thread, as most owners do, is freed all the same.
+  @Test func whatItRunsIsLetGo() throws {
+    final class Owner: Sendable { let thread = Lock<WorkerThread?>(nil) }
+    weak var left: Owner?
+    do {
+      let owner = Owner()
+      left = owner
+      let thread = try WorkerThread.start(name: "owned") { withExtendedLifetime(owner) {} }
+      owner.thread.withLock { $0 = thread }
+      thread.join()
+    }
+    #expect(left == nil)
+  }
+
   @Test func detached() throws {
     final class Flag: Sendable { let value = Atomic<Bool>(false) }
     let flag = Flag()
