@@ -314,10 +314,10 @@ typedef struct mooncake_store_watch mooncake_store_watch_t;
 
 /* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED,
  * and with every later change of one. The caller owns *watch and ends it with
- * mooncake_store_watch_destroy(); mooncake_store_destroy() silences it, too. context must last until
- * either has returned: then no callback is running and none will run. Errors: INVALID_ARGUMENT,
- * INVALID_HANDLE (a store that is being destroyed), FULL (1,024 watches), SYSTEM. A metadata service
- * that cannot be reached is waited for. Since 0.1. */
+ * mooncake_store_watch_destroy(); mooncake_store_destroy() silences it, too. context must last
+ * until either has returned: then no callback is running and none will run. Errors:
+ * INVALID_ARGUMENT, INVALID_HANDLE (a store that is being destroyed), FULL (1,024 watches), SYSTEM.
+ * A metadata service that cannot be reached is waited for. Since 0.1. */
 int32_t mooncake_store_watch_create(mooncake_store_t *store, const char *prefix,
                                     mooncake_store_watch_t **watch,
                                     mooncake_store_watch_callback_t callback, void *context);

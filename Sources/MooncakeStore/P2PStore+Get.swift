@@ -46,7 +46,7 @@ extension P2PStore {
       try bounds.check("start")
       guard let target = try locate(name, options, bounds) else {
         guard let shared, options.version == nil,
-          let document = try shared.document(name, bounds.call)
+          let document = try shared.revised(name, bounds.call)
         else { throw notFound(name) }
         return try getUnverified(document, options, bounds, place, &held, since: start)
       }
@@ -71,6 +71,8 @@ extension P2PStore {
   struct Target {
     var summary: PayloadSummary
     var holders: [HolderRecord]
+    /// Whether the name has a newer version.
+    var isSuperseded = false
     var name: String { summary.name }
     var version: PayloadVersion { summary.version }
   }
@@ -93,25 +95,35 @@ extension P2PStore {
       }
       return Target(summary: head.summary, holders: holders)
     }
+    if let version = options.version { return try locate(name, version, head, bounds) }
     // The origin may have died a moment ago, before another holder has taken its place.
-    let all = try directory.allHolders(of: name, limit: 256, bounds.call)
-    // A name that was removed is gone at once, not only when its holders have learned of it.
-    let removed = all.isEmpty ? nil : try directory.removedVersion(name, bounds.call)
-    let matching = all.filter {
-      $0.version != removed && (options.version == nil || $0.version == options.version)
-    }
-    guard let newest = matching.max(by: { $0.publishedMilliseconds < $1.publishedMilliseconds })
-    else {
-      if let version = options.version, head != nil || !all.isEmpty {
-        throw EngineError(
-          .notFound,
-          "payload '\(name)': nobody holds version \(version); the present one is "
-            + "\(head?.version.description ?? all[0].version.description)")
-      }
-      return nil
-    }
+    guard let newest = try directory.newest(of: name, bounds.call) else { return nil }
     return Target(
-      summary: newest.summary, holders: matching.filter { $0.version == newest.version })
+      summary: newest.summary,
+      holders: try directory.holders(
+        of: name, newest.version, limit: Self.neighborCount, bounds.call))
+  }
+
+  /// Finds a version that does not stand under the name.
+  private func locate(
+    _ name: String, _ version: PayloadVersion, _ head: PayloadHead?, _ bounds: Bounds
+  ) throws(EngineError) -> Target? {
+    let holders = try directory.holders(
+      of: name, version, limit: Self.neighborCount, bounds.call)
+    // What was removed is gone at once, not only when its holders have learned of it.
+    if let newest = holders.max(by: { $0.summary.isOlder(than: $1.summary) }),
+      try !directory.removals(of: name, bounds.call).contains(version)
+    {
+      return Target(
+        summary: newest.summary, holders: holders,
+        isSuperseded: head.map { newest.summary.isOlder(than: $0.summary) } ?? false)
+    }
+    var present = head?.version
+    if present == nil { present = try directory.newest(of: name, bounds.call)?.version }
+    guard let present else { return nil }
+    throw EngineError(
+      .notFound,
+      "payload '\(name)': nobody holds version \(version); the present one is \(present)")
   }
 
   /// Reads the manifest from whoever has it.
@@ -161,7 +173,10 @@ extension P2PStore {
     }
     entry.allocations = allocations
     do throws(EngineError) {
-      if let holding = entry.holding { keeper.put(holding.record, bounds.shortCall) }
+      if var record = entry.holding?.record {
+        record.isSuperseded = target.isSuperseded
+        keeper.put(record, bounds.shortCall)
+      }
       let sources = try download(target, manifest, entry, bounds)
       if let holding = entry.holding { complete(holding, bounds) }
       held = entry

@@ -71,7 +71,7 @@ public final class P2PStore: Sendable {
     service = engine.services.add { [catalog] call in
       StoreService.answer(call, holding: { catalog.holding($0) })
     }
-    keeper.onRemoval { [weak self] name in self?.withdrawRemoved(name) }
+    keeper.onRemoval { [weak self] record in self?.withdrawRemoved(record) }
   }
 
   deinit { close() }
@@ -167,11 +167,14 @@ public final class P2PStore: Sendable {
     }
   }
 
-  /// Somebody has removed the name everywhere. The bytes stay where the caller expects them until
-  /// it ends its entry.
-  private func withdrawRemoved(_ name: String) {
+  /// Somebody has removed the payload everywhere. The bytes stay where the caller expects them
+  /// until it ends its entry.
+  private func withdrawRemoved(_ record: HolderRecord) {
+    let name = record.name
     _ = workers.run { [self] in
-      guard let entry = try? catalog.take(name, where: { _ in true }) else { return }
+      // The name may be another payload's by now.
+      let entry = try? catalog.take(name, where: { $0.holding?.address == record.holder })
+      guard let entry else { return }
       Log.warning("payload '\(name)': it was removed by its name; withdrawn here")
       withdrawOffer(entry)
       catalog.release(
@@ -184,8 +187,9 @@ public final class P2PStore: Sendable {
 
   private func withdrawOffer(_ entry: Catalog.Entry) {
     if let holding = entry.holding {
-      _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
+      holding.stopGranting()
       keeper.remove(holding.record, MetadataCall(until: .after(milliseconds: 3000)))
+      _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
     }
     revoke(entry, MetadataCall(until: .after(milliseconds: 3000)))
   }

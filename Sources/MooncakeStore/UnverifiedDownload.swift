@@ -201,9 +201,10 @@ extension P2PStore {
 
   /// Fetches what the existing system registered and joins its replicas.
   func getUnverified(
-    _ document: SharedDocument, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
+    _ found: SharedCatalog.Found, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
   ) throws(EngineError) -> GetResult {
+    let document = found.document
     Log.info(
       "payload '\(document.name)' has no digests: it was registered by the existing system; its "
         + "bytes are not verified")
@@ -217,7 +218,7 @@ extension P2PStore {
         layout.ranges, location: options.location,
         access: options.sharesOnward ? .remoteRead : .local, bounds.call)
       entry.layout = layout
-      let sources = try fetch(document, into: layout, bounds)
+      let sources = try fetch(found, into: layout, bounds)
       if options.sharesOnward {
         let addresses = (0..<geometry.layout.shardCount).map { shard in
           let range = geometry.layout.range(ofShard: shard)
@@ -238,9 +239,9 @@ extension P2PStore {
 
   /// Reads until every shard came from a location that was still listed afterwards.
   private func fetch(
-    _ first: SharedDocument, into layout: BufferLayout, _ bounds: Bounds
+    _ first: SharedCatalog.Found, into layout: BufferLayout, _ bounds: Bounds
   ) throws(EngineError) -> [GetResult.Source] {
-    var document = first
+    var (document, revision) = first
     var shards = Array(document.shards.indices)
     var sources: [String: GetResult.Source] = [:]
     for _ in 0..<Self.roundLimit {
@@ -251,20 +252,24 @@ extension P2PStore {
         sum.byteCount += second.byteCount
         return sum
       }
-      guard let now = try shared?.document(document.name, bounds.call),
+      guard let (now, nowRevision) = try shared?.revised(document.name, bounds.call),
         now.isSamePayload(as: document)
       else {
         throw EngineError(
           .notFound, "payload '\(document.name)': it was replaced or removed while it was fetched")
       }
-      // A location that is listed no longer may have been something else when it was read.
+      if nowRevision == revision { shards = [] }
+      // A location that is listed no longer may have been something else when it was read; so may
+      // all where the same owner has registered the payload anew.
+      let isContinued = document.isContinued(by: now)
       shards = shards.filter { shard in
-        guard let origin = download.origins[shard] else { return true }
+        guard isContinued, let origin = download.origins[shard] else { return true }
         return !now.shards[shard].gold.contains(origin)
           && !now.shards[shard].replicas.contains(origin)
       }
       if shards.isEmpty { return sources.values.sorted { $0.byteCount > $1.byteCount } }
-      document = now
+      if !isContinued { shards = Array(now.shards.indices) }
+      (document, revision) = (now, nowRevision)
     }
     throw EngineError(
       .noHolder, "payload '\(document.name)': its holders change faster than it is read")

@@ -156,7 +156,7 @@ struct MetadataChecks {
     _ store: any MetadataStore, _ lease: MetadataLease, _ entry: MetadataEntry,
     _ findings: inout [Finding]
   ) throws(EngineError) -> Bool {
-    guard try store.renew(lease, [entry], call) else {
+    guard try store.renew(lease, [entry], call) == .kept else {
       findings.append(
         .problem(
           "renewal", "a key just put is gone when its lease is renewed",

@@ -46,10 +46,11 @@ enum Output {
     events & Int16(POLLERR | POLLHUP | POLLNVAL) != 0
   }
 
-  /// Throws if something could not be written. Whoever closes a pipe has what it wanted.
+  /// Throws if something could not be written. Whoever closes a pipe has what it wanted, and so has
+  /// who closes a terminal, which is an error of input and output to the one that writes.
   static func check() throws {
     let error = failure.load(ordering: .relaxed)
-    if error == 0 || error == EPIPE { return }
+    if error == 0 || error == EPIPE || error == EIO && isClosed { return }
     printError("mooncake: writing to stdout: \(Errno(error))")
     throw ExitCode(1)
   }

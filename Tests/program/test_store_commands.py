@@ -162,6 +162,24 @@ class Store(unittest.TestCase):
             os.close(ours)
             self.assertEqual(watch.wait(LIMIT_SECONDS), 0, pair)
 
+    def test_watch_that_writes_to_a_dead_terminal_ends_quietly(self):
+        ours, theirs = os.openpty()
+        watch = subprocess.Popen(
+            [PROGRAM, "store", "watch", "t/late", "--metadata", self.uri], stdout=theirs,
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=clean_environment())
+        self.addCleanup(watch.communicate)
+        self.addCleanup(watch.kill)
+        os.close(theirs)
+        time.sleep(0.5)
+        # What it has to write when it goes on fails.
+        watch.send_signal(signal.SIGSTOP)
+        holder = self.start("publish", self.folder / "blob", "--name", "t/late")
+        os.close(ours)
+        watch.send_signal(signal.SIGCONT)
+        self.assertEqual(watch.wait(LIMIT_SECONDS), 0)
+        self.assertEqual(watch.stderr.read(), "")
+        self.assertEqual(self.ended(holder, signal.SIGTERM)[0], 0)
+
     def test_interrupted_get_leaves_nothing(self):
         holder = self.start("publish", self.folder / "blob", "--name", "t/stopped")
         holder.send_signal(signal.SIGSTOP)

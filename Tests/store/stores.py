@@ -192,7 +192,7 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.keys(), [], "in the metadata service")
 
     def keys(self):
-        """All but what remembers for a minute that a name was removed."""
+        """All but what remembers for a while that a name was removed."""
         return [key for key in services.keys(self.service.uri)
                 if not key.startswith("mooncake/store/removed/")]
 

@@ -118,15 +118,17 @@ class Holders(FaultTest):
         origin = self.publish("m", self.source, words=SHARD, node=self.nodes[0])
         process = self.begin(node=self.nodes[1])
         origin.signal(signal.SIGSTOP)
-        time.sleep(services.TTL + 1.5)
+        # Nobody finds it any more, but whoever reads from it waits.
+        self.assertTrue(
+            lab.wait_until(lambda: not self.run_store("list").lines(), services.TTL + 3, 0.2))
+        self.run_store("get", "m", "--to", str(self.folder / "none"), code=NOT_FOUND)
+        self.assertIsNone(process.process.poll(), process.describe())
         origin.signal(signal.SIGCONT)
-        process.process.wait(45)
-        if process.process.returncode == OK:
-            self.check_bytes(process, self.source)
-        else:
-            self.assertIn(process.process.returncode, (FAILURE, NOT_FOUND), process.describe())
-            self.assertEqual(list(process.folder.rglob("*")), [])
-        print(f"measured origin frozen beyond its lease: get ended {process.process.returncode}",
+        result = process.finish()
+        self.check_bytes(process, self.source)
+        self.assertTrue(result["verified"], result)
+        self.assertEqual(stores.bytes_from(result, True), SIZE, result)
+        print(f"measured origin frozen beyond its lease: {result['seconds']:.2f} s in all",
               flush=True)
         # It is published again, with a new lease.
         self.assertTrue(lab.wait_until(lambda: self.run_store("list").lines(), 10, 0.2))
@@ -229,17 +231,27 @@ class Versions(FaultTest):
         self.check_bytes(process, self.other)
 
     def test_removed_while_it_is_fetched(self):
+        """The holder withdraws: the get gets no more of it, and ends without a file."""
         self.start_service()
-        origin = self.publish("m", self.source, words=SHARD, node=self.nodes[0])
-        process = self.begin(node=self.nodes[2])
+        # Its holder learns of the removal long before the get could have all of it.
+        source = self.file("long", 5 * SIZE)
+        origin = self.publish("m", source, words=SHARD, node=self.nodes[0])
+        process = self.get("m", node=self.nodes[2])
+        self.wait_for_bytes(self.nodes[2], MIB)
         self.run_store("rm", "m")
-        process.process.wait(45)
-        # The holder lets readers finish for a while: both ends are in order.
-        if process.process.returncode == OK:
-            self.check_bytes(process, self.source)
-        else:
-            self.assertEqual(list(process.folder.rglob("*")), [])
-        origin.finish((OK, FAILURE), 30)
+        removed_at = time.monotonic()
+        later = self.get("m", node=self.nodes[3])
+        later.finish(NOT_FOUND, 5)
+        self.assertEqual(self.run_store("list").lines(), [])
+        self.assertIsNone(process.process.poll(), process.describe())
+        process.finish(FAILURE, 40)
+        print(f"measured removed while fetched: the get ended after "
+              f"{time.monotonic() - removed_at:.2f} s", flush=True)
+        self.assertIn("no live holder", process.log())
+        for each in (process, later):
+            self.assertEqual(list(each.folder.rglob("*")), [])
+        origin.finish(FAILURE, 30)
+        self.assertIn("removed by its name", origin.log())
         self.assertEqual(self.keys(), [])
 
 

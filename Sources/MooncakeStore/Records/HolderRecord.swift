@@ -8,14 +8,18 @@ package struct HolderRecord: Equatable, Sendable {
   /// Whether the process registered the payload, instead of getting it.
   package var isOrigin: Bool
   package var isComplete: Bool
+  /// Whether the process knows that the name has got another version since.
+  package var isSuperseded: Bool
 
   package init(
-    _ summary: PayloadSummary, holder: HolderAddress, isOrigin: Bool, isComplete: Bool
+    _ summary: PayloadSummary, holder: HolderAddress, isOrigin: Bool, isComplete: Bool,
+    isSuperseded: Bool = false
   ) {
     self.summary = summary
     self.holder = holder
     self.isOrigin = isOrigin
     self.isComplete = isComplete
+    self.isSuperseded = isSuperseded
   }
 
   /// What a head tells of the holder that it names.
@@ -37,6 +41,10 @@ package struct HolderRecord: Equatable, Sendable {
     writer.value(isOrigin)
     writer.name("complete")
     writer.value(isComplete)
+    if isSuperseded {
+      writer.name("superseded")
+      writer.value(true)
+    }
     writer.endObject()
     return writer.text
   }
@@ -47,7 +55,8 @@ package struct HolderRecord: Equatable, Sendable {
       return HolderRecord(
         try PayloadSummary(parsing: value), holder: try HolderAddress(parsing: holder),
         isOrigin: value["origin"]?.isTrue ?? false,
-        isComplete: value["complete"]?.isTrue ?? false)
+        isComplete: value["complete"]?.isTrue ?? false,
+        isSuperseded: value["superseded"]?.isTrue ?? false)
     }
   }
 

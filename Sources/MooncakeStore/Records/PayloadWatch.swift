@@ -41,26 +41,16 @@ public final class PayloadWatch: Sendable {
 
 /// The thread of a watch.
 final class PayloadWatchLoop: Sendable {
-  private let directory: StoreDirectory
-  private let prefix: String
-  private let handler: @Sendable (PayloadChange) -> Void
+  private let follower: PayloadFollower
   private let stopping: EventFD
-  private let isStopping = Atomic(false)
+  private let isStopping = Flag()
   private let thread = Lock<WorkerThread?>(nil)
   /// Whether somebody joins or has detached the thread.
   private let isReaped = Atomic(false)
   /// 0 while handlers may run.
   private let ended = Futex(1)
 
-  /// What has been told, by name.
-  private struct Known {
-    var head: PayloadHead
-    /// Its head is gone; told as vanished only once nobody holds it.
-    var isHeadless = false
-  }
-
   private static let waitMilliseconds: UInt64 = 30_000
-  private static let recheckMilliseconds: UInt64 = 1000
   private static let firstBackoffMilliseconds: UInt64 = 100
   private static let maximumBackoffMilliseconds: UInt64 = 1000
 
@@ -68,10 +58,10 @@ final class PayloadWatchLoop: Sendable {
     _ directory: StoreDirectory, prefix: String,
     _ handler: @escaping @Sendable (PayloadChange) -> Void
   ) throws(Errno) {
-    self.directory = directory
-    self.prefix = prefix
-    self.handler = handler
     stopping = try EventFD()
+    follower = PayloadFollower(directory, prefix: prefix) { [isStopping] change in
+      if !isStopping.isSet { handler(change) }
+    }
   }
 
   func start() throws(Errno) {
@@ -91,7 +81,7 @@ final class PayloadWatchLoop: Sendable {
   }
 
   func requestStop() {
-    isStopping.store(true, ordering: .releasing)
+    isStopping.set()
     stopping.signal()
   }
 
@@ -110,23 +100,20 @@ final class PayloadWatchLoop: Sendable {
   }
 
   private func run() {
-    let watch = MetadataWatch(directory.store, prefix: directory.headKey(prefix))
-    var known: [MetadataKey: Known] = [:]
     var backoff: UInt64 = 0
-    var nextCheck = Deadline.never
-    // A service that comes back may have lost what its holders are about to put again.
-    var patience = Deadline(nanoseconds: 0)
-    while !isStopping.load(ordering: .acquiring) {
+    while !isStopping.isSet {
       do throws(EngineError) {
-        for change in try watch.next(call(until: nextCheck)) { take(change, &known) }
-        let isLeft = try recheck(&known, patience)
-        nextCheck = isLeft ? .after(milliseconds: Self.recheckMilliseconds) : .never
-        if backoff > 0 { Log.info("metadata \(directory.uri): payloads are watched again") }
+        try follower.turn(
+          MetadataCall(
+            until: .after(milliseconds: Self.waitMilliseconds),
+            cancellation: stopping.descriptor.rawValue))
+        if backoff > 0 { Log.info("metadata \(follower.uri): payloads are watched again") }
         backoff = 0
       } catch {
         if error.code == .canceled { continue }
-        patience = .after(milliseconds: directory.ttlMilliseconds)
-        if backoff == 0 { Log.warning("watching payloads '\(prefix)': \(error.message)") }
+        if backoff == 0 {
+          Log.warning("watching payloads '\(follower.prefix)': \(error.message)")
+        }
         backoff = min(
           Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
         _ = Waiting.sleep(
@@ -134,52 +121,11 @@ final class PayloadWatchLoop: Sendable {
       }
     }
   }
+}
 
-  private func call(until deadline: Deadline) -> MetadataCall {
-    MetadataCall(
-      until: min(deadline, .after(milliseconds: Self.waitMilliseconds)),
-      cancellation: stopping.descriptor.rawValue)
-  }
-
-  private func tell(_ change: PayloadChange) {
-    if !isStopping.load(ordering: .acquiring) { handler(change) }
-  }
-
-  private func take(_ change: MetadataChange, _ known: inout [MetadataKey: Known]) {
-    let head: PayloadHead? =
-      switch change {
-      case .put(let entry): try? PayloadHead(json: entry.value)
-      case .delete: nil
-      }
-    let key = MetadataKey(String(change.key.dropFirst(directory.headPrefix.count)))
-    // What is malformed counts as absent.
-    guard let head, MetadataKey(head.name) == key else {
-      known[key]?.isHeadless = true
-      return
-    }
-    let former = known.updateValue(Known(head: head), forKey: key)
-    // Another holder that stands for the same version is no news.
-    if former?.head.version == head.version { return }
-    let info = head.summary.info(holderCount: 1)
-    tell(former == nil ? .appeared(info) : .changed(info))
-  }
-
-  /// Tells of those that are gone; returns whether some are left to look at again.
-  private func recheck(
-    _ known: inout [MetadataKey: Known], _ patience: Deadline
-  ) throws(EngineError) -> Bool {
-    var isLeft = false
-    for (key, payload) in known where payload.isHeadless {
-      let name = payload.head.name
-      let removed = try directory.removedVersion(name, call(until: .never))
-      let isHeld = try directory.hasHolders(name, call(until: .never))
-      if (isHeld || !patience.hasPassed) && removed != payload.head.version {
-        isLeft = true
-        continue
-      }
-      known[key] = nil
-      tell(.vanished(name: name))
-    }
-    return isLeft
-  }
+/// Set once, by any thread.
+private final class Flag: Sendable {
+  private let value = Atomic(false)
+  var isSet: Bool { value.load(ordering: .acquiring) }
+  func set() { value.store(true, ordering: .releasing) }
 }

@@ -9,58 +9,83 @@ import Synchronization
 /// Calls talk to the service on their caller's thread and wait for nobody else; what fails is
 /// repeated by the thread.
 package final class RecordKeeper: Sendable {
-  private struct Slot: Sendable {
-    var record: HolderRecord
+  struct Slot: Sendable {
+    var record: HolderRecord { didSet { describe() } }
     /// Differs for each change of the record.
     var edition: UInt64
+    /// Since when others can have removed it, on the directory's clock.
+    let since: UInt64
     /// False: it is to be deleted.
     var isWanted = true
     /// Whether the service has taken it as it is here.
     var isStored = false
     /// Whether the payload's head names this holding.
     var isHeadOurs = false
-    /// Whether the name has got another version since.
-    var isSuperseded = false
+    /// While a call publishes it, what stands under its name is not the thread's to judge.
+    var isPublishing = false
+    /// The head was put where none was; whether that was removed meanwhile is not known yet.
+    var isUnconfirmed = false
+    /// The record and the head as they are put.
+    private(set) var text = ""
+    private(set) var headText = ""
 
-    /// What stands under the payload's name when this holding stands for it.
-    var head: PayloadHead { PayloadHead(record.summary, origin: record.holder) }
+    init(_ record: HolderRecord, since: UInt64) {
+      self.record = record
+      self.since = since
+      edition = 0
+      describe()
+    }
+
+    var name: String { record.name }
+
+    private mutating func describe() {
+      text = record.json
+      // What stands under the payload's name when this holding stands for it.
+      headText = PayloadHead(record.summary, origin: record.holder).json
+    }
   }
 
-  private struct State: Sendable {
+  struct State: Sendable {
     /// By key.
     var slots: [String: Slot] = [:]
     var lease: MetadataLease?
     var lastEdition: UInt64 = 0
+    /// When the lease was renewed, on the directory's clock.
+    var renewed: UInt64 = 0
+    /// When all names were looked at, and the mark of removals then.
+    var looked: UInt64?
+    var mark: String?
     var isDown = false
     var isStopping = false
-    var onRemoval: (@Sendable (String) -> Void)?
+    var onRemoval: (@Sendable (HolderRecord) -> Void)?
     var thread: WorkerThread?
     var withdrawal: WorkerThread?
   }
 
-  private let directory: StoreDirectory
-  private let state = Lock(State())
-  private let stopping: EventFD
-  private let isWithdrawing = Atomic(false)
+  let directory: StoreDirectory
+  let state = Lock(State())
+  let stopping: EventFD
+  let isWithdrawing = Atomic(false)
+  /// False: `step` is called by hand, and removals are told on its caller's thread.
+  let hasThread: Bool
 
-  private static let firstBackoffMilliseconds: UInt64 = 100
-  private static let maximumBackoffMilliseconds: UInt64 = 1000
   private static let removalMilliseconds: UInt64 = 2000
 
-  package init(_ directory: StoreDirectory) throws(EngineError) {
+  package init(_ directory: StoreDirectory, hasThread: Bool = true) throws(EngineError) {
     self.directory = directory
+    self.hasThread = hasThread
     do throws(Errno) { stopping = try EventFD() } catch {
       throw EngineError(.system, "making an event for records: \(error)")
     }
   }
 
-  /// Says what to do when somebody removes the name of a payload that is held here. The handler
-  /// runs on a thread of its own, and again until the record is removed.
-  package func onRemoval(_ handler: @escaping @Sendable (_ name: String) -> Void) {
+  /// Says what to do when somebody removes a payload that is held here. The handler runs on a
+  /// thread of its own, and again until the record is removed.
+  package func onRemoval(_ handler: @escaping @Sendable (HolderRecord) -> Void) {
     state.withLock { $0.onRemoval = handler }
   }
 
-  private var store: any MetadataStore { directory.store }
+  var store: any MetadataStore { directory.store }
 
   // MARK: Calls
 
@@ -71,30 +96,61 @@ package final class RecordKeeper: Sendable {
   ) throws(EngineError) {
     let key = directory.holderKey(record)
     try start()
-    note(record, key)
     do throws(EngineError) {
-      try settle(key, call)
-      if try directory.removedVersion(record.name, call) == record.version {
-        _ = try store.delete(directory.tombstoneKey(record.name), call)
+      try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
+      // A removal at the same time may cover what was published until a moment ago: then this
+      // counts as later. One that names the version came later itself.
+      let removals = try directory.removals(of: record.name, call)
+      let summary = state.withLock { $0.slots[key]?.record.summary }
+      if let summary, removals.cover(summary), !removals.contains(record.version) {
+        try putWithHead(record, key, isCreateOnly: false, call)
       }
-      let head = PayloadHead(record.summary, origin: record.holder)
-      let entry = MetadataEntry(key: directory.headKey(record.name), value: head.json)
-      let isPut = try withLease(call) { lease throws(EngineError) in
-        if isCreateOnly { return try store.putIfAbsent(entry, lease: lease, call) }
-        try store.put(entry, lease: lease, call)
-        return true
-      }
-      if !isPut {
-        throw EngineError(
-          .exists,
-          "payload '\(record.name)': the name is taken in metadata \(directory.uri): choose "
-            + "another, or do not ask for create-only")
-      }
-      state.withLock { $0.slots[key]?.isHeadOurs = true }
+      state.withLock { $0.slots[key]?.isPublishing = false }
     } catch {
       remove(record, call)
       throw error
     }
+  }
+
+  private func putWithHead(
+    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+  ) throws(EngineError) {
+    note(try latest(record, call), key, isPublishing: true)
+    try settle(key, call)
+    _ = try store.delete(directory.tombstoneKey(record.name, record.version), call)
+    let head = state.withLock { $0.slots[key].map(headEntry) }
+    guard let head else { throw Self.closed }
+    let isPut = try withLease(call) { lease throws(EngineError) in
+      if isCreateOnly { return try store.putIfAbsent(head, lease: lease, call) }
+      try store.put(head, lease: lease, call)
+      return true
+    }
+    if !isPut {
+      throw EngineError(
+        .exists,
+        "payload '\(record.name)': the name is taken in metadata \(directory.uri): choose "
+          + "another, or do not ask for create-only")
+    }
+    state.withLock { $0.slots[key]?.isHeadOurs = true }
+  }
+
+  /// The record as one that is published after all that the service knows of under its name, so
+  /// that clocks which differ do not make it an older version.
+  private func latest(
+    _ record: HolderRecord, _ call: MetadataCall
+  ) throws(EngineError) -> HolderRecord {
+    let name = record.name
+    let head = directory.head(name, in: try store.get(directory.headKey(name), call))
+    var last = try directory.removals(of: name, call).untilMilliseconds
+    for summary in try directory.versions(of: name, call).map(\.summary)
+      + (head.map { [$0.summary] } ?? [])
+    {
+      last = max(last, summary.publishedMilliseconds)
+    }
+    var record = record
+    record.summary.publishedMilliseconds = max(
+      record.summary.publishedMilliseconds, last &+ (last == .max ? 0 : 1))
+    return record
   }
 
   /// Publishes a holding, or what has changed about it.
@@ -158,21 +214,28 @@ package final class RecordKeeper: Sendable {
 
   // MARK: Records
 
-  private func note(_ record: HolderRecord, _ key: String) {
+  private func note(_ record: HolderRecord, _ key: String, isPublishing: Bool = false) {
+    let now = directory.now()
     state.withLock { state in
       state.lastEdition &+= 1
-      var slot = state.slots[key] ?? Slot(record: record, edition: 0)
+      var slot = state.slots[key] ?? Slot(record, since: now)
+      var record = record
+      // What the thread has learned of the name since.
+      record.isSuperseded = record.isSuperseded || slot.record.isSuperseded
+      record.summary.publishedMilliseconds = max(
+        record.publishedMilliseconds, slot.record.publishedMilliseconds)
       slot.record = record
       slot.edition = state.lastEdition
       slot.isWanted = true
       slot.isStored = false
+      slot.isPublishing = isPublishing
       state.slots[key] = slot
     }
   }
 
   /// Brings the service's record to what it is to be. Another thread may do the same: whoever finds
   /// that it put what is no longer wanted goes on until it is right.
-  private func settle(_ key: String, _ call: MetadataCall) throws(EngineError) {
+  func settle(_ key: String, _ call: MetadataCall) throws(EngineError) {
     var didPut = false
     while true {
       guard let slot = state.withLock({ $0.slots[key] }) else {
@@ -180,7 +243,7 @@ package final class RecordKeeper: Sendable {
         return
       }
       if slot.isWanted {
-        let entry = MetadataEntry(key: key, value: slot.record.json)
+        let entry = MetadataEntry(key: key, value: slot.text)
         try withLease(call) { lease throws(EngineError) in
           try store.put(entry, lease: lease, call)
         }
@@ -198,15 +261,15 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  private func headEntry(_ slot: Slot) -> MetadataEntry {
-    MetadataEntry(key: directory.headKey(slot.record.name), value: slot.head.json)
+  func headEntry(_ slot: Slot) -> MetadataEntry {
+    MetadataEntry(key: directory.headKey(slot.name), value: slot.headText)
   }
 
   /// What hangs on the lease.
-  private func entries(_ state: State) -> [MetadataEntry] {
+  func entries(_ state: State) -> [MetadataEntry] {
     var entries: [MetadataEntry] = []
     for (key, slot) in state.slots where slot.isWanted && slot.isStored {
-      entries.append(MetadataEntry(key: key, value: slot.record.json))
+      entries.append(MetadataEntry(key: key, value: slot.text))
       if slot.isHeadOurs { entries.append(headEntry(slot)) }
     }
     return entries
@@ -215,7 +278,7 @@ package final class RecordKeeper: Sendable {
   // MARK: Lease
 
   /// Runs `body` with the lease; once more with a new one if it has ended.
-  private func withLease<Result>(
+  func withLease<Result>(
     _ call: MetadataCall, _ body: (MetadataLease) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
     let lease = try lease(call)
@@ -223,17 +286,14 @@ package final class RecordKeeper: Sendable {
       return try body(lease)
     } catch {
       if error.code != .notFound { throw error }
-      state.withLock { state in
-        if state.lease == lease { state.lease = nil }
-        for key in state.slots.keys { state.slots[key]?.isStored = false }
-      }
+      forget(lease)
     }
     return try body(try self.lease(call))
   }
 
   private func lease(_ call: MetadataCall) throws(EngineError) -> MetadataLease {
     let (present, isStopping) = state.withLock { ($0.lease, $0.isStopping) }
-    if isStopping { throw EngineError(.invalidHandle, "the store was closed") }
+    if isStopping { throw Self.closed }
     if let present { return present }
     guard let new = try store.grant(ttlMilliseconds: directory.ttlMilliseconds, call) else {
       throw EngineError(
@@ -241,135 +301,39 @@ package final class RecordKeeper: Sendable {
         "metadata \(directory.uri): this server keeps no leases and lists nothing: the store needs "
           + "mooncake metadata serve, etcd or Redis")
     }
+    let now = directory.now()
     // Where two make one, the other ends unused.
     return state.withLock { state in
-      if state.lease == nil { state.lease = new }
+      if state.lease == nil {
+        state.lease = new
+        state.renewed = now
+      }
       return state.lease!
     }
   }
+
+  /// Nothing hangs on a lease any more.
+  func forget(_ lease: MetadataLease?) {
+    state.withLock { state in
+      guard state.lease == lease else { return }
+      state.lease = nil
+      for key in state.slots.keys { state.slots[key]?.isStored = false }
+    }
+  }
+
+  private static var closed: EngineError { EngineError(.invalidHandle, "the store was closed") }
 
   // MARK: Thread
 
   private func start() throws(EngineError) {
     do throws(Errno) {
       try state.withLock { state throws(Errno) in
-        if state.thread != nil || state.isStopping { return }
+        if state.thread != nil || state.isStopping || !hasThread { return }
         // Keeps this alive until `stop`.
         state.thread = try WorkerThread.start(name: "mc-store") { self.run() }
       }
     } catch {
       throw EngineError(.system, "cannot start the thread for records: \(error)")
     }
-  }
-
-  private func run() {
-    var pause = directory.ttlMilliseconds / 3
-    var backoff: UInt64 = 0
-    while !Waiting.sleep(
-      until: .after(milliseconds: pause), cancellation: stopping.descriptor.rawValue)
-    {
-      do throws(EngineError) {
-        let isSound = try step()
-        backoff = 0
-        pause = isSound ? directory.ttlMilliseconds / 3 : Self.firstBackoffMilliseconds
-        if state.withLock({ $0.isDown.exchange(false) }) {
-          Log.info("metadata \(directory.uri) can be reached again")
-        }
-      } catch {
-        backoff = min(
-          Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
-        pause = backoff
-        if !state.withLock({ $0.isDown.exchange(true) }) && error.code != .canceled {
-          Log.warning(
-            "\(error.message) (transfers go on; what this process holds is published again as soon "
-              + "as the service can be reached)")
-        }
-      }
-    }
-  }
-
-  /// One renewal; false if something had been lost, so that another one is due soon.
-  private func step() throws(EngineError) -> Bool {
-    for key in state.withLock({ $0.slots.filter { !$0.value.isStored }.map(\.key) }) {
-      try settle(key, call)
-    }
-    var removed: [String] = []
-    for (key, slot) in state.withLock({ $0.slots }) where slot.isWanted {
-      if try tend(key, slot) { removed.append(slot.record.name) }
-    }
-    withdraw(removed)
-    let (lease, entries) = state.withLock { ($0.lease, self.entries($0)) }
-    if lease == nil || entries.isEmpty { return true }
-    if try store.renew(lease, entries, call) { return true }
-    state.withLock { state in
-      for key in state.slots.keys { state.slots[key]?.isStored = false }
-    }
-    return false
-  }
-
-  private var call: MetadataCall {
-    MetadataCall(
-      until: .after(milliseconds: max(1000, directory.ttlMilliseconds * 3 / 10)),
-      cancellation: stopping.descriptor.rawValue)
-  }
-
-  /// Looks at the head of a payload that is held here, and puts one that is missing. Returns
-  /// whether the payload has been removed.
-  private func tend(_ key: String, _ slot: Slot) throws(EngineError) -> Bool {
-    let own = headEntry(slot)
-    let text = try store.get(own.key, call)
-    var now = slot
-    now.isHeadOurs = text.map { $0.utf8.elementsEqual(own.value.utf8) } ?? false
-    let head = text.flatMap { try? PayloadHead(json: $0) }
-    if head?.version == slot.record.version {
-      now.isSuperseded = false
-    } else if text == nil || head != nil {
-      if try directory.removedVersion(slot.record.name, call) == slot.record.version { return true }
-      if let head {
-        // Somebody else's; once this holding is the older one it never stands for the name again.
-        if head.publishedMilliseconds >= slot.record.publishedMilliseconds {
-          now.isSuperseded = true
-        }
-      } else if slot.record.isComplete && !slot.isSuperseded {
-        now.isHeadOurs = try withLease(call) { lease throws(EngineError) in
-          try store.putIfAbsent(own, lease: lease, call)
-        }
-      }
-    }
-    let isLate = state.withLock { state in
-      guard let present = state.slots[key], present.isWanted else { return true }
-      // A head that has been published meanwhile is newer than what was seen here.
-      if present.isHeadOurs == slot.isHeadOurs { state.slots[key]?.isHeadOurs = now.isHeadOurs }
-      state.slots[key]?.isSuperseded = now.isSuperseded
-      return false
-    }
-    if isLate && now.isHeadOurs { try directory.delete(own, call) }
-    return false
-  }
-
-  /// Tells the handler, apart from this thread: it waits for readers, and the lease must not.
-  private func withdraw(_ names: [String]) {
-    guard !names.isEmpty, let handler = state.withLock({ $0.onRemoval }),
-      !isWithdrawing.exchange(true, ordering: .acquiringAndReleasing)
-    else { return }
-    state.withLock { $0.withdrawal.take() }?.join()
-    do throws(Errno) {
-      let thread = try WorkerThread.start(name: "mc-store-remove") {
-        for name in names { handler(name) }
-        self.isWithdrawing.store(false, ordering: .releasing)
-      }
-      state.withLock { $0.withdrawal = thread }
-    } catch {
-      isWithdrawing.store(false, ordering: .releasing)
-      Log.warning("removed payloads are withdrawn later: no thread: \(error)")
-    }
-  }
-}
-
-extension Bool {
-  /// Sets a value and returns the one before.
-  fileprivate mutating func exchange(_ value: Bool) -> Bool {
-    defer { self = value }
-    return self
   }
 }

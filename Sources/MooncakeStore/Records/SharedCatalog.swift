@@ -23,6 +23,9 @@ package final class SharedCatalog: Sendable {
     self.etcd = etcd
   }
 
+  /// A document, and the revision of etcd that wrote it.
+  package typealias Found = (document: SharedDocument, revision: UInt64)
+
   package func key(_ name: String) -> String { directory.prefix + "checkpoint/" + name }
 
   /// The document of a payload; nil if there is none.
@@ -32,9 +35,10 @@ package final class SharedCatalog: Sendable {
     try revised(name, call)?.document
   }
 
-  private func revised(
+  /// The same with its revision.
+  package func revised(
     _ name: String, _ call: MetadataCall
-  ) throws(EngineError) -> (document: SharedDocument, revision: UInt64)? {
+  ) throws(EngineError) -> Found? {
     guard let (text, revision) = try etcd.getRevised(key(name), call) else { return nil }
     do throws(EngineError) {
       let document = try SharedDocument(json: text)

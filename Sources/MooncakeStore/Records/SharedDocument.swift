@@ -51,6 +51,15 @@ package struct SharedDocument: Equatable, Sendable {
     name.utf8.elementsEqual(other.name.utf8) && layout == other.layout
   }
 
+  /// Whether a document that was written later tells of the same registration, as far as that can
+  /// be seen: one that is registered anew has no replicas, and reads the same if it had none.
+  package func isContinued(by later: SharedDocument) -> Bool {
+    if self == later { return false }
+    let replicas = zip(shards, later.shards).map { (Set($0.replicas), $1.replicas) }
+    return replicas.allSatisfy { $0.0.isEmpty }
+      || replicas.contains { former, now in now.contains { former.contains($0) } }
+  }
+
   /// Who has some of it, each once, owners first.
   package var holders: [PayloadHolder] {
     var order: [String] = []

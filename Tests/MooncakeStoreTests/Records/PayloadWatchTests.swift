@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeStore
@@ -233,6 +234,35 @@ private final class Told: Sendable {
       entered.load(ordering: .relaxed), count.load(ordering: .relaxed)
     )
     #expect(enteredCount == 1 && endedCount == 1)
+    watch.stop()
+  }
+
+  @Test(arguments: MetadataService.Kind.installed.filter { $0 != .redis })
+  func aWatchAtRestUsesNoProcessor(_ kind: MetadataService.Kind) throws {
+    let service = try MetadataService(kind)
+    let directory = try service.directory()
+    let keeper = try RecordKeeper(directory)
+    defer { keeper.stop() }
+    try keeper.publish(testRecord("a"), isCreateOnly: false, testCall)
+    let clock = Atomic<clockid_t>(-1)
+    let watch = try PayloadWatch(directory, prefix: "") { _ in
+      // Of the watch's thread.
+      var own = clockid_t()
+      if pthread_getcpuclockid(pthread_self(), &own) == 0 { clock.store(own, ordering: .relaxed) }
+    }
+    #expect(eventually { clock.load(ordering: .relaxed) != -1 })
+    func used() -> Int {
+      var time = timespec()
+      clock_gettime(clock.load(ordering: .relaxed), &time)
+      return time.tv_sec * 1_000_000 + time.tv_nsec / 1000
+    }
+    usleep(200_000)
+    let before = used()
+    // Beyond the silence after which etcd is asked whether it is still there.
+    usleep(6_000_000)
+    let microseconds = used() - before
+    print("\(kind): a watch at rest for 6 s used \(microseconds) us")
+    #expect(microseconds < 60_000)
     watch.stop()
   }
 }

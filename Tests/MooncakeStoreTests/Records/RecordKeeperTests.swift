@@ -164,8 +164,8 @@ private final class Process: Sendable {
     try processes[0].keeper.publish(other, isCreateOnly: false, testCall)
     let calls = Atomic(0)
     for (process, record) in zip(processes, records) {
-      process.keeper.onRemoval { name in
-        if name == "a" { calls.wrappingAdd(1, ordering: .relaxed) }
+      process.keeper.onRemoval { removed in
+        if removed.name == "a" { calls.wrappingAdd(1, ordering: .relaxed) }
         process.keeper.remove(record, testCall)
       }
       if !record.isOrigin { process.keeper.put(record, testCall) }

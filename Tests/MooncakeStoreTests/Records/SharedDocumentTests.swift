@@ -26,6 +26,23 @@ import Testing
     #expect(try SharedDocument(json: document.json) == document)
   }
 
+  @Test func aDocumentThatIsWrittenAnewIsAnother() throws {
+    let document = try SharedDocument(json: Self.foreign)
+    func with(_ replicas: [String]) -> SharedDocument {
+      var other = document
+      for index in other.shards.indices {
+        other.shards[index].replicas = replicas.map { .init(segment: $0, offset: 1 << 40) }
+      }
+      return other
+    }
+    let (none, one, two) = (with([]), with(["n3"]), with(["n3", "n4"]))
+    // The same owner has registered it again, perhaps with other bytes.
+    #expect(!none.isContinued(by: none) && !one.isContinued(by: one))
+    #expect(!two.isContinued(by: none))
+    // Replicas come and go.
+    #expect(none.isContinued(by: one) && one.isContinued(by: two) && two.isContinued(by: one))
+  }
+
   @Test func writesWhatTheExistingSystemReads() throws {
     let layout = try ShardLayout(bufferSizes: [100, 10], shardBytes: 64)
     let document = SharedDocument(

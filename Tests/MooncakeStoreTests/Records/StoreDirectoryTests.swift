@@ -55,7 +55,7 @@ private final class CountingStore: MetadataStore {
 
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
-  ) throws(EngineError) -> Bool {
+  ) throws(EngineError) -> MetadataRenewal {
     try store.renew(lease, entries, call)
   }
 
@@ -189,7 +189,8 @@ private final class CountingStore: MetadataStore {
       PayloadHead(stranger.summary, origin: stranger.holder).json,
     ].enumerated() {
       for key in [
-        directory.headKey("bad\(index)"), directory.tombstoneKey("bad\(index)"),
+        directory.headKey("bad\(index)"),
+        directory.tombstoneKey("bad\(index)", PayloadVersion(high: 7, low: 1)),
         directory.holderKey(testRecord("bad\(index)")), directory.holderKey(testRecord("good")),
         "mooncake/store/holder/%zz/\(index)", "mooncake/store/holder/\(index)",
         "mooncake/store/object/", "mooncake/store/\(index)",
@@ -222,8 +223,10 @@ private final class CountingStore: MetadataStore {
     try putHead(record, directory)
     #expect(try directory.remove("a", testCall))
     #expect(try directory.head("a", testCall) == nil)
-    let text = try #require(try directory.store.get(directory.tombstoneKey("a"), testCall))
-    #expect(text == #"{"name":"a","removed":"\#(record.version)"}"#)
+    let text = try #require(
+      try directory.store.get(directory.tombstoneKey("a", record.version), testCall))
+    #expect(
+      text.hasPrefix(#"{"name":"a","removed":"\#(record.version)","until_ms":1"#))
   }
 
   @Test func clustersAreApart() throws {

@@ -190,7 +190,7 @@ package final class MetadataPublisher: Sendable {
     do throws(EngineError) {
       let isNews = state.withLock { $0.wanted > $0.published }
       if !work.isSuperseded && !isNews && work.entries.count == 2 {
-        if try directory.store.renew(work.lease, work.entries, call) {
+        if try directory.store.renew(work.lease, work.entries, call) == .kept {
           succeeded(&work) { $0.renewals &+= 1 }
           return
         }

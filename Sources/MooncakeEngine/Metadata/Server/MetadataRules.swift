@@ -23,12 +23,15 @@ struct MetadataRules {
     case ("/metadata", .get): return get(exchange, parameter, now)
     case ("/metadata", .put): return put(exchange, parameter)
     case ("/metadata", .delete): return delete(parameter)
+    case ("/metadata/values", .post): return values(exchange)
     case ("/metadata/lease", .post): return postLease(parameter, now)
     case ("/metadata/lease", .delete): return deleteLease(parameter)
     case ("/health", .get): return health()
-    case ("/metadata", _), ("/metadata/lease", _), ("/health", _):
+    case ("/metadata", _), ("/metadata/lease", _), ("/metadata/values", _), ("/health", _):
       return Answer(405, "method not allowed\n")
-    default: return Answer(404, "no such path: use /metadata, /metadata/lease or /health\n")
+    default:
+      return Answer(
+        404, "no such path: use /metadata, /metadata/lease, /metadata/values or /health\n")
     }
   }
 
@@ -64,6 +67,34 @@ struct MetadataRules {
     guard let key = key(parameter) else { return Self.keyMissing }
     guard let value = table.value(of: key) else { return Answer(404, "metadata not found\n") }
     return Answer(200, value, isJSON: true)
+  }
+
+  /// What stands under each of a list of keys, in order; as many as an answer takes, one at least.
+  private func values(_ exchange: MetadataExchange) -> Answer {
+    if exchange.isTooLarge { return Answer(413, "too many keys at once\n") }
+    let document = try? JSONDocument(parsing: exchange.body)
+    let text: String?? = document?.read { list in list.isArray ? values(of: list.elements) : nil }
+    guard let text = text ?? nil else { return Answer(400, "the body is no list of keys\n") }
+    return Answer(200, text, isJSON: true)
+  }
+
+  private func values(of keys: JSONElements) -> String {
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.name("values")
+    writer.beginArray()
+    var byteCount = 0
+    for key in keys {
+      let value = key.string.flatMap { table.value(of: MetadataKey($0)) }
+      writer.beginObject()
+      if let value { write(value, &writer) }
+      writer.endObject()
+      byteCount += value?.count ?? 0
+      if byteCount >= Self.pageBytes { break }
+    }
+    writer.endArray()
+    writer.endObject()
+    return writer.text
   }
 
   private mutating func put(
@@ -124,15 +155,19 @@ struct MetadataRules {
     writer.beginObject()
     writer.member("key", key.text)
     if let value {
-      if !value.contains(0), let text = String(validating: value, as: UTF8.self) {
-        writer.member("value", text)
-      } else {
-        writer.member("value_base64", Base64.encode(value))
-      }
+      write(value, &writer)
     } else {
       writer.member("deleted", 1)
     }
     writer.endObject()
+  }
+
+  private func write(_ value: [UInt8], _ writer: inout JSONWriter) {
+    if !value.contains(0), let text = String(validating: value, as: UTF8.self) {
+      writer.member("value", text)
+    } else {
+      writer.member("value_base64", Base64.encode(value))
+    }
   }
 
   // MARK: Changes

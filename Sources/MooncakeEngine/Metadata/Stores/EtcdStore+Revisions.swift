@@ -16,6 +16,40 @@ extension EtcdStore {
     }
   }
 
+  /// In one transaction for as many keys as etcd takes in one unless told otherwise.
+  package func values(
+    of keys: [String], _ call: MetadataCall
+  ) throws(EngineError) -> [String?] {
+    var values: [String?] = []
+    while values.count < keys.count {
+      let part = keys[values.count...].prefix(Self.transactionCount)
+      try ask("/v3/kv/txn", "get keys", call) { writer in
+        writer.name("success")
+        writer.beginArray()
+        for key in part {
+          writer.beginObject()
+          writer.name("request_range")
+          writer.beginObject()
+          writer.member("key", encoded(key))
+          writer.endObject()
+          writer.endObject()
+        }
+        writer.endArray()
+      } answer: { value throws(EngineError) in
+        let count = values.count
+        for response in value["responses"]?.elements ?? .none {
+          let found = response["response_range"]?["kvs"]?.elements.first { _ in true }
+          values.append(
+            try found.map { pair throws(EngineError) in
+              String(decoding: try bytes(pair, "value", "get keys"), as: UTF8.self)
+            })
+        }
+        if values.count != count + part.count { throw malformed("get keys") }
+      }
+    }
+    return values
+  }
+
   /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
   /// `revision`, 0 if it does not exist. Returns false, and changes nothing, otherwise.
   package func replace(

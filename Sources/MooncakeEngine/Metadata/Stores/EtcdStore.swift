@@ -5,6 +5,7 @@ package final class EtcdStore: MetadataStore {
   package let uri: MetadataURI
   let client: EtcdClient
   private static let pageCount = 500
+  static let transactionCount = 128
   /// After so long without an answer a watch asks whether its member is still one of the cluster.
   private static let silenceMilliseconds: UInt64 = 5000
 
@@ -138,7 +139,9 @@ package final class EtcdStore: MetadataStore {
       $0.name("keys_only")
       $0.value(true)
     } answer: { value in
-      !(value["kvs"]?.elements ?? .none).contains { _ in true }
+      // Another cluster, or one that came back without what it had, counts from the beginning.
+      number(value["header"]?["revision"]) >= revision
+        && !(value["kvs"]?.elements ?? .none).contains { _ in true }
     }
   }
 
@@ -152,7 +155,13 @@ package final class EtcdStore: MetadataStore {
           .unreachable, phase, "the watch ended: \(value["error"]?["message"]?.string ?? "")",
           "does the cluster have a majority?")
       }
-      if result["canceled"]?.isTrue == true { return false }
+      if result["canceled"]?.isTrue == true {
+        if number(result["compact_revision"]) > 0 { return false }
+        throw client.failure(
+          .unreachable, phase,
+          "the watch was canceled: \(result["cancel_reason"]?.string ?? "no reason given")",
+          "may the user read these keys?")
+      }
       for event in result["events"]?.elements ?? .none {
         guard let pair = event["kv"] else { throw malformed(phase) }
         if event["type"]?.string == "DELETE" {
@@ -185,15 +194,15 @@ package final class EtcdStore: MetadataStore {
 
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
-  ) throws(EngineError) -> Bool {
-    guard let lease else { return true }
+  ) throws(EngineError) -> MetadataRenewal {
+    guard let lease else { return .kept }
     let phase = "renew a lease"
     let isAlive = try ask("/v3/lease/keepalive", phase, call) {
       $0.member("ID", String(lease.id))
     } answer: {
       number($0["result"]?["TTL"]) > 0
     }
-    if !isAlive { return false }
+    if !isAlive { return .gone }
     // A key that somebody else has put since no longer hangs on the lease.
     return try ask("/v3/lease/timetolive", phase, call) {
       $0.member("ID", String(lease.id))
@@ -201,7 +210,8 @@ package final class EtcdStore: MetadataStore {
       $0.value(true)
     } answer: { value in
       let held = Set((value["keys"]?.elements ?? .none).compactMap(\.string))
-      return entries.allSatisfy { held.contains(encoded($0.key)) }
+      let lost = entries.map(\.key).filter { !held.contains(encoded($0)) }
+      return lost.isEmpty ? .kept : .lost(lost)
     }
   }
 
@@ -260,7 +270,7 @@ package final class EtcdStore: MetadataStore {
       value: String(decoding: try bytes(pair, "value", phase), as: UTF8.self))
   }
 
-  private func malformed(_ phase: String) -> EngineError {
+  func malformed(_ phase: String) -> EngineError {
     client.failure(
       .protocolViolation, phase, "the answer lacks what belongs there", "is this etcd?")
   }

@@ -11,6 +11,8 @@ package final class HTTPStore: MetadataStore {
   private let secrets: ServiceSecrets
   /// Bytes of an answer that are looked at for its reason.
   private static let quotedBytes = 4096
+  /// Keys in one question.
+  private static let valueCount = 1000
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
@@ -83,6 +85,31 @@ package final class HTTPStore: MetadataStore {
   }
 
   // MARK: What only our server has
+
+  package func values(
+    of keys: [String], _ call: MetadataCall
+  ) throws(EngineError) -> [String?] {
+    let phase = "get keys"
+    var values: [String?] = []
+    while values.count < keys.count {
+      let part = keys[values.count...].prefix(Self.valueCount)
+      var writer = JSONWriter()
+      writer.beginArray()
+      for key in part { writer.value(key) }
+      writer.endArray()
+      let response = try ask(.post, [:], phase, call, at: "/values", body: Array(writer.text.utf8))
+      try expectSuccess(response, phase)
+      let count = values.count
+      try decode(response, phase) { value throws(EngineError) in
+        for (key, element) in zip(part, value["values"]?.elements ?? .none) {
+          let isThere = element["value"] != nil || element["value_base64"] != nil
+          values.append(isThere ? try entry(element, key: key, phase).value : nil)
+        }
+      }
+      if values.count == count { throw malformed(phase) }
+    }
+    return values
+  }
 
   package func list(
     prefix: String, from position: String?, limit: Int, _ call: MetadataCall
@@ -169,20 +196,25 @@ package final class HTTPStore: MetadataStore {
 
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
-  ) throws(EngineError) -> Bool {
+  ) throws(EngineError) -> MetadataRenewal {
     guard let lease else {
       // Without leases only a look tells whether the server has forgotten everything.
-      guard let first = entries.first else { return true }
-      return try get(first.key, call) == first.value
+      guard let first = entries.first else { return .kept }
+      return try get(first.key, call) == first.value ? .kept : .gone
     }
     let phase = "renew a lease"
     let response = try ask(.post, ["id": String(lease.id)], phase, call, at: "/lease")
-    if response.status == 404 { return false }
+    if response.status == 404 { return .gone }
     try expectSuccess(response, phase)
-    return try decode(response, phase) { value throws(EngineError) in
+    let count = try decode(response, phase) { value throws(EngineError) in
       guard let count = value["keys"]?.unsigned else { throw malformed(phase) }
-      return count >= UInt64(entries.count)
+      return count
     }
+    if count >= UInt64(entries.count) { return .kept }
+    let values = try values(of: entries.map(\.key), call)
+    let lost = zip(entries, values).filter { $0.value != $1 }.map(\.0.key)
+    // Where all are as they were put, one of them hangs on another lease.
+    return .lost(lost.isEmpty ? entries.map(\.key) : lost)
   }
 
   package func revoke(
@@ -214,10 +246,11 @@ package final class HTTPStore: MetadataStore {
     let query = parameters.map { "\($0.key)=\(PercentEncoding.encode($0.value))" }
     var request = HTTPRequest(
       method: method, server: uri.endpoints[0], isSecure: uri.isSecure,
-      target: "\(uri.path)\(subpath)?\(query.joined(separator: "&"))")
+      target: uri.path + subpath
+        + (query.isEmpty ? "" : "?\(query.joined(separator: "&"))"))
     request.credentials = credentials
     if let token { request.headers = [token.header] }
-    if method == .post { request.body = [] }
+    if method == .post && body == nil { request.body = [] }
     if let body {
       request.body = body
       request.headers.append("Content-Type: application/json")
@@ -286,6 +319,12 @@ package final class HTTPStore: MetadataStore {
     _ value: JSONValue, _ phase: String
   ) throws(EngineError) -> MetadataEntry {
     guard let key = value["key"]?.string else { throw malformed(phase) }
+    return try entry(value, key: key, phase)
+  }
+
+  private func entry(
+    _ value: JSONValue, key: String, _ phase: String
+  ) throws(EngineError) -> MetadataEntry {
     if let text = value["value"]?.string { return MetadataEntry(key: key, value: text) }
     guard let bytes = value["value_base64"]?.string.flatMap(Base64.decode) else {
       throw malformed(phase)

@@ -40,6 +40,11 @@ package struct MetadataLease: Equatable, Sendable {
   /// The service's number for it; 0 where it is no object of its own.
   package let id: UInt64
   package let ttlMilliseconds: UInt64
+
+  package init(id: UInt64, ttlMilliseconds: UInt64) {
+    self.id = id
+    self.ttlMilliseconds = ttlMilliseconds
+  }
 }
 
 /// Part of a listing, in order of keys.
@@ -49,6 +54,12 @@ package struct MetadataPage: Sendable {
   package var revision: UInt64
   /// Where the next page begins; nil for the last one.
   package var next: String?
+
+  package init(entries: [MetadataEntry], revision: UInt64, next: String?) {
+    self.entries = entries
+    self.revision = revision
+    self.next = next
+  }
 }
 
 /// One key that changed.
@@ -72,6 +83,16 @@ package enum MetadataChanges: Sendable {
   case unknown
 }
 
+/// What the renewal of a lease found.
+package enum MetadataRenewal: Equatable, Sendable {
+  /// All that was put stands.
+  case kept
+  /// These keys are gone, or somebody else's; the others stand.
+  case lost([String])
+  /// Nothing stands any more.
+  case gone
+}
+
 /// A service that keeps texts under keys. Every call blocks, ends by its deadline and may be made
 /// from any thread, several at once. An error names the service, the phase and the cause.
 package protocol MetadataStore: AnyObject, Sendable {
@@ -79,6 +100,9 @@ package protocol MetadataStore: AnyObject, Sendable {
 
   /// nil if nothing stands there.
   func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String?
+
+  /// What stands under each of many keys, in their order, in as few questions as it takes.
+  func values(of keys: [String], _ call: MetadataCall) throws(EngineError) -> [String?]
 
   /// Replaces what stands there. Throws `notFound` if the lease is gone.
   func put(
@@ -107,11 +131,10 @@ package protocol MetadataStore: AnyObject, Sendable {
   /// Makes a lease; nil if the service has none.
   func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease?
 
-  /// Gives a lease its full time again and looks whether what was put still stands; false if any
-  /// of it is gone or somebody else's.
+  /// Gives a lease its full time again and looks whether what was put still stands.
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
-  ) throws(EngineError) -> Bool
+  ) throws(EngineError) -> MetadataRenewal
 
   /// Ends a lease and removes what was put under it, but nothing that somebody else put since.
   func revoke(
@@ -120,6 +143,28 @@ package protocol MetadataStore: AnyObject, Sendable {
 }
 
 extension MetadataStore {
+  /// Asks one by one.
+  package func values(
+    of keys: [String], _ call: MetadataCall
+  ) throws(EngineError) -> [String?] {
+    var values: [String?] = []
+    for key in keys { values.append(try get(key, call)) }
+    return values
+  }
+
+  /// As `listAll`, a page at a time, for what nobody needs to keep.
+  package func forEach(
+    prefix: String, _ call: MetadataCall,
+    _ body: (MetadataEntry) throws(EngineError) -> Void
+  ) throws(EngineError) {
+    var position: String?
+    repeat {
+      let page = try list(prefix: prefix, from: position, limit: .max, call)
+      for entry in page.entries { try body(entry) }
+      position = page.next
+    } while position != nil
+  }
+
   /// Everything under a prefix, in order of keys.
   package func listAll(
     prefix: String, _ call: MetadataCall

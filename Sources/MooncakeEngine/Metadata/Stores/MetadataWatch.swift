@@ -18,7 +18,7 @@ package final class MetadataWatch {
     while true {
       guard let revision else {
         let changes = try listAnew(call)
-        if !changes.isEmpty { return changes }
+        if !changes.isEmpty || call.deadline.hasPassed { return changes }
         continue
       }
       let outcome: MetadataChanges

@@ -70,6 +70,22 @@ package final class RedisStore: MetadataStore {
     return false
   }
 
+  package func values(
+    of keys: [String], _ call: MetadataCall
+  ) throws(EngineError) -> [String?] {
+    var values: [String?] = []
+    while values.count < keys.count {
+      let part = keys[values.count...].prefix(Self.scanCount)
+      guard case .list(let found) = try ask(["MGET"] + part, "get keys", call),
+        found.count == part.count
+      else { throw unexpected(.none, "get keys") }
+      values += found.map {
+        if case .text(let bytes) = $0 { String(decoding: bytes, as: UTF8.self) } else { nil }
+      }
+    }
+    return values
+  }
+
   package func list(
     prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage {
@@ -129,15 +145,21 @@ package final class RedisStore: MetadataStore {
 
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
-  ) throws(EngineError) -> Bool {
-    guard let lease else { return true }
+  ) throws(EngineError) -> MetadataRenewal {
+    guard let lease else { return .kept }
     let phase = "renew keys"
-    let commands = entries.map {
-      ["EVAL", Self.renewOwn, "1", $0.key, $0.value, String(lease.ttlMilliseconds)]
+    var lost: [String] = []
+    for start in stride(from: 0, to: entries.count, by: Self.scanCount) {
+      let part = entries[start..<min(start + Self.scanCount, entries.count)]
+      let commands = part.map {
+        ["EVAL", Self.renewOwn, "1", $0.key, $0.value, String(lease.ttlMilliseconds)]
+      }
+      for (entry, reply) in zip(part, try ask(commands, phase, call)) {
+        if case .number(1) = reply { continue }
+        lost.append(entry.key)
+      }
     }
-    return try ask(commands, phase, call).allSatisfy {
-      if case .number(1) = $0 { true } else { false }
-    }
+    return lost.isEmpty ? .kept : .lost(lost)
   }
 
   package func revoke(

@@ -1,0 +1,315 @@
+import MooncakeEngine
+import MooncakeSystem
+import Synchronization
+
+/// What the thread does: the lease first, then the names, then the records that the service lacks.
+extension RecordKeeper {
+  private static let firstBackoffMilliseconds: UInt64 = 100
+  private static let maximumBackoffMilliseconds: UInt64 = 1000
+  /// Names that are looked at in one question.
+  private static let pageCount = 128
+
+  /// A third of the lease's time.
+  private var periodNanoseconds: UInt64 { directory.ttlMilliseconds * 1_000_000 / 3 }
+
+  func run() {
+    var pause = periodNanoseconds
+    var backoff: UInt64 = 0
+    let firstPause = Self.firstBackoffMilliseconds * 1_000_000
+    while !Waiting.sleep(
+      until: Deadline(nanoseconds: Clock.now() &+ pause),
+      cancellation: stopping.descriptor.rawValue)
+    {
+      do throws(EngineError) {
+        let isSound = try step()
+        backoff = 0
+        let sinceRenewal = directory.now() &- state.withLock { $0.renewed }
+        pause =
+          isSound
+          ? max(firstPause, periodNanoseconds - min(periodNanoseconds, sinceRenewal)) : firstPause
+        if state.withLock({ $0.isDown.exchange(false) }) {
+          Log.info("metadata \(directory.uri) can be reached again")
+        }
+      } catch {
+        backoff = min(
+          Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
+        pause = backoff * 1_000_000
+        if !state.withLock({ $0.isDown.exchange(true) }) && error.code != .canceled {
+          Log.warning(
+            "\(error.message) (transfers go on; what this process holds is published again as soon "
+              + "as the service can be reached)")
+        }
+      }
+    }
+  }
+
+  /// One turn; false if something had been lost, so that another one is due soon.
+  package func step() throws(EngineError) -> Bool {
+    let isSound = try renew()
+    // Before records are put again: what was removed meanwhile must not come back.
+    let removed = try lookAtNames()
+    withdraw(removed)
+    let keys = Set(removed.map { directory.holderKey($0) })
+    let waiting = state.withLock { $0.slots.filter { !$0.value.isStored }.map(\.key).sorted() }
+    for key in waiting where !keys.contains(key) {
+      try renewIfDue()
+      try settle(key, call)
+    }
+    return isSound
+  }
+
+  private var call: MetadataCall {
+    MetadataCall(
+      until: .after(milliseconds: max(1000, directory.ttlMilliseconds * 3 / 10)),
+      cancellation: stopping.descriptor.rawValue)
+  }
+
+  // MARK: Lease
+
+  /// Gives the lease its time again, whatever else there is to do; false if something is gone.
+  private func renew() throws(EngineError) -> Bool {
+    let now = directory.now()
+    let (lease, entries) = state.withLock { ($0.lease, self.entries($0)) }
+    var isSound = true
+    if lease != nil && !entries.isEmpty {
+      switch try store.renew(lease, entries, call) {
+      case .kept: break
+      case .gone:
+        forget(lease)
+        isSound = false
+      case .lost(let keys):
+        // A head is looked at later. What has become another's does not cost the rest.
+        state.withLock { state in
+          for key in keys where state.slots[key] != nil {
+            state.slots[key]?.isStored = false
+            isSound = false
+          }
+        }
+      }
+    }
+    state.withLock { $0.renewed = now }
+    return isSound
+  }
+
+  /// Between two calls of a turn that may be long.
+  private func renewIfDue() throws(EngineError) {
+    if directory.now() &- state.withLock({ $0.renewed }) >= periodNanoseconds { _ = try renew() }
+  }
+
+  // MARK: Names
+
+  /// What one look at all names needs.
+  private struct Look {
+    let now: UInt64
+    let mark: String?
+    /// Whether any name has been removed since the last look; there may have been looks before that
+    /// nobody knows of.
+    let hasNewMark: Bool
+    /// nil until it is asked for.
+    var hasRemovals: Bool?
+    var removed: [HolderRecord] = []
+  }
+
+  private typealias Item = (key: String, slot: Slot)
+
+  /// Looks at the head of each payload that is held here, and puts those that are missing. Returns
+  /// what has been removed.
+  private func lookAtNames() throws(EngineError) -> [HolderRecord] {
+    let items: [Item] = state.withLock { state in
+      state.slots.filter { $0.value.isWanted && !$0.value.isPublishing }
+        .map { ($0.key, $0.value) }.sorted { $0.key < $1.key }
+    }
+    if items.isEmpty { return [] }
+    let mark = try store.get(directory.removalMarkKey, call)
+    let (looked, former) = state.withLock { ($0.looked, $0.mark) }
+    var look = Look(
+      now: directory.now(), mark: mark, hasNewMark: mark != nil && (looked == nil || mark != former)
+    )
+    for start in stride(from: 0, to: items.count, by: Self.pageCount) {
+      try renewIfDue()
+      try self.look(at: items[start..<min(start + Self.pageCount, items.count)], &look)
+    }
+    state.withLock { state in
+      state.looked = look.now
+      state.mark = mark
+    }
+    return look.removed
+  }
+
+  private func look(
+    at items: ArraySlice<Item>, _ look: inout Look
+  ) throws(EngineError) {
+    let texts = try store.values(of: items.map { directory.headKey($0.slot.name) }, call)
+    var standing: [Item] = []
+    var doubtful: [(item: Item, head: PayloadHead?, isFree: Bool)] = []
+    for (item, text) in zip(items, texts) {
+      let head = directory.head(item.slot.name, in: text)
+      if let head, head.version == item.slot.record.version {
+        let isOurs = text?.utf8.elementsEqual(item.slot.headText.utf8) ?? false
+        try note(
+          item, isHeadOurs: isOurs, isSuperseded: false, published: head.publishedMilliseconds)
+        if item.slot.isUnconfirmed { standing.append(item) }
+      } else {
+        doubtful.append((item, head, isFree: text == nil))
+      }
+    }
+    let tombstones = try store.values(of: doubtful.map { tombstoneKey($0.item) }, call)
+    for ((item, head, isFree), tombstone) in zip(doubtful, tombstones) {
+      var isRemoved = isTombstone(tombstone, of: item)
+      if !isRemoved { isRemoved = try judge(item, head, isFree: isFree, &look, &standing) }
+      if isRemoved { look.removed.append(item.slot.record) }
+      try renewIfDue()
+    }
+    if !standing.isEmpty { try confirm(standing, &look) }
+  }
+
+  /// Somebody may have removed a name, and found no head, just before one was put here.
+  private func confirm(_ items: [Item], _ look: inout Look) throws(EngineError) {
+    look.hasRemovals = try directory.hasRemovals(call)
+    for item in items {
+      if look.hasRemovals == true,
+        try directory.removals(of: item.slot.name, call).cover(item.slot.record.summary)
+      {
+        try directory.delete(headEntry(item.slot), call)
+        look.removed.append(item.slot.record)
+      }
+      state.withLock { $0.slots[item.key]?.isUnconfirmed = false }
+    }
+  }
+
+  private func tombstoneKey(_ item: Item) -> String {
+    directory.tombstoneKey(item.slot.name, item.slot.record.version)
+  }
+
+  private func isTombstone(_ text: String?, of item: Item) -> Bool {
+    text.flatMap { Tombstone(json: $0) }?.version == item.slot.record.version
+  }
+
+  /// What is to become of a holding whose version does not stand under its name. Returns whether
+  /// that has been removed.
+  private func judge(
+    _ item: Item, _ head: PayloadHead?, isFree: Bool, _ look: inout Look,
+    _ standing: inout [Item]
+  ) throws(EngineError) -> Bool {
+    let record = item.slot.record
+    if let head {
+      if record.summary.isOlder(than: head.summary)
+        || head.publishedMilliseconds >= record.publishedMilliseconds
+      {
+        // Once this holding is the older one it never stands for the name again.
+        try note(item, isHeadOurs: false, isSuperseded: true)
+        return false
+      }
+      if !record.isComplete || record.isSuperseded {
+        try note(item, isHeadOurs: false)
+        return false
+      }
+      // A holder of an older version that did not know of this one.
+      try directory.delete(
+        MetadataEntry(key: directory.headKey(record.name), value: head.json), call)
+    } else if record.isSuperseded {
+      try note(item, isHeadOurs: false)
+      return false
+    } else if mayHaveMissedRemoval(item.slot, look) {
+      Log.warning(
+        "payload '\(record.name)': it may have been removed while the metadata service was out of "
+          + "reach for more than \(StoreDirectory.removalMilliseconds / 60_000) minutes: it is "
+          + "not published again")
+      return true
+    }
+    if look.hasRemovals == nil { look.hasRemovals = try directory.hasRemovals(call) }
+    if look.hasRemovals == true,
+      try directory.removals(of: record.name, call).cover(record.summary)
+    {
+      return true
+    }
+    // What nobody can read is left to whoever registers or removes the name.
+    try stand(item, isAllowed: isFree || head != nil, &standing)
+    return false
+  }
+
+  /// Puts a head that names this holding, where none is.
+  private func stand(
+    _ item: Item, isAllowed: Bool, _ standing: inout [Item]
+  ) throws(EngineError) {
+    let record = item.slot.record
+    var isPut = false
+    if record.isComplete && isAllowed {
+      // No older version stands while somebody holds a newer one.
+      let isNewest = try !directory.versions(of: record.name, call).contains {
+        $0.isCurrent && $0.version != record.version && record.summary.isOlder(than: $0.summary)
+      }
+      if isNewest {
+        // Also if it is put without an answer.
+        state.withLock { $0.slots[item.key]?.isUnconfirmed = true }
+        isPut = try withLease(call) { lease throws(EngineError) in
+          try store.putIfAbsent(headEntry(item.slot), lease: lease, call)
+        }
+      }
+    }
+    if isPut { standing.append(item) }
+    try note(item, isHeadOurs: isPut)
+  }
+
+  /// Whether a removal may have been forgotten before this process could see it: it was out of
+  /// touch for longer than removals are remembered, and names have been removed meanwhile.
+  private func mayHaveMissedRemoval(_ slot: Slot, _ look: Look) -> Bool {
+    guard look.hasNewMark else { return false }
+    let last = max(slot.since, state.withLock { $0.looked } ?? 0)
+    return look.now &- last >= StoreDirectory.removalMilliseconds * 1_000_000
+  }
+
+  /// Notes what was seen of a holding.
+  private func note(
+    _ item: Item, isHeadOurs: Bool, isSuperseded: Bool? = nil, published: UInt64 = 0
+  ) throws(EngineError) {
+    let isLate = state.withLock { state in
+      guard var slot = state.slots[item.key], slot.isWanted else { return true }
+      // A head that has been published meanwhile is newer than what was seen here.
+      if slot.isHeadOurs == item.slot.isHeadOurs { slot.isHeadOurs = isHeadOurs }
+      var record = slot.record
+      record.isSuperseded = isSuperseded ?? record.isSuperseded
+      record.summary.publishedMilliseconds = max(record.publishedMilliseconds, published)
+      if record != slot.record {
+        state.lastEdition &+= 1
+        slot.record = record
+        slot.edition = state.lastEdition
+        slot.isStored = false
+      }
+      state.slots[item.key] = slot
+      return false
+    }
+    if isLate && isHeadOurs { try directory.delete(headEntry(item.slot), call) }
+  }
+
+  // MARK: Removal
+
+  /// Tells the handler, apart from this thread: it waits for readers, and the lease must not.
+  private func withdraw(_ records: [HolderRecord]) {
+    guard !records.isEmpty, let handler = state.withLock({ $0.onRemoval }) else { return }
+    if !hasThread {
+      for record in records { handler(record) }
+      return
+    }
+    if isWithdrawing.exchange(true, ordering: .acquiringAndReleasing) { return }
+    state.withLock { $0.withdrawal.take() }?.join()
+    do throws(Errno) {
+      let thread = try WorkerThread.start(name: "mc-store-remove") {
+        for record in records { handler(record) }
+        self.isWithdrawing.store(false, ordering: .releasing)
+      }
+      state.withLock { $0.withdrawal = thread }
+    } catch {
+      isWithdrawing.store(false, ordering: .releasing)
+      Log.warning("removed payloads are withdrawn later: no thread: \(error)")
+    }
+  }
+}
+
+extension Bool {
+  /// Sets a value and returns the one before.
+  fileprivate mutating func exchange(_ value: Bool) -> Bool {
+    defer { self = value }
+    return self
+  }
+}

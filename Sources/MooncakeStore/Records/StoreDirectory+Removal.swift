@@ -1,0 +1,200 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// What was removed of one name lately.
+package struct Removals: Sendable {
+  private var versions: Set<PayloadVersion> = []
+  /// Up to when what was published is removed.
+  package private(set) var untilMilliseconds: UInt64 = 0
+
+  package var isEmpty: Bool { versions.isEmpty }
+
+  /// Whether a version was removed: by its digest, or because it was published before.
+  package func cover(_ summary: PayloadSummary) -> Bool {
+    versions.contains(summary.version)
+      || !isEmpty && summary.publishedMilliseconds <= untilMilliseconds
+  }
+
+  func contains(_ version: PayloadVersion) -> Bool { versions.contains(version) }
+
+  mutating func note(_ tombstone: Tombstone) {
+    versions.insert(tombstone.version)
+    untilMilliseconds = max(untilMilliseconds, tombstone.untilMilliseconds)
+  }
+}
+
+/// Says that a version of a name was removed, and all that was published before.
+struct Tombstone: Sendable {
+  let name: String
+  let version: PayloadVersion
+  let untilMilliseconds: UInt64
+
+  init(_ name: String, _ version: PayloadVersion, untilMilliseconds: UInt64) {
+    self.name = name
+    self.version = version
+    self.untilMilliseconds = untilMilliseconds
+  }
+
+  /// nil if the text is malformed.
+  init?(json: String) {
+    let fields: (String, PayloadVersion, UInt64)? = try? PayloadSummary.read(json) {
+      value throws(EngineError) in
+      guard let name = value["name"]?.string,
+        let version = value["removed"]?.string.flatMap({ PayloadVersion($0) }),
+        let until = value["until_ms"]?.unsigned
+      else { return nil }
+      return (name, version, until)
+    }
+    guard let fields else { return nil }
+    (name, version, untilMilliseconds) = fields
+  }
+
+  var json: String {
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("name", name)
+    writer.member("removed", version.description)
+    writer.member("until_ms", untilMilliseconds)
+    writer.endObject()
+    return writer.text
+  }
+}
+
+/// The lease of the removals that one process makes in some time.
+struct Burial: Sendable {
+  let lease: MetadataLease?
+  /// On the directory's clock.
+  let start: UInt64
+}
+
+extension StoreDirectory {
+  /// How long a removal is remembered at least. A holder that has been out of touch for longer
+  /// finds out by the mark whether it may have missed one.
+  package static let removalMilliseconds: UInt64 = 30 * 60_000
+  /// As long as our server's leases may be. Half of it is for removals to come.
+  private static let burialMilliseconds: UInt64 = 2 * removalMilliseconds
+  private static let attemptLimit = 8
+
+  private var removalPrefix: String { prefix + "store/removed/" }
+
+  private func removalPrefix(_ name: String) -> String {
+    removalPrefix + PercentEncoding.encode(name) + "/"
+  }
+
+  package func tombstoneKey(_ name: String, _ version: PayloadVersion) -> String {
+    removalPrefix(name) + version.description
+  }
+
+  /// Another text with each removal of whatever name; nothing for as long as there was none. No
+  /// name is empty.
+  var removalMarkKey: String { removalPrefix + "/latest" }
+
+  /// Removes a name: its holders withdraw each version that there is by now. Returns false if there
+  /// is none.
+  package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    var isRemoved = false
+    for _ in 0..<Self.attemptLimit {
+      let text = try store.get(headKey(name), call)
+      let head = head(name, in: text)
+      let removals = try removals(of: name, call)
+      // A newer one, published after this began, is another's.
+      if isRemoved && (text == nil || head.map { !removals.contains($0.version) } ?? false) {
+        break
+      }
+      var summaries = try versions(of: name, call).map(\.summary)
+      if let head, !summaries.contains(where: { $0.version == head.version }) {
+        summaries.append(head.summary)
+      }
+      summaries.removeAll { removals.contains($0.version) }
+      // First this, since a holder that finds no head looks here before it puts one.
+      if !summaries.isEmpty || text != nil && head == nil { try bury(name, summaries, call) }
+      if text == nil && summaries.isEmpty { break }
+      isRemoved = true
+      guard let text else { break }
+      try delete(MetadataEntry(key: headKey(name), value: text), call)
+      // Another holder may have put one at the same time: it is looked at again.
+    }
+    return isRemoved
+  }
+
+  private func bury(
+    _ name: String, _ summaries: [PayloadSummary], _ call: MetadataCall
+  ) throws(EngineError) {
+    let until = max(wallMilliseconds(), summaries.map(\.publishedMilliseconds).max() ?? 0)
+    // Behind a head that nobody can read there may be any version.
+    let versions =
+      summaries.isEmpty ? [PayloadVersion(high: 0, low: 0)] : summaries.map(\.version)
+    for version in versions {
+      let entry = MetadataEntry(
+        key: tombstoneKey(name, version),
+        value: Tombstone(name, version, untilMilliseconds: until).json)
+      do throws(EngineError) {
+        try store.put(entry, lease: try burialLease(call), call)
+      } catch {
+        if error.code != .notFound { throw error }
+        burial.withLock { $0 = nil }
+        try store.put(entry, lease: try burialLease(call), call)
+      }
+    }
+    try store.put(
+      MetadataEntry(
+        key: removalMarkKey,
+        value: HexNumber.text(.random(in: 0 ... .max)) + HexNumber.text(.random(in: 0 ... .max))),
+      lease: nil, call)
+  }
+
+  /// A lease that lasts long enough; one for all removals of some time, since services bound how
+  /// many there are.
+  private func burialLease(_ call: MetadataCall) throws(EngineError) -> MetadataLease? {
+    let now = now()
+    let present = burial.withLock { $0 }
+    if let present,
+      now &- present.start < (Self.burialMilliseconds - Self.removalMilliseconds) * 1_000_000
+    {
+      return present.lease
+    }
+    let lease = try store.grant(ttlMilliseconds: Self.burialMilliseconds, call)
+    burial.withLock { $0 = Burial(lease: lease, start: now) }
+    return lease
+  }
+
+  /// What was removed of a name.
+  package func removals(
+    of name: String, _ call: MetadataCall
+  ) throws(EngineError) -> Removals {
+    var removals = Removals()
+    try store.forEach(prefix: removalPrefix(name), call) { entry throws(EngineError) in
+      if let tombstone = tombstone(entry) { removals.note(tombstone) }
+    }
+    return removals
+  }
+
+  /// The same of every name that begins with `start` and that `isAsked` for.
+  func removals(
+    startingWith start: String, _ call: MetadataCall, isAsked: (MetadataKey) -> Bool
+  ) throws(EngineError) -> [MetadataKey: Removals] {
+    var removals: [MetadataKey: Removals] = [:]
+    let prefix = removalPrefix + PercentEncoding.encode(start)
+    try store.forEach(prefix: prefix, call) { entry throws(EngineError) in
+      guard let tombstone = tombstone(entry) else { return }
+      let name = MetadataKey(tombstone.name)
+      if isAsked(name) { removals[name, default: Removals()].note(tombstone) }
+    }
+    return removals
+  }
+
+  /// Whether any name at all was removed lately.
+  func hasRemovals(_ call: MetadataCall) throws(EngineError) -> Bool {
+    try store.list(prefix: removalPrefix, from: nil, limit: 2, call).entries.contains {
+      $0.key != removalMarkKey
+    }
+  }
+
+  /// nil unless it is one and stands where it belongs.
+  private func tombstone(_ entry: MetadataEntry) -> Tombstone? {
+    guard let tombstone = Tombstone(json: entry.value),
+      tombstoneKey(tombstone.name, tombstone.version).utf8.elementsEqual(entry.key.utf8)
+    else { return nil }
+    return tombstone
+  }
+}

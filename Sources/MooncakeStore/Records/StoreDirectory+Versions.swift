@@ -1,0 +1,98 @@
+import MooncakeEngine
+
+/// What the records of its holders tell of one version of a payload.
+package struct HeldVersion: Sendable {
+  package private(set) var summary: PayloadSummary
+  package private(set) var holderCount: UInt64 = 0
+  /// Whether somebody holds it who knows of no newer version.
+  package private(set) var isCurrent = false
+  /// Whether such a one has all of it.
+  package private(set) var isComplete = false
+
+  init(_ record: HolderRecord) {
+    summary = record.summary
+    note(record)
+  }
+
+  package var version: PayloadVersion { summary.version }
+
+  mutating func note(_ record: HolderRecord) {
+    holderCount += 1
+    let isNewer = record.publishedMilliseconds > summary.publishedMilliseconds
+    if record.isSuperseded {
+      if isNewer && !isCurrent { summary = record.summary }
+      return
+    }
+    if isNewer || !isCurrent { summary = record.summary }
+    isCurrent = true
+    isComplete = isComplete || record.isComplete
+  }
+}
+
+extension PayloadSummary {
+  /// Whether another version of the name was published later.
+  func isOlder(than other: PayloadSummary) -> Bool {
+    if publishedMilliseconds != other.publishedMilliseconds {
+      return publishedMilliseconds < other.publishedMilliseconds
+    }
+    return (version.high, version.low) < (other.version.high, other.version.low)
+  }
+}
+
+extension StoreDirectory {
+  private static let recordCount = 256
+
+  /// The versions of a name that somebody holds. However many holders there are, no more than a
+  /// page of their records is in memory; of a version that somebody has all of no more are read.
+  package func versions(
+    of name: String, _ call: MetadataCall
+  ) throws(EngineError) -> [HeldVersion] {
+    let prefix = holderPrefix(name)
+    var versions: [HeldVersion] = []
+    var position: String?
+    repeat {
+      let page = try store.list(
+        prefix: prefix, from: position, limit: Self.recordCount, call)
+      for entry in page.entries {
+        if let record = record(entry) { Self.note(record, &versions) }
+      }
+      position = page.next
+      if let last = versions.last, last.isComplete, let next = position {
+        let own = holderPrefix(name, last.version)
+        // Behind all digits.
+        if next.utf8.starts(with: own.utf8) { position = own + "~" }
+      }
+    } while position != nil
+    return versions
+  }
+
+  /// Records come in order of keys, so that those of a version are together.
+  static func note(_ record: HolderRecord, _ versions: inout [HeldVersion]) {
+    if versions.last?.version == record.version {
+      versions[versions.count - 1].note(record)
+    } else {
+      versions.append(HeldVersion(record))
+    }
+  }
+
+  /// The version that a name has while nobody stands for it; nil if there is none. A version whose
+  /// holders know of a newer one is not chosen when that one is gone, nor is one that was removed.
+  package func newest(
+    of name: String, _ call: MetadataCall
+  ) throws(EngineError) -> HeldVersion? {
+    let versions = try versions(of: name, call)
+    if !versions.contains(where: \.isCurrent) { return nil }
+    return Self.newest(versions, try removals(of: name, call))
+  }
+
+  static func newest(_ versions: [HeldVersion], _ removals: Removals) -> HeldVersion? {
+    versions.filter { $0.isCurrent && !removals.cover($0.summary) }
+      .max { $0.summary.isOlder(than: $1.summary) }
+  }
+
+  /// As which a name without a head is listed: as the newest version, if somebody has all of that
+  /// and so is about to stand for it.
+  static func listed(_ versions: [HeldVersion], _ removals: Removals) -> HeldVersion? {
+    newest(versions, removals).flatMap { $0.isComplete ? $0 : nil }
+  }
+}
