@@ -6,7 +6,8 @@ import Glibc
 package final class WorkerThread: @unchecked Sendable {
   // Unchecked: `handle` is written once before the object is shared, `body` is the thread's.
   private var handle = pthread_t()
-  /// Until it runs: what it holds may hold the thread, and must not outlive its run because of that.
+  /// Until it runs: what it holds may hold the thread, and must not outlive its run because of
+  /// that.
   private var body: (@Sendable () -> Void)?
   private let name: String
   private let processors: ProcessorSet?
