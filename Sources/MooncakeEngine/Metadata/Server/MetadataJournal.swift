@@ -12,6 +12,7 @@ package final class MetadataJournal {
   package struct Disk: Sendable {
     package var syncData: @Sendable (Int32) -> Int32 = { fdatasync($0) }
     package var sync: @Sendable (Int32) -> Int32 = { fsync($0) }
+    package var truncate: @Sendable (Int32, Int) -> Int32 = { ftruncate($0, $1) }
 
     package init() {}
   }
@@ -52,7 +53,13 @@ package final class MetadataJournal {
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw Self.failure(path, "\(Errno.current)") }
     fileBytes = Int(status.st_size)
-    try cut(to: fileBytes == 0 ? 0 : read(replay))
+    if fileBytes > 0 {
+      try cut(to: read(replay))
+      // A former process may have written it and not have come to sync it.
+      if disk.syncData(file.rawValue) != 0 {
+        throw Self.failure(path, "syncing \(Self.name): \(Errno.current)")
+      }
+    }
     try create()
   }
 
@@ -182,7 +189,9 @@ package final class MetadataJournal {
   private func cut(to keptBytes: Int) throws(EngineError) {
     if keptBytes == fileBytes { return }
     let lostBytes = fileBytes - keptBytes
-    if ftruncate(file.rawValue, keptBytes) != 0 { throw Self.failure(path, "\(Errno.current)") }
+    if disk.truncate(file.rawValue, keptBytes) != 0 {
+      throw Self.failure(path, "cutting \(Self.name) to \(keptBytes) bytes: \(Errno.current)")
+    }
     fileBytes = keptBytes
     Log.warning(
       "metadata server: \(path)/\(Self.name): "
@@ -213,7 +222,7 @@ package final class MetadataJournal {
       if disk.syncData(file.rawValue) != 0 { throw Errno.current }
     } catch {
       isBehind = true
-      _ = ftruncate(file.rawValue, fileBytes)
+      _ = disk.truncate(file.rawValue, fileBytes)
       throw error
     }
     fileBytes += pending.count

@@ -92,15 +92,21 @@ struct MetadataJournalDamageTests {
   }
 
   @Test func recordsThatMakeNoSenseStopTheStart() throws {
-    for records: [MetadataJournal.Record] in [
-      [.put(key: "a", value: [], lease: 7)],
-      [.grant(lease: 7, ttlMilliseconds: 1000), .grant(lease: 7, ttlMilliseconds: 1000)],
+    let grant = MetadataJournal.Record.grant(lease: 7, ttlMilliseconds: 1000)
+    for (records, problem) in [
+      ([.put(key: "a", value: [], lease: 7)], "no record before has granted"),
+      ([grant, grant], "granted a second time"),
     ] {
       let folder = JournalFolder()
       try folder.write(records)
       var options = MetadataServer.Options()
       options.directory = folder.path
-      #expect(throws: EngineError.self) { try MetadataServer(options) }
+      let bytes = folder.bytes
+      let error = try #require(throws: EngineError.self) { try MetadataServer(options) }
+      for word in [folder.file, problem, "move the file away"] {
+        #expect(error.message.contains(word), "\(error.message)")
+      }
+      #expect(folder.bytes == bytes)
     }
   }
 
@@ -134,5 +140,48 @@ struct MetadataJournalDamageTests {
       try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
     }
     #expect(try folder.read() == [])
+  }
+
+  @Test func whatIsReadIsSafeBeforeItIsServed() throws {
+    let folder = JournalFolder()
+    // With half a record, which is cut off.
+    for bytes in [Self.file.bytes, Self.file.bytes + [1, 2, 3]] {
+      folder.bytes = bytes
+      let synced = Lock<[Int]>([])
+      var disk = MetadataJournal.Disk()
+      disk.syncData = { descriptor in
+        var status = stat()
+        fstat(descriptor, &status)
+        synced.withLock { $0.append(Int(status.st_size)) }
+        return fdatasync(descriptor)
+      }
+      do { _ = try MetadataJournal(directory: folder.path, disk: disk) { _ in nil } }
+      #expect(synced.withLock { $0 } == [Self.file.bytes.count])
+      disk.syncData = { _ in
+        errno = EIO
+        return -1
+      }
+      let error = try #require(throws: EngineError.self) {
+        try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
+      }
+      #expect(error.message.contains(folder.path), "\(error.message)")
+      #expect(try folder.read() == Self.records)
+    }
+  }
+
+  @Test func filesThatCannotBeCutStopTheStart() throws {
+    let folder = JournalFolder()
+    let bytes = Self.file.bytes + [1, 2, 3]
+    folder.bytes = bytes
+    var disk = MetadataJournal.Disk()
+    disk.truncate = { _, _ in
+      errno = EIO
+      return -1
+    }
+    let error = try #require(throws: EngineError.self) {
+      try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
+    }
+    #expect(error.message.contains("cutting"), "\(error.message)")
+    #expect(folder.bytes == bytes)
   }
 }
