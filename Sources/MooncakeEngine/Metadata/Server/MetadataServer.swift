@@ -77,7 +77,9 @@ public final class MetadataServer: Sendable {
     _ options: Options, _ disk: MetadataJournal.Disk, _ rules: inout MetadataRules
   ) throws(EngineError) -> MetadataJournal? {
     guard let directory = options.directory else { return nil }
+    rules.table.startRestore()
     let journal = try MetadataJournal(directory: directory, disk: disk) { rules.replay($0) }
+    rules.table.finishRestore()
     let (used, limit) = (rules.table.usedBytes, rules.table.limits.totalBytes)
     if used <= limit { return journal }
     let mebibytes = (used + (1 << 20) - 1) >> 20

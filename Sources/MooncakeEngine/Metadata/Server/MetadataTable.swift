@@ -13,6 +13,8 @@ package struct MetadataLimits: Sendable {
   package var connectionsPerHost = 1536
   /// For a whole request, and for the client to take a whole answer; also for silence in between.
   package var requestMilliseconds: UInt64 = 60_000
+  /// Who takes longer than this may have to give way to others.
+  package var graceMilliseconds: UInt64 = 1000
   /// Of values that are coming in, and of answers that clients have not taken; each.
   package var passingBytes = 256 << 20
 
@@ -52,8 +54,9 @@ package struct MetadataTable {
   package private(set) var usedBytes = 0
   package private(set) var leases: [UInt64: Lease] = [:]
   private var entries: [MetadataKey: Entry] = [:]
-  /// Every key in order.
+  /// Every key in order; empty during a restore.
   private var order: [MetadataKey] = []
+  private var isRestoring = false
   private var history: [Change] = []
   private var historyBytes = 0
   /// No lease ends before.
@@ -64,7 +67,7 @@ package struct MetadataTable {
     self.limits = limits
   }
 
-  package var count: Int { order.count }
+  package var count: Int { entries.count }
   package var allEntries: [(key: MetadataKey, entry: Entry)] {
     order.map { ($0, entries[$0]!) }
   }
@@ -87,6 +90,14 @@ package struct MetadataTable {
     return .done
   }
 
+  /// From here to `finishRestore` nobody lists or watches.
+  package mutating func startRestore() { isRestoring = true }
+
+  package mutating func finishRestore() {
+    isRestoring = false
+    order = entries.keys.sorted()
+  }
+
   /// Puts what a server with other limits may have taken; false if there is no such lease.
   package mutating func restore(_ key: MetadataKey, _ value: [UInt8], lease: UInt64) -> Bool {
     if lease != 0 && leases[lease] == nil { return false }
@@ -104,7 +115,7 @@ package struct MetadataTable {
     usedBytes += growth(of: old, key, value)
     if let old {
       if old.lease != lease { leases[old.lease]?.keys.remove(key) }
-    } else {
+    } else if !isRestoring {
       order.insert(key, at: place(of: key))
     }
     entries[key] = Entry(value: value, lease: lease)
@@ -116,7 +127,7 @@ package struct MetadataTable {
   package mutating func delete(_ key: MetadataKey) -> Bool {
     guard let old = entries.removeValue(forKey: key) else { return false }
     usedBytes -= cost(key, old.value)
-    order.remove(at: place(of: key))
+    if !isRestoring { order.remove(at: place(of: key)) }
     leases[old.lease]?.keys.remove(key)
     note(key, nil)
     return true
@@ -170,6 +181,7 @@ package struct MetadataTable {
   }
 
   private mutating func note(_ key: MetadataKey, _ value: [UInt8]?) {
+    if isRestoring { return }
     revision &+= 1
     history.append(Change(revision: revision, key: key, value: value))
     historyBytes += cost(key, value ?? [])

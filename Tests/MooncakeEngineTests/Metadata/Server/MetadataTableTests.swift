@@ -51,6 +51,22 @@ struct MetadataTableTests {
     check(table.nextExpiry == .max)
   }
 
+  @Test func restoresInAnyOrder() {
+    var table = MetadataTable(revision: 9)
+    table.startRestore()
+    check(table.restoreLease(7, ttlMilliseconds: 1000, now: 0))
+    for text in ["c", "a", "d", "b", "a"] {
+      check(table.restore(key(text), [1], lease: text == "d" ? 7 : 0))
+    }
+    check(table.delete(key("c")) && !table.delete(key("c")) && table.revoke(7))
+    table.finishRestore()
+    check(table.allEntries.map(\.key.text) == ["a", "b"])
+    check(table.count == 2 && table.changes(prefix: "", since: 9)?.isEmpty == true)
+    check(table.put(key("aa"), [1]) == .done && table.delete(key("b")))
+    check(table.allEntries.map(\.key.text) == ["a", "aa"])
+    check(table.changes(prefix: "", since: 9)?.count == 2)
+  }
+
   @Test func stallsPostpone() {
     var table = MetadataTable(revision: 0)
     _ = table.grant(1, ttlMilliseconds: 1000, now: 0)
