@@ -10,23 +10,37 @@ package struct MetadataConnections {
     case body
     /// The request is there, its answer not yet: the server's business.
     case work
+    /// Likewise, and the answer waits for changes.
+    case watch
     /// The client has not taken the whole answer.
     case answer
   }
 
+  // Without a text, so that looking through all of them is cheap.
   package struct Connection: Sendable {
     package let socket: Int32
-    /// Whom it counts for.
-    package let group: String
+    fileprivate let group: Int
     package fileprivate(set) var phase = Phase.head
     /// When the phase began, on `Clock`, in nanoseconds.
     package fileprivate(set) var since: UInt64
+    /// Of a value that is coming in, or of an answer.
+    fileprivate var heldBytes = 0
     /// It has been answered once: it belongs to somebody who asks.
     fileprivate var isKnown = false
     fileprivate var isClosing = false
 
     /// Between two requests.
     package var isIdle: Bool { isKnown && phase == .head }
+    fileprivate var isAtWork: Bool { phase == .work || phase == .watch }
+    fileprivate var isCandidate: Bool { !isClosing && !isAtWork }
+  }
+
+  /// Whom connections count for.
+  private struct Group {
+    var name: String
+    /// That are not closing.
+    var openCount = 0
+    var count = 0
   }
 
   package enum Verdict: Equatable, Sendable {
@@ -42,79 +56,153 @@ package struct MetadataConnections {
   private let limit: Int
   private let groupLimit: Int
   private let patience: UInt64
+  private let grace: UInt64
   private var all: [Key: Connection] = [:]
+  private var groups: [Group] = []
+  private var indexes: [String: Int] = [:]
+  /// Places in `groups`.
+  private var free: [Int] = []
   /// Connections that are not closing.
-  private var counts: [String: Int] = [:]
   package private(set) var count = 0
   /// None has taken too long before, in nanoseconds on `Clock`.
   package private(set) var nextCheck = UInt64.max
 
-  package init(limit: Int, groupLimit: Int, patienceMilliseconds: UInt64) {
+  /// Who takes longer than the grace may have to give way, who takes longer than the patience ends.
+  package init(
+    limit: Int, groupLimit: Int, patienceMilliseconds: UInt64, graceMilliseconds: UInt64
+  ) {
     self.limit = limit
     self.groupLimit = groupLimit
     patience = patienceMilliseconds &* 1_000_000
+    grace = graceMilliseconds &* 1_000_000
   }
 
   package subscript(key: Key) -> Connection? { all[key] }
 
-  package mutating func add(_ key: Key, socket: Int32, group: String, now: UInt64) {
+  package var isEmpty: Bool { all.isEmpty }
+
+  /// Whom a connection counts for.
+  package func group(of key: Key) -> String { all[key].map { groups[$0.group].name } ?? "" }
+
+  package mutating func add(_ key: Key, socket: Int32, group name: String, now: UInt64) {
+    let group = indexes[name] ?? free.popLast() ?? groups.count
+    if group == groups.count { groups.append(Group(name: name)) }
+    indexes[name] = group
+    groups[group].name = name
+    groups[group].openCount += 1
+    groups[group].count += 1
     all[key] = Connection(socket: socket, group: group, since: now)
-    counts[group, default: 0] += 1
     count += 1
     nextCheck = min(nextCheck, now &+ patience)
   }
 
   package mutating func remove(_ key: Key) {
-    guard let connection = all.removeValue(forKey: key) else { return }
-    if !connection.isClosing { uncount(connection.group) }
+    startClosing(key)
+    guard let group = all.removeValue(forKey: key)?.group else { return }
+    groups[group].count -= 1
+    if groups[group].count == 0 {
+      indexes[groups[group].name] = nil
+      free.append(group)
+    }
     if all.isEmpty { nextCheck = .max }
-  }
-
-  private mutating func uncount(_ group: String) {
-    count -= 1
-    let left = counts[group, default: 1] - 1
-    counts[group] = left == 0 ? nil : left
   }
 
   /// It is as good as closed: its place is free.
   package mutating func startClosing(_ key: Key) {
     guard let connection = all[key], !connection.isClosing else { return }
     all[key]?.isClosing = true
-    uncount(connection.group)
+    groups[connection.group].openCount -= 1
+    count -= 1
   }
 
   package mutating func enter(_ phase: Phase, _ key: Key, now: UInt64) {
-    guard var connection = all[key] else { return }
-    if connection.phase == .answer && phase == .head { connection.isKnown = true }
-    connection.phase = phase
-    connection.since = now
-    all[key] = connection
+    all[key]?.phase = phase
+    all[key]?.since = now
     nextCheck = min(nextCheck, now &+ patience)
+  }
+
+  /// The client has its answer; `isKnown` if that was more than anybody gets.
+  package mutating func finish(_ key: Key, isKnown: Bool, now: UInt64) {
+    if isKnown { all[key]?.isKnown = true }
+    all[key]?.heldBytes = 0
+    enter(.head, key, now: now)
+  }
+
+  /// How much memory a connection takes.
+  package mutating func hold(_ byteCount: Int, _ key: Key) { all[key]?.heldBytes = byteCount }
+
+  /// The server did not run for a while: nobody is to blame for that.
+  package mutating func postpone(nanoseconds: UInt64) {
+    for key in all.keys { all[key]?.since &+= nanoseconds }
+    if nextCheck != .max { nextCheck &+= nanoseconds }
   }
 
   // MARK: Choices
 
   /// Whether one more may come from a group.
-  package func verdict(group: String) -> Verdict {
-    if counts[group, default: 0] >= groupLimit {
-      return stalest { $0.group == group }.map { .instead(of: $0) } ?? .refused
+  package func verdict(group name: String, now: UInt64) -> Verdict {
+    if let group = indexes[name], groups[group].openCount >= groupLimit {
+      return stalest(of: group, now: now).map { .instead(of: $0) } ?? .refused
     }
     if count < limit { return .welcome }
-    return stalest { _ in true }.map { .instead(of: $0) } ?? .full
+    return stalest(now: now).map { .instead(of: $0) } ?? .full
   }
 
   /// There is no place, and nobody to make one.
-  package var isFull: Bool { count >= limit && stalest { _ in true } == nil }
+  package var isFull: Bool {
+    count >= limit && !all.values.contains { $0.isCandidate }
+  }
 
-  /// Whom to close first: of the group with the most connections, who has never got an answer, and
-  /// whom the server has waited for longest. Never one at work.
-  package func stalest(_ isMeant: (Connection) -> Bool) -> Key? {
+  /// Whom to close first: of the group with the most connections, who was never answered for longer
+  /// than the grace; then whom the server has waited for longest; at last who has just come or is
+  /// in the midst of a request. Never one at work.
+  package func stalest(now: UInt64) -> Key? { stalest(of: nil, now: now) }
+
+  private func stalest(of group: Int?, now: UInt64) -> Key? {
+    first { connection in
+      if !connection.isCandidate || (group != nil && connection.group != group) { return nil }
+      let isYoung = now < connection.since &+ grace
+      let tier = isYoung && !connection.isIdle ? 2 : connection.isKnown ? 1 : 0
+      return (-groups[connection.group].openCount, tier, connection.since)
+    }
+  }
+
+  /// Which wait for changes to end first, of a group or of the one with the most connections, if
+  /// it has had its grace.
+  package func longestWatch(group name: String?, now: UInt64) -> Key? {
+    let group = name.map { indexes[$0] ?? -1 }
+    return first { connection in
+      guard connection.phase == .watch, !connection.isClosing, now >= connection.since &+ grace,
+        group == nil || connection.group == group
+      else { return nil }
+      return (-groups[connection.group].openCount, 0, connection.since)
+    }
+  }
+
+  /// Whom to close for the memory that connections in a phase hold: of the group that holds most,
+  /// whom the server has waited for longest. Nobody if those that are closing already hold what is
+  /// needed.
+  package func heaviest(in phase: Phase, neededBytes: Int, now: UInt64) -> Key? {
+    var closingBytes = 0
+    var bytes = [Int](repeating: 0, count: groups.count)
+    for connection in all.values where connection.phase == phase {
+      if connection.isClosing { closingBytes += connection.heldBytes }
+      bytes[connection.group] += connection.heldBytes
+    }
+    if closingBytes >= neededBytes { return nil }
+    return first { connection in
+      guard connection.phase == phase, !connection.isClosing, connection.heldBytes > 0,
+        now >= connection.since &+ grace
+      else { return nil }
+      return (-bytes[connection.group], 0, connection.since)
+    }
+  }
+
+  /// The one with the lowest rank; those without are not meant.
+  private func first(_ rank: (Connection) -> (Int, Int, UInt64)?) -> Key? {
     var best: (key: Key, rank: (Int, Int, UInt64))?
-    for (key, connection) in all where !connection.isClosing && connection.phase != .work {
-      if !isMeant(connection) { continue }
-      let rank = (
-        -counts[connection.group, default: 0], connection.isKnown ? 1 : 0, connection.since
-      )
+    for (key, connection) in all {
+      guard let rank = rank(connection) else { continue }
       if best.map({ rank < $0.rank }) ?? true { best = (key, rank) }
     }
     return best?.key
@@ -125,7 +213,7 @@ package struct MetadataConnections {
     if now < nextCheck { return [] }
     nextCheck = .max
     var keys: [Key] = []
-    for (key, connection) in all where !connection.isClosing && connection.phase != .work {
+    for (key, connection) in all where connection.isCandidate {
       let end = connection.since &+ patience
       if end <= now { keys.append(key) } else { nextCheck = min(nextCheck, end) }
     }

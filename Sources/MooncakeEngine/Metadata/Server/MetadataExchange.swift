@@ -37,6 +37,9 @@ final class MetadataExchange {
   /// Of the answer, until it has been taken.
   var sentBytes = 0
   var watch: Watch?
+  /// It was not for everybody, so that its client is one who belongs here.
+  var isUseful: Bool { isAuthorized && path != "/health" }
+  var isAuthorized = true
 
   init(_ connection: OpaquePointer, method: String, path: String) {
     self.connection = connection

@@ -28,6 +28,8 @@ final class MetadataServerLoop: @unchecked Sendable {
   /// Of answers that clients have not taken yet.
   private var answerBytes = 0
   private var isDaemonStopped = false
+  /// Suspended connections go on with the daemon's next run.
+  private var hasResumed = false
   /// When requests were last taken in.
   private var last = Clock.now()
 
@@ -44,6 +46,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   private static let tickMilliseconds: Int32 = 1000
   /// Of a time without taking requests in, what counts for leases at most.
   private static let stallNanoseconds: UInt64 = 500_000_000
+  private static let roundsAfterStall = 16
 
   init(
     listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?,
@@ -93,6 +96,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     self.owner = owner
     clients = MetadataClients(library, daemon, listener: listener, limits: rules.table.limits)
     owner.loop = self
+    clients.endWatch = { [unowned self] in endWatch($0) }
     do throws(Errno) {
       try epoll.add(
         mhd_epoll_descriptor(library.information, daemon), events: Epoll.readable, token: 0)
@@ -125,12 +129,17 @@ final class MetadataServerLoop: @unchecked Sendable {
       let start = Clock.now()
       let count = epoll.wait(into: events, timeoutMilliseconds: pause)
       let now = Clock.now()
-      postponeAfterStall(now, waited: now &- start, pause)
-      if events[..<count].contains(where: { $0.data.u64 == MetadataClients.listenerToken }) {
-        clients.accept(epoll)
-      }
+      let isAfterStall = postponeAfterStall(now, waited: now &- start, pause)
+      let events = events[..<count]
       // Before leases end: what came while the disk kept the thread may be renewals.
-      _ = library.run(daemon)
+      if isAfterStall || events.contains(where: { $0.data.u64 == MetadataClients.listenerToken }) {
+        var rounds = isAfterStall ? Self.roundsAfterStall : 1
+        while clients.accept(epoll), rounds > 1 {
+          runDaemon()
+          rounds -= 1
+        }
+      }
+      runDaemon()
       rules.expire(now: now)
       commit()
       serveWatchers(Clock.now())
@@ -140,10 +149,10 @@ final class MetadataServerLoop: @unchecked Sendable {
     // Suspended connections must not meet the end of the daemon.
     for exchange in watchers {
       exchange.answer = Self.stopping
-      library.resume(exchange.connection)
+      resume(exchange)
     }
     watchers = []
-    _ = library.run(daemon)
+    runDaemon()
     stopDaemon()
     clients.stop()
     journal = nil
@@ -156,11 +165,23 @@ final class MetadataServerLoop: @unchecked Sendable {
     library.stop(daemon)
   }
 
+  private func runDaemon() {
+    hasResumed = false
+    _ = library.run(daemon)
+  }
+
+  private func resume(_ exchange: MetadataExchange) {
+    hasResumed = true
+    library.resume(exchange.connection)
+  }
+
   /// Milliseconds until there is something to do without a request.
   private var pause: Int32 {
     // What came in while the journal was written.
     if !rules.records.isEmpty { return 0 }
-    var wait = rules.table.leases.isEmpty ? Int32.max : Self.tickMilliseconds
+    // A long sleep would not be told from a stall.
+    let isQuiet = rules.table.leases.isEmpty && clients.isEmpty
+    var wait = isQuiet ? Int32.max : Self.tickMilliseconds
     var milliseconds: UInt64 = 0
     if library.timeout(daemon, &milliseconds) == MicroHTTPLibrary.yes {
       wait = min(wait, Int32(clamping: milliseconds))
@@ -171,14 +192,17 @@ final class MetadataServerLoop: @unchecked Sendable {
     return wait == .max ? -1 : wait
   }
 
-  /// While the process was stopped, or the disk was slow, it could not take renewals; their owners
-  /// are not to blame. A part of the time counts all the same: leases end on the slowest disk.
-  private func postponeAfterStall(_ now: UInt64, waited: UInt64, _ pause: Int32) {
+  /// While the process was stopped, or the disk was slow, it took no requests; clients are not to
+  /// blame. A part of the time counts all the same: leases end on the slowest disk. Returns whether
+  /// it was so.
+  private func postponeAfterStall(_ now: UInt64, waited: UInt64, _ pause: Int32) -> Bool {
     defer { last = now }
-    if pause < 0 { return }
+    if pause < 0 { return false }
     let stall = now &- last &- min(waited, UInt64(pause) &* 1_000_000)
-    if stall <= Self.stallNanoseconds { return }
+    if stall <= Self.stallNanoseconds { return false }
     rules.table.postpone(nanoseconds: stall - Self.stallNanoseconds)
+    clients.postpone(nanoseconds: stall - Self.stallNanoseconds)
+    return true
   }
 
   /// Makes the journal safe, then lets those go on whose changes it holds.
@@ -200,9 +224,9 @@ final class MetadataServerLoop: @unchecked Sendable {
       }
     }
     if committing.isEmpty { return }
-    for exchange in committing { library.resume(exchange.connection) }
+    for exchange in committing { resume(exchange) }
     committing = []
-    _ = library.run(daemon)
+    runDaemon()
   }
 
   private func compact() {
@@ -225,13 +249,25 @@ final class MetadataServerLoop: @unchecked Sendable {
         continue
       }
       exchange.answer = answer
-      library.resume(exchange.connection)
+      resume(exchange)
       answeredBytes += answer.body.count
       if answeredBytes < Self.turnBytes { continue }
-      _ = library.run(daemon)
+      runDaemon()
       answeredBytes = 0
     }
-    if watchers.count < waiting.count { _ = library.run(daemon) }
+    if hasResumed { runDaemon() }
+  }
+
+  /// Answers a wait for changes before its time, since others need the place.
+  private func endWatch(_ key: MetadataConnections.Key) -> Bool {
+    let index = watchers.firstIndex { UInt(bitPattern: $0.connection) == key }
+    guard let index else { return false }
+    let exchange = watchers.remove(at: index)
+    exchange.watch?.end = 0
+    exchange.answer = rules.answer(toWatch: exchange, now: Clock.now())
+    resume(exchange)
+    runDaemon()
+    return true
   }
 
   // MARK: Callbacks of libmicrohttpd, on the thread
@@ -242,7 +278,10 @@ final class MetadataServerLoop: @unchecked Sendable {
   ) -> MHD_Result {
     guard let known = slot.pointee else {
       let exchange = MetadataExchange(connection, method: method, path: path)
-      if !isAuthorized(exchange) { exchange.answer = Self.unauthorized }
+      if !isAuthorized(exchange) {
+        exchange.isAuthorized = false
+        exchange.answer = Self.unauthorized
+      }
       slot.pointee = Unmanaged.passRetained(exchange).toOpaque()
       clients.enter(.body, connection)
       return MicroHTTPLibrary.yes
@@ -262,6 +301,7 @@ final class MetadataServerLoop: @unchecked Sendable {
         exchange, parameter: { self.parameter($0, connection) }, now: Clock.now())
     else {
       watchers.append(exchange)
+      clients.enter(.watch, connection)
       library.suspend(connection)
       return MicroHTTPLibrary.yes
     }
@@ -279,16 +319,23 @@ final class MetadataServerLoop: @unchecked Sendable {
     let isTooLarge = exchange.body.count + bytes.count > rules.table.limits.valueBytes
     let isCrowded = bodyBytes + bytes.count > rules.table.limits.passingBytes
     if isTooLarge || isCrowded {
-      bodyBytes -= exchange.body.count
-      exchange.body = []
+      let excess = bodyBytes + bytes.count - rules.table.limits.passingBytes
+      dropBody(exchange)
       exchange.isTooLarge = isTooLarge
       if isTooLarge { return }
       exchange.answer = Self.crowded
-      clients.closeStalest(in: .body)
+      clients.closeHeaviest(in: .body, neededBytes: excess)
       return
     }
     exchange.body.append(contentsOf: bytes)
     bodyBytes += bytes.count
+    clients.hold(exchange.body.count, exchange.connection)
+  }
+
+  private func dropBody(_ exchange: MetadataExchange) {
+    bodyBytes -= exchange.body.count
+    exchange.body = []
+    clients.hold(0, exchange.connection)
   }
 
   /// Everybody may ask for a sign of life.
@@ -307,9 +354,9 @@ final class MetadataServerLoop: @unchecked Sendable {
   }
 
   private func finish(_ exchange: MetadataExchange) {
-    bodyBytes -= exchange.body.count
+    dropBody(exchange)
     answerBytes -= exchange.sentBytes
-    clients.enter(.head, exchange.connection)
+    clients.finish(exchange.connection, isKnown: exchange.isUseful)
     watchers.removeAll { $0 === exchange }
     committing.removeAll { $0 === exchange }
   }
@@ -336,14 +383,17 @@ final class MetadataServerLoop: @unchecked Sendable {
     _ given: MetadataExchange.Answer, _ exchange: MetadataExchange
   ) -> MHD_Result {
     // Clients that ask and do not read must not fill the memory.
-    let isTooMuch = answerBytes + given.body.count > rules.table.limits.passingBytes
-    if isTooMuch { clients.closeStalest(in: .answer) }
+    let excess = answerBytes + given.body.count - rules.table.limits.passingBytes
+    let isTooMuch = excess > 0
+    if isTooMuch { clients.closeHeaviest(in: .answer, neededBytes: excess) }
     let answer =
       isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given
     clients.enter(.answer, exchange.connection)
     exchange.answer = nil
+    dropBody(exchange)
     exchange.sentBytes = answer.body.count
     answerBytes += exchange.sentBytes
+    clients.hold(exchange.sentBytes, exchange.connection)
     var body = answer.body
     let response = body.withUnsafeMutableBytes {
       library.response($0.count, $0.baseAddress, UInt32(mhd_must_copy))

@@ -83,4 +83,9 @@ struct MetadataTestClient: ~Copyable {
     let answer = try ask("POST", "/metadata/lease?ttl_ms=\(ttlMilliseconds)")
     return answer.body.split(separator: "\"").first { UInt64($0) != nil }.map(String.init) ?? ""
   }
+
+  static func revision(of server: MetadataServer) throws -> String {
+    let health = try MetadataTestClient(to: server).ask("GET", "/health").body
+    return String(health.split { !$0.isNumber }.last { $0.count > 10 } ?? "")
+  }
 }
