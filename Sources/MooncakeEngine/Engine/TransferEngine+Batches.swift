@@ -99,6 +99,7 @@ extension TransferEngine {
       if batch.isTerminal { return }
       batch.requestCancel()
       for loop in transport.loops { loop.requestSweep() }
+      endCanceledRecoveries()
     }
   }
 

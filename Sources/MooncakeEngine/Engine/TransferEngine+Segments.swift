@@ -142,7 +142,11 @@ extension TransferEngine {
       }
       slice.pointee.isRefetched = true
     }
-    guard segment.enqueueRecovery(slice) else { return }
+    switch segment.enqueueRecovery(slice) {
+    case .first: break
+    case .behind: return
+    case .canceled: return slice.map { endCanceled(segment, $0) } ?? ()
+    }
     if workers.run({ [self] in runRecovery(segment, mayAsk: true) }) { return }
     // The caller may drive connections, so it must not wait for a peer.
     runRecovery(segment, mayAsk: false)
@@ -150,35 +154,40 @@ extension TransferEngine {
 
   private func runRecovery(_ segment: OpenSegment, mayAsk: Bool) {
     repeat {
-      var waiting = segment.takeRecovery()
+      let first = Deadline(nanoseconds: segment.beginFetch())
       var failure: EngineError?
       if segment.id != 0 && !isClosing {
         do throws(EngineError) {
           guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
-          try refresh(segment, deadline: recoveryDeadline(waiting))
+          try refresh(
+            segment, deadline: min(first, .after(milliseconds: Self.recoveryMilliseconds)))
         } catch {
           failure = error
         }
       }
-      while let slice = waiting.popFirst() { finishRecovery(segment, slice, failure) }
+      var fetched = segment.endFetch()
+      while let slice = fetched.popFirst() { finishRecovery(segment, slice, failure) }
     } while !segment.endRecovery()
   }
 
-  private func recoveryDeadline(_ waiting: SliceQueue) -> Deadline {
-    var deadline = Deadline.after(milliseconds: Self.recoveryMilliseconds)
-    var cursor = waiting.first
-    while let slice = cursor {
-      deadline = min(deadline, Deadline(nanoseconds: slice.pointee.deadline))
-      cursor = slice.pointee.next
+  /// Ends the slices of canceled batches that wait for a descriptor. Nothing touches their memory
+  /// meanwhile.
+  func endCanceledRecoveries() {
+    for segment in segments.all {
+      var canceled = segment.takeCanceled()
+      while let slice = canceled.popFirst() { endCanceled(segment, slice) }
     }
-    return deadline
+  }
+
+  private func endCanceled(_ segment: OpenSegment, _ slice: SlicePointer) {
+    Batch.end(slice, .canceled, reason: "segment \(segment.name): canceled")
   }
 
   private func finishRecovery(
     _ segment: OpenSegment, _ slice: SlicePointer, _ failure: EngineError?
   ) {
     if slice.pointee.batch.isCancelRequested || isClosing {
-      return Batch.end(slice, .canceled, reason: "segment \(segment.name): canceled")
+      return endCanceled(segment, slice)
     }
     if let failure {
       let isLate = slice.pointee.deadline <= Clock.now()

@@ -31,9 +31,13 @@ package final class OpenSegment: Sendable {
   private let routeBox: Lock<SegmentRoute>
   private let closed = Atomic<Bool>(false)
 
-  /// Slices that wait for a fresh descriptor.
+  /// Slices that wait for a fresh descriptor. They stay here while it is fetched, so that who cancels
+  /// them can end them.
   private struct Recovery: @unchecked Sendable {
+    /// For the next fetch.
     var waiting = SliceQueue()
+    /// For the one that runs.
+    var fetching = SliceQueue()
     var isRunning = false
   }
   private let recovery = Lock(Recovery())
@@ -81,20 +85,48 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Adds slices to those that wait; returns whether a recovery must be started.
-  package func enqueueRecovery(_ slice: SlicePointer?) -> Bool {
+  /// What has become of a slice that needs a fresh descriptor.
+  package enum Enqueued {
+    /// A recovery must be started.
+    case first
+    /// The one that runs fetches again for it.
+    case behind
+    /// It is not kept: its batch was canceled before.
+    case canceled
+  }
+
+  /// Adds a slice, or only the wish for a fresh descriptor, to what waits.
+  package func enqueueRecovery(_ slice: SlicePointer?) -> Enqueued {
     recovery.withLock { recovery in
-      if let slice { recovery.waiting.append(slice) }
+      if let slice {
+        // Later than `takeCanceled`, nobody would look at it.
+        if slice.pointee.batch.isCancelRequested { return .canceled }
+        recovery.waiting.append(slice)
+      }
       defer { recovery.isRunning = true }
-      return !recovery.isRunning
+      return recovery.isRunning ? .behind : .first
     }
   }
 
-  /// Takes the slices that wait.
-  package func takeRecovery() -> SliceQueue {
+  /// A fetch begins for all that wait; returns the first deadline among them.
+  package func beginFetch() -> UInt64 {
     recovery.withLock { recovery in
-      defer { recovery.waiting = SliceQueue() }
-      return recovery.waiting
+      recovery.fetching.append(contentsOf: &recovery.waiting)
+      return recovery.fetching.earliestDeadline
+    }
+  }
+
+  /// Takes those for which it was.
+  package func endFetch() -> SliceQueue { recovery.withLock { $0.fetching.takeAll() } }
+
+  /// Takes those whose batch was canceled.
+  package func takeCanceled() -> SliceQueue {
+    recovery.withLock { recovery in
+      if recovery.waiting.isEmpty && recovery.fetching.isEmpty { return SliceQueue() }
+      var canceled = recovery.fetching.removeAll { $0.pointee.batch.isCancelRequested }
+      var more = recovery.waiting.removeAll { $0.pointee.batch.isCancelRequested }
+      canceled.append(contentsOf: &more)
+      return canceled
     }
   }
 

@@ -46,6 +46,46 @@ struct CancelTests {
     #expect(local.holdsOnly(PeerProcess.fillByte))
   }
 
+  /// What the peer may have registered since waits until it is asked, which a stopped one never
+  /// answers.
+  @Test(arguments: TransportKind.needingThePeer)
+  func whileTheDescriptorIsFetched(_ kind: TransportKind) throws {
+    let peer = try PeerProcess.serving(byteCount: 1 << 20)
+    defer { peer.kill() }
+    let engine = try makeEngine(kind)
+    defer { engine.close() }
+    let segment = try engine.openSegment(peer.name)
+    let local = GuardedMemory(4096)
+    func start(_ offset: UInt64) throws -> BatchID {
+      try engine.start([
+        TransferRequest(
+          opcode: .read, segment: segment, source: local.address,
+          targetOffset: peer.address + offset, length: 4096)
+      ])
+    }
+    peer.stop()
+    // The second one waits behind the question for the first.
+    let batches = try [start(1 << 30), start(1 << 31)]
+    usleep(50_000)
+    for batch in batches.reversed() {
+      let milliseconds = try elapsedMilliseconds {
+        try engine.cancel(batch)
+        #expect(try engine.wait(batch, timeoutMilliseconds: 10_000).state == .canceled)
+      }
+      #expect(milliseconds < 500, "\(milliseconds) ms")
+      try engine.freeBatch(batch)
+    }
+    peer.resume()
+    // The answer meets nobody who waits.
+    local.fill(0)
+    try engine.transfer([
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address, targetOffset: peer.address,
+        length: 4096)
+    ])
+    #expect(local.holdsOnly(PeerProcess.fillByte))
+  }
+
   @Test(arguments: TransportKind.allCases)
   func racingCompletion(_ kind: TransportKind) throws {
     let count = 32
