@@ -21,14 +21,16 @@ final class Channel {
 
 /// Links: each node's capacity up and down, split evenly among its flowing channels. A flow gets
 /// the smaller of its two shares; what it leaves of the other stays unused, so results err on the
-/// slow side.
+/// slow side, or goes to the other flows there where that is asked for.
 struct Network {
   private(set) var up: [[Channel]]
   private(set) var down: [[Channel]]
   private let capacity: [Double]
+  private let redistributes: Bool
 
-  init(capacity: [Double]) {
+  init(capacity: [Double], redistributes: Bool) {
     self.capacity = capacity
+    self.redistributes = redistributes
     up = Array(repeating: [], count: capacity.count)
     down = up
   }
@@ -70,11 +72,32 @@ struct Network {
 
   private func adjust(_ channel: Channel, _ now: UInt64, _ changed: (Channel) -> Void) {
     let rate = min(
-      capacity[channel.holder] / Double(up[channel.holder].count),
-      capacity[channel.receiver] / Double(down[channel.receiver].count))
+      level(at: channel.holder, up[channel.holder]) { down($0) },
+      level(at: channel.receiver, down[channel.receiver]) { up($0) })
     if rate == channel.rate { return }
     settle(channel, now: now)
     channel.rate = rate
     changed(channel)
+  }
+
+  private func up(_ channel: Channel) -> Double {
+    capacity[channel.holder] / Double(up[channel.holder].count)
+  }
+
+  private func down(_ channel: Channel) -> Double {
+    capacity[channel.receiver] / Double(down[channel.receiver].count)
+  }
+
+  /// What a flow gets at most at one of its ends.
+  private func level(at node: Int, _ channels: [Channel], _ limit: (Channel) -> Double) -> Double {
+    var level = capacity[node] / Double(channels.count)
+    if !redistributes { return level }
+    // What flows with a smaller share at their other end leave is for the others.
+    for _ in 0..<3 {
+      let small = channels.map(limit).filter { $0 < level }
+      if small.isEmpty || small.count == channels.count { break }
+      level = (capacity[node] - small.reduce(0, +)) / Double(channels.count - small.count)
+    }
+    return level
   }
 }

@@ -34,6 +34,8 @@ package struct Scenario: Sendable {
   package var corruptNodes: Set<Int> = []
   /// Nodes with a fraction of the link.
   package var slowNodes: [Int: Double] = [:]
+  /// Whether what a flow leaves of its share of a link goes to the other flows there.
+  package var redistributes = false
   /// The slow ones begin so long before all others.
   package var slowLead: UInt64 = 0
   /// Records of holders that are no more and answer nobody.

@@ -60,7 +60,7 @@ package final class Simulation {
     network = Network(
       capacity: nodes.indices.map {
         scenario.linkBytesPerSecond * scenario.slowNodes[$0, default: 1]
-      })
+      }, redistributes: scenario.redistributes)
     unfinishedCount = scenario.receiverCount
     everything = ShardSet(count: scenario.shardCount, isFull: true)
     var ledgerSettings = scenario.ledger

@@ -12,7 +12,7 @@ extension DownloadPlan {
   /// What is to be done now; call until it returns nil.
   package mutating func next(_ now: UInt64) -> Action? {
     clock = now
-    if lastByte == nil { lastByte = now }
+    if lastByte == nil { (lastByte, firstTime) = (now, now) }
     if isOver { surrender() }
     // Each further turn has given up a stalled neighbor, and the number of these is bounded.
     while true {
@@ -36,15 +36,20 @@ extension DownloadPlan {
   /// A neighbor that owes bytes and has been silent for too long.
   private var stalledIndex: Int? {
     neighbors.indices.first { index in
-      guard let (time, duty) = duty(of: neighbors[index]) else { return false }
+      guard neighbors[index].readCount > 0,
+        let (time, duty) = duty(of: neighbors[index], mayStart: false)
+      else { return false }
       return duty == .probe && time <= clock
     }
   }
 
   private mutating func nextQuestion() -> Action? {
     var best: (index: Int, score: Double)?
+    let mayStart = mayStart
     for index in neighbors.indices.reversed() {
-      guard let (time, duty) = duty(of: neighbors[index]), time <= clock else { continue }
+      guard let (time, duty) = duty(of: neighbors[index], mayStart: mayStart), time <= clock else {
+        continue
+      }
       switch duty {
       case .probe: continue
       case .tell: return ask(index, limit: 0)
@@ -63,8 +68,9 @@ extension DownloadPlan {
     if isComplete { return .max }
     if isOver { return .max }
     var time = min(min(discoveryTime, moveTime), surrenderTime)
+    let mayStart = mayStart
     for neighbor in neighbors {
-      time = min(time, duty(of: neighbor)?.0 ?? .max)
+      time = min(time, duty(of: neighbor, mayStart: mayStart)?.0 ?? .max)
       if untakenCount > 0, let lateTime = lateTime(of: neighbor), lateTime > clock {
         time = min(time, lateTime)
       }
@@ -74,13 +80,25 @@ extension DownloadPlan {
 
   var untakenCount: Int { shardCount - taken.memberCount }
 
-  /// Those that are read, or have been asked a moment ago. Who does not answer keeps nobody else
-  /// from being asked.
+  /// Those that are read, or have been asked a moment ago. Who does not answer, or is far behind
+  /// the fastest, keeps nobody else from being asked.
   private var activeCount: Int {
-    neighbors.count { neighbor in
-      neighbor.readCount > 0 || lateTime(of: neighbor).map { $0 > clock } ?? false
+    let fastest = neighbors.reduce(0) { max($0, $1.speed ?? 0) }
+    return neighbors.count { neighbor in
+      neighbor.readCount > 0 && (neighbor.speed ?? fastest) >= fastest / Self.slowFactor
+        || lateTime(of: neighbor).map { $0 > clock } ?? false
     }
   }
+
+  /// Holders to ask or read at once: one more for each second without a whole shard, as those that
+  /// are read show nothing of how fast others would be.
+  private var holderLimit: Int {
+    let since = max(lastWhole, firstTime ?? clock)
+    let more = (clock &- min(clock, since)) / settings.trialNanoseconds
+    return settings.holdersAtOnce + Int(min(more, UInt64(settings.holdersAtOnce)))
+  }
+
+  private static let slowFactor = 8.0
 
   /// When a question that is not answered is late.
   private func lateTime(of neighbor: Neighbor) -> UInt64? {
@@ -97,7 +115,10 @@ extension DownloadPlan {
     return Int(min(UInt64(limit), max(2, bytes / shardBytes)))
   }
 
-  private func duty(of neighbor: Neighbor) -> (UInt64, Duty)? {
+  /// Whether a holder may be asked from which nothing is read.
+  private var mayStart: Bool { untakenCount > 0 && activeCount < holderLimit }
+
+  private func duty(of neighbor: Neighbor, mayStart: Bool) -> (UInt64, Duty)? {
     if neighbor.isAsking || neighbor.isBanned || neighbor.isDropped { return nil }
     if neighbor.readCount > 0 {
       let wantsMore =
@@ -108,7 +129,6 @@ extension DownloadPlan {
       if stall <= min(more, neighbor.renewal) { return (stall, .probe) }
       return more <= neighbor.renewal ? (more, .fetch) : (neighbor.renewal, .tell)
     }
-    let mayStart = untakenCount > 0 && activeCount < settings.holdersAtOnce
     if mayStart && neighbor.nextAsk <= clock { return (neighbor.nextAsk, .fetch) }
     if neighbor.isOwedWord && neighbor.isAlive { return (0, .tell) }
     return mayStart ? (neighbor.nextAsk, .fetch) : nil
@@ -158,7 +178,7 @@ extension DownloadPlan {
   /// Far behind the fastest: what it holds already may end, but it gets no more.
   private func isSlow(_ neighbor: Neighbor) -> Bool {
     guard let speed = neighbor.speed else { return false }
-    return neighbors.contains { $0.readCount > 0 && $0.speed ?? 0 > speed * 8 }
+    return neighbors.contains { $0.readCount > 0 && $0.speed ?? 0 > speed * Self.slowFactor }
   }
 
   // MARK: The last shards

@@ -1,5 +1,5 @@
-/// When a download gives up. What holders say keeps it going for a bounded time only; bytes do for as
-/// long as they come.
+/// When a download gives up. What holders say keeps it going for a bounded time only; bytes do for
+/// as long as they come.
 extension DownloadPlan {
   /// Whether there is nobody left to hope for, and nothing on its way.
   package func isStuck(_ now: UInt64) -> Bool {

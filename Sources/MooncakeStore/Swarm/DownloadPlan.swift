@@ -43,6 +43,8 @@ package struct DownloadPlan: Sendable {
     /// Questions to a silent holder that it answers, without a byte, before it is given up: the
     /// pauses between them double.
     package var probeLimit = 4
+    /// Without a whole shard for so long one holder more is asked or read at once.
+    package var trialNanoseconds: UInt64 = 1_000_000_000
     /// A question takes up one of the places of `holdersAtOnce` for so long; and where nothing is
     /// read yet.
     package var lateNanoseconds: UInt64 = 200_000_000
@@ -89,6 +91,9 @@ package struct DownloadPlan: Sendable {
   var clock: UInt64 = 0
   /// When bytes arrived last; nil: it has not begun.
   var lastByte: UInt64?
+  /// When it began, and when a whole shard arrived last.
+  var firstTime: UInt64?
+  var lastWhole: UInt64 = 0
   /// When a holder answered last, and when one said last that others come first.
   var lastAnswer: UInt64 = 0
   var lastBusy: UInt64 = 0
@@ -319,7 +324,7 @@ package struct DownloadPlan: Sendable {
         neighbors[index].isOwedWord = true
       }
       verified.insert(shard)
-      lastByte = now
+      (lastByte, lastWhole) = (now, now)
       if let index = index(of: holder) {
         neighbors[index].isProven = true
         hear(from: index)

@@ -2,10 +2,22 @@
 ///
 /// The shard granted least often goes first, at random among equals, so an origin sends each shard
 /// once before it sends any twice, and receivers that ask the same holder get different ones.
+///
+/// A place is a turn: whoever has had it for a while gets no more grants while others wait. What it
+/// was granted it may read to the end, but one that needs far longer for a shard than others counts
+/// for the small part of a place that it uses, so that slow receivers keep no fast ones away.
 package struct UploadLedger: Sendable {
   package struct Settings: Sendable {
-    /// Receivers that read at once; others are told to come again, and who else has it.
+    /// Places: receivers that read at once; others are told to come again, and who else has it.
     package var readersAtOnce = 4
+    /// Readers in all, however little of a place each needs.
+    package var readerLimit = 64
+    /// How long a place is a receiver's while others wait.
+    package var turnNanoseconds: UInt64 = 2_000_000_000
+    /// Who needs so many times as long for a shard as the fastest counts as a part of a reader.
+    package var slowFactor: UInt64 = 8
+    /// Waiting receivers that are remembered in the order in which they came.
+    package var waiterLimit = 64
     /// More that may read what they name: ranges, and the last shards of a download.
     package var extraReaders = 4
     package var grantsPerReader = 64
@@ -23,11 +35,14 @@ package struct UploadLedger: Sendable {
   }
 
   /// A receiver with grants; an ask renews the lease of all of them.
-  private struct Reader {
+  struct Reader {
     var shards: [Int] = []
     var expiry: UInt64 = 0
     /// Of the latest ask.
     var turn: UInt64 = 0
+    /// When it got its place, and the shards that it has read since.
+    var since: UInt64
+    var readCount: UInt64 = 0
   }
 
   private struct Peer {
@@ -35,11 +50,17 @@ package struct UploadLedger: Sendable {
     var lastHeard: UInt64
   }
 
-  private let settings: Settings
+  let settings: Settings
   private var random: SwarmRandom
   private var grantCounts: [UInt32]
-  private var readers: [UInt64: Reader] = [:]
+  var readers: [UInt64: Reader] = [:]
   private var peers: [Peer] = []
+  var queue: UploadQueue
+  /// Nanoseconds a shard of the fastest reader lately, and when that was measured.
+  var best: (pace: UInt64, time: UInt64)?
+  /// When one reader more may show whether it is faster than those who hold all places.
+  var nextTrial: UInt64 = 0
+  var trialPause: UInt64 = 0
   private var isWithdrawn = false
   private var refusalSecond: UInt64 = 0
   private var refusals: UInt64 = 0
@@ -50,6 +71,7 @@ package struct UploadLedger: Sendable {
   package init(shardCount: Int, seed: UInt64, settings: Settings = Settings()) {
     self.settings = settings
     random = SwarmRandom(seed: seed)
+    queue = UploadQueue(limit: settings.waiterLimit)
     grantCounts = Array(repeating: 0, count: shardCount)
   }
 
@@ -64,24 +86,31 @@ package struct UploadLedger: Sendable {
     if let reader = readers[request.reader], reader.turn >= request.turn {
       return ShardAnswer(state: .busy)
     }
-    keep(request.reading, of: request.reader)
+    let former = readers[request.reader]
+    keep(request.reading, of: request.reader, now)
     guard !isWithdrawn, request.have.count == grantCounts.count else {
       return ShardAnswer(state: .gone)
     }
-    let isNew = readers[request.reader] == nil
+    let isNew = former == nil
     var answer = ShardAnswer(
       state: .serving, leaseMilliseconds: settings.leaseNanoseconds / 1_000_000,
       heldCount: available.memberCount)
     if request.limit > 0 {
-      if admits(request, isNew: isNew) {
-        answer.granted = grant(request, available: available)
+      if admits(request, former, now) {
+        answer.granted = grant(request, former, available: available, now)
       } else {
         answer.state = .busy
       }
     }
     readers[request.reader]?.expiry = now &+ settings.leaseNanoseconds
     readers[request.reader]?.turn = request.turn
-    if answer.granted.isEmpty { answer.retryMilliseconds = retryMilliseconds(request, now) }
+    if answer.granted.isEmpty {
+      answer.retryMilliseconds = retryMilliseconds(request, now)
+      let waits = answer.state == .busy && readers[request.reader] == nil
+      if waits {
+        queue.add(request.reader, retryMilliseconds: answer.retryMilliseconds, now: now)
+      }
+    }
     answer.readerCount = readers.count
     // Who is being served knows enough others already.
     if isNew || answer.granted.isEmpty { answer.peers = somePeers(except: request.own, now: now) }
@@ -102,29 +131,33 @@ package struct UploadLedger: Sendable {
   package var lastExpiry: UInt64 { readers.values.reduce(0) { max($0, $1.expiry) } }
 
   private mutating func dropExpired(_ now: UInt64) {
+    queue.dropExpired(now)
     if readers.values.contains(where: { $0.expiry <= now }) {
       readers = readers.filter { $0.value.expiry > now }
     }
   }
 
   /// Takes back what else was granted.
-  private mutating func keep(_ reading: [Int], of reader: UInt64) {
+  private mutating func keep(_ reading: [Int], of reader: UInt64, _ now: UInt64) {
     guard var entry = readers[reader] else { return }
     returned = entry.shards.filter { !reading.contains($0) }
     entry.shards.removeAll { !reading.contains($0) }
+    entry.readCount += UInt64(returned.count)
+    if !returned.isEmpty { measure((now &- entry.since) / entry.readCount, now) }
     readers[reader] = entry.shards.isEmpty ? nil : entry
   }
 
-  private func admits(_ request: ShardRequest, isNew: Bool) -> Bool {
-    let extra = request.wanted == nil ? 0 : settings.extraReaders
-    return !isNew || readers.count < settings.readersAtOnce + extra
-  }
-
-  private mutating func grant(_ request: ShardRequest, available: ShardSet) -> [Int] {
-    var reader = readers[request.reader] ?? Reader()
+  private mutating func grant(
+    _ request: ShardRequest, _ former: Reader?, available: ShardSet, _ now: UInt64
+  ) -> [Int] {
+    var reader = readers[request.reader] ?? Reader(since: now)
+    if let former, reader.shards.isEmpty, !isTurnOver(former, now) {
+      (reader.since, reader.readCount) = (former.since, former.readCount)
+    }
     let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
     let granted = choose(limit: limit, request, available: available)
     if granted.isEmpty { return [] }
+    queue.remove(request.reader)
     for shard in granted { grantCounts[shard] &+= 1 }
     reader.shards += granted
     readers[request.reader] = reader

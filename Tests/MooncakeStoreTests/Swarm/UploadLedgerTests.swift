@@ -163,4 +163,97 @@ import Testing
     #expect(first < 100)
     #expect(last > 1000)
   }
+
+  private func fill(_ ledger: inout UploadLedger, limit: Int = 2) -> [UInt64: [Int]] {
+    var granted: [UInt64: [Int]] = [:]
+    for reader in 1...4 as ClosedRange<UInt64> {
+      granted[reader] =
+        ledger.answer(request(reader, limit: limit), available: full, now: 0)
+        .granted
+    }
+    return granted
+  }
+
+  @Test func aPlaceIsATurnWhereOthersWait() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var granted = fill(&ledger)
+    // Nobody waits: whoever has a place keeps it.
+    let more = request(1, reading: [granted[1]![0]])
+    #expect(ledger.answer(more, available: full, now: 3 * second).granted.count == 2)
+    #expect(ledger.answer(request(5), available: full, now: 3 * second).state == .serving)
+    #expect(ledger.answer(request(6), available: full, now: 3 * second).state == .busy)
+    // Somebody does: no more grants, and what it reads it may read to its end.
+    let over = request(2, reading: [granted[2]![0]])
+    let refused = ledger.answer(over, available: full, now: 3 * second)
+    #expect(refused.state == .busy && refused.granted.isEmpty)
+    #expect(ledger.outstandingCount(now: 3 * second) > 6)
+    for reader in 2...4 as ClosedRange<UInt64> {
+      granted[reader] = nil
+      _ = ledger.answer(request(reader, limit: 0), available: full, now: 3 * second)
+    }
+    #expect(ledger.answer(request(6), available: full, now: 3 * second).state == .serving)
+  }
+
+  @Test func slowReadersKeepNoFastOnesAway() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    _ = fill(&ledger)
+    // One may try; it is fast, so that the slow ones hardly count any more.
+    var now = 4 * second
+    var trying = ledger.answer(request(10), available: full, now: now).granted
+    #expect(trying.count == 2)
+    #expect(ledger.answer(request(11), available: full, now: now).state == .busy)
+    for _ in 0..<4 {
+      now += second / 20
+      trying.removeFirst()
+      trying +=
+        ledger.answer(request(10, limit: 1, reading: trying), available: full, now: now)
+        .granted
+    }
+    for reader in 11...13 as ClosedRange<UInt64> {
+      #expect(ledger.answer(request(reader), available: full, now: now).state == .serving)
+    }
+    #expect(ledger.answer(request(14), available: full, now: now).state == .busy)
+  }
+
+  @Test func equallyFastReadersAreNotMoreThanThePlaces() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var granted = fill(&ledger)
+    var served: Set<UInt64> = [1, 2, 3, 4]
+    // Each needs a second for a shard; forty others come again and again.
+    for step in 1...20 as ClosedRange<UInt64> {
+      for reader in granted.keys.sorted() {
+        let reading = Array(granted[reader]!.dropFirst())
+        let answer = ledger.answer(
+          request(reader, limit: 1, reading: reading), available: full, now: step * second)
+        granted[reader] = reading + answer.granted
+        if granted[reader]!.isEmpty { granted[reader] = nil }
+      }
+      for reader in 10...50 as ClosedRange<UInt64> where granted[reader] == nil {
+        let answer = ledger.answer(request(reader), available: full, now: step * second)
+        if answer.granted.isEmpty { continue }
+        granted[reader] = answer.granted
+        served.insert(reader)
+      }
+      #expect(granted.count <= 8, "step \(step)")
+    }
+    #expect(served.count > 16, "places go on to others")
+  }
+
+  @Test func whoHasWaitedLongGoesFirst() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var settings = UploadLedger.Settings()
+    settings.turnNanoseconds = 1000 * second
+    ledger = UploadLedger(shardCount: 100, seed: 1, settings: settings)
+    let granted = fill(&ledger)
+    for step in 0...12 as ClosedRange<UInt64> {
+      _ = ledger.answer(request(5), available: full, now: step * second)
+      for (reader, shards) in granted {
+        _ = ledger.answer(
+          request(reader, limit: 0, reading: shards), available: full, now: step * second)
+      }
+    }
+    _ = ledger.answer(request(1, limit: 0), available: full, now: 12 * second)
+    #expect(ledger.answer(request(6), available: full, now: 12 * second).state == .busy)
+    #expect(ledger.answer(request(5), available: full, now: 12 * second).state == .serving)
+  }
 }
