@@ -76,34 +76,45 @@ package final class Bounds {
   }
 
   /// Sleeps until the descriptor is readable, or until it is time to look whether to go on.
-  package func sleep(orReadable descriptor: Int32) {
+  package func sleep(orReadable descriptor: Int32, until end: Deadline = .never) {
     var items = [
       pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0),
       pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0),
     ]
-    let tick = min(deadline, .after(milliseconds: 100))
+    let tick = min(min(deadline, end), .after(milliseconds: 100))
     // An interruption is as good as a tick.
     _ = poll(&items, 2, tick.remainingMilliseconds)
   }
 
-  /// Runs what blocks on a worker, and waits for it as long as the operation may go on. What is
-  /// left behind then must end by itself and touch nothing of the caller's.
-  package func run<Result: Sendable>(
+  /// Runs what blocks on a worker, and waits for it likewise.
+  package func run<Value: Sendable>(
     on workers: WorkerPool, _ phase: String,
-    _ body: @escaping @Sendable () throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
-    let errand: Errand<Result>
+    _ body: @escaping @Sendable () throws(EngineError) -> Value
+  ) throws(EngineError) -> Value {
+    try wait(phase) { completion in
+      let isAccepted = workers.run {
+        do throws(EngineError) {
+          completion(.success(try body()))
+        } catch {
+          completion(.failure(error))
+        }
+      }
+      if !isAccepted {
+        completion(.failure(EngineError(.canceled, "\(what): the store was closed (\(phase))")))
+      }
+    }
+  }
+
+  /// Waits for what `start` begins and what calls back, as long as the operation may go on. What is
+  /// left behind then must end by itself and touch nothing of the caller's.
+  package func wait<Value: Sendable>(
+    _ phase: String, _ start: (@escaping StoreService.Completion<Value>) -> Void
+  ) throws(EngineError) -> Value {
+    let errand: Errand<Value>
     do throws(Errno) { errand = try Errand() } catch {
       throw EngineError(.system, "\(what): making an event descriptor: \(error)")
     }
-    let isAccepted = workers.run {
-      do throws(EngineError) {
-        errand.end(.success(try body()))
-      } catch {
-        errand.end(.failure(error))
-      }
-    }
-    if !isAccepted { throw EngineError(.canceled, "\(what): the store was closed (\(phase))") }
+    start { errand.end($0) }
     while true {
       if let result = errand.result { return try result.get() }
       try check(phase)
@@ -115,7 +126,7 @@ package final class Bounds {
   }
 }
 
-/// What a worker does for a waiting caller.
+/// What is done elsewhere for a waiting caller.
 private final class Errand<Result: Sendable>: Sendable {
   let event: EventFD
   private let outcome = Lock<Swift.Result<Result, EngineError>?>(nil)

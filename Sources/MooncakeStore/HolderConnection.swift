@@ -15,13 +15,54 @@ package struct HolderConnection: Sendable {
     var bufferCount: UInt64
   }
 
-  /// Asks the holder where things are and reads the table of its buffers. Blocks.
+  /// Asks the holder where things are and reads the table of its buffers. `completion` is called
+  /// soon after the deadline at the latest, and must not wait.
   package static func open(
-    _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest,
-    until deadline: Deadline
+    _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
+    _ manifest: Manifest, until deadline: Deadline,
+    _ completion: @escaping StoreService.Completion<HolderConnection>
+  ) {
+    let body: Visit<HolderConnection> = { index throws(EngineError) in
+      try connect(engine, holder, manifest, index, deadline)
+    }
+    visit(engine, workers, holder, manifest.version, deadline, reached: {}, completion, body)
+  }
+
+  private typealias Visit<Value> = @Sendable (Index) throws(EngineError) -> Value
+
+  /// Silence costs no thread: only a holder that has answered is given a worker, which blocks.
+  private static func visit<Value: Sendable>(
+    _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
+    _ version: PayloadVersion, _ deadline: Deadline, reached: @escaping @Sendable () -> Void,
+    _ completion: @escaping StoreService.Completion<Value>,
+    _ body: @escaping Visit<Value>
+  ) {
+    askIndex(engine, holder, deadline) { result in
+      let index: Index
+      do throws(EngineError) {
+        index = try result.get()
+        guard index.version == version else { throw gone(holder) }
+      } catch {
+        return completion(.failure(error))
+      }
+      reached()
+      let isAccepted = workers.run {
+        do throws(EngineError) {
+          completion(.success(try body(index)))
+        } catch {
+          completion(.failure(error))
+        }
+      }
+      if !isAccepted {
+        completion(.failure(EngineError(.canceled, "the store is closing")))
+      }
+    }
+  }
+
+  private static func connect(
+    _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest, _ index: Index,
+    _ deadline: Deadline
   ) throws(EngineError) -> HolderConnection {
-    let index = try askIndex(engine, holder, deadline)
-    guard index.version == manifest.version else { throw gone(holder) }
     let segment = try engine.openSegment(
       holder.segment, timeoutMilliseconds: milliseconds(until: deadline))
     do throws(EngineError) {
@@ -42,13 +83,24 @@ package struct HolderConnection: Sendable {
 
   package func close(_ engine: TransferEngine) { try? engine.closeSegment(segment) }
 
-  /// Reads the manifest of a version from a holder. Blocks.
+  /// Reads the manifest of a version from a holder; `reached` is called when the holder has said
+  /// where it lies.
   package static func fetchManifest(
+    _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
+    _ version: PayloadVersion, until deadline: Deadline,
+    reached: @escaping @Sendable () -> Void,
+    _ completion: @escaping StoreService.Completion<Manifest>
+  ) {
+    let body: Visit<Manifest> = { index throws(EngineError) in
+      try readManifest(engine, holder, version, index, deadline)
+    }
+    visit(engine, workers, holder, version, deadline, reached: reached, completion, body)
+  }
+
+  private static func readManifest(
     _ engine: TransferEngine, _ holder: HolderAddress, _ version: PayloadVersion,
-    until deadline: Deadline
+    _ index: Index, _ deadline: Deadline
   ) throws(EngineError) -> Manifest {
-    let index = try askIndex(engine, holder, deadline)
-    guard index.version == version else { throw gone(holder) }
     let segment = try engine.openSegment(
       holder.segment, timeoutMilliseconds: milliseconds(until: deadline))
     defer { try? engine.closeSegment(segment) }
@@ -72,8 +124,9 @@ package struct HolderConnection: Sendable {
   }
 
   private static func askIndex(
-    _ engine: TransferEngine, _ holder: HolderAddress, _ deadline: Deadline
-  ) throws(EngineError) -> Index {
+    _ engine: TransferEngine, _ holder: HolderAddress, _ deadline: Deadline,
+    _ completion: @escaping StoreService.Completion<Index>
+  ) {
     var writer = JSONWriter()
     writer.beginObject()
     writer.member("service", StoreService.name)
@@ -81,7 +134,21 @@ package struct HolderConnection: Sendable {
     writer.storeVersion()
     writer.member("holding", HexNumber.text(holder.holding))
     writer.endObject()
-    let answer = try engine.callService(at: holder.rpc, writer.text, until: deadline)
+    engine.callService(at: holder.rpc, writer.text, until: deadline) { result in
+      completion(
+        result.flatMap { answer in
+          do throws(EngineError) {
+            return .success(try parseIndex(answer, holder))
+          } catch {
+            return .failure(error)
+          }
+        })
+    }
+  }
+
+  private static func parseIndex(
+    _ answer: String, _ holder: HolderAddress
+  ) throws(EngineError) -> Index {
     if answer == RPCAnswer.noService { throw gone(holder) }
     let document: JSONDocument
     do throws(JSONError) { document = try JSONDocument(parsing: answer) } catch {

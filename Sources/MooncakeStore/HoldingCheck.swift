@@ -6,7 +6,6 @@ import MooncakeSystem
 /// may be those of another payload.
 struct HoldingCheck {
   let engine: TransferEngine
-  let workers: WorkerPool
   let manifest: Manifest
   let reader: UInt64
   let bounds: Bounds
@@ -30,9 +29,8 @@ struct HoldingCheck {
       let failure: EngineError
       do throws(EngineError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-        let answer = try bounds.run(on: workers, "asking whether the payload is still held") {
-          [engine] () throws(EngineError) in
-          try StoreService.ask(engine, holder, request, until: deadline)
+        let answer = try bounds.wait("asking whether the payload is still held") {
+          StoreService.ask(engine, holder, request, until: deadline, $0)
         }
         if answer.state != .gone { return }
         throw EngineError(

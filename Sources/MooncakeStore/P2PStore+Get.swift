@@ -127,39 +127,19 @@ extension P2PStore {
   }
 
   /// Reads the manifest from whoever has it.
-  func manifest(of target: Target, _ bounds: Bounds) throws(EngineError) -> Manifest {
-    var failures: [String] = []
-    var code = EngineError.Code.noHolder
-    // Every receiver begins with another holder; the origin, which all know, comes last.
-    let order = target.holders.shuffled().sorted { !$0.isOrigin && $1.isOrigin }
-    for record in order {
-      try bounds.check("fetching the manifest")
-      do throws(EngineError) {
-        let deadline = min(bounds.deadline, .after(milliseconds: 2000))
-        return try bounds.run(on: workers, "fetching the manifest") {
-          [engine] () throws(EngineError) in
-          try HolderConnection.fetchManifest(
-            engine, record.holder, target.version, until: deadline)
-        }
-      } catch {
-        if error.code == .canceled { throw error }
-        try bounds.check("fetching the manifest")
-        // That is what can be mended.
-        if error.code == .unsupported { code = .unsupported }
-        failures.append("\(record.holder.segment) at \(record.holder.rpc): \(error.message)")
-      }
-    }
-    throw EngineError(
-      code,
-      "payload '\(target.name)': no live holder of version \(target.version); tried: "
-        + failures.joined(separator: "; "))
+  func manifest(
+    of target: Target, _ bounds: Bounds
+  ) throws(EngineError) -> ManifestSearch.Outcome {
+    var search = ManifestSearch(engine, workers, target.holders, target.version, bounds)
+    return try search.run(target.name)
   }
 
   private func fetch(
     _ target: Target, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
   ) throws(EngineError) -> GetResult {
-    let manifest = try manifest(of: target, bounds)
+    let search = try manifest(of: target, bounds)
+    let manifest = search.manifest
     let (buffers, range, allocations) = try place(manifest)
     var entry: Catalog.Entry
     do throws(EngineError) {
@@ -177,7 +157,7 @@ extension P2PStore {
         record.isSuperseded = target.isSuperseded
         keeper.put(record, bounds.shortCall)
       }
-      let sources = try download(target, manifest, entry, bounds)
+      let sources = try download(target, search, entry, bounds)
       if let holding = entry.holding { complete(holding, bounds) }
       held = entry
       var info = target.summary.info(holderCount: UInt64(target.holders.count))
@@ -207,12 +187,12 @@ extension P2PStore {
   }
 
   private func download(
-    _ target: Target, _ manifest: Manifest, _ entry: Catalog.Entry, _ bounds: Bounds
+    _ target: Target, _ search: ManifestSearch.Outcome, _ entry: Catalog.Entry, _ bounds: Bounds
   ) throws(EngineError) -> [GetResult.Source] {
     let layout = entry.layout!
     let (directory, cancellation) = (directory, bounds.cancellation)
     let download = try PayloadDownload(
-      engine, workers, manifest, into: layout, holding: entry.holding, holders: target.holders,
+      engine, workers, search, into: layout, holding: entry.holding, holders: target.holders,
       bounds
     ) { deadline throws(EngineError) in
       try directory.holders(

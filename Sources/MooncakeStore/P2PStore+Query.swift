@@ -35,7 +35,7 @@ extension P2PStore {
     let all = try directory.allHolders(of: name, limit: .max, bounds.call)
     let holders = all.filter { $0.version == target.version }
     var info = target.summary.info(holderCount: UInt64(holders.count))
-    if let manifest = try? manifest(of: target, bounds) {
+    if let manifest = try? manifest(of: target, bounds).manifest {
       info.bufferSizes = manifest.layout.bufferSizes
     }
     return (info, all.map(\.payloadHolder))

@@ -31,7 +31,8 @@ extension P2PStore {
     if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
     try bounds.check("start")
     guard let target = try locate(name, GetOptions(), bounds) else { throw notFound(name) }
-    let manifest = try manifest(of: target, bounds)
+    let search = try manifest(of: target, bounds)
+    let manifest = search.manifest
     let (end, overflow) = offset.addingReportingOverflow(length)
     if overflow || end > manifest.layout.size {
       throw EngineError(
@@ -46,6 +47,6 @@ extension P2PStore {
     if length == 0 { return }
     var transfer = RangeTransfer(
       engine, workers, manifest, opcode, offset: offset, memory: memory, length: length, bounds)
-    try transfer.run(target.holders)
+    try transfer.run(target.holders, after: search)
   }
 }

@@ -114,6 +114,8 @@ public final class P2PStore: Sendable {
     for entry in entries { dissolve(entry, until: deadline, call) }
     engine.services.remove(service)
     workers.stop()
+    // Farewells free places at holders.
+    engine.caller.drain(until: .after(milliseconds: 500))
     if ownsEngine { engine.close() }
     closed.store(1)
     closed.wakeAll()

@@ -4,9 +4,9 @@ import MooncakeSystem
 import Synchronization
 
 /// Fetches the shards of one payload. The caller's thread runs it: it does what the plan says,
-/// keeps reads in flight, verifies what has arrived and offers it. Asking holders, which blocks, is
-/// left to workers.
-package final class PayloadDownload {
+/// keeps reads in flight, verifies what has arrived and offers it. Opening holders, which blocks,
+/// is left to workers; no thread waits for a question to be answered.
+final class PayloadDownload {
   /// What workers have found out.
   private enum News: Sendable {
     case opened(HolderConnection)
@@ -20,7 +20,8 @@ package final class PayloadDownload {
     let shard: Int
     let connection: HolderConnection
     let batch: BatchID
-    let event: Int32
+    /// -1 until it is waited for.
+    var event: Int32 = -1
     var seenBytes: UInt64 = 0
     var isCanceled = false
   }
@@ -82,15 +83,17 @@ package final class PayloadDownload {
 
   /// Longest wait between two looks at progress, cancellation and the plan.
   private static let tickMilliseconds: UInt64 = 100
+  private static let awaitedPerHolder = 2
 
-  package init(
-    _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest,
+  init(
+    _ engine: TransferEngine, _ workers: WorkerPool, _ search: ManifestSearch.Outcome,
     into layout: BufferLayout,
     holding: Holding?, holders: [HolderRecord], _ bounds: Bounds,
     discover: @escaping @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
   ) throws(EngineError) {
     self.engine = engine
     self.workers = workers
+    let manifest = search.manifest
     self.manifest = manifest
     self.layout = layout
     self.holding = holding
@@ -103,10 +106,12 @@ package final class PayloadDownload {
       shardCount: manifest.layout.shardCount, shardBytes: manifest.layout.shardBytes,
       version: manifest.version, own: holding?.address, reader: reader, seed: reader)
     add(holders)
+    for holder in search.silent { plan.expect(holder, answers: false, now: Clock.now()) }
+    plan.expect(search.source, answers: true, now: Clock.now())
   }
 
   /// Returns when every shard is there and verified; throws otherwise, with no read in flight.
-  package func run() throws(EngineError) -> [GetResult.Source] {
+  func run() throws(EngineError) -> [GetResult.Source] {
     defer { finish() }
     while !plan.isComplete {
       try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
@@ -119,7 +124,7 @@ package final class PayloadDownload {
       checkFlights()
     }
     try HoldingCheck(
-      engine: engine, workers: workers, manifest: manifest, reader: reader, bounds: bounds
+      engine: engine, manifest: manifest, reader: reader, bounds: bounds
     ).run(trusted)
     try bounds.report(progress, isLast: true)
     return sources.values.sorted { $0.byteCount > $1.byteCount }
@@ -164,8 +169,16 @@ package final class PayloadDownload {
       pollfd(fd: bounds.cancellation, events: Int16(POLLIN), revents: 0),
       pollfd(fd: engine.closeEvent.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
     ]
-    for flight in flights {
-      items.append(pollfd(fd: flight.event, events: Int16(POLLIN), revents: 0))
+    // Those of one holder end in the order in which they began: a descriptor each would be many.
+    var awaited: [SegmentID: Int] = [:]
+    for index in flights.indices {
+      let segment = flights[index].connection.segment
+      if awaited[segment, default: 0] == Self.awaitedPerHolder { continue }
+      awaited[segment, default: 0] += 1
+      if flights[index].event < 0 {
+        flights[index].event = (try? engine.eventDescriptor(of: flights[index].batch)) ?? -1
+      }
+      items.append(pollfd(fd: flights[index].event, events: Int16(POLLIN), revents: 0))
     }
     let until = min(
       min(bounds.deadline, .after(milliseconds: Self.tickMilliseconds)),
@@ -188,9 +201,7 @@ package final class PayloadDownload {
         try? engine.cancel(flights[index].batch)
       }
     case .leave(let holder, let request):
-      _ = workers.run { [engine] in
-        _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
-      }
+      StoreService.tell(engine, holder, request)
     case .discover:
       let isAccepted = workers.run { [inbox, discover] in
         _ = inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
@@ -202,25 +213,29 @@ package final class PayloadDownload {
   private func ask(
     _ holder: HolderAddress, _ request: ShardRequest, _ milliseconds: UInt64
   ) {
-    let isOpen = connections[holder] != nil
-    let isAccepted = workers.run { [engine, manifest, inbox, reader] in
-      // The time in the queue is none of the holder's.
-      let deadline = Deadline.after(milliseconds: milliseconds)
-      do throws(EngineError) {
-        if !isOpen {
-          let connection = try HolderConnection.open(engine, holder, manifest, until: deadline)
-          if !inbox.put(.opened(connection)) { return connection.close(engine) }
+    let deadline = Deadline.after(milliseconds: milliseconds)
+    let question: @Sendable () -> Void = { [engine, manifest, inbox, reader] in
+      StoreService.ask(engine, holder, request, until: deadline) { result in
+        switch result {
+        case .success(let answer):
+          // The download may have ended meanwhile; the holder must not wait for us.
+          if !inbox.put(.answered(holder, answer)) {
+            Self.takeLeave(of: holder, manifest, reader, engine)
+          }
+        case .failure(let error): _ = inbox.put(.failed(holder, error))
         }
-        let answer = try StoreService.ask(engine, holder, request, until: deadline)
-        // The download may have ended meanwhile; the holder must not wait for us.
-        if !inbox.put(.answered(holder, answer)) {
-          Self.takeLeave(of: holder, manifest, reader, engine)
-        }
-      } catch {
-        _ = inbox.put(.failed(holder, error))
       }
     }
-    if !isAccepted { note(.failed(holder, EngineError(.canceled, "the store is closing"))) }
+    if connections[holder] != nil { return question() }
+    HolderConnection.open(engine, workers, holder, manifest, until: deadline) {
+      [engine, inbox] result in
+      switch result {
+      case .success(let connection):
+        if !inbox.put(.opened(connection)) { return connection.close(engine) }
+        question()
+      case .failure(let error): _ = inbox.put(.failed(holder, error))
+      }
+    }
   }
 
   private func read(_ shard: Int, from holder: HolderAddress) {
@@ -237,7 +252,6 @@ package final class PayloadDownload {
     do throws(EngineError) {
       let batch = try engine.createBatch(capacity: 1)
       do throws(EngineError) {
-        let event = try engine.eventDescriptor(of: batch)
         try engine.submit(
           batch, count: 1,
           timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline),
@@ -248,7 +262,7 @@ package final class PayloadDownload {
             targetOffset: remote, length: range.length)
         }
         flights.append(
-          Flight(shard: shard, connection: connection, batch: batch, event: event))
+          Flight(shard: shard, connection: connection, batch: batch))
       } catch {
         try? engine.freeBatch(batch)
         throw error
@@ -369,9 +383,7 @@ package final class PayloadDownload {
       connection.close(engine)
     }
     for holder in plan.lenders where reached.contains(holder) {
-      _ = workers.run { [engine, manifest, reader] in
-        Self.takeLeave(of: holder, manifest, reader, engine)
-      }
+      Self.takeLeave(of: holder, manifest, reader, engine)
     }
     for connection in connections.values { connection.close(engine) }
   }
@@ -382,6 +394,6 @@ package final class PayloadDownload {
     let request = ShardRequest.farewell(
       to: holder, version: manifest.version, reader: reader,
       shardCount: manifest.layout.shardCount)
-    _ = try? StoreService.ask(engine, holder, request, until: .after(milliseconds: 500))
+    StoreService.tell(engine, holder, request)
   }
 }

@@ -47,15 +47,22 @@ struct RangeTransfer {
 
   /// A range that several holders have is read from any of them; what is written goes to the
   /// origin, the only holder that a writable payload has.
-  mutating func run(_ holders: [HolderRecord]) throws(EngineError) {
+  mutating func run(
+    _ holders: [HolderRecord], after search: ManifestSearch.Outcome
+  ) throws(EngineError) {
     var code = EngineError.Code.noHolder
-    for record in holders.shuffled() {
+    // A silent one would be waited for: first who is known to answer.
+    func rank(_ holder: HolderAddress) -> Int {
+      search.silent.contains(holder) ? 2 : holder == search.source ? 0 : 1
+    }
+    for record in holders.shuffled().sorted(by: { rank($0.holder) < rank($1.holder) }) {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-        let connection = try bounds.run(on: workers, "opening a holder") {
-          [engine, manifest] () throws(EngineError) in
-          try HolderConnection.open(engine, record.holder, manifest, until: deadline)
+        let connection = try bounds.wait("opening a holder") {
+          [engine, workers, manifest] in
+          HolderConnection.open(
+            engine, workers, record.holder, manifest, until: deadline, $0)
         }
         defer { connection.close(engine) }
         while position < end { if try !step(connection) { break } }
@@ -134,8 +141,8 @@ struct RangeTransfer {
       have: ShardSet(count: manifest.layout.shardCount), wanted: wanted, turn: turn, reading: [],
       limit: wanted.count)
     let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-    return try bounds.run(on: workers, "asking a holder") { [engine] () throws(EngineError) in
-      try StoreService.ask(engine, holder, request, until: deadline)
+    return try bounds.wait("asking a holder") { [engine] in
+      StoreService.ask(engine, holder, request, until: deadline, $0)
     }
   }
 

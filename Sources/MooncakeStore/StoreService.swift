@@ -5,15 +5,38 @@ import MooncakeSystem
 package enum StoreService {
   package static let name = "store"
 
-  /// Asks a holder for leave to read. Blocks.
+  package typealias Completion<Value> = @Sendable (Result<Value, EngineError>) -> Void
+
+  /// Asks a holder for leave to read; `completion` is called by the deadline and must not wait.
   package static func ask(
     _ engine: TransferEngine, _ holder: HolderAddress, _ request: ShardRequest,
-    until deadline: Deadline
+    until deadline: Deadline, _ completion: @escaping Completion<ShardAnswer>
+  ) {
+    engine.callService(at: holder.rpc, request.json, until: deadline) { result in
+      completion(
+        result.flatMap { text in
+          do throws(EngineError) {
+            return .success(try answer(text, shardCount: request.have.count))
+          } catch {
+            return .failure(error)
+          }
+        })
+    }
+  }
+
+  /// Tells a holder that nothing is read from it any more; nobody waits for its answer.
+  package static func tell(
+    _ engine: TransferEngine, _ holder: HolderAddress, _ request: ShardRequest
+  ) {
+    ask(engine, holder, request, until: .after(milliseconds: 500)) { _ in }
+  }
+
+  private static func answer(
+    _ text: String, shardCount: Int
   ) throws(EngineError) -> ShardAnswer {
-    let text = try engine.callService(at: holder.rpc, request.json, until: deadline)
     // Its process lives, but knows nothing of the holding any more.
     if text == RPCAnswer.noService { return ShardAnswer(state: .gone) }
-    return try ShardAnswer(json: text, shardCount: request.have.count)
+    return try ShardAnswer(json: text, shardCount: shardCount)
   }
 
   /// Answers a call that is meant for one of these holdings; nil if it is not.

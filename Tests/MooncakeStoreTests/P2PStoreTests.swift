@@ -115,13 +115,13 @@ func expect(
   @Test func manyReceiversAtOnceFeedEachOther() throws {
     let cluster = try Cluster()
     let origin = try cluster.store()
-    let model = Memory(8 << 20, seed: 3)
+    let model = Memory(64 << 20, seed: 3)
     try origin.register("m", [model.buffer], shards)
     let stores = try (0..<4).map { _ in try cluster.store() }
     let results = Lock<[GetResult]>([])
     let threads = try stores.map { store in
       try WorkerThread.start(name: "get") {
-        let memory = Memory(8 << 20)
+        let memory = Memory(64 << 20)
         guard let result = try? store.get("m", into: [memory.buffer]), memory.holds(model)
         else { return }
         results.withLock { $0.append(result) }
@@ -130,6 +130,12 @@ func expect(
     }
     for thread in threads { thread.join() }
     #expect(results.withLock { $0.count } == 4)
+    let sources = results.withLock { $0.flatMap(\.sources) }
+    let fromOrigin = sources.filter(\.isOrigin).reduce(0) { $0 + $1.byteCount }
+    let fromOthers = sources.filter { !$0.isOrigin }.reduce(0) { $0 + $1.byteCount }
+    #expect(fromOrigin >= 64 << 20 && fromOthers > 0)
+    #expect(fromOrigin + fromOthers == 4 * 64 << 20)
+    #expect(Set(sources.map(\.segment)).count > 2)
   }
 
   @Test func aNameGetsANewVersion() throws {
@@ -192,12 +198,20 @@ func expect(
     let memory = Memory(2 << 20)
     let result = try receiver.get("m", into: [memory.buffer])
     #expect(memory.holds(model) && result.isVerified)
+    let bad = try #require(result.sources.first { $0.segment == corrupt.engine.name })
+    // What was asked of it before the first shard was seen to be wrong.
+    #expect((1...4).contains(bad.corruptShardCount))
+    #expect(bad.byteCount == UInt64(bad.corruptShardCount) * 64 << 10)
+    let good = try #require(result.sources.first { $0.isOrigin })
+    #expect(good.byteCount == 2 << 20 && good.corruptShardCount == 0)
     try origin.unregister("m")
     let last = try cluster.store()
     try receiver.deleteReplica("m")
     var operation = StoreOperation()
     operation.timeoutMilliseconds = 20_000
+    let begin = Clock.now()
     expect(.noHolder) { _ = try last.get("m", into: [memory.buffer], .init(), operation) }
+    #expect(Clock.now() - begin < 5_000_000_000)
     #expect(try last.list(prefix: "").first?.holderCount == 1)
   }
 

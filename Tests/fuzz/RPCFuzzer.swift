@@ -80,7 +80,10 @@ private func answer(_ message: RPCMessage) {
   let queue = NotificationQueue(maximumCount: 1, maximumBytes: 1024)
   let handlers = RPCServer.Handlers(
     descriptor: { SegmentDescriptor(name: "peer:1").json() }, notify: { queue.append($0) })
-  guard let text = try? RPCAnswer.body(to: message, handlers: handlers) else { return }
+  var keeps = false
+  guard let text = try? RPCAnswer.body(to: message, handlers: handlers, keeps: &keeps) else {
+    return
+  }
   precondition((try? JSONDocument(parsing: text)) != nil, "an answer that is no JSON")
 }
 

@@ -34,15 +34,49 @@ package final class ServiceTable: Sendable {
 }
 
 extension TransferEngine {
+  /// As below without waiting: `completion` is called once, by the deadline, on a thread that must
+  /// not be kept.
+  package func callService(
+    at address: String, _ body: String, until deadline: Deadline,
+    _ completion: @escaping RPCCaller.Completion
+  ) {
+    let peer: HostPort
+    do throws(EngineError) {
+      try checkOpen()
+      peer = try Self.parsePeer(address)
+    } catch {
+      return completion(.failure(error))
+    }
+    let port = peer.port ?? HandshakeSettings.fromEnvironment().defaultPort
+    let named = HostPort(host: peer.host, port: port)
+    if port != 0, let numeric = SocketAddress(numeric: peer.host, port: port) {
+      return caller.call(named, at: numeric, body, until: deadline, completion)
+    }
+    // A name takes time to resolve.
+    let isAccepted = workers.run { [self] in
+      do throws(EngineError) {
+        completion(.success(try callService(at: address, body, until: deadline)))
+      } catch {
+        completion(.failure(error))
+      }
+    }
+    if !isAccepted {
+      completion(.failure(EngineError(.canceled, "asking a peer: the engine was destroyed")))
+    }
+  }
+
+  private static func parsePeer(_ address: String) throws(EngineError) -> HostPort {
+    do throws(HostPortError) { return try HostPort(parsing: address) } catch {
+      throw EngineError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
+    }
+  }
+
   /// Calls the services of the process whose RPC daemon is at `address`, "host:port".
   package func callService(
     at address: String, _ body: String, until deadline: Deadline
   ) throws(EngineError) -> String {
     try checkOpen()
-    let peer: HostPort
-    do throws(HostPortError) { peer = try HostPort(parsing: address) } catch {
-      throw EngineError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
-    }
+    let peer = try Self.parsePeer(address)
     return try RPCClient.call(
       peer, type: .service, body: body, deadline: deadline,
       cancellation: closeEvent.descriptor.rawValue)

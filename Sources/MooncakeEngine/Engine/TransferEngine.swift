@@ -60,6 +60,7 @@ public final class TransferEngine: @unchecked Sendable {
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
   package let services = ServiceTable()
+  package let caller = RPCCaller()
   /// nil without a metadata service.
   package let directory: MetadataDirectory?
   package let publisher: MetadataPublisher?
@@ -249,6 +250,7 @@ public final class TransferEngine: @unchecked Sendable {
       while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
       publisher?.stop()
       rpc.stop()
+      caller.stop()
       batches.withEach { $0.requestCancel() }
       workers.stop()
       let late = sharedMemory?.stop(

@@ -3,9 +3,10 @@ package enum RPCAnswer {
   /// Answers a call that no service takes.
   package static let noService = #"{"error":"no such service"}"#
 
-  /// The JSON text that answers a message; an error if its body is no JSON.
+  /// The JSON text that answers a message; an error if its body is no JSON. `keeps` becomes true if
+  /// it is a call of a service whose sender has more to ask on the connection.
   package static func body(
-    to message: RPCMessage, handlers: RPCServer.Handlers
+    to message: RPCMessage, handlers: RPCServer.Handlers, keeps: inout Bool
   ) throws(JSONError) -> String {
     let document = try JSONDocument(parsing: message.body)
     switch message.type {
@@ -13,7 +14,11 @@ package enum RPCAnswer {
     case .probe: return #"{"status":"success"}"#
     case .notify: return document.read { notified($0, handlers) }
     case .connection: return document.read { rejection(of: $0) }
-    case .service: return document.read { handlers.service($0) ?? noService }
+    case .service:
+      return document.read { call in
+        keeps = call["keep"]?.isTrue ?? false
+        return handlers.service(call) ?? noService
+      }
     }
   }
 

@@ -47,10 +47,13 @@ struct RPCBudget {
 final class RPCOutput {
   let bytes: [UInt8]
   let isShared: Bool
+  /// Whether the connection rests afterwards.
+  let keeps: Bool
   private var outdated: RPCBudget.SharedBytes?
 
-  init(_ bytes: [UInt8], isShared: Bool) {
+  init(_ bytes: [UInt8], isShared: Bool, keeps: Bool = false) {
     self.bytes = bytes
+    self.keeps = keeps
     self.isShared = isShared
   }
 

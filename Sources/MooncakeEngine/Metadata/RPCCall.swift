@@ -17,7 +17,11 @@ struct RPCCall {
     // Peers serve one connection at a time, so it is closed as soon as this returns.
     let socket = try connect()
     try send(RPCMessage.encoded(type: type, body: body), on: socket)
-    let message = try receive(from: socket)
+    return try text(of: try receive(from: socket))
+  }
+
+  /// The text of an answer.
+  func text(of message: RPCMessage) throws(EngineError) -> String {
     if message.type != type || message.isOldProtocol {
       throw failure(.protocolViolation, "it answered with a message of another type", Self.hint)
     }
@@ -56,8 +60,6 @@ struct RPCCall {
   }
 
   private func connect(to address: SocketAddress) throws(EngineError) -> Socket {
-    // Numeric names need not be told twice.
-    let place = address.host == peer.host ? "" : " to \(address)"
     let ownLimit = Deadline.after(milliseconds: settings.connectTimeoutMilliseconds)
     do throws(Errno) {
       let socket = try Socket(family: address.family)
@@ -69,25 +71,31 @@ struct RPCCall {
       socket.setNoDelay()
       return socket
     } catch {
-      switch error.rawValue {
-      case ECANCELED: throw canceled
-      case ECONNREFUSED:
-        throw failure(.unreachable, "connect\(place) refused", Self.hint)
-      case ETIMEDOUT where deadline.hasPassed:
-        throw failure(
-          .timeout, "connect\(place) not answered before the deadline",
-          "is the host up, and does no firewall drop the packets?")
-      case ETIMEDOUT:
-        throw failure(
-          .unreachable,
-          "connect\(place) not answered within \(settings.connectTimeoutMilliseconds / 1000) s",
-          "is the host up, and does no firewall drop the packets?")
-      case EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL:
-        throw failure(.system, "cannot connect\(place)", "\(error); raise the limit")
-      default:
-        throw failure(
-          .unreachable, "connect\(place) failed", "\(error); check the address and the network")
-      }
+      throw connectFailure(error, to: address)
+    }
+  }
+
+  func connectFailure(_ error: Errno, to address: SocketAddress) -> EngineError {
+    // Numeric names need not be told twice.
+    let place = address.host == peer.host ? "" : " to \(address)"
+    switch error.rawValue {
+    case ECANCELED: return canceled
+    case ECONNREFUSED:
+      return failure(.unreachable, "connect\(place) refused", Self.hint)
+    case ETIMEDOUT where deadline.hasPassed:
+      return failure(
+        .timeout, "connect\(place) not answered before the deadline",
+        "is the host up, and does no firewall drop the packets?")
+    case ETIMEDOUT:
+      return failure(
+        .unreachable,
+        "connect\(place) not answered within \(settings.connectTimeoutMilliseconds / 1000) s",
+        "is the host up, and does no firewall drop the packets?")
+    case EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL:
+      return failure(.system, "cannot connect\(place)", "\(error); raise the limit")
+    default:
+      return failure(
+        .unreachable, "connect\(place) failed", "\(error); check the address and the network")
     }
   }
 
@@ -121,21 +129,14 @@ struct RPCCall {
       } catch {
         throw broken(error, "the answer was awaited")
       }
-      if count == 0 {
-        throw failure(
-          .unreachable,
-          parser.isEmpty
-            ? "it closed the connection without an answer"
-            : "it closed the connection after \(parser.receivedByteCount) bytes of its answer",
-          "it refused the request or is stopping; is this its RPC port?")
-      }
+      if count == 0 { throw closed(afterBytes: parser.receivedByteCount) }
       // A peer that streams without pause must not outlast the deadline.
       if deadline.hasPassed { throw broken(.timedOut, "the answer was received") }
       let received = UnsafeRawBufferPointer(rebasing: chunk[..<count])
       do throws(RPCMessageError) {
         if let message = try parser.consume(received).message { return message }
       } catch {
-        throw failure(.protocolViolation, "it sent \(error)", remedy(for: error))
+        throw malformed(error)
       }
     }
   }
@@ -146,7 +147,20 @@ struct RPCCall {
     failure(.canceled, "given up", "it was canceled, or the engine destroyed, meanwhile")
   }
 
-  private func broken(_ error: Errno, _ moment: String) -> EngineError {
+  func closed(afterBytes count: Int) -> EngineError {
+    failure(
+      .unreachable,
+      count == 0
+        ? "it closed the connection without an answer"
+        : "it closed the connection after \(count) bytes of its answer",
+      "it refused the request or is stopping; is this its RPC port?")
+  }
+
+  func malformed(_ error: RPCMessageError) -> EngineError {
+    failure(.protocolViolation, "it sent \(error)", remedy(for: error))
+  }
+
+  func broken(_ error: Errno, _ moment: String) -> EngineError {
     if error.rawValue == ECANCELED { return canceled }
     if error == .timedOut && deadline.hasPassed {
       return failure(

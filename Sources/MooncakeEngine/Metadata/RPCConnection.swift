@@ -2,6 +2,7 @@ import CLinux
 import MooncakeSystem
 
 /// One peer at the RPC daemon: receives a request, sends the answer, waits for the peer to close.
+/// After a call of a service it rests until the next one.
 final class RPCConnection {
   enum Outcome {
     /// Waits for these epoll events.
@@ -28,12 +29,15 @@ final class RPCConnection {
   private let socket: Socket
   private let peer: SocketAddress?
   private let limits: RPCServer.Limits
-  private let end: Deadline
+  private var end: Deadline
   private var phase = Phase.receiving
   private var parser: RPCMessageParser
   private var output: RPCOutput?
   private var sentByteCount = 0
   private var discardedByteCount = 0
+  private var mayRest = false
+  /// Whether the loop counts it among those that rest.
+  var isCountedResting = false
 
   /// What the budget knows that it takes.
   var accounted = Held()
@@ -59,7 +63,9 @@ final class RPCConnection {
 
   var rawValue: Int32 { socket.rawValue }
   var peerName: String { peer?.description ?? "a peer" }
-  var hasAnswered: Bool { if case .receiving = phase { false } else { true } }
+  var hasAnswered: Bool { if case .receiving = phase { isResting } else { true } }
+  /// Whether it has answered and may be asked again.
+  var isResting: Bool { mayRest && parser.isEmpty && output == nil }
   var receivedByteCount: Int { parser.receivedByteCount }
 
   var held: Held {
@@ -104,15 +110,20 @@ final class RPCConnection {
         return parser.isEmpty ? .finished : .rejected(reason: "only part of a request")
       }
       lastProgress = Clock.now()
+      mayRest = false
+      if parser.isEmpty { end = .after(milliseconds: limits.exchangeMilliseconds) }
       let message: RPCMessage?
+      var takenCount = count
       do throws(RPCMessageError) {
-        message = try parser.consume(UnsafeRawBufferPointer(rebasing: scratch[..<count])).message
+        let bytes = UnsafeRawBufferPointer(rebasing: scratch[..<count])
+        (takenCount, message) = try parser.consume(bytes)
       } catch {
         return .rejected(reason: error.description)
       }
       guard let message else { continue }
       do throws(JSONError) {
         output = try answer(message)
+        mayRest = output?.keeps == true && takenCount == count
       } catch {
         return .rejected(reason: "a request that is no JSON (\(error))")
       }
@@ -134,6 +145,11 @@ final class RPCConnection {
       }
     }
     output = nil
+    if mayRest {
+      (phase, sentByteCount) = (.receiving, 0)
+      parser = RPCMessageParser(limit: limits.messageLength)
+      return .goOn(events: Epoll.readable)
+    }
     phase = .closing
     socket.shutdownWrite()
     return try discard(scratch)

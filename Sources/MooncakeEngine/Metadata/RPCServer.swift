@@ -30,6 +30,8 @@ package final class RPCServer: Sendable {
     package var messageLength: Int
     /// Beyond it the quietest connection of the peer that has most is closed.
     package var connectionCount = 1024
+    /// Kept for the next call of a service; beyond it the one that rests longest is closed.
+    package var restingCount = 256
     /// Bytes of unfinished requests and unsent answers of all; beyond it a connection of the peer
     /// that holds most is closed.
     package var totalByteCount: Int

@@ -16,6 +16,7 @@ final class RPCServerLoop: @unchecked Sendable {
   private var listener: Socket?
   private var connections: [UInt64: RPCConnection] = [:]
   private var nextToken = firstConnectionToken
+  private var restingCount = 0
   /// When accepting goes on after the process ran out of descriptors; nil while it accepts.
   private var acceptPause: Deadline?
   private var budget: RPCBudget
@@ -77,6 +78,7 @@ final class RPCServerLoop: @unchecked Sendable {
       guard let connection = connections[token] else { return }
       let outcome = connection.advance(scratch: scratch, answer: answer)
       account(for: connection)
+      count(connection, isResting: connection.isResting)
       switch outcome {
       case .goOn(let events):
         do throws(Errno) {
@@ -87,6 +89,7 @@ final class RPCServerLoop: @unchecked Sendable {
       case .finished: close(token)
       case .rejected(let reason): reject(token, reason)
       }
+      if restingCount > limits.restingCount { closeResting() }
       while budget.isExceeded, closeLargest() {}
     }
   }
@@ -110,7 +113,7 @@ final class RPCServerLoop: @unchecked Sendable {
   }
 
   private func adopt(_ socket: consuming Socket) throws(Errno) {
-    if connections.count >= limits.connectionCount { closeQuietest() }
+    if connections.count >= limits.connectionCount && !closeResting() { closeQuietest() }
     let token = nextToken
     nextToken &+= 1
     socket.setNoDelay()
@@ -153,6 +156,23 @@ final class RPCServerLoop: @unchecked Sendable {
     }
   }
 
+  private func count(_ connection: RPCConnection, isResting: Bool) {
+    if connection.isCountedResting == isResting { return }
+    connection.isCountedResting = isResting
+    restingCount += isResting ? 1 : -1
+  }
+
+  /// Closes the connection that has not been asked for longest; false if none rests.
+  @discardableResult
+  private func closeResting() -> Bool {
+    let resting = connections.filter { $0.value.isResting }
+    guard let oldest = resting.min(by: { $0.value.lastProgress < $1.value.lastProgress }) else {
+      return false
+    }
+    close(oldest.key)
+    return true
+  }
+
   private func closeQuietest() {
     let group = budget.busiest
     let members = connections.filter { $0.value.group == group }
@@ -174,6 +194,10 @@ final class RPCServerLoop: @unchecked Sendable {
   private func closeExpired() {
     let expired = connections.filter { $0.value.deadline.hasPassed }
     for (token, connection) in expired {
+      if connection.isResting {
+        close(token)
+        continue
+      }
       if !connection.hasAnswered {
         Log.warning(
           "RPC daemon: \(connection.peerName) sent no complete request in time "
@@ -202,6 +226,7 @@ final class RPCServerLoop: @unchecked Sendable {
   private func close(_ token: UInt64) {
     // Closing the descriptor takes it out of the epoll set.
     if let connection = connections.removeValue(forKey: token) {
+      count(connection, isResting: false)
       budget.change(connection.group, from: connection.accounted, to: RPCConnection.Held())
       budget.removeConnection(connection.group)
     }
@@ -228,11 +253,12 @@ final class RPCServerLoop: @unchecked Sendable {
       case .service: counters.serviceRequests += 1
       }
     }
-    let body = try RPCAnswer.body(to: message, handlers: handlers)
+    var keeps = false
+    let body = try RPCAnswer.body(to: message, handlers: handlers, keeps: &keeps)
     if message.type == .metadata { return sharedOutput(body) }
     return RPCOutput(
       RPCMessage.encoded(type: message.type, isOldProtocol: message.isOldProtocol, body: body),
-      isShared: false)
+      isShared: false, keeps: keeps)
   }
 
   /// One copy for all who ask while the descriptor stays the same.

@@ -12,11 +12,22 @@ extension DownloadPlan {
     guard let lastByte else { return .max }
     let latest = lastByte &+ settings.queuedNanoseconds
     let isIsolated = !neighbors.contains(where: \.isAlive)
+    let isolated =
+      onlyCorruptAreKnown ? settings.corruptNanoseconds : settings.isolatedNanoseconds
     return min(
       latest,
       isIsolated
-        ? max(lastByte, lastAnswer) &+ settings.isolatedNanoseconds
+        ? max(lastByte, lastAnswer) &+ isolated
         : max(lastByte, lastBusy) &+ settings.starvedNanoseconds)
+  }
+
+  /// Nobody is waited for who might come back.
+  private var onlyCorruptAreKnown: Bool {
+    !corrupt.isEmpty && neighbors.allSatisfy(\.isBanned)
+      && tried.allSatisfy { failed in
+        gone.contains(failed.holder.holding)
+          || corrupt.contains { $0.holder == failed.holder }
+      }
   }
 
   /// No question is sent and no read begun from then on.

@@ -36,6 +36,8 @@ package struct DownloadPlan: Sendable {
     /// Without a byte and a living neighbor for so long it is stuck; longer than a network that is
     /// back needs.
     package var isolatedNanoseconds: UInt64 = 10_000_000_000
+    /// The same where all that were known have sent wrong bytes or hold it no longer.
+    package var corruptNanoseconds: UInt64 = 2_000_000_000
     /// With living neighbors from which no byte comes for so long it is stuck.
     package var starvedNanoseconds: UInt64 = 15_000_000_000
     /// The same where they say that others come first.
@@ -97,6 +99,8 @@ package struct DownloadPlan: Sendable {
   /// When a holder answered last, and when one said last that others come first.
   var lastAnswer: UInt64 = 0
   var lastBusy: UInt64 = 0
+  /// Those of `tried` that hold it no longer.
+  var gone: Set<UInt64> = []
   /// Holders given up whose reads have not all ended.
   private var departing: [HolderAddress] = []
   /// Holders that failed and why, the latest of each.
@@ -198,6 +202,7 @@ package struct DownloadPlan: Sendable {
     guard let asked = neighbors[index].asked else { return }
     neighbors[index].asked = nil
     if answer.state == .gone {
+      gone.insert(holder.holding)
       drop(index, "holds it no longer")
       return
     }
@@ -210,6 +215,7 @@ package struct DownloadPlan: Sendable {
       return
     }
     neighbors[index].failures = 0
+    gone.remove(holder.holding)
     if !neighbors[index].isMute { tried.removeAll { $0.holder == holder } }
     let lease = min(answer.leaseMilliseconds, 86_400_000) * 1_000_000
     neighbors[index].renewal = now &+ max(lease / 2, 250_000_000)
@@ -229,8 +235,8 @@ package struct DownloadPlan: Sendable {
     }
   }
 
-  /// `isGone`: the holder itself lives but has this payload no longer. A question may be lost: while
-  /// bytes come, they say more about the holder than it does.
+  /// `isGone`: the holder itself lives but has this payload no longer. A question may be lost:
+  /// while bytes come, they say more about the holder than it does.
   package mutating func askFailed(
     _ holder: HolderAddress, reason: String, isGone: Bool, now: UInt64
   ) {
@@ -240,6 +246,7 @@ package struct DownloadPlan: Sendable {
     neighbors[index].asked = nil
     let sends =
       neighbors[index].readCount > 0 && neighbors[index].lastProgress > asked?.since ?? .max
+    if isGone { gone.insert(holder.holding) }
     if isGone || !sends { return drop(index, reason) }
     wait(index, milliseconds: 100)
     neighbors[index].renewal = neighbors[index].nextAsk
@@ -431,7 +438,7 @@ package struct DownloadPlan: Sendable {
 
   mutating func note(_ holder: HolderAddress, _ reason: String) {
     tried.removeAll { $0.holder == holder }
-    if tried.count == 32 { tried.removeFirst() }
+    if tried.count == 32 { gone.remove(tried.removeFirst().holder.holding) }
     tried.append((holder, reason))
   }
 

@@ -1,5 +1,5 @@
-/// Receivers that wait for a place at a holder. They come again by themselves, so it only knows when
-/// each came first and when it was heard last.
+/// Receivers that wait for a place at a holder. They come again by themselves, so it only knows
+/// when each came first and when it was heard last.
 struct UploadQueue: Sendable {
   private struct Waiter {
     var reader: UInt64
@@ -34,9 +34,9 @@ struct UploadQueue: Sendable {
 
   var isEmpty: Bool { waiters.isEmpty }
 
-  /// Whether a place that is free may be this one's: anybody's who comes, until somebody has waited
-  /// for long. Then those go first who have waited at least half as long as that one; to keep it for
-  /// that one alone would leave it unused until that one comes.
+  /// Whether a place that is free may be this one's: anybody's who comes, until somebody has
+  /// waited for long. Then those go first who have waited at least half as long as that one; to
+  /// keep it for that one alone would leave it unused until that one comes.
   func isDue(_ reader: UInt64, now: UInt64) -> Bool {
     let longest = waiters.reduce(0) { max($0, now &- $1.since) }
     if longest < Self.longNanoseconds { return true }

@@ -1,0 +1,78 @@
+import MooncakeSystem
+import Synchronization
+
+/// Asks the RPC daemons of any number of peers on one thread, `mc-rpc-call`, so that those that
+/// stay silent keep nobody from being asked. A connection is kept a while for the next question.
+package final class RPCCaller: Sendable {
+  /// Runs on the caller's thread and must not wait.
+  package typealias Completion = @Sendable (Result<String, EngineError>) -> Void
+
+  private struct State {
+    var loop: RPCCallerLoop?
+    var thread: WorkerThread?
+    var isStopped = false
+  }
+  private let state = Lock(State())
+
+  package init() {}
+
+  /// Sends a call of a service, a JSON object that is not empty, to a daemon; `completion` is
+  /// called once, by the deadline.
+  package func call(
+    _ peer: HostPort, at address: SocketAddress, _ body: String, until deadline: Deadline,
+    _ completion: @escaping Completion
+  ) {
+    do throws(EngineError) {
+      try loop().submit(
+        RPCQuestion(
+          call: RPCCall(
+            peer: peer, type: .service, deadline: deadline,
+            settings: .fromEnvironment(), cancellation: -1),
+          address: address, bytes: RPCMessage.encoded(type: .service, body: Self.kept(body)),
+          completion: completion))
+    } catch {
+      completion(.failure(error))
+    }
+  }
+
+  /// The body of a call that asks for the connection to be kept.
+  private static func kept(_ body: String) -> String { #"{"keep":true,"# + body.dropFirst() }
+
+  /// Waits until every question has been answered or has failed.
+  package func drain(until deadline: Deadline) {
+    guard let loop = state.withLock({ $0.loop }) else { return }
+    while loop.pendingCount > 0 && !deadline.hasPassed {
+      sleepBriefly(nanoseconds: 1_000_000)
+    }
+  }
+
+  /// Ends every question as canceled.
+  package func stop() {
+    let running = state.withLock { state in
+      state.isStopped = true
+      defer { (state.loop, state.thread) = (nil, nil) }
+      return (state.loop, state.thread)
+    }
+    running.0?.requestStop()
+    running.1?.join()
+  }
+
+  /// The loop, started at the first question.
+  private func loop() throws(EngineError) -> RPCCallerLoop {
+    let outcome: Result<RPCCallerLoop, EngineError> = state.withLock { state in
+      if let loop = state.loop { return .success(loop) }
+      if state.isStopped {
+        return .failure(EngineError(.canceled, "asking a peer: the engine was destroyed"))
+      }
+      do throws(Errno) {
+        let loop = try RPCCallerLoop()
+        state.thread = try WorkerThread.start(name: "mc-rpc-call") { loop.run() }
+        state.loop = loop
+        return .success(loop)
+      } catch {
+        return .failure(EngineError(.system, "starting the thread mc-rpc-call: \(error)"))
+      }
+    }
+    return try outcome.get()
+  }
+}
