@@ -1,14 +1,17 @@
 extension EtcdStore {
-  /// What stands under a key, and the revision that wrote it; nil if nothing does.
+  /// What stands under a key, and the revision that wrote it; nil if nothing does. What is not
+  /// UTF-8 is an error, unless any value will do.
   package func getRevised(
-    _ key: String, _ call: MetadataCall
+    _ key: String, isText: Bool = true, _ call: MetadataCall
   ) throws(EngineError) -> (value: String, revision: UInt64)? {
     let phase = "get '\(key)'"
     return try ask("/v3/kv/range", phase, call) {
       $0.member("key", encoded(key))
     } answer: { value throws(EngineError) in
       guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
-      guard let text = String(validating: try bytes(found, "value", phase), as: UTF8.self) else {
+      let bytes = try bytes(found, "value", phase)
+      if !isText { return (String(decoding: bytes, as: UTF8.self), number(found["mod_revision"])) }
+      guard let text = String(validating: bytes, as: UTF8.self) else {
         throw client.failure(
           .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
       }

@@ -37,14 +37,21 @@ package final class HTTPStore: MetadataStore {
 
   package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
     let phase = "get '\(key)'"
-    let response = try ask(.get, ["key": key], phase, call)
-    if response.status == 404 { return nil }
-    try expectSuccess(response, phase)
-    guard let text = String(validating: response.body, as: UTF8.self) else {
+    guard let bytes = try bytes(key, phase, call) else { return nil }
+    guard let text = String(validating: bytes, as: UTF8.self) else {
       throw failure(
         .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
     }
     return text
+  }
+
+  private func bytes(
+    _ key: String, _ phase: String, _ call: MetadataCall
+  ) throws(EngineError) -> [UInt8]? {
+    let response = try ask(.get, ["key": key], phase, call)
+    if response.status == 404 { return nil }
+    try expectSuccess(response, phase)
+    return response.body
   }
 
   package func put(
@@ -98,6 +105,14 @@ package final class HTTPStore: MetadataStore {
       for key in part { writer.value(key) }
       writer.endArray()
       let response = try ask(.post, [:], phase, call, at: "/values", body: Array(writer.text.utf8))
+      // Servers of older releases have no such path.
+      if [400, 404, 405, 501].contains(response.status) {
+        for key in keys[values.count...] {
+          let bytes = try bytes(key, "get '\(key)'", call)
+          values.append(bytes.map { String(decoding: $0, as: UTF8.self) })
+        }
+        return values
+      }
       try expectSuccess(response, phase)
       let count = values.count
       try decode(response, phase) { value throws(EngineError) in
@@ -226,7 +241,7 @@ package final class HTTPStore: MetadataStore {
       if response.status != 404 { try expectSuccess(response, phase) }
       return
     }
-    for entry in entries where try get(entry.key, call) == entry.value {
+    for entry in entries where try values(of: [entry.key], call)[0] == entry.value {
       _ = try delete(entry.key, call)
     }
   }
