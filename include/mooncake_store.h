@@ -313,7 +313,8 @@ typedef void (*mooncake_store_watch_callback_t)(int32_t kind,
 typedef struct mooncake_store_watch mooncake_store_watch_t;
 
 /* Calls callback with each payload whose name begins with prefix (null or "": all), as APPEARED,
- * and with every later change of one. The caller owns *watch and ends it with
+ * and with every later change of one, but not for payloads of Mooncake's Go store, which
+ * mooncake_store_list() shows. The caller owns *watch and ends it with
  * mooncake_store_watch_destroy(); mooncake_store_destroy() silences it, too. context must last
  * until either has returned: then no callback is running and none will run. Errors:
  * INVALID_ARGUMENT, INVALID_HANDLE (a store that is being destroyed), FULL (1,024 watches), SYSTEM.

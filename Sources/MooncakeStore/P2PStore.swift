@@ -27,6 +27,8 @@ public final class P2PStore: Sendable {
   let workers = WorkerPool(name: "mc-store-ask", threadLimit: 8)
   let catalog = Catalog()
   let watches = PayloadWatches()
+  /// Holdings that are being withdrawn since their name was removed.
+  private let withdrawing = Lock<Set<UInt64>>([])
   private let ownsEngine: Bool
   private let service: UInt64
   private let isClosing = Atomic(false)
@@ -98,6 +100,8 @@ public final class P2PStore: Sendable {
     if isClosing.exchange(true, ordering: .acquiringAndReleasing) {
       if watches.isCurrent { return }
       while closed.value == 0 { closed.wait(while: 0, until: .never) }
+      // The first may be a handler, which still runs.
+      watches.close()
       return
     }
     // First this: what handlers call must not keep them.
@@ -173,7 +177,11 @@ public final class P2PStore: Sendable {
   /// until it ends its entry.
   private func withdrawRemoved(_ record: HolderRecord) {
     let name = record.name
-    _ = workers.run { [self] in
+    let holding = record.holder.holding
+    // It is told again with each turn of the keeper until it is done.
+    if !withdrawing.withLock({ $0.insert(holding).inserted }) { return }
+    let isTaken = workers.run { [self] in
+      defer { withdrawing.withLock { _ = $0.remove(holding) } }
       // The name may be another payload's by now.
       let entry = try? catalog.take(name, where: { $0.holding?.address == record.holder })
       guard let entry else { return }
@@ -185,6 +193,7 @@ public final class P2PStore: Sendable {
           name: name, isOrigin: entry.isOrigin, holding: nil, layout: nil,
           allocations: entry.allocations))
     }
+    if !isTaken { withdrawing.withLock { _ = $0.remove(holding) } }
   }
 
   private func withdrawOffer(_ entry: Catalog.Entry) {

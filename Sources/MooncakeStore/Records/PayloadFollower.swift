@@ -17,11 +17,21 @@ package final class PayloadFollower: @unchecked Sendable {
   private var known: [MetadataKey: PayloadSummary] = [:]
   /// Those whose heads are gone: what the holders' records tell counts.
   private var headless: [MetadataKey: Headless] = [:]
-  private enum Headless { case gone, malformed }
+  private struct Headless {
+    /// Something stands there that nobody can read, and behind which nobody can stand.
+    var isBlocked: Bool
+    /// When it is looked at next, on the directory's clock, and how long that is after the last.
+    var due: UInt64 = 0
+    var pause: UInt64 = 0
+  }
   /// A service that comes back may have lost what its holders are about to put again.
   private var patience: UInt64 = 0
 
   private static let recheckMilliseconds: UInt64 = 1000
+  /// For names that others block, for as long as nothing happens to them.
+  private static let maximumRecheckMilliseconds: UInt64 = 10_000
+  /// What a look at those without a head gets; changes of the others wait for it.
+  private static let lookMilliseconds: UInt64 = 5000
 
   package init(
     _ directory: StoreDirectory, prefix: String, tell: @escaping @Sendable (PayloadChange) -> Void
@@ -39,18 +49,29 @@ package final class PayloadFollower: @unchecked Sendable {
   /// error.
   package func turn(_ call: MetadataCall) throws(EngineError) {
     do throws(EngineError) {
-      let recheck = Deadline.after(milliseconds: Self.recheckMilliseconds)
       let wait = MetadataCall(
-        until: headless.isEmpty ? call.deadline : min(call.deadline, recheck),
-        cancellation: call.cancellation)
+        until: min(call.deadline, nextLook), cancellation: call.cancellation)
       for change in try watch.next(wait) { take(change) }
-      try lookAtHeadless(MetadataCall(until: .never, cancellation: call.cancellation))
+      try lookAtHeadless(
+        MetadataCall(
+          until: .after(milliseconds: Self.lookMilliseconds), cancellation: call.cancellation))
     } catch {
       if error.code != .canceled {
         patience = directory.now() &+ directory.ttlMilliseconds * 1_000_000
       }
       throw error
     }
+  }
+
+  private var nextLook: Deadline {
+    if headless.isEmpty { return .never }
+    let now = directory.now()
+    var pause = Self.maximumRecheckMilliseconds
+    for state in headless.values {
+      let left = (state.due - min(state.due, now) + 999_999) / 1_000_000
+      pause = min(pause, state.isBlocked ? left : Self.recheckMilliseconds)
+    }
+    return .after(milliseconds: pause)
   }
 
   private func take(_ change: MetadataChange) {
@@ -63,9 +84,9 @@ package final class PayloadFollower: @unchecked Sendable {
     // What is malformed counts as absent.
     guard let head, MetadataKey(head.name) == key else {
       if case .put = change {
-        headless[key] = .malformed
+        headless[key] = Headless(isBlocked: true)
       } else {
-        headless[key] = known[key] == nil ? nil : .gone
+        headless[key] = known[key] == nil ? nil : Headless(isBlocked: false)
       }
       return
     }
@@ -82,18 +103,34 @@ package final class PayloadFollower: @unchecked Sendable {
   }
 
   private func lookAtHeadless(_ call: MetadataCall) throws(EngineError) {
-    for (key, state) in headless.sorted(by: { $0.key < $1.key }) {
-      if let now = try directory.listed(key.text, call) {
-        note(now, key)
-        continue
+    let now = directory.now()
+    let keys = headless.filter { $0.value.due <= now }.map(\.key).sorted()
+    if keys.isEmpty { return }
+    let (listed, removals) = try directory.lookUp(keys, startingWith: prefix, call)
+    for key in keys {
+      let told = known[key]
+      if let summary = listed[key] {
+        note(summary, key)
+      } else if let told, patience <= now || removals[key]?.cover(told) ?? false {
+        // Nobody can stand for a name that is blocked, so that it is looked at for longer.
+        if headless[key]?.isBlocked == false { headless[key] = nil }
+        known[key] = nil
+        tell(.vanished(name: told.name))
       }
-      guard let told = known[key] else { continue }
-      let isPatient = patience > directory.now()
-      if isPatient, try !directory.removals(of: told.name, call).cover(told) { continue }
-      // Nobody can stand for the name behind a malformed head, so that it is looked at for longer.
-      if state == .gone { headless[key] = nil }
-      known[key] = nil
-      tell(.vanished(name: told.name))
+      if headless[key]?.isBlocked == true {
+        postpone(key, now, isQuiet: known[key]?.version == told?.version)
+      }
     }
+  }
+
+  /// Looks at a blocked name less and less often.
+  private func postpone(_ key: MetadataKey, _ now: UInt64, isQuiet: Bool) {
+    guard let pause = headless[key]?.pause else { return }
+    let next =
+      isQuiet
+      ? min(Self.maximumRecheckMilliseconds, max(Self.recheckMilliseconds, pause * 2))
+      : Self.recheckMilliseconds
+    headless[key]?.pause = next
+    headless[key]?.due = now &+ next * 1_000_000
   }
 }

@@ -34,8 +34,9 @@ public final class PayloadWatch: Sendable {
 
   deinit { stop() }
 
-  /// Ends the watch. No handler runs when this returns, whoever else ends it at the same time;
-  /// called by the handler, none runs again.
+  /// Ends the watch. Its handler does not run when this returns, whoever else ends it at the same
+  /// time. Called by a handler of this or another watch of the same store it waits for nobody: the
+  /// handler is not called again, and a call of it that has begun goes on.
   public func stop() { watches.stop(loop) }
 }
 
@@ -64,12 +65,14 @@ final class PayloadWatchLoop: Sendable {
     }
   }
 
-  func start() throws(Errno) {
+  /// Says `onEnd` when no handler runs any more.
+  func start(onEnd: @escaping @Sendable () -> Void) throws(Errno) {
     ended.store(0)
     do throws(Errno) {
       try thread.withLock { thread throws(Errno) in
         thread = try WorkerThread.start(name: "mc-store-watch") { [self] in
           run()
+          onEnd()
           ended.store(1)
           ended.wakeAll()
         }

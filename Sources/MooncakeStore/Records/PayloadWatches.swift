@@ -14,31 +14,30 @@ package final class PayloadWatches: Sendable {
   func start(_ loop: PayloadWatchLoop) throws(Errno) -> Bool {
     try state.withLock { state throws(Errno) in
       if state.isClosed { return false }
-      try loop.start()
+      // It leaves the table when its last handler has returned, whoever ends it before.
+      try loop.start { [self] in self.state.withLock { $0.loops[ObjectIdentifier(loop)] = nil } }
       state.loops[ObjectIdentifier(loop)] = loop
       return true
     }
   }
 
-  /// Ends one watch. Its handler does not run when this returns, unless it is the caller.
+  /// Ends one watch. Its handler does not run when this returns, unless a handler calls this: two
+  /// that waited for each other would wait forever.
   func stop(_ loop: PayloadWatchLoop) {
     loop.requestStop()
-    if loop.isCurrent {
-      loop.detach()
-    } else {
-      loop.waitUntilEnded()
-    }
-    state.withLock { $0.loops[ObjectIdentifier(loop)] = nil }
+    if isCurrent { loop.detach() } else { loop.waitUntilEnded() }
   }
 
-  /// Ends all watches, and those to come.
+  /// Ends all watches, and those to come; waits for all handlers but the caller.
   func close() {
     let loops = state.withLock { state in
       state.isClosed = true
       return Array(state.loops.values)
     }
     for loop in loops { loop.requestStop() }
-    for loop in loops { stop(loop) }
+    for loop in loops {
+      if loop.isCurrent { loop.detach() } else { loop.waitUntilEnded() }
+    }
   }
 
   /// Whether the caller is a handler of one of them.

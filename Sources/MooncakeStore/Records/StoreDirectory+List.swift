@@ -35,13 +35,47 @@ extension StoreDirectory {
     return infos.sorted { $0.key < $1.key }.map(\.value)
   }
 
-  /// As which one name is listed; nil if it is not.
-  func listed(
-    _ name: String, _ call: MetadataCall
+  /// Names that are asked for one by one; to walk over all records is less work for more.
+  private static let singleCount = 16
+
+  /// As what some names that begin with `start` are listed, by name, and what was removed of those
+  /// that have no head.
+  func lookUp(
+    _ names: [MetadataKey], startingWith start: String, _ call: MetadataCall
+  ) throws(EngineError) -> (listed: [MetadataKey: PayloadSummary], [MetadataKey: Removals]) {
+    var listed: [MetadataKey: PayloadSummary] = [:]
+    var removals: [MetadataKey: Removals] = [:]
+    if names.count <= Self.singleCount {
+      for name in names {
+        listed[name] = try head(of: name, call)
+        if listed[name] != nil { continue }
+        let versions = try versions(of: name.text, call)
+        removals[name] = try self.removals(of: name.text, call)
+        listed[name] = Self.listed(versions, removals[name]!)?.summary
+      }
+      return (listed, removals)
+    }
+    let asked = Set(names)
+    var held: [MetadataKey: [HeldVersion]] = [:]
+    try store.forEach(prefix: holderKeys(startingWith: start), call) { entry throws(EngineError) in
+      guard let record = record(entry) else { return }
+      let name = MetadataKey(record.name)
+      if asked.contains(name) { Self.note(record, &held[name, default: []]) }
+    }
+    removals = try self.removals(startingWith: start, call) { asked.contains($0) }
+    for (name, versions) in held {
+      listed[name] = Self.listed(versions, removals[name] ?? Removals())?.summary
+    }
+    // Somebody may stand for them by now.
+    let rest = names.filter { listed[$0] == nil }
+    let texts = try store.values(of: rest.map { headKey($0.text) }, call)
+    for (name, text) in zip(rest, texts) { listed[name] = head(name.text, in: text)?.summary }
+    return (listed, removals)
+  }
+
+  private func head(
+    of name: MetadataKey, _ call: MetadataCall
   ) throws(EngineError) -> PayloadSummary? {
-    if let head = head(name, in: try store.get(headKey(name), call)) { return head.summary }
-    let versions = try versions(of: name, call)
-    if !versions.contains(where: \.isCurrent) { return nil }
-    return Self.listed(versions, try removals(of: name, call))?.summary
+    head(name.text, in: try store.values(of: [headKey(name.text)], call)[0])?.summary
   }
 }

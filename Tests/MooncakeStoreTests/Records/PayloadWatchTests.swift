@@ -166,6 +166,56 @@ private final class Told: Sendable {
     own.withLock { $0 = nil }
   }
 
+  @Test func aHandlerThatEndedItsWatchIsWaitedFor() throws {
+    let cluster = try Cluster()
+    let store = try cluster.store()
+    let memory = Memory(4096)
+    try store.register("a", [memory.buffer])
+    let hasStopped = Atomic(false)
+    let isOver = Atomic(false)
+    let own = Lock<PayloadWatch?>(nil)
+    let watch = try store.watch(prefix: "") { _ in
+      while own.withLock({ $0 == nil }) { usleep(1000) }
+      own.withLock { $0 }?.stop()
+      hasStopped.store(true, ordering: .sequentiallyConsistent)
+      usleep(300_000)
+      isOver.store(true, ordering: .sequentiallyConsistent)
+    }
+    own.withLock { $0 = watch }
+    #expect(eventually { hasStopped.load(ordering: .sequentiallyConsistent) })
+    store.close()
+    let wasOver = isOver.load(ordering: .sequentiallyConsistent)
+    #expect(wasOver)
+    own.withLock { $0 = nil }
+  }
+
+  @Test func handlersMayStopEachOther() throws {
+    let cluster = try Cluster()
+    let store = try cluster.store()
+    let memory = Memory(4096)
+    try store.register("a", [memory.buffer])
+    let watches = Lock<[PayloadWatch]>([])
+    let entered = Atomic(0)
+    let left = Atomic(0)
+    for index in 0..<2 {
+      let watch = try store.watch(prefix: "") { _ in
+        entered.wrappingAdd(1, ordering: .sequentiallyConsistent)
+        // Both are here by then.
+        while watches.withLock({ $0.count < 2 })
+          || entered.load(ordering: .sequentiallyConsistent) < 2
+        {
+          usleep(1000)
+        }
+        watches.withLock { $0[1 - index] }.stop()
+        left.wrappingAdd(1, ordering: .sequentiallyConsistent)
+      }
+      watches.withLock { $0.append(watch) }
+    }
+    #expect(eventually { left.load(ordering: .sequentiallyConsistent) == 2 })
+    store.close()
+    watches.withLock { $0 = [] }
+  }
+
   @Test func noHandlerRunsAfterItsStore() throws {
     let cluster = try Cluster()
     let (other, store) = (try cluster.store(), try cluster.store())
