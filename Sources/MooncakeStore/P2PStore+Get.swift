@@ -112,7 +112,7 @@ extension P2PStore {
       of: name, version, limit: Self.neighborCount, bounds.call)
     // What was removed is gone at once, not only when its holders have learned of it.
     if let newest = holders.max(by: { $0.summary.isOlder(than: $1.summary) }),
-      try !directory.removals(of: name, bounds.call).contains(version)
+      try !directory.removals(of: name, bounds.call).cover(newest.summary)
     {
       return Target(
         summary: newest.summary, holders: holders,

@@ -102,7 +102,7 @@ extension P2PStore {
     catalog.release(name)
   }
 
-  /// Removes a name everywhere: every holder withdraws the version that it has now.
+  /// Removes a name everywhere: every holder withdraws what was published by now.
   public func remove(
     _ name: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) {

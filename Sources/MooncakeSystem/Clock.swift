@@ -6,8 +6,16 @@ package enum Clock {
   /// Nanoseconds since an arbitrary start; never goes back.
   @inline(__always)
   package static func now() -> UInt64 {
+    read(CLOCK_MONOTONIC)
+  }
+
+  /// The same, but it goes on while the machine is suspended. Not to be compared with `now`.
+  package static func sinceBoot() -> UInt64 { read(CLOCK_BOOTTIME) }
+
+  @inline(__always)
+  private static func read(_ clock: clockid_t) -> UInt64 {
     var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
+    clock_gettime(clock, &time)
     return UInt64(bitPattern: Int64(time.tv_sec)) &* 1_000_000_000
       &+ UInt64(bitPattern: Int64(time.tv_nsec))
   }

@@ -47,15 +47,32 @@ extension RecordKeeper {
   package func step() throws(EngineError) -> Bool {
     let isSound = try renew()
     // Before records are put again: what was removed meanwhile must not come back.
-    let removed = try lookAtNames()
+    var failure: EngineError?
+    let removed = try lookAtNames(&failure)
     withdraw(removed)
     let keys = Set(removed.map { directory.holderKey($0) })
     let waiting = state.withLock { $0.slots.filter { !$0.value.isStored }.map(\.key).sorted() }
     for key in waiting where !keys.contains(key) {
       try renewIfDue()
-      try settle(key, call)
+      try apart(&failure) { () throws(EngineError) in try settle(key, call) }
+    }
+    let isNews = state.withLock { !$0.isHindered.exchange(failure != nil) }
+    if isNews, let failure {
+      Log.warning("\(failure.message) (all else that this process holds is published)")
     }
     return isSound
+  }
+
+  /// Does what concerns one key. What stands in the way there does not keep others.
+  private func apart(
+    _ failure: inout EngineError?, _ body: () throws(EngineError) -> Void
+  ) throws(EngineError) {
+    do throws(EngineError) { try body() } catch {
+      switch error.code {
+      case .protocolViolation, .invalidArgument, .full: failure = failure ?? error
+      default: throw error
+      }
+    }
   }
 
   private var call: MetadataCall {
@@ -100,7 +117,7 @@ extension RecordKeeper {
 
   /// What one look at all names needs.
   private struct Look {
-    let now: UInt64
+    let now: Moment
     let mark: String?
     /// Whether any name has been removed since the last look; there may have been looks before that
     /// nobody knows of.
@@ -108,23 +125,28 @@ extension RecordKeeper {
     /// nil until it is asked for.
     var hasRemovals: Bool?
     var removed: [HolderRecord] = []
+    /// What was in the way of single names.
+    var failure: EngineError?
   }
 
   private typealias Item = (key: String, slot: Slot)
 
   /// Looks at the head of each payload that is held here, and puts those that are missing. Returns
   /// what has been removed.
-  private func lookAtNames() throws(EngineError) -> [HolderRecord] {
+  private func lookAtNames(
+    _ failure: inout EngineError?
+  ) throws(EngineError) -> [HolderRecord] {
     let items: [Item] = state.withLock { state in
       state.slots.filter { $0.value.isWanted && !$0.value.isPublishing }
         .map { ($0.key, $0.value) }.sorted { $0.key < $1.key }
     }
     if items.isEmpty { return [] }
-    let mark = try store.get(directory.removalMarkKey, call)
+    // Whatever stands there, as long as it changes.
+    let mark = try store.values(of: [directory.removalMarkKey], call)[0]
     let (looked, former) = state.withLock { ($0.looked, $0.mark) }
     var look = Look(
-      now: directory.now(), mark: mark, hasNewMark: mark != nil && (looked == nil || mark != former)
-    )
+      now: Moment(directory), mark: mark,
+      hasNewMark: mark != nil && (looked == nil || mark != former))
     for start in stride(from: 0, to: items.count, by: Self.pageCount) {
       try renewIfDue()
       try self.look(at: items[start..<min(start + Self.pageCount, items.count)], &look)
@@ -133,6 +155,7 @@ extension RecordKeeper {
       state.looked = look.now
       state.mark = mark
     }
+    failure = look.failure
     return look.removed
   }
 
@@ -141,7 +164,7 @@ extension RecordKeeper {
   ) throws(EngineError) {
     let texts = try store.values(of: items.map { directory.headKey($0.slot.name) }, call)
     var standing: [Item] = []
-    var doubtful: [(item: Item, head: PayloadHead?, isFree: Bool)] = []
+    var doubtful: [(item: Item, text: String?)] = []
     for (item, text) in zip(items, texts) {
       let head = directory.head(item.slot.name, in: text)
       if let head, head.version == item.slot.record.version {
@@ -150,16 +173,20 @@ extension RecordKeeper {
           item, isHeadOurs: isOurs, isSuperseded: false, published: head.publishedMilliseconds)
         if item.slot.isUnconfirmed { standing.append(item) }
       } else {
-        doubtful.append((item, head, isFree: text == nil))
+        doubtful.append((item, text))
       }
     }
     let tombstones = try store.values(of: doubtful.map { tombstoneKey($0.item) }, call)
-    for ((item, head, isFree), tombstone) in zip(doubtful, tombstones) {
-      var isRemoved = isTombstone(tombstone, of: item)
-      if !isRemoved { isRemoved = try judge(item, head, isFree: isFree, &look, &standing) }
-      if isRemoved { look.removed.append(item.slot.record) }
+    var failure: EngineError?
+    for ((item, text), tombstone) in zip(doubtful, tombstones) {
+      try apart(&failure) { () throws(EngineError) in
+        var isRemoved = isTombstone(tombstone, of: item)
+        if !isRemoved { isRemoved = try judge(item, text, &look, &standing) }
+        if isRemoved { look.removed.append(item.slot.record) }
+      }
       try renewIfDue()
     }
+    look.failure = look.failure ?? failure
     if !standing.isEmpty { try confirm(standing, &look) }
   }
 
@@ -182,17 +209,19 @@ extension RecordKeeper {
   }
 
   private func isTombstone(_ text: String?, of item: Item) -> Bool {
-    text.flatMap { Tombstone(json: $0) }?.version == item.slot.record.version
+    guard let tombstone = text.flatMap({ Tombstone(json: $0) }) else { return false }
+    return tombstone.version == item.slot.record.version
+      && item.slot.record.publishedMilliseconds <= tombstone.untilMilliseconds
   }
 
   /// What is to become of a holding whose version does not stand under its name. Returns whether
   /// that has been removed.
   private func judge(
-    _ item: Item, _ head: PayloadHead?, isFree: Bool, _ look: inout Look,
-    _ standing: inout [Item]
+    _ item: Item, _ text: String?, _ look: inout Look, _ standing: inout [Item]
   ) throws(EngineError) -> Bool {
     let record = item.slot.record
-    if let head {
+    let head = directory.head(record.name, in: text)
+    if let text, let head {
       if record.summary.isOlder(than: head.summary)
         || head.publishedMilliseconds >= record.publishedMilliseconds
       {
@@ -206,7 +235,7 @@ extension RecordKeeper {
       }
       // A holder of an older version that did not know of this one.
       try directory.delete(
-        MetadataEntry(key: directory.headKey(record.name), value: head.json), call)
+        MetadataEntry(key: directory.headKey(record.name), value: text), call)
     } else if record.isSuperseded {
       try note(item, isHeadOurs: false)
       return false
@@ -224,7 +253,7 @@ extension RecordKeeper {
       return true
     }
     // What nobody can read is left to whoever registers or removes the name.
-    try stand(item, isAllowed: isFree || head != nil, &standing)
+    try stand(item, isAllowed: text == nil || head != nil, &standing)
     return false
   }
 
@@ -255,8 +284,10 @@ extension RecordKeeper {
   /// touch for longer than removals are remembered, and names have been removed meanwhile.
   private func mayHaveMissedRemoval(_ slot: Slot, _ look: Look) -> Bool {
     guard look.hasNewMark else { return false }
-    let last = max(slot.since, state.withLock { $0.looked } ?? 0)
-    return look.now &- last >= StoreDirectory.removalMilliseconds * 1_000_000
+    let away = [slot.since, state.withLock { $0.looked }].compactMap {
+      $0.map { look.now.milliseconds(since: $0) }
+    }
+    return away.min()! >= StoreDirectory.removalMilliseconds
   }
 
   /// Notes what was seen of a holding.

@@ -13,8 +13,8 @@ package final class RecordKeeper: Sendable {
     var record: HolderRecord { didSet { describe() } }
     /// Differs for each change of the record.
     var edition: UInt64
-    /// Since when others can have removed it, on the directory's clock.
-    let since: UInt64
+    /// Since when others can have removed it.
+    let since: Moment
     /// False: it is to be deleted.
     var isWanted = true
     /// Whether the service has taken it as it is here.
@@ -29,7 +29,7 @@ package final class RecordKeeper: Sendable {
     private(set) var text = ""
     private(set) var headText = ""
 
-    init(_ record: HolderRecord, since: UInt64) {
+    init(_ record: HolderRecord, since: Moment) {
       self.record = record
       self.since = since
       edition = 0
@@ -45,6 +45,25 @@ package final class RecordKeeper: Sendable {
     }
   }
 
+  /// On the directory's clock, and by the time of day: a virtual machine that stands still has no
+  /// other clock that tells.
+  struct Moment: Sendable {
+    let nanoseconds: UInt64
+    let wallMilliseconds: UInt64
+
+    init(_ directory: StoreDirectory) {
+      nanoseconds = directory.now()
+      wallMilliseconds = directory.wallMilliseconds()
+    }
+
+    /// The larger one where they differ.
+    func milliseconds(since other: Moment) -> UInt64 {
+      max(
+        (nanoseconds &- other.nanoseconds) / 1_000_000,
+        wallMilliseconds - min(wallMilliseconds, other.wallMilliseconds))
+    }
+  }
+
   struct State: Sendable {
     /// By key.
     var slots: [String: Slot] = [:]
@@ -53,9 +72,11 @@ package final class RecordKeeper: Sendable {
     /// When the lease was renewed, on the directory's clock.
     var renewed: UInt64 = 0
     /// When all names were looked at, and the mark of removals then.
-    var looked: UInt64?
+    var looked: Moment?
     var mark: String?
     var isDown = false
+    /// Whether something stands in the way of single records.
+    var isHindered = false
     var isStopping = false
     var onRemoval: (@Sendable (HolderRecord) -> Void)?
     var thread: WorkerThread?
@@ -70,6 +91,7 @@ package final class RecordKeeper: Sendable {
   let hasThread: Bool
 
   private static let removalMilliseconds: UInt64 = 2000
+  private static let attemptLimit = 8
 
   package init(_ directory: StoreDirectory, hasThread: Bool = true) throws(EngineError) {
     self.directory = directory
@@ -98,13 +120,7 @@ package final class RecordKeeper: Sendable {
     try start()
     do throws(EngineError) {
       try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
-      // A removal at the same time may cover what was published until a moment ago: then this
-      // counts as later. One that names the version came later itself.
-      let removals = try directory.removals(of: record.name, call)
-      let summary = state.withLock { $0.slots[key]?.record.summary }
-      if let summary, removals.cover(summary), !removals.contains(record.version) {
-        try putWithHead(record, key, isCreateOnly: false, call)
-      }
+      try outlive(record, key, isCreateOnly: isCreateOnly, call)
       state.withLock { $0.slots[key]?.isPublishing = false }
     } catch {
       remove(record, call)
@@ -112,12 +128,29 @@ package final class RecordKeeper: Sendable {
     }
   }
 
+  /// A removal at the same time covers what was published until a moment ago. What has been
+  /// published must not be withdrawn for it later: it is published again, as later.
+  private func outlive(
+    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+  ) throws(EngineError) {
+    for _ in 0..<Self.attemptLimit {
+      guard let slot = state.withLock({ $0.slots[key] }) else { throw Self.closed }
+      if try !directory.removals(of: record.name, call).cover(slot.record.summary) { return }
+      // The name is free, or still this one's, unless another has taken it since.
+      if isCreateOnly { try directory.delete(headEntry(slot), call) }
+      try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
+    }
+    throw EngineError(
+      .notFound,
+      "payload '\(record.name)': it was removed in metadata \(directory.uri) each time that it was "
+        + "published: register it when nobody removes it any more")
+  }
+
   private func putWithHead(
     _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
   ) throws(EngineError) {
     note(try latest(record, call), key, isPublishing: true)
     try settle(key, call)
-    _ = try store.delete(directory.tombstoneKey(record.name, record.version), call)
     let head = state.withLock { $0.slots[key].map(headEntry) }
     guard let head else { throw Self.closed }
     let isPut = try withLease(call) { lease throws(EngineError) in
@@ -140,8 +173,8 @@ package final class RecordKeeper: Sendable {
     _ record: HolderRecord, _ call: MetadataCall
   ) throws(EngineError) -> HolderRecord {
     let name = record.name
-    let head = directory.head(name, in: try store.get(directory.headKey(name), call))
-    var last = try directory.removals(of: name, call).untilMilliseconds
+    let head = directory.head(name, in: try store.values(of: [directory.headKey(name)], call)[0])
+    var last = try directory.removals(of: name, call).untilMilliseconds ?? 0
     for summary in try directory.versions(of: name, call).map(\.summary)
       + (head.map { [$0.summary] } ?? [])
     {
@@ -215,7 +248,7 @@ package final class RecordKeeper: Sendable {
   // MARK: Records
 
   private func note(_ record: HolderRecord, _ key: String, isPublishing: Bool = false) {
-    let now = directory.now()
+    let now = Moment(directory)
     state.withLock { state in
       state.lastEdition &+= 1
       var slot = state.slots[key] ?? Slot(record, since: now)

@@ -3,23 +3,17 @@ import MooncakeSystem
 
 /// What was removed of one name lately.
 package struct Removals: Sendable {
-  private var versions: Set<PayloadVersion> = []
-  /// Up to when what was published is removed.
-  package private(set) var untilMilliseconds: UInt64 = 0
+  /// Up to when what was published is removed; nil if nothing was.
+  package private(set) var untilMilliseconds: UInt64?
 
-  package var isEmpty: Bool { versions.isEmpty }
-
-  /// Whether a version was removed: by its digest, or because it was published before.
+  /// Whether what a summary tells was removed. The same version may have been published since: that
+  /// is told as later.
   package func cover(_ summary: PayloadSummary) -> Bool {
-    versions.contains(summary.version)
-      || !isEmpty && summary.publishedMilliseconds <= untilMilliseconds
+    untilMilliseconds.map { summary.publishedMilliseconds <= $0 } ?? false
   }
 
-  func contains(_ version: PayloadVersion) -> Bool { versions.contains(version) }
-
   mutating func note(_ tombstone: Tombstone) {
-    versions.insert(tombstone.version)
-    untilMilliseconds = max(untilMilliseconds, tombstone.untilMilliseconds)
+    untilMilliseconds = max(untilMilliseconds ?? 0, tombstone.untilMilliseconds)
   }
 }
 
@@ -92,35 +86,36 @@ extension StoreDirectory {
   /// Removes a name: its holders withdraw each version that there is by now. Returns false if there
   /// is none.
   package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    let start = wallMilliseconds()
     var isRemoved = false
     for _ in 0..<Self.attemptLimit {
       let text = try store.get(headKey(name), call)
       let head = head(name, in: text)
       let removals = try removals(of: name, call)
-      // A newer one, published after this began, is another's.
-      if isRemoved && (text == nil || head.map { !removals.contains($0.version) } ?? false) {
-        break
-      }
+      // Only what is read after the removal was put ends this: until then a holder that looks for
+      // one finds none and may stand for the name. A head published later is another's.
+      if isRemoved && (text == nil || head.map { !removals.cover($0.summary) } ?? false) { break }
       var summaries = try versions(of: name, call).map(\.summary)
       if let head, !summaries.contains(where: { $0.version == head.version }) {
         summaries.append(head.summary)
       }
-      summaries.removeAll { removals.contains($0.version) }
+      // Nobody stands for it, and its holders are yet to learn of its removal, if there are any.
+      if text == nil && summaries.allSatisfy({ removals.cover($0) }) { break }
       // First this, since a holder that finds no head looks here before it puts one.
-      if !summaries.isEmpty || text != nil && head == nil { try bury(name, summaries, call) }
-      if text == nil && summaries.isEmpty { break }
+      try bury(name, summaries, since: start, call)
       isRemoved = true
-      guard let text else { break }
-      try delete(MetadataEntry(key: headKey(name), value: text), call)
-      // Another holder may have put one at the same time: it is looked at again.
+      if let text { try delete(MetadataEntry(key: headKey(name), value: text), call) }
     }
     return isRemoved
   }
 
   private func bury(
-    _ name: String, _ summaries: [PayloadSummary], _ call: MetadataCall
+    _ name: String, _ summaries: [PayloadSummary], since start: UInt64, _ call: MetadataCall
   ) throws(EngineError) {
-    let until = max(wallMilliseconds(), summaries.map(\.publishedMilliseconds).max() ?? 0)
+    let until = max(start, summaries.map(\.publishedMilliseconds).max() ?? 0)
+    // Before, so that whoever is away finds it even if this ends in the middle; after, since others
+    // may have looked in between.
+    try putMark(call)
     // Behind a head that nobody can read there may be any version.
     let versions =
       summaries.isEmpty ? [PayloadVersion(high: 0, low: 0)] : summaries.map(\.version)
@@ -136,6 +131,10 @@ extension StoreDirectory {
         try store.put(entry, lease: try burialLease(call), call)
       }
     }
+    try putMark(call)
+  }
+
+  private func putMark(_ call: MetadataCall) throws(EngineError) {
     try store.put(
       MetadataEntry(
         key: removalMarkKey,
@@ -163,6 +162,7 @@ extension StoreDirectory {
     of name: String, _ call: MetadataCall
   ) throws(EngineError) -> Removals {
     var removals = Removals()
+    if try isListingSpared(call) { return removals }
     try store.forEach(prefix: removalPrefix(name), call) { entry throws(EngineError) in
       if let tombstone = tombstone(entry) { removals.note(tombstone) }
     }
@@ -174,6 +174,7 @@ extension StoreDirectory {
     startingWith start: String, _ call: MetadataCall, isAsked: (MetadataKey) -> Bool
   ) throws(EngineError) -> [MetadataKey: Removals] {
     var removals: [MetadataKey: Removals] = [:]
+    if try isListingSpared(call) { return removals }
     let prefix = removalPrefix + PercentEncoding.encode(start)
     try store.forEach(prefix: prefix, call) { entry throws(EngineError) in
       guard let tombstone = tombstone(entry) else { return }
@@ -181,6 +182,13 @@ extension StoreDirectory {
       if isAsked(name) { removals[name, default: Removals()].note(tombstone) }
     }
     return removals
+  }
+
+  /// Redis walks over all of its keys for a listing. The mark is put before whatever else tells of
+  /// a removal, and stays: without it there is none.
+  private func isListingSpared(_ call: MetadataCall) throws(EngineError) -> Bool {
+    guard store is RedisStore else { return false }
+    return try store.values(of: [removalMarkKey], call)[0] == nil
   }
 
   /// Whether any name at all was removed lately.

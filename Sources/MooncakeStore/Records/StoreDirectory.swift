@@ -11,7 +11,7 @@ package final class StoreDirectory: Sendable {
   let prefix: String
   /// How long records stay without a sign of life of their process.
   let ttlMilliseconds: UInt64
-  /// Nanoseconds that never go back.
+  /// Nanoseconds that never go back, and go on while the machine is suspended.
   let now: @Sendable () -> UInt64
   /// Milliseconds since 1970.
   let wallMilliseconds: @Sendable () -> UInt64
@@ -26,7 +26,7 @@ package final class StoreDirectory: Sendable {
 
   package init(
     _ store: any MetadataStore, prefix: String, ttlMilliseconds: UInt64,
-    now: @escaping @Sendable () -> UInt64 = { Clock.now() },
+    now: @escaping @Sendable () -> UInt64 = { Clock.sinceBoot() },
     wallMilliseconds: @escaping @Sendable () -> UInt64 = { WallClock.milliseconds() }
   ) {
     self.store = store
@@ -128,7 +128,7 @@ package final class StoreDirectory: Sendable {
   /// Deletes a key that others may put too, if it holds this value.
   func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {
     guard let etcd = store as? EtcdStore else { return try store.revoke(nil, [entry], call) }
-    guard let (value, revision) = try etcd.getRevised(entry.key, call),
+    guard let (value, revision) = try etcd.getRevised(entry.key, isText: false, call),
       value.utf8.elementsEqual(entry.value.utf8)
     else { return }
     _ = try etcd.replace(entry.key, writtenBy: revision, with: nil, call)

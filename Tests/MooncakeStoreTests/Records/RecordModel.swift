@@ -43,11 +43,28 @@ final class RecordModel: @unchecked Sendable {
   private var lastVersion: UInt64 = 0
   /// When the publication of each version of a name last began or ended.
   private var published: [String: [PayloadVersion: Int]] = [:]
+  private struct Publication {
+    let version: PayloadVersion
+    let start: Int
+    let time: UInt64
+    var isDone = false
+  }
+  /// The attempts to publish by who made them, the first one of each version of a name, and the
+  /// last one of a name.
+  private var attempts: [UInt64: Publication] = [:]
+  private var firstAttempts: [String: [PayloadVersion: Publication]] = [:]
+  private var lastAttempts: [String: Publication] = [:]
+  /// When the last removal of a name ended, whatever came of it; `Int.max` while there is one.
+  private var removalEnds: [String: Int] = [:]
+  /// Of the clocks of the processes.
+  private let skewMilliseconds: UInt64
   /// What a removal that has succeeded covers: what was published before it began.
   private var removed: [String: [PayloadVersion: Int]] = [:]
   /// What a watcher was told that cannot be.
   private(set) var faults: [String] = []
   private(set) var stepCount = 0
+  /// Names at the end of which it was known as what they must be listed.
+  private(set) var expectedCount = 0
   /// Whether everything that happens is printed.
   var isTraced = false
 
@@ -56,6 +73,7 @@ final class RecordModel: @unchecked Sendable {
 
   init(seed: UInt64) throws {
     random = SwarmRandom(seed: seed)
+    skewMilliseconds = seed.isMultiple(of: 2) ? 0 : 4000
     let clock = clock
     service = ScriptedService { clock.now }
     connect(observer)
@@ -77,6 +95,7 @@ final class RecordModel: @unchecked Sendable {
     holder.keeper = try RecordKeeper(holder.directory, hasThread: false)
     holder.keeper.onRemoval { [unowned self, unowned holder] record in
       trace("\(number(holder)) withdraws \(record.name) \(record.version.low)")
+      checkWithdrawal(record)
       if holder.held[record.name]?.holder == record.holder { holder.held[record.name] = nil }
       holder.keeper.remove(record, Self.call)
     }
@@ -90,10 +109,11 @@ final class RecordModel: @unchecked Sendable {
       pageLimit: { [unowned self] in chance(0.5) ? Int.random(in: 1...4, using: &random) : 500 },
       repeated: { [unowned self] in chance(0.1) ? UInt64.random(in: 1...5, using: &random) : 0 },
       before: { [unowned self, unowned client] in fate(of: client) })
-    // Clocks differ by four seconds at most: see `publish`.
+    // The clock of a removal is the one that is ahead: see `publish`.
+    let skew = skewMilliseconds
     client.directory = StoreDirectory(
       store, prefix: "mooncake/", ttlMilliseconds: Self.ttlMilliseconds, now: { clock.now },
-      wallMilliseconds: { clock.now / 1_000_000 + 4000 })
+      wallMilliseconds: { clock.now / 1_000_000 + skew })
   }
 
   /// Of no consequence: nothing takes real time. It has passed, so that nobody waits.
@@ -189,25 +209,37 @@ final class RecordModel: @unchecked Sendable {
     order += 1
     // Now and then the same bytes as before.
     if chance(0.7) || lastVersion == 0 { lastVersion += 1 }
-    // Clocks of processes differ.
-    let skew = UInt64.random(in: 0...4000, using: &random)
+    let skew = skewMilliseconds == 0 ? 0 : UInt64.random(in: 0...skewMilliseconds, using: &random)
+    advance(milliseconds: 5)
     let record = testRecord(
       name, version: lastVersion, holding: .random(in: 1 ... .max, using: &random),
       published: clock.now / 1_000_000 + skew)
-    if record.version == former?.version { return }
-    published[name, default: [:]][record.version] = order
-    trace("\(number(holder)) publishes \(name) \(lastVersion)")
-    defer {
-      trace(
-        "\(number(holder)) published \(name) \(record.version.low): \(holder.held[name] == record)"
-      )
-      // A removal in between may have come first.
-      order += 1
-      published[name]?[record.version] = order
+    let version = record.version
+    if version == former?.version { return }
+    let formerOrder = published[name]?[version]
+    published[name, default: [:]][version] = order
+    let attempt = Publication(version: version, start: order, time: clock.now)
+    attempts[record.holder.holding] = attempt
+    if firstAttempts[name]?[version] == nil {
+      firstAttempts[name, default: [:]][version] = attempt
     }
+    lastAttempts[name] = attempt
+    trace("\(number(holder)) publishes \(name) \(lastVersion)")
     do throws(EngineError) {
       try holder.keeper.publish(record, isCreateOnly: chance(0.2), Self.call)
-    } catch { return }
+    } catch {
+      trace("\(number(holder)) failed to publish \(name) \(version.low): \(error.message)")
+      // Unless its head stood for a while it counts as none.
+      if !service.hasPut(observer.directory.headKey(name), by: record.holder) {
+        published[name]?[version] = formerOrder
+      }
+      return
+    }
+    trace("\(number(holder)) published \(name) \(version.low)")
+    // A removal in between may have come first.
+    order += 1
+    published[name]?[version] = order
+    if lastAttempts[name]?.start == attempt.start { lastAttempts[name]?.isDone = true }
     holder.held[name] = record
     if let former { holder.keeper.remove(former, Self.call) }
   }
@@ -239,6 +271,12 @@ final class RecordModel: @unchecked Sendable {
     order += 1
     let (start, losses) = (order, lossCount)
     trace("removing \(name)")
+    let formerEnd = removalEnds[name]
+    removalEnds[name] = .max
+    defer {
+      order += 1
+      removalEnds[name] = formerEnd == .max ? .max : order
+    }
     guard (try? client.directory.remove(name, Self.call)) == true else { return }
     trace("removed \(name)")
     // A service that has lost everything since knows of no removal.
@@ -278,13 +316,40 @@ final class RecordModel: @unchecked Sendable {
     if Set(infos.map(\.name)).count != infos.count { faults.append("a name is listed twice") }
   }
 
+  /// Nothing is withdrawn that nobody has removed since it was published, unless its holder was
+  /// away for long.
+  private func checkWithdrawal(_ record: HolderRecord) {
+    guard
+      let attempt = attempts[record.holder.holding]
+        ?? firstAttempts[record.name]?[record.version],
+      removalEnds[record.name] ?? 0 < attempt.start, !isLongAgo(attempt)
+    else { return }
+    faults.append("'\(record.name)': version \(record.version.low) was withdrawn unasked")
+  }
+
+  private func isLongAgo(_ attempt: Publication) -> Bool {
+    clock.now - attempt.time >= StoreDirectory.removalMilliseconds * 1_000_000
+  }
+
   // MARK: The end
+
+  /// As what a name must be listed, as far as that does not hang on who came first, or on how much
+  /// clocks differ: as what was published last, if one who has all of it is left.
+  private func expected(_ name: String) -> PayloadVersion? {
+    guard skewMilliseconds == 0, let last = lastAttempts[name], last.isDone,
+      removalEnds[name] ?? 0 < last.start, !isLongAgo(last)
+    else { return nil }
+    let isHeld = holders.contains {
+      $0.held[name]?.version == last.version && $0.held[name]?.isComplete == true
+    }
+    return isHeld ? last.version : nil
+  }
 
   /// Lets everything work for a few leases, and says what is wrong then.
   func settle() throws -> [String] {
     isHealed = true
     for client in (holders as [Client]) + watchers { client.isCut = false }
-    for _ in 0..<12 {
+    for _ in 0..<24 {
       advance(milliseconds: Self.ttlMilliseconds / 4)
       for holder in holders { _ = try holder.keeper.step() }
       for watcher in watchers { try watcher.follower.turn(Self.call) }
@@ -300,7 +365,22 @@ final class RecordModel: @unchecked Sendable {
             + Self.text(watcher.told[name]))
       }
     }
-    for info in try observer.directory.list(prefix: "", Self.call) {
+    let infos = try observer.directory.list(prefix: "", Self.call)
+    for name in Self.names {
+      let version = infos.first { $0.name.utf8.elementsEqual(name.utf8) }?.version
+      if let expected = expected(name) {
+        expectedCount += 1
+        if version != expected {
+          wrong.append(
+            "'\(name)': \(Self.text(expected)) is expected, listed \(Self.text(version))")
+        }
+      }
+      let isHeld = holders.contains {
+        $0.held[name]?.version == version && $0.held[name]?.isComplete == true
+      }
+      if version != nil && !isHeld { wrong.append("'\(name)': listed, but nobody holds it") }
+    }
+    for info in infos {
       if let version = info.version, let start = removed[info.name]?[version],
         published[info.name]?[version] ?? 0 < start
       {

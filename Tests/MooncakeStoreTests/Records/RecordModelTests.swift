@@ -15,14 +15,16 @@ import Testing
     getenv(variable).flatMap { UInt64(String(cString: $0)) }
   }
 
-  /// Returns how many steps were made.
-  private func check(seed: UInt64, isTraced: Bool = false) throws -> Int {
+  /// Returns how many steps were made, and of how many names the end was known.
+  private func check(
+    seed: UInt64, isTraced: Bool = false
+  ) throws -> (steps: Int, expected: Int) {
     let model = try RecordModel(seed: seed)
     model.isTraced = isTraced
     model.run(stepCount: Self.stepCount)
     let wrong = try model.settle()
     #expect(wrong.isEmpty, "MOONCAKE_STRESS_SEED=\(seed): \(wrong.joined(separator: "; "))")
-    return model.stepCount
+    return (model.stepCount, model.expectedCount)
   }
 
   @Test func whatIsToldIsWhatIsListed() throws {
@@ -30,9 +32,13 @@ import Testing
       _ = try check(seed: seed, isTraced: true)
       return
     }
-    var stepCount = 0
-    for seed in 1...Self.seedCount { stepCount += try check(seed: seed) }
-    #expect(stepCount >= 10_000)
+    var (stepCount, expectedCount) = (0, 0)
+    for seed in 1...Self.seedCount {
+      let (steps, expected) = try check(seed: seed)
+      stepCount += steps
+      expectedCount += expected
+    }
+    #expect(stepCount >= 10_000 && expectedCount >= 20, "\(expectedCount) names")
     let end = Deadline.after(milliseconds: (Self.number("MOONCAKE_STRESS_SECONDS") ?? 0) * 1000)
     var seed = Self.seedCount
     while !end.hasPassed {

@@ -2,47 +2,7 @@ import Glibc
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
-import Synchronization
 import Testing
-
-/// Processes on a scripted service, in virtual time.
-private final class Bench: Sendable {
-  private let time = Atomic<UInt64>(1_000_000_000_000)
-  private let cut = Lock<Set<Int>>([])
-  private let lastClient = Atomic(0)
-
-  var now: UInt64 { time.load(ordering: .relaxed) }
-
-  /// Passes some time, and lets these processes look around meanwhile.
-  func pass(milliseconds: UInt64, _ keepers: RecordKeeper...) throws {
-    for _ in 0..<4 {
-      time.wrappingAdd(milliseconds * 250_000, ordering: .relaxed)
-      for keeper in keepers { _ = try keeper.step() }
-    }
-  }
-
-  func directory(_ service: ScriptedService, _ client: Int = 0) -> StoreDirectory {
-    StoreDirectory(
-      ScriptedStore(service) { [self] in
-        cut.withLock { $0.contains(client) } ? .unreachable : .done
-      },
-      prefix: "mooncake/", ttlMilliseconds: 2000, now: { [self] in now },
-      wallMilliseconds: { [self] in now / 1_000_000 })
-  }
-
-  /// A process that withdraws what is removed.
-  func keeper(_ service: ScriptedService, _ client: Int) throws -> RecordKeeper {
-    let keeper = try RecordKeeper(directory(service, client), hasThread: false)
-    keeper.onRemoval { [unowned keeper] in keeper.remove($0, testCall) }
-    return keeper
-  }
-
-  func service() -> ScriptedService { ScriptedService { [self] in now } }
-
-  func setCut(_ client: Int, _ isCut: Bool) {
-    cut.withLock { if isCut { $0.insert(client) } else { $0.remove(client) } }
-  }
-}
 
 @Suite struct VersionTests {
   private func version(_ low: UInt64) -> PayloadVersion { PayloadVersion(high: 7, low: low) }
@@ -229,5 +189,63 @@ private final class Bench: Sendable {
     // Four turns of each: a renewal, the mark, up to three pages of names, one of tombstones.
     #expect(service.callCount - calls <= 4 * 2 * 6)
     #expect(service.lostLeaseCount == 0)
+  }
+
+  /// However many names lose their heads at once, a watch asks for them together.
+  @Test func manyLostHeadsAreLookedAtTogether() throws {
+    let bench = Bench()
+    let service = bench.service()
+    let directory = bench.directory(service)
+    let count = Lock((appeared: 0, vanished: 0))
+    let follower = PayloadFollower(directory, prefix: "") { change in
+      count.withLock {
+        if case .vanished = change { $0.vanished += 1 } else { $0.appeared += 1 }
+      }
+    }
+    let records = (0..<1000).map { testRecord("many/\($0)") }
+    for record in records {
+      try put(record, directory)
+      try directory.store.put(
+        MetadataEntry(
+          key: directory.headKey(record.name),
+          value: PayloadHead(record.summary, origin: record.holder).json), lease: nil, testCall)
+    }
+    let passed = MetadataCall(until: Deadline(nanoseconds: 1))
+    try follower.turn(passed)
+    #expect(count.withLock { $0.appeared } == 1000)
+    for record in records { _ = service.delete(directory.headKey(record.name)) }
+    for record in records.prefix(500) { _ = service.delete(directory.holderKey(record)) }
+    let calls = service.callCount
+    try follower.turn(passed)
+    #expect(count.withLock { $0.vanished } == 500)
+    // The changes, a page of records, the removals, and four questions for the rest.
+    #expect(service.callCount - calls <= 8)
+  }
+
+  /// A head that nobody can read, of a payload that nobody holds, is asked for less and less often.
+  @Test func aBlockedNameIsNotAskedForAllTheTime() throws {
+    let bench = Bench()
+    let service = bench.service()
+    let directory = bench.directory(service)
+    let names = Lock<[String]>([])
+    let follower = PayloadFollower(directory, prefix: "") { change in
+      if case .appeared(let info) = change { names.withLock { $0.append(info.name) } }
+    }
+    try directory.store.put(
+      MetadataEntry(key: directory.headKey("a"), value: "{"), lease: nil, testCall)
+    let passed = MetadataCall(until: Deadline(nanoseconds: 1))
+    let calls = service.callCount
+    for _ in 0..<100 {
+      try follower.turn(passed)
+      try bench.pass(milliseconds: 1000)
+    }
+    // One for the changes in each turn; three for a look, of which there are 4 and one in 10 s.
+    #expect(service.callCount - calls <= 100 + 4 * 15)
+    try put(testRecord("a"), directory)
+    for _ in 0..<11 {
+      try follower.turn(passed)
+      try bench.pass(milliseconds: 1000)
+    }
+    #expect(names.withLock { $0 } == ["a"])
   }
 }

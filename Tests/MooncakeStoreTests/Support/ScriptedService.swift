@@ -24,6 +24,7 @@ final class ScriptedService: Sendable {
     var leases: [UInt64: Lease] = [:]
     var lastLease: UInt64 = 0
     var lostLeaseCount = 0
+    var refused: Set<MetadataKey> = []
     var callCount = 0
     var renewals: [UInt64] = []
   }
@@ -97,11 +98,15 @@ final class ScriptedService: Sendable {
     access { state in keys.map { state.table[MetadataKey($0)]?.value } }
   }
 
-  enum Verdict { case done, exists, noLease }
+  enum Verdict { case done, exists, noLease, refused }
+
+  /// From now on a key cannot be put.
+  func refuse(_ key: String) { state.withLock { _ = $0.refused.insert(MetadataKey(key)) } }
 
   func put(_ entry: MetadataEntry, _ lease: MetadataLease?, isOnlyIfAbsent: Bool) -> Verdict {
     access { state in
       let key = MetadataKey(entry.key)
+      if state.refused.contains(key) { return .refused }
       if isOnlyIfAbsent && state.table[key] != nil { return .exists }
       if let lease, state.leases[lease.id] == nil { return .noLease }
       if state.table[key] == nil { state.keys.insert(key, at: Self.place(of: key, state)) }
@@ -109,6 +114,18 @@ final class ScriptedService: Sendable {
       state.revision += 1
       state.log.append((state.revision, .put(entry)))
       return .done
+    }
+  }
+
+  /// Whether a head that names a holder has ever been put.
+  func hasPut(_ key: String, by holder: HolderAddress) -> Bool {
+    state.withLock { state in
+      state.log.contains {
+        guard case .put(let entry) = $0.change, MetadataKey(entry.key) == MetadataKey(key) else {
+          return false
+        }
+        return (try? PayloadHead(json: entry.value))?.origin == holder
+      }
     }
   }
 
@@ -214,6 +231,14 @@ final class ScriptedStore: MetadataStore {
     }
   }
 
+  private func check(_ verdict: ScriptedService.Verdict) throws(EngineError) {
+    switch verdict {
+    case .done, .exists: return
+    case .noLease: throw EngineError(.notFound, "the lease has ended")
+    case .refused: throw EngineError(.protocolViolation, "the key is refused")
+    }
+  }
+
   private func failure(_ cause: String) -> EngineError { EngineError(.unreachable, cause) }
 
   func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
@@ -233,14 +258,14 @@ final class ScriptedStore: MetadataStore {
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
   ) throws(EngineError) {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: false) }
-    if verdict == .noLease { throw EngineError(.notFound, "the lease has ended") }
+    try check(verdict)
   }
 
   func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
   ) throws(EngineError) -> Bool {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: true) }
-    if verdict == .noLease { throw EngineError(.notFound, "the lease has ended") }
+    try check(verdict)
     return verdict == .done
   }
 
