@@ -144,7 +144,9 @@ struct RPCCall {
   // MARK: Errors
 
   private var canceled: EngineError {
-    failure(.canceled, "given up", "it was canceled, or the engine destroyed, meanwhile")
+    failure(
+      .canceled, "given up, as it was canceled or the engine destroyed",
+      "call again if it is still wanted")
   }
 
   func closed(afterBytes count: Int) -> EngineError {

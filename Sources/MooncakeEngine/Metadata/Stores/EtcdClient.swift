@@ -97,17 +97,17 @@ final class EtcdClient: Sendable {
       let token = try token(at: endpoint, call, isStale: isRetry)
       let response = try send(query, at: endpoint, token: token, call)
       if response.status == 200 { return response.body }
-      let reason = reason(response)
-      if user != nil && !isRetry && wantsLogin(response, reason) { continue }
-      throw refusal(response.status, reason, query.phase, endpoint)
+      if user != nil && !isRetry && wantsLogin(response) { continue }
+      throw refusal(response, token, query.phase, endpoint)
     }
     throw failure(.unreachable, query.phase, "its tokens end at once", "check the clocks")
   }
 
   /// Whether a new token may help: the old one has ended, the cluster has restarted, its users have
   /// been changed, or it has users only since then.
-  private func wantsLogin(_ response: HTTPResponse, _ reason: String) -> Bool {
-    response.status == 401 || EtcdRefusal.isStaleToken(reason)
+  private func wantsLogin(_ response: HTTPResponse) -> Bool {
+    let reason = reason(response)
+    return response.status == 401 || EtcdRefusal.isStaleToken(reason)
       || ["user name is empty", "unauthenticated", "Unauthenticated"].contains {
         reason.utf8.holds($0)
       }
@@ -126,10 +126,9 @@ final class EtcdClient: Sendable {
     let query = Query(path: "/v3/auth/authenticate", body: writer.text, phase: "authenticate")
     let response = try send(query, at: endpoint, token: nil, call)
     if response.status != 200 {
-      let reason = reason(response)
       // A cluster without users needs no token.
-      if reason.utf8.holds("authentication is not enabled") { return nil }
-      throw refusal(response.status, reason, query.phase, endpoint)
+      if reason(response).utf8.holds("authentication is not enabled") { return nil }
+      throw refusal(response, nil, query.phase, endpoint)
     }
     let answer = try? JSONDocument(parsing: response.body)
     guard let token = answer?.read({ $0["token"]?.string }) else {
@@ -154,22 +153,25 @@ final class EtcdClient: Sendable {
     }
   }
 
+  /// As the service gives it, secrets included.
   private func reason(_ response: HTTPResponse) -> String {
     let document = try? JSONDocument(parsing: response.body)
-    let text = document?.read { ($0["error"] ?? $0["message"])?.string }
-    let secrets = ServiceSecrets(password, state.withLock { $0.token })
-    return text.map { secrets.hidden(in: $0.utf8) }
-      ?? String(secrets.hidden(in: response.body.prefix(Self.quotedBytes)).prefix(200))
+    return document?.read { ($0["error"] ?? $0["message"])?.string }
+      ?? String(decoding: response.body.prefix(Self.quotedBytes), as: UTF8.self)
   }
 
   /// Bytes of an answer that are looked at for its reason.
   private static let quotedBytes = 4096
+  private static let shownCount = 400
 
+  /// `token`: what was sent.
   private func refusal(
-    _ status: Int, _ reason: String, _ phase: String, _ endpoint: HostPort
+    _ response: HTTPResponse, _ token: String?, _ phase: String, _ endpoint: HostPort
   ) -> EngineError {
-    let cause = "\(endpoint) answers '\(reason)' (status \(status))"
-    let meaning = EtcdRefusal.meaning(status, reason)
+    let reason = reason(response)
+    let shown = ServiceSecrets(password, token).hidden(in: reason.utf8).prefix(Self.shownCount)
+    let cause = "\(endpoint) answers '\(shown)' (status \(response.status))"
+    let meaning = EtcdRefusal.meaning(response.status, reason)
     return failure(meaning.code, phase, cause, meaning.remedy)
   }
 

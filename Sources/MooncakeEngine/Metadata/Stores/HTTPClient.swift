@@ -39,8 +39,8 @@ struct HTTPFailure: Error {
 
   static var canceled: HTTPFailure {
     HTTPFailure(
-      code: .canceled, cause: "given up",
-      remedy: "it was canceled, or the engine destroyed, meanwhile")
+      code: .canceled, cause: "given up, as it was canceled or the engine destroyed",
+      remedy: "call again if it is still wanted")
   }
 }
 

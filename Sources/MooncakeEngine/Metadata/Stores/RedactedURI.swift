@@ -3,6 +3,7 @@
 package enum RedactedURI {
   private static let mark = "***"
   private static let shownBytes = 200
+  private static let longestName = 16
   /// What a query may hold: names of files.
   private static let plainNames = ["ca", "cert", "key"]
 
@@ -18,8 +19,10 @@ package enum RedactedURI {
       // hidden all the same.
       if let colon = body[..<at].utf8.firstIndex(of: UInt8(ascii: ":")) {
         shown += "\(body[..<colon]):\(mark)\(hidingQuery(body[at...]))"
-      } else {
+      } else if isName(body[..<at], shown) {
         shown += hidingQuery(body)
+      } else {
+        shown += "\(mark)\(hidingQuery(body[at...]))"
       }
     } else {
       shown += hidingQuery(hidingPasswords(body)[...])
@@ -27,6 +30,16 @@ package enum RedactedURI {
     if shown.utf8.count > shownBytes { shown = String(shown.prefix(shownBytes)) + "..." }
     let isPlain = shown.utf8.allSatisfy { $0 > 0x20 && $0 != 0x7F }
     return isPlain && !shown.isEmpty ? shown : String(reflecting: shown)
+  }
+
+  /// Whether what stands alone before a host is a user's name, not a token or a password. Redis
+  /// without users has passwords only.
+  private static func isName(_ text: Substring, _ scheme: String) -> Bool {
+    if scheme.lowercased() == "redis://" { return text.isEmpty }
+    return text.utf8.count <= longestName
+      && text.utf8.allSatisfy {
+        (0x61...0x7A).contains($0) || (0x30...0x39).contains($0) || "-_.".utf8.contains($0)
+      }
   }
 
   /// What stands where a port should be may be a password whose host is missing.

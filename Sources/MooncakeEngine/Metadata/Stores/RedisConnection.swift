@@ -76,8 +76,8 @@ package struct RedisFailure: Error {
     switch error.rawValue {
     case ECANCELED:
       RedisFailure(
-        code: .canceled, cause: "given up",
-        remedy: "it was canceled, or the engine destroyed, meanwhile")
+        code: .canceled, cause: "given up, as it was canceled or the engine destroyed",
+        remedy: "call again if it is still wanted")
     case ETIMEDOUT where deadline.hasPassed:
       RedisFailure(
         code: .timeout, cause: "no answer before the deadline",

@@ -11,11 +11,13 @@ package enum RedisRefusal {
     + "cluster-enabled no, which may have replicas, or use etcd or mooncake metadata serve"
 
   /// Refuses what cannot keep metadata; `reply` is the answer to HELLO.
-  package static func check(hello reply: RedisReply) throws(RedisFailure) {
+  package static func check(
+    hello reply: RedisReply, hiding secrets: ServiceSecrets = ServiceSecrets()
+  ) throws(RedisFailure) {
     if case .refusal(let text) = reply {
       // Those before 6 do not know it; where a login is missing or wrong, the next command says so.
       if text.utf8.holds("unknown command") || text.hasPrefix("NOAUTH") { return }
-      throw failure(text, isLogin: true)
+      throw failure(text, isLogin: true, hiding: secrets)
     }
     guard case .list(let parts) = reply else { return }
     for (name, value) in zip(parts, parts.dropFirst()) {
@@ -36,8 +38,10 @@ package enum RedisRefusal {
   }
 
   /// The failure behind an error's text.
-  package static func failure(_ text: String, isLogin: Bool) -> RedisFailure {
-    let cause = "the service answers '\(text.prefix(200))'"
+  package static func failure(
+    _ text: String, isLogin: Bool, hiding secrets: ServiceSecrets = ServiceSecrets()
+  ) -> RedisFailure {
+    let cause = "the service answers '\(secrets.hidden(in: text.utf8).prefix(200))'"
     // An error inside of a script comes wrapped, in a manner of each version's own.
     func says(_ words: String...) -> Bool {
       words.contains { text.hasPrefix($0) || text.utf8.holds("-\($0) ") }

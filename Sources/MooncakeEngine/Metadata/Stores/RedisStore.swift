@@ -130,7 +130,7 @@ package final class RedisStore: MetadataStore {
   ) throws(EngineError) -> MetadataChanges {
     let pause = min(call.deadline, .after(milliseconds: Self.listPauseMilliseconds))
     if Waiting.sleep(until: pause, cancellation: call.cancellation) {
-      throw failure(.canceled, "watch '\(prefix)'", "given up", "the engine was destroyed")
+      throw failure(.canceled, "watch '\(prefix)'", "given up", "call again if it is still wanted")
     }
     return call.deadline.hasPassed ? .changes([], revision: 0) : .unknown
   }
@@ -247,19 +247,16 @@ package final class RedisStore: MetadataStore {
     // before 6 do not know the command.
     commands.insert(["HELLO", "2"], at: password == nil ? 0 : 1)
     var replies = try connection.run(commands, call)
-    var hello = replies.remove(at: password == nil ? 0 : 1)
-    if case .refusal(let text) = hello {
-      hello = .refusal(ServiceSecrets(password).hidden(in: text.utf8))
-    }
-    try RedisRefusal.check(hello: hello)
+    let hello = replies.remove(at: password == nil ? 0 : 1)
+    try RedisRefusal.check(hello: hello, hiding: ServiceSecrets(password))
     try check(replies, "authenticate")
     return connection
   }
 
   private func check(_ replies: [RedisReply], _ phase: String) throws(RedisFailure) {
     for case .refusal(let answer) in replies {
-      let text = ServiceSecrets(password).hidden(in: answer.utf8)
-      throw RedisRefusal.failure(text, isLogin: phase == "authenticate")
+      throw RedisRefusal.failure(
+        answer, isLogin: phase == "authenticate", hiding: ServiceSecrets(password))
     }
   }
 

@@ -45,7 +45,8 @@ struct MetadataURITests {
       "http://h/m?token=secret", "http://h/m?secret", "http://h/m?token=secret@x",
       "http://u:secret@h/m?ca=f&token=secret", "etcd://h:1?password=secret", "etcd://u:secret",
       "redis://:secret", "etcd://h:1,u:secret", "u:secret/x", "etcd://http://u:secret",
-      "etcd://u:\u{308}secret@h", "http://h/m?\u{308}token=secret",
+      "etcd://u:\u{308}secret@h", "http://h/m?\u{308}token=secret", "redis://secret@h",
+      "REDIS://secret@h:1/2", "http://secretTOKEN@h/m", "https://secret/TOKEN==@h",
     ] {
       let shown: String
       do { shown = try MetadataURI(parsing: text).description } catch { shown = "\(error)" }
@@ -56,7 +57,7 @@ struct MetadataURITests {
   @Test func whatIsNoSecretIsShown() throws {
     for text in [
       "etcd://a:1,[::1]:2,c", "redis://h:6379/7", "http://h/m", "https://h/m?ca=/a&cert=c&key=k",
-      "etcd://http://a:1", "::1",
+      "etcd://http://a:1", "::1", "http://admin@h/m", "etcd://svc-1@h", "admin@h",
     ] {
       #expect(RedactedURI.text(text) == text)
     }

@@ -55,6 +55,19 @@ struct RedisRefusalTests {
     #expect(RedisRefusal.failure(text, isLogin: true).code == code)
   }
 
+  /// What an answer means does not depend on the password; what is shown of it does.
+  @Test(arguments: ["command", "un", "A", "N", "longer password"])
+  func secrets(password: String) throws {
+    let secrets = ServiceSecrets(password)
+    try RedisRefusal.check(hello: .refusal("ERR unknown command 'HELLO'"), hiding: secrets)
+    try RedisRefusal.check(hello: .refusal("NOAUTH HELLO must be called"), hiding: secrets)
+    let failure = RedisRefusal.failure(
+      "NOAUTH unknown '\(password)'", isLogin: false, hiding: secrets)
+    #expect(failure.code == .accessDenied)
+    let isQuoted = password.utf8.count >= 6
+    #expect(failure.cause == "the service answers '\(isQuoted ? "NOAUTH unknown '***'" : "***")'")
+  }
+
   @Test func hello() throws {
     try RedisRefusal.check(hello: .refusal("NOAUTH HELLO must be called with the client already"))
     for (text, code) in [
