@@ -103,6 +103,11 @@ package final class Holding: Sendable {
 
   // MARK: End
 
+  /// Neither grants anything nor renews what is granted, until `resumeGranting`: peers come again.
+  func pauseGranting() { state.withLock { $0.ledger.isPaused = true } }
+
+  func resumeGranting() { state.withLock { $0.ledger.isPaused = false } }
+
   /// Grants nothing any more.
   package func stopGranting() {
     state.withLock { state in

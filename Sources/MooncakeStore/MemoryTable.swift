@@ -90,12 +90,7 @@ final class MemoryTable: Sendable {
     lateWrites.withLock { lateWrites in
       var end: UInt64 = 0
       for late in lateWrites where late.end > end {
-        let isTouched = late.buffers.contains { old in
-          buffers.contains { new in
-            new.address < old.address + old.length && old.address < new.address + new.length
-          }
-        }
-        if isTouched { end = late.end }
+        if BufferLayout.overlap(late.buffers, buffers) { end = late.end }
       }
       return end
     }

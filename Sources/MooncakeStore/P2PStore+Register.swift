@@ -43,7 +43,8 @@ extension P2PStore {
       let head = try directory.head(name, bounds.call)
       if former != nil || head != nil { throw Self.taken(name) }
     }
-    if options.isWritable { try waitForLateWriters(layout, bounds) }
+    defer { if entry == nil { former?.holding?.resumeGranting() } }
+    if options.isWritable { try waitForLateWriters(layout, former?.holding, bounds) }
     let digests = options.isWritable ? [] : try ShardHashing.run(shards, bounds, digestOf)
     let manifest = try Manifest(
       layout: shards, digests: digests, isWritable: options.isWritable,
@@ -140,11 +141,19 @@ extension P2PStore {
     }
   }
 
-  /// Peers may still have grants to write into what was a payload on the same memory.
+  /// Peers may still have grants to write into what was a payload on the same memory, or is one
+  /// that is about to be replaced: its memory stays open for writes.
   private func waitForLateWriters(
-    _ layout: BufferLayout, _ bounds: Bounds
+    _ layout: BufferLayout, _ former: Holding?, _ bounds: Bounds
   ) throws(EngineError) {
-    while memory.endOfLateWrites(to: layout.ranges) > Clock.now() {
+    var writable: Holding?
+    if let former, former.manifest.isWritable,
+      BufferLayout.overlap(former.layout.ranges, layout.ranges)
+    {
+      writable = former
+      former.pauseGranting()
+    }
+    while memory.endOfLateWrites(to: layout.ranges) > Clock.now() || writable?.grantCount ?? 0 > 0 {
       try bounds.check("waiting until peers cannot write to the former payload there any more")
       bounds.sleep(orReadable: -1)
     }

@@ -113,6 +113,55 @@ import Testing
     #expect(isDone.isSet && memory.holds(before))
   }
 
+  @Test func aWriteDoesNotLandInTheNextVersion() throws {
+    let cluster = try Cluster()
+    let origin = try cluster.store(drainMilliseconds: 50)
+    let writer = try cluster.store()
+    let (memory, before) = (Memory(Self.size, seed: 8), Memory(Self.size, seed: 8))
+    try origin.register("a", [memory.buffer], writable())
+    let news = Memory(50_000, seed: 9)
+    let isDone = Flag()
+    let operation = once(origin, isDone: isDone) {
+      var short = StoreOperation()
+      short.timeoutMilliseconds = 200
+      expect(.timeout) { try origin.register("a", [memory.buffer], writable(), short) }
+    }
+    // The former version serves on. A grant that comes too fast is not noticed.
+    for _ in 0..<100 where !isDone.isSet {
+      try writer.write(
+        "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
+    }
+    #expect(isDone.isSet && !memory.holds(before))
+    try origin.register("a", [memory.buffer], writable())
+    try writer.write("a", offset: 10, from: news.bytes.baseAddress!, length: 50_000)
+  }
+
+  /// Takes as long as a grant: ten seconds.
+  @Test func aReplacementWaitsForTheGrantsOfTheFormerVersion() throws {
+    let cluster = try Cluster()
+    let origin = try cluster.store(drainMilliseconds: 50)
+    let writer = try cluster.store()
+    let (memory, before) = (Memory(Self.size, seed: 10), Memory(Self.size, seed: 10))
+    try origin.register("a", [memory.buffer], writable())
+    let news = Memory(50_000, seed: 11)
+    let isDone = Flag()
+    let operation = once(origin, isDone: isDone) {
+      before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
+      try origin.register("a", [memory.buffer], writable())
+      // So that what would land now is seen.
+      memory.bytes[20] = ~memory.bytes[20]
+      before.bytes[20] = memory.bytes[20]
+    }
+    expect(.noHolder) {
+      // A grant that comes too fast is not noticed.
+      for _ in 0..<100 where !isDone.isSet {
+        try writer.write(
+          "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
+      }
+    }
+    #expect(isDone.isSet && memory.holds(before))
+  }
+
   /// Takes as long as a grant: ten seconds.
   @Test func aWriterIsLateOnlyAsLongAsItsGrant() throws {
     let cluster = try Cluster()

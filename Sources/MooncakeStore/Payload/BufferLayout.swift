@@ -37,6 +37,15 @@ package struct BufferLayout: Equatable, Sendable {
     self.size = size
   }
 
+  /// Whether any byte is in both.
+  static func overlap(_ first: [Buffer], _ second: [Buffer]) -> Bool {
+    first.contains { old in
+      second.contains { new in
+        new.address < old.address + old.length && old.address < new.address + new.length
+      }
+    }
+  }
+
   /// The address of a range of the payload; nil if it does not lie in one buffer.
   package func address(of offset: UInt64, length: UInt64) -> UInt64? {
     guard let index = index(at: offset) else { return nil }

@@ -30,6 +30,7 @@ package struct UploadLedger: Sendable {
     package var refusalsPerSecond: UInt64 = 500
     package var shortestRetryMilliseconds: UInt64 = 20
     package var longestRetryMilliseconds: UInt64 = 2000
+    package var pausedRetryMilliseconds: UInt64 = 100
 
     package init() {}
   }
@@ -62,6 +63,8 @@ package struct UploadLedger: Sendable {
   var nextTrial: UInt64 = 0
   var trialPause: UInt64 = 0
   private var isWithdrawn = false
+  /// Whether nothing is granted and no lease renewed until this is false again.
+  package var isPaused = false
   private var refusalSecond: UInt64 = 0
   private var refusals: UInt64 = 0
   private var refusalsBefore: UInt64 = 0
@@ -90,6 +93,12 @@ package struct UploadLedger: Sendable {
     keep(request.reading, of: request.reader, now)
     guard !isWithdrawn, request.have.count == grantCounts.count else {
       return ShardAnswer(state: .gone)
+    }
+    if isPaused {
+      readers[request.reader]?.turn = request.turn
+      return ShardAnswer(
+        state: .busy, retryMilliseconds: settings.pausedRetryMilliseconds,
+        heldCount: available.memberCount)
     }
     let isNew = former == nil
     var answer = ShardAnswer(
