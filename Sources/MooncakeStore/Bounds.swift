@@ -11,6 +11,8 @@ package final class Bounds {
   /// Whether the store that runs it closes.
   private let isClosed: () -> Bool
   private var nextReport: UInt64 = 0
+  /// When what undoes an operation that is over must end.
+  private var lastEnd: Deadline?
   private static let reportNanoseconds: UInt64 = 100_000_000
 
   /// `what` begins the errors; an operation without a timeout gets the default, 0 for none.
@@ -41,9 +43,14 @@ package final class Bounds {
   }
 
   /// A call that undoes or ends something: three seconds at most, and what is left of the
-  /// operation, but so much that a service that answers can be asked.
+  /// operation, but so much that a service that answers can be asked. Made anew for each step: what
+  /// comes once the operation is over is not canceled too, but all of that has little time.
   package var lastCall: MetadataCall {
-    if isOver { return MetadataCall(until: .after(milliseconds: Self.lastMilliseconds)) }
+    if isOver {
+      let end = lastEnd ?? .after(milliseconds: Self.lastMilliseconds)
+      lastEnd = end
+      return MetadataCall(until: end)
+    }
     let end = max(deadline, .after(milliseconds: Self.lastMilliseconds))
     return MetadataCall(until: min(end, .after(milliseconds: 3000)), cancellation: cancellation)
   }
@@ -106,21 +113,28 @@ package final class Bounds {
   }
 
   /// Waits for what `start` begins and what calls back, as long as the operation may go on. What is
-  /// left behind then must end by itself and touch nothing of the caller's.
+  /// left behind then must end by itself and touch nothing of the caller's; `abandon` gets a value
+  /// that comes too late for it.
   package func wait<Value: Sendable>(
-    _ phase: String, _ start: (@escaping StoreService.Completion<Value>) -> Void
+    _ phase: String, abandon: @escaping @Sendable (Value) -> Void = { _ in },
+    _ start: (@escaping StoreService.Completion<Value>) -> Void
   ) throws(EngineError) -> Value {
     let errand: Errand<Value>
-    do throws(Errno) { errand = try Errand() } catch {
+    do throws(Errno) { errand = try Errand(abandon) } catch {
       throw EngineError(.system, "\(what): making an event descriptor: \(error)")
     }
     start { errand.end($0) }
     while true {
       if let result = errand.result { return try result.get() }
-      try check(phase)
-      try report(
-        StoreProgress(
-          phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+      do throws(EngineError) {
+        try check(phase)
+        try report(
+          StoreProgress(
+            phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+      } catch {
+        errand.leave()
+        throw error
+      }
       sleep(orReadable: errand.event.descriptor.rawValue)
     }
   }
@@ -129,14 +143,36 @@ package final class Bounds {
 /// What is done elsewhere for a waiting caller.
 private final class Errand<Result: Sendable>: Sendable {
   let event: EventFD
-  private let outcome = Lock<Swift.Result<Result, EngineError>?>(nil)
+  private let abandon: @Sendable (Result) -> Void
 
-  init() throws(Errno) { event = try EventFD() }
+  private struct State {
+    var outcome: Swift.Result<Result, EngineError>?
+    var isLeft = false
+  }
+  private let state = Lock(State())
 
-  var result: Swift.Result<Result, EngineError>? { outcome.withLock { $0 } }
+  init(_ abandon: @escaping @Sendable (Result) -> Void) throws(Errno) {
+    self.abandon = abandon
+    event = try EventFD()
+  }
+
+  var result: Swift.Result<Result, EngineError>? { state.withLock { $0.outcome } }
 
   func end(_ result: Swift.Result<Result, EngineError>) {
-    outcome.withLock { $0 = result }
+    let isLeft = state.withLock { state in
+      state.outcome = result
+      return state.isLeft
+    }
+    if isLeft, case .success(let value) = result { abandon(value) }
     event.signal()
+  }
+
+  /// Nobody takes the result any more.
+  func leave() {
+    let outcome = state.withLock { state in
+      state.isLeft = true
+      return state.outcome
+    }
+    if case .success(let value) = outcome { abandon(value) }
   }
 }

@@ -23,7 +23,10 @@ extension P2PStore {
       let address = try engine.allocate(
         length: manifest.layout.size, location: options.location, access: .local)
       // The holding registers it with the rights that it needs.
-      try engine.unregister(address)
+      do throws(EngineError) { try engine.unregister(address) } catch {
+        try? engine.free(address)
+        throw error
+      }
       return (
         [PayloadBuffer(address: address, length: manifest.layout.size)], nil,
         [UInt64(UInt(bitPattern: address))]
@@ -54,8 +57,9 @@ extension P2PStore {
         return try fetch(target, options, bounds, place, &held, since: start)
       } catch {
         // The version may have gone while the name has another one.
-        guard error.code == .noHolder || error.code == .digestMismatch, options.version == nil,
-          let now = try? locate(name, options, bounds), now.version != target.version
+        guard [.noHolder, .unsupported, .digestMismatch].contains(error.code),
+          options.version == nil, let now = try? locate(name, options, bounds),
+          now.version != target.version
         else { throw error }
         if options.followsVersions { continue }
         throw EngineError(
@@ -86,7 +90,7 @@ extension P2PStore {
     try bounds.report(
       StoreProgress(
         phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
-    let head = try directory.head(name, bounds.call)
+    let head = try head(name, options, bounds)
     if let head, options.version ?? head.version == head.version {
       var holders = try directory.holders(
         of: name, head.version, limit: Self.neighborCount, bounds.call)
@@ -102,6 +106,19 @@ extension P2PStore {
       summary: newest.summary,
       holders: try directory.holders(
         of: name, newest.version, limit: Self.neighborCount, bounds.call))
+  }
+
+  /// What stands under the name. Whoever asks for a version needs no head that can be read.
+  private func head(
+    _ name: String, _ options: GetOptions, _ bounds: Bounds
+  ) throws(EngineError) -> PayloadHead? {
+    do throws(EngineError) {
+      return try directory.head(name, bounds.call)
+    } catch {
+      let isUnreadable = error.code == .unsupported || error.code == .protocolViolation
+      guard options.version != nil, isUnreadable else { throw error }
+      return nil
+    }
   }
 
   /// Finds a version that does not stand under the name.

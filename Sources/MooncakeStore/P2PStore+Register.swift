@@ -167,7 +167,9 @@ extension P2PStore {
     do throws(EngineError) {
       try shared.put(holding.document, isCreateOnly: isCreateOnly, bounds.call)
     } catch {
-      keeper.remove(holding.record, bounds.call)
+      // It may have been put all the same, or be put once the service goes on.
+      if error.code != .exists { shared.owe(holding.name, segment: engine.name) }
+      keeper.remove(holding.record, bounds.lastCall)
       throw error
     }
   }
@@ -177,15 +179,14 @@ extension P2PStore {
   func withdraw(
     _ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds, isReplaced: Bool = false
   ) {
-    let call = bounds.lastCall
     if let holding = entry.holding {
       holding.stopGranting()
-      keeper.remove(holding.record, call)
+      keeper.remove(holding.record, bounds.lastCall)
     }
     if !isReplaced && (entry.holding != nil || entry.isShared) {
-      shared?.removeOwn(entry.name, segment: engine.name, call)
+      shared?.removeOwn(entry.name, segment: engine.name, bounds.lastCall)
     }
-    dissolve(entry, until: deadline, call, bounds)
+    dissolve(entry, until: deadline, bounds.lastCall, bounds)
   }
 
   /// `range`: what all buffers lie in and is registered in one.

@@ -73,6 +73,7 @@ public final class P2PStore: Sendable {
     service = engine.services.add { [catalog] call in
       StoreService.answer(call, holding: { catalog.holding($0) })
     }
+    if let shared { keeper.onTurn { shared.settle($0) } }
     keeper.onRemoval { [weak self] record in self?.withdrawRemoved(record) }
   }
 
@@ -110,11 +111,12 @@ public final class P2PStore: Sendable {
     let entries = catalog.close()
     let deadline = Deadline.after(milliseconds: drainMilliseconds)
     for entry in entries { entry.holding?.stopGranting() }
-    let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
     keeper.stop()
+    let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
     for entry in entries where entry.holding != nil || entry.isShared {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
+    shared?.settle(call)
     for entry in entries { dissolve(entry, until: deadline, call) }
     engine.services.remove(service)
     workers.stop()

@@ -59,7 +59,8 @@ struct RangeTransfer {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-        let connection = try bounds.wait("opening a holder") {
+        let abandon: @Sendable (HolderConnection) -> Void = { [engine] in $0.close(engine) }
+        let connection = try bounds.wait("opening a holder", abandon: abandon) {
           [engine, workers, manifest] in
           HolderConnection.open(
             engine, workers, record.holder, manifest, until: deadline, $0)

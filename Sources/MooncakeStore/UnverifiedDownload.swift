@@ -61,9 +61,10 @@ struct UnverifiedDownload {
     while !waiting.isEmpty || !flights.isEmpty {
       try bounds.check("\(shards.count - doneCount) shards missing")
       while flights.count < Self.windowCount, var next = waiting.popLast() {
+        try bounds.check("\(shards.count - doneCount) shards missing")
         guard let location = next.locations.popLast() else { throw exhausted(next.shard) }
         left[next.shard] = next.locations
-        if let flight = start(next.shard, location) {
+        if let flight = try start(next.shard, location) {
           flights.append(flight)
         } else {
           waiting.append(next)
@@ -114,7 +115,9 @@ struct UnverifiedDownload {
   }
 
   /// Starts a read; nil if the location cannot be reached.
-  private mutating func start(_ shard: Int, _ location: SharedDocument.Location) -> Flight? {
+  private mutating func start(
+    _ shard: Int, _ location: SharedDocument.Location
+  ) throws(EngineError) -> Flight? {
     do throws(EngineError) {
       let segment = try segment(location.segment)
       let batch = try engine.createBatch(capacity: 1)
@@ -141,6 +144,8 @@ struct UnverifiedDownload {
         throw error
       }
     } catch {
+      // This is no fault of the location's.
+      if error.code == .canceled || bounds.isOver { throw error }
       unreachable[location.segment] = error.message
       return nil
     }

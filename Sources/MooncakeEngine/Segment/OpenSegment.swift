@@ -31,8 +31,8 @@ package final class OpenSegment: Sendable {
   private let routeBox: Lock<SegmentRoute>
   private let closed = Atomic<Bool>(false)
 
-  /// Slices that wait for a fresh descriptor. They stay here while it is fetched, so that who cancels
-  /// them can end them.
+  /// Slices that wait for a fresh descriptor. They stay here while it is fetched, so that whoever
+  /// cancels them can end them.
   private struct Recovery: @unchecked Sendable {
     /// For the next fetch.
     var waiting = SliceQueue()

@@ -60,6 +60,10 @@ extension RecordKeeper {
     if isNews, let failure {
       Log.warning("\(failure.message) (all else that this process holds is published)")
     }
+    if let handler = state.withLock({ $0.onTurn }) {
+      try renewIfDue()
+      handler(call)
+    }
     return isSound
   }
 
@@ -209,7 +213,9 @@ extension RecordKeeper {
   }
 
   private func isTombstone(_ text: String?, of item: Item) -> Bool {
-    guard let tombstone = text.flatMap({ Tombstone(json: $0) }) else { return false }
+    guard let text else { return false }
+    // Of another release: the key names the version.
+    guard let tombstone = try? Tombstone(json: text) else { return true }
     return tombstone.version == item.slot.record.version
       && item.slot.record.publishedMilliseconds <= tombstone.untilMilliseconds
   }

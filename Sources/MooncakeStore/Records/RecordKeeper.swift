@@ -79,6 +79,7 @@ package final class RecordKeeper: Sendable {
     var isHindered = false
     var isStopping = false
     var onRemoval: (@Sendable (HolderRecord) -> Void)?
+    var onTurn: (@Sendable (MetadataCall) -> Void)?
     var thread: WorkerThread?
     var withdrawal: WorkerThread?
   }
@@ -105,6 +106,11 @@ package final class RecordKeeper: Sendable {
   /// thread of its own, and again until the record is removed.
   package func onRemoval(_ handler: @escaping @Sendable (HolderRecord) -> Void) {
     state.withLock { $0.onRemoval = handler }
+  }
+
+  /// Says what else to do in each turn of the thread, within a call.
+  func onTurn(_ handler: @escaping @Sendable (MetadataCall) -> Void) {
+    state.withLock { $0.onTurn = handler }
   }
 
   var store: any MetadataStore { directory.store }

@@ -7,6 +7,15 @@ package final class SharedCatalog: Sendable {
   private let directory: StoreDirectory
   private let etcd: EtcdStore
 
+  /// Own entries of a name that are still to be removed.
+  private struct Debt {
+    var segment: String
+    var attempts = 100
+    /// What was put without an answer may be there only after the first look.
+    var looks = 2
+  }
+  private let debts = Lock<[MetadataKey: Debt]>([:])
+
   /// A longer document is not written: etcd refuses requests above 1.5 MiB unless told otherwise,
   /// and each replica rewrites all of it.
   static let maximumDocumentBytes = 512 << 10
@@ -78,6 +87,7 @@ package final class SharedCatalog: Sendable {
     _ document: SharedDocument, isCreateOnly: Bool, _ call: MetadataCall
   ) throws(EngineError) {
     let key = key(document.name)
+    forgive(document.name)
     let text = document.json
     let isShared = text.utf8.count <= Self.maximumDocumentBytes
     if isCreateOnly {
@@ -109,7 +119,8 @@ package final class SharedCatalog: Sendable {
     _ name: String, version: PayloadVersion? = nil, segment: String, _ addresses: [UInt64],
     _ call: MetadataCall
   ) {
-    change(name, "adding a replica", call) { document throws(EngineError) in
+    forgive(name)
+    _ = change(name, "adding a replica", call) { document throws(EngineError) in
       guard document.shards.count == addresses.count,
         document.shards.allSatisfy({ $0.replicas.count < Self.maximumReplicaCount })
       else { return false }
@@ -125,9 +136,42 @@ package final class SharedCatalog: Sendable {
     }
   }
 
-  /// Removes a segment's entries, and the document with the last one.
+  /// Removes a segment's entries, and the document with the last one. Should that fail, `settle`
+  /// does it.
   package func removeOwn(_ name: String, segment: String, _ call: MetadataCall) {
+    if !remove(segment, of: name, isOwed: false, call) { owe(name, segment: segment) }
+  }
+
+  /// Notes that a segment's entries are there, or may appear, and are to be removed.
+  func owe(_ name: String, segment: String) {
+    debts.withLock { $0[MetadataKey(name)] = Debt(segment: segment) }
+  }
+
+  /// What is put now stays.
+  private func forgive(_ name: String) { debts.withLock { $0[MetadataKey(name)] = nil } }
+
+  private func isOwed(_ name: String) -> Bool { debts.withLock { $0[MetadataKey(name)] != nil } }
+
+  /// Removes what could not be removed before, until the first failure.
+  package func settle(_ call: MetadataCall) {
+    for (key, debt) in debts.withLock({ $0 }) {
+      let isDone = remove(debt.segment, of: key.text, isOwed: true, call)
+      debts.withLock { debts in
+        guard var debt = debts[key] else { return }
+        if isDone { debt.looks -= 1 } else { debt.attempts -= 1 }
+        debts[key] = debt.looks == 0 || debt.attempts == 0 ? nil : debt
+      }
+      if !isDone { return }
+    }
+  }
+
+  /// `isOwed`: only as long as nobody puts entries anew. That is asked after each reading, so a
+  /// document with new ones is either left alone or not the one that is replaced.
+  private func remove(
+    _ segment: String, of name: String, isOwed: Bool, _ call: MetadataCall
+  ) -> Bool {
     change(name, "removing own entries", call) { document throws(EngineError) in
+      if isOwed && !self.isOwed(name) { return false }
       var isChanged = false
       for index in document.shards.indices {
         let shard = document.shards[index]
@@ -145,19 +189,19 @@ package final class SharedCatalog: Sendable {
   }
 
   /// Reads, changes and swaps until nobody came between. What fails is logged: the document only
-  /// helps processes of the existing system.
+  /// helps processes of the existing system. Returns whether it is as it is to be.
   private func change(
     _ name: String, _ what: String, _ call: MetadataCall,
     _ body: (inout SharedDocument) throws(EngineError) -> Bool
-  ) {
+  ) -> Bool {
     do throws(EngineError) {
       for attempt in 0..<Self.attemptLimit {
-        guard let found = try revised(name, call) else { return }
+        guard let found = try revised(name, call) else { return true }
         var document = found.document
-        guard try body(&document) else { return }
+        guard try body(&document) else { return true }
         let text = document.isOrphaned ? nil : document.json
-        if let text, text.utf8.count > Self.maximumDocumentBytes { return }
-        if try etcd.replace(key(name), writtenBy: found.revision, with: text, call) { return }
+        if let text, text.utf8.count > Self.maximumDocumentBytes { return true }
+        if try etcd.replace(key(name), writtenBy: found.revision, with: text, call) { return true }
         let pause = UInt64.random(in: 1...UInt64(2 << min(attempt, 6)))
         if Waiting.sleep(
           until: min(call.deadline, .after(milliseconds: pause)), cancellation: call.cancellation)
@@ -169,5 +213,6 @@ package final class SharedCatalog: Sendable {
     } catch {
       Log.warning("payload '\(name)': \(what): \(error.message)")
     }
+    return false
   }
 }

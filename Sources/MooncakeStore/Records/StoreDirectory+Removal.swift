@@ -29,18 +29,15 @@ struct Tombstone: Sendable {
     self.untilMilliseconds = untilMilliseconds
   }
 
-  /// nil if the text is malformed.
-  init?(json: String) {
-    let fields: (String, PayloadVersion, UInt64)? = try? PayloadSummary.read(json) {
+  init(json: String) throws(EngineError) {
+    (name, version, untilMilliseconds) = try PayloadSummary.read(json) {
       value throws(EngineError) in
       guard let name = value["name"]?.string,
         let version = value["removed"]?.string.flatMap({ PayloadVersion($0) }),
         let until = value["until_ms"]?.unsigned
-      else { return nil }
+      else { throw EngineError(.protocolViolation, "malformed removal of a payload") }
       return (name, version, until)
     }
-    guard let fields else { return nil }
-    (name, version, untilMilliseconds) = fields
   }
 
   var json: String {
@@ -198,11 +195,31 @@ extension StoreDirectory {
     }
   }
 
-  /// nil unless it is one and stands where it belongs.
+  /// nil unless the key is one's. The key alone says which version was removed, whatever a later
+  /// version of this store has written there.
   private func tombstone(_ entry: MetadataEntry) -> Tombstone? {
-    guard let tombstone = Tombstone(json: entry.value),
-      tombstoneKey(tombstone.name, tombstone.version).utf8.elementsEqual(entry.key.utf8)
+    guard let (name, version) = removed(inKey: entry.key) else { return nil }
+    do throws(EngineError) {
+      let tombstone = try Tombstone(json: entry.value)
+      if tombstone.version == version && tombstone.name.utf8.elementsEqual(name.utf8) {
+        return tombstone
+      }
+      tellUnreadable(entry.key, "it names another payload")
+    } catch {
+      tellUnreadable(entry.key, error.message)
+    }
+    return Tombstone(name, version, untilMilliseconds: 0)
+  }
+
+  private func removed(inKey key: String) -> (name: String, version: PayloadVersion)? {
+    guard key.utf8.starts(with: removalPrefix.utf8),
+      let slash = key.utf8.lastIndex(of: UInt8(ascii: "/")),
+      let start = key.utf8.index(
+        key.startIndex, offsetBy: removalPrefix.utf8.count, limitedBy: slash),
+      let name = PercentEncoding.decode(key[start..<slash]),
+      let version = PayloadVersion(String(key[key.utf8.index(after: slash)...])),
+      tombstoneKey(name, version).utf8.elementsEqual(key.utf8)
     else { return nil }
-    return tombstone
+    return (name, version)
   }
 }

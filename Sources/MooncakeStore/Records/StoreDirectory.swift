@@ -17,6 +17,8 @@ package final class StoreDirectory: Sendable {
   let wallMilliseconds: @Sendable () -> UInt64
   /// What removals hang on.
   let burial = Lock<Burial?>(nil)
+  /// Keys whose contents have been complained of.
+  private let unreadable = Lock<Set<MetadataKey>>([])
 
   package convenience init(_ directory: MetadataDirectory) {
     self.init(
@@ -119,11 +121,25 @@ package final class StoreDirectory: Sendable {
 
   /// The record of an entry; nil unless it is one and stands where it belongs.
   func record(_ entry: MetadataEntry) -> HolderRecord? {
-    guard let record = try? HolderRecord(json: entry.value),
-      holderKey(record).utf8.elementsEqual(entry.key.utf8)
-    else { return nil }
-    return record
+    do throws(EngineError) {
+      let record = try HolderRecord(json: entry.value)
+      if holderKey(record).utf8.elementsEqual(entry.key.utf8) { return record }
+      tellUnreadable(entry.key, "it names another payload or holder")
+    } catch {
+      tellUnreadable(entry.key, error.message)
+    }
+    return nil
   }
+
+  /// Logs once for each key why what stands there is passed over.
+  func tellUnreadable(_ key: String, _ reason: String) {
+    let isNew = unreadable.withLock { keys in
+      if keys.count >= Self.unreadableCount { return false }
+      return keys.insert(MetadataKey(key)).inserted
+    }
+    if isNew { Log.warning("metadata \(uri): key '\(key)' is passed over: \(reason)") }
+  }
+  private static let unreadableCount = 256
 
   /// Deletes a key that others may put too, if it holds this value.
   func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {

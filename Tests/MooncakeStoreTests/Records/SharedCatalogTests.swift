@@ -56,6 +56,25 @@ struct SharedCatalogTests {
     #expect(try catalog.remove("a", testCall))
   }
 
+  @Test func whatCouldNotBeRemovedIsRemovedLater() throws {
+    let service = try MetadataService(.etcd)
+    let directory = try service.directory()
+    let catalog = try #require(SharedCatalog(directory))
+    let late = MetadataCall(until: .after(milliseconds: 0))
+    try catalog.put(try document("a"), isCreateOnly: true, testCall)
+    catalog.removeOwn("a", segment: "owner", late)
+    catalog.settle(late)
+    #expect(try catalog.document("a", testCall) != nil)
+    catalog.settle(testCall)
+    #expect(try catalog.document("a", testCall) == nil)
+    // What is registered anew stays.
+    try catalog.put(try document("b"), isCreateOnly: true, testCall)
+    catalog.removeOwn("b", segment: "owner", late)
+    try catalog.put(try document("b"), isCreateOnly: false, testCall)
+    catalog.settle(testCall)
+    #expect(try catalog.document("b", testCall) != nil)
+  }
+
   @Test func othersEntriesStay() throws {
     let service = try MetadataService(.etcd)
     let directory = try service.directory()
