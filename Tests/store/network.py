@@ -58,7 +58,10 @@ class Node:
         """Bits a second of the link, each way; as a switch does, it buffers 50 ms."""
         queue = max(64_000, int(megabits * 1e6 / 8 * 0.05))
         for prefix, device in (((), self.port), (self.command(()), "eth0")):
-            run(*prefix, "tc", "qdisc", "replace", "dev", device, "root", "handle", "1:", "htb",
+            # HTB itself cannot be changed, and there may be none yet.
+            subprocess.run([*prefix, "tc", "qdisc", "del", "dev", device, "root"],
+                           stderr=subprocess.DEVNULL, check=False)
+            run(*prefix, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "htb",
                 "default", "1")
             run(*prefix, "tc", "class", "replace", "dev", device, "parent", "1:", "classid",
                 "1:1", "htb", "rate", f"{megabits}mbit", "burst", "64k", "cburst", "64k",

@@ -73,13 +73,13 @@ class Silent(CompanyTest):
 
 class SlowFirst(CompanyTest):
     def fetch(self, nodes):
-        """Seconds until all of these have it."""
-        begin = time.monotonic()
+        """Seconds until all of these have it. Their processes end later: when they do, slow ones
+        may still read from them."""
         gets = [self.get("m", node=node) for node in nodes]
+        seconds = [process.finish(seconds=60)["seconds"] for process in gets]
         for process in gets:
-            process.finish(seconds=60)
             self.check_bytes(process, self.source)
-        return time.monotonic() - begin
+        return max(seconds)
 
     def test_fast_receivers_behind_slow_ones(self):
         slow, fast = self.nodes[1:5], self.nodes[5:9]
@@ -94,7 +94,7 @@ class SlowFirst(CompanyTest):
         behind = self.fetch(fast)
         print(f"measured four receivers behind four of {SLOW_MEGABITS} Mbit/s: {behind:.2f} s, "
               f"alone {alone:.2f} s", flush=True)
-        self.assertLess(behind, 2 * alone + 0.5)
+        self.assertLess(behind, 1.5 * alone + 0.5)
         after = [node.counters()[0] for node in slow]
         self.assertTrue(lab.wait_until(
             lambda: all(node.counters()[0] > count + MIB // 2

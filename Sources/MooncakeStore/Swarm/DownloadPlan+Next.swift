@@ -212,7 +212,7 @@ extension DownloadPlan {
   private func latestShard() -> (shard: Int, seconds: Double)? {
     var latest: (shard: Int, seconds: Double)?
     for neighbor in neighbors where neighbor.readCount > 0 {
-      let silence = Double(clock &- min(clock, neighbor.lastProgress)) * 1e-9
+      let silence = Double(clock &- min(clock, neighbor.lastCount)) * 1e-9
       let seconds = Double(neighbor.pendingBytes) / expectedSpeed(neighbor)
       let left = max(seconds, silence > 4 * seconds ? silence : 0)
       if left <= latest?.seconds ?? 0 { continue }

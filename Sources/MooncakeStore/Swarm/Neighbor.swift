@@ -34,6 +34,8 @@ struct Neighbor: Sendable {
   /// Bytes a second while it sends; nil: nothing measured.
   var speed: Double?
   var lastProgress: UInt64 = 0
+  /// When bytes were counted last: those of a slice count once all of it is there.
+  var lastCount: UInt64 = 0
   /// Usual time between two reports of progress.
   private var usualGap: UInt64 = 0
   /// Probes since the last progress.
@@ -60,6 +62,7 @@ struct Neighbor: Sendable {
   mutating func beginRead(_ bytes: UInt64, now: UInt64) {
     if readCount == 0 {
       lastProgress = now
+      lastCount = now
       probes = 0
       sampleStart = now
       sampleBytes = 0
@@ -68,12 +71,19 @@ struct Neighbor: Sendable {
     pendingBytes += bytes
   }
 
-  mutating func progress(_ bytes: UInt64, now: UInt64) {
-    pendingBytes -= min(pendingBytes, bytes)
+  /// Bytes come, of which none can be counted yet: it lives, and its speed is not known better.
+  mutating func hear(now: UInt64) {
     let gap = now &- lastProgress
     usualGap = usualGap == 0 ? gap : (usualGap * 3 + gap) / 4
     lastProgress = now
     probes = 0
+  }
+
+  mutating func progress(_ bytes: UInt64, now: UInt64) {
+    hear(now: now)
+    if bytes == 0 { return }
+    pendingBytes -= min(pendingBytes, bytes)
+    lastCount = now
     sampleBytes &+= bytes
     let span = now &- sampleStart
     if span < Self.sampleNanoseconds { return }

@@ -274,6 +274,30 @@ import Testing
     #expect(moved.allSatisfy { !$0.1.have.contains(1) })
   }
 
+  /// Of a shard that is one slice nothing is counted before all of it is there.
+  @Test func theLastShardLeavesWhoOnlyTrickles() {
+    var plan = plan(2)
+    plan.add(holder(2), isOrigin: false)
+    plan.add(holder(3), isOrigin: false)
+    var grants: [HolderAddress: [Int]] = [holder(2): [0], holder(3): [1]]
+    for _ in 0..<4 {
+      for (holder, _) in asks(actions(&plan, 0)) {
+        plan.answered(by: holder, serving(grants.removeValue(forKey: holder) ?? []), now: 0)
+      }
+    }
+    plan.finished(0, from: holder(2), isIntact: true, now: 100 * millisecond)
+    var isMoved = false
+    for turn in 2...20 as ClosedRange<UInt64> {
+      let now = turn * 100 * millisecond
+      plan.progressed(holder(3), bytes: 0, now: now)
+      for (holder, request) in asks(actions(&plan, now)) {
+        isMoved = isMoved || holder == self.holder(2) && request.wanted == 1..<2
+        plan.answered(by: holder, serving([]), now: now)
+      }
+    }
+    #expect(isMoved)
+  }
+
   @Test func aRangeOnly() {
     var have = ShardSet(count: 10, isFull: true)
     for shard in 3...4 { have.remove(shard) }
