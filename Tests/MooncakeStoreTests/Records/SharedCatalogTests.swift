@@ -60,7 +60,10 @@ struct SharedCatalogTests {
     let service = try MetadataService(.etcd)
     let directory = try service.directory()
     let catalog = try #require(SharedCatalog(directory))
-    let late = MetadataCall(until: .after(milliseconds: 0))
+    let canceled = try EventFD()
+    canceled.signal()
+    let late = MetadataCall(
+      until: .after(milliseconds: 10_000), cancellation: canceled.descriptor.rawValue)
     try catalog.put(try document("a"), isCreateOnly: true, testCall)
     catalog.removeOwn("a", segment: "owner", late)
     catalog.settle(late)
@@ -73,6 +76,7 @@ struct SharedCatalogTests {
     try catalog.put(try document("b"), isCreateOnly: false, testCall)
     catalog.settle(testCall)
     #expect(try catalog.document("b", testCall) != nil)
+    canceled.clear()
   }
 
   @Test func othersEntriesStay() throws {
