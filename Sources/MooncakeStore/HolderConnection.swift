@@ -22,15 +22,16 @@ package struct HolderConnection: Sendable {
     _ manifest: Manifest, until deadline: Deadline,
     _ completion: @escaping StoreService.Completion<HolderConnection>
   ) {
-    let body: Visit<HolderConnection> = { index throws(EngineError) in
+    let body: Visit<HolderConnection> = { index, deadline throws(EngineError) in
       try connect(engine, holder, manifest, index, deadline)
     }
     visit(engine, workers, holder, manifest.version, deadline, reached: {}, completion, body)
   }
 
-  private typealias Visit<Value> = @Sendable (Index) throws(EngineError) -> Value
+  private typealias Visit<Value> = @Sendable (Index, Deadline) throws(EngineError) -> Value
 
-  /// Silence costs no thread: only a holder that has answered is given a worker, which blocks.
+  /// Silence costs no thread: only a holder that has answered is given a worker, which blocks. The
+  /// time until one is free is none of the holder's.
   private static func visit<Value: Sendable>(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
     _ version: PayloadVersion, _ deadline: Deadline, reached: @escaping @Sendable () -> Void,
@@ -46,9 +47,11 @@ package struct HolderConnection: Sendable {
         return completion(.failure(error))
       }
       reached()
+      let left = deadline == .never ? nil : deadline.remainingNanoseconds / 1_000_000
       let isAccepted = workers.run {
         do throws(EngineError) {
-          completion(.success(try body(index)))
+          let own = left.map { Deadline.after(milliseconds: max(1, $0)) } ?? .never
+          completion(.success(try body(index, own)))
         } catch {
           completion(.failure(error))
         }
@@ -91,7 +94,7 @@ package struct HolderConnection: Sendable {
     reached: @escaping @Sendable () -> Void,
     _ completion: @escaping StoreService.Completion<Manifest>
   ) {
-    let body: Visit<Manifest> = { index throws(EngineError) in
+    let body: Visit<Manifest> = { index, deadline throws(EngineError) in
       try readManifest(engine, holder, version, index, deadline)
     }
     visit(engine, workers, holder, version, deadline, reached: reached, completion, body)

@@ -24,7 +24,7 @@ public final class P2PStore: Sendable {
   package let shared: SharedCatalog?
   package let drainMilliseconds: UInt64
   let memory: MemoryTable
-  let workers = WorkerPool(name: "mc-store-ask", threadLimit: 8)
+  let workers = WorkerPool(name: "mc-store-ask", threadLimit: 32)
   let catalog = Catalog()
   let watches = PayloadWatches()
   /// Holdings that are being withdrawn since their name was removed.

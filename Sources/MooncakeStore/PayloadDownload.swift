@@ -116,6 +116,9 @@ final class PayloadDownload {
     while !plan.isComplete {
       try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
       try bounds.report(progress)
+      if engine.isClosing {
+        throw EngineError(.canceled, "getting a payload: the engine was destroyed")
+      }
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
       if plan.isStuck(now) && flights.isEmpty { throw noHolder() }

@@ -98,7 +98,7 @@ struct RangeTransfer {
     case .busy:
       try bounds.check("waiting for a busy holder")
       sleepBriefly(
-        nanoseconds: min(answer.retryMilliseconds * 1_000_000, Self.pauseNanoseconds))
+        nanoseconds: min(max(answer.retryMilliseconds, 1) * 1_000_000, Self.pauseNanoseconds))
       return true
     case .serving: break
     }

@@ -54,7 +54,9 @@ package final class RPCCaller: Sendable {
       return (state.loop, state.thread)
     }
     running.0?.requestStop()
-    running.1?.join()
+    guard let thread = running.1 else { return }
+    // A completion may hold the engine last.
+    if thread.isCurrent { thread.detach() } else { thread.join() }
   }
 
   /// The loop, started at the first question.

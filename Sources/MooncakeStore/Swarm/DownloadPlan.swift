@@ -133,7 +133,10 @@ package struct DownloadPlan: Sendable {
 
   /// Those who count grants, or may, and are to be told at the end that nothing is read any more.
   package var lenders: [HolderAddress] {
-    neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address) + departing
+    let leaving = queue.compactMap { action in
+      if case .leave(let holder, _) = action { holder } else { nil }
+    }
+    return neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address) + departing + leaving
   }
 
   /// Living holders without anything that is missing.

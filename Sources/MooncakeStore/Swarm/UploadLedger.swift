@@ -44,6 +44,9 @@ package struct UploadLedger: Sendable {
     /// When it got its place, and the shards that it has read since.
     var since: UInt64
     var readCount: UInt64 = 0
+    /// What it was granted first. Before it has read as many, some of them may be others' that it
+    /// only gives back.
+    var firstCount: UInt64 = 0
   }
 
   private struct Peer {
@@ -90,7 +93,7 @@ package struct UploadLedger: Sendable {
       return ShardAnswer(state: .busy)
     }
     let former = readers[request.reader]
-    keep(request.reading, of: request.reader, now)
+    keep(request, now)
     guard !isWithdrawn, request.have.count == grantCounts.count else {
       return ShardAnswer(state: .gone)
     }
@@ -147,27 +150,37 @@ package struct UploadLedger: Sendable {
   }
 
   /// Takes back what else was granted.
-  private mutating func keep(_ reading: [Int], of reader: UInt64, _ now: UInt64) {
-    guard var entry = readers[reader] else { return }
-    returned = entry.shards.filter { !reading.contains($0) }
-    entry.shards.removeAll { !reading.contains($0) }
-    entry.readCount += UInt64(returned.count)
-    if !returned.isEmpty { measure((now &- entry.since) / entry.readCount, now) }
-    readers[reader] = entry.shards.isEmpty ? nil : entry
+  private mutating func keep(_ request: ShardRequest, _ now: UInt64) {
+    guard var entry = readers[request.reader] else { return }
+    returned = entry.shards.filter { !request.reading.contains($0) }
+    entry.shards.removeAll { !request.reading.contains($0) }
+    // What is given back unread, or read in part, says nothing of its pace.
+    if request.wanted == nil && request.have.count == grantCounts.count {
+      let read = returned.count { request.have.contains($0) }
+      entry.readCount += UInt64(read)
+      if read > 0 && entry.readCount >= entry.firstCount {
+        measure((now &- entry.since) / entry.readCount, now)
+      }
+    }
+    readers[request.reader] = entry.shards.isEmpty ? nil : entry
   }
 
   private mutating func grant(
     _ request: ShardRequest, _ former: Reader?, available: ShardSet, _ now: UInt64
   ) -> [Int] {
+    // Admitted, it waits no longer, whether there is anything for it or not.
+    queue.remove(request.reader)
     var reader = readers[request.reader] ?? Reader(since: now)
     if let former, reader.shards.isEmpty, !isTurnOver(former, now) {
-      (reader.since, reader.readCount) = (former.since, former.readCount)
+      (reader.since, reader.readCount, reader.firstCount) = (
+        former.since, former.readCount, former.firstCount
+      )
     }
     let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
     let granted = choose(limit: limit, request, available: available)
     if granted.isEmpty { return [] }
-    queue.remove(request.reader)
     for shard in granted { grantCounts[shard] &+= 1 }
+    if reader.firstCount == 0 { reader.firstCount = UInt64(granted.count) }
     reader.shards += granted
     readers[request.reader] = reader
     return granted

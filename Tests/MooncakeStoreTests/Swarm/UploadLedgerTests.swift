@@ -202,17 +202,48 @@ import Testing
     var trying = ledger.answer(request(10), available: full, now: now).granted
     #expect(trying.count == 2)
     #expect(ledger.answer(request(11), available: full, now: now).state == .busy)
+    var have = ShardSet(count: 100)
     for _ in 0..<4 {
       now += second / 20
-      trying.removeFirst()
+      have.insert(trying.removeFirst())
       trying +=
-        ledger.answer(request(10, limit: 1, reading: trying), available: full, now: now)
-        .granted
+        ledger.answer(
+          request(10, limit: 1, have: have, reading: trying), available: full, now: now
+        ).granted
     }
     for reader in 11...13 as ClosedRange<UInt64> {
       #expect(ledger.answer(request(reader), available: full, now: now).state == .serving)
     }
     #expect(ledger.answer(request(14), available: full, now: now).state == .busy)
+  }
+
+  /// Another holder had granted it, too, or it was a part of a shard that was wanted.
+  @Test func whatIsGivenBackUnreadSaysNothingOfSpeed() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    _ = fill(&ledger)
+    let now = 4 * second
+    #expect(ledger.answer(request(10), available: full, now: now).granted.count == 2)
+    _ = ledger.answer(request(10, limit: 0), available: full, now: now + second / 1000)
+    for reader in 11...13 as ClosedRange<UInt64> {
+      #expect(ledger.answer(request(reader), available: full, now: now + second).state == .busy)
+    }
+  }
+
+  @Test func whoWantsNothingKeepsNoPlaceFree() {
+    var settings = UploadLedger.Settings()
+    settings.turnNanoseconds = 1000 * second
+    var ledger = UploadLedger(shardCount: 100, seed: 1, settings: settings)
+    let granted = fill(&ledger)
+    for step in 0...12 as ClosedRange<UInt64> {
+      _ = ledger.answer(request(5, have: full), available: full, now: step * second)
+      for (reader, shards) in granted {
+        _ = ledger.answer(
+          request(reader, limit: 0, reading: shards), available: full, now: step * second)
+      }
+    }
+    _ = ledger.answer(request(1, limit: 0), available: full, now: 12 * second)
+    #expect(ledger.answer(request(5, have: full), available: full, now: 12 * second).granted == [])
+    #expect(ledger.answer(request(6), available: full, now: 12 * second).state == .serving)
   }
 
   @Test func equallyFastReadersAreNotMoreThanThePlaces() {
