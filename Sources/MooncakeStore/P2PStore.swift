@@ -25,6 +25,7 @@ public final class P2PStore: Sendable {
   package let drainMilliseconds: UInt64
   let memory: MemoryTable
   let workers = WorkerPool(name: "mc-store-ask", threadLimit: 32)
+  private let kept = Lock<[MappedFile]>([])
   let catalog = Catalog()
   let watches = PayloadWatches()
   /// Holdings that are being withdrawn since their name was removed.
@@ -118,6 +119,7 @@ public final class P2PStore: Sendable {
     }
     shared?.settle(call)
     for entry in entries { dissolve(entry, until: deadline, call) }
+    kept.withLock { $0 = [] }
     engine.services.remove(service)
     workers.stop()
     // Farewells free places at holders.
@@ -126,6 +128,9 @@ public final class P2PStore: Sendable {
     closed.store(1)
     closed.wakeAll()
   }
+
+  /// Keeps files that peers may still read until that has ended for all.
+  func keep(_ files: [MappedFile]) { kept.withLock { $0 += files } }
 
   /// What the metadata service gets to forget the payloads of a store that closes.
   private static let closeMilliseconds: UInt64 = 2000

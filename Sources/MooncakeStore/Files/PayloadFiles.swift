@@ -24,9 +24,8 @@ public final class PayloadFiles: Sendable {
 
   deinit {
     do throws(EngineError) { try withdraw() } catch {
-      // A call works on the name: the memory may not go yet, and nobody is left to free it.
-      if error.code != .busy { return }
-      for file in files.withLock({ $0 }) { _ = Unmanaged.passRetained(file) }
+      // A call works on the name: the memory may not go before the store has ended it.
+      if error.code == .busy { store.keep(files.withLock { $0 }) }
     }
   }
 
