@@ -85,7 +85,7 @@ class Overload(unittest.TestCase):
         return int(answer.split()[1]), time.monotonic() - begin
 
     def ask_again(self, client):
-        """As a client of HTTP does it: a connection that was closed while it was idle is no error."""
+        """As clients of HTTP do it: a connection that was closed while idle is no error."""
         try:
             return client.ask("GET", {"key": "kept"})
         except (http.client.RemoteDisconnected, ConnectionError):
