@@ -100,6 +100,7 @@ private func act(on answer: ShardAnswer) {
       case .cancel(let from, let shard):
         plan.failed(shard, from: from, reason: "-", isDead: false, now: time * 100_000_000)
       case .discover: plan.discovered(now: time * 100_000_000)
+      case .leave: break
       }
     }
   }
