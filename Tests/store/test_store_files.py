@@ -258,9 +258,8 @@ class Republishing(stores.StoreTest):
             count = 0
             while not is_over.is_set():
                 count += 1
-                # Each version that loses its holders may cost the ten seconds that one may be away.
-                process = self.get("m", "--follow", "--timeout", "35", to=f"got-{index}-{count}")
-                process.process.wait(60)
+                process = self.get("m", "--follow", "--timeout", "20", to=f"got-{index}-{count}")
+                process.process.wait(40)
                 found = set(stores.digests(process.folder).values())
                 if process.process.returncode == OK and len(found) == 1 and found <= good:
                     seen.update(found)
