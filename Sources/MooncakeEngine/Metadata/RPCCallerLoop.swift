@@ -1,4 +1,3 @@
-import CLinux
 import MooncakeSystem
 import Synchronization
 
@@ -19,28 +18,21 @@ final class RPCCallerLoop: @unchecked Sendable {
     }
   }
 
-  private let epoll: Epoll
-  private let event: EventFD
+  private let loop: RPCEventLoop
   /// nil once nobody takes them any more.
   private let mailbox = Lock<[RPCQuestion]?>([])
   private let pending = Atomic<Int>(0)
-  private let isStopping = Atomic(false)
   private var questions: [UInt64: RPCQuestion] = [:]
   private var kept: [UInt64: Kept] = [:]
-  private var nextToken: UInt64 = 1
+  private var nextToken = RPCEventLoop.wakeToken + 1
 
   /// Questions at a time; beyond it they fail at once.
   private static let questionLimit = 4096
   private static let keptLimit = 64
   /// Less than a peer keeps it (`RPCServer.Limits`), so that few are found closed.
   private static let keptMilliseconds: UInt64 = 3000
-  private static let scratchBytes = 64 << 10
 
-  init() throws(Errno) {
-    epoll = try Epoll()
-    event = try EventFD()
-    try epoll.add(event.descriptor.rawValue, events: Epoll.readable, token: 0)
-  }
+  init() throws(Errno) { loop = try RPCEventLoop() }
 
   /// Questions whose completion has not been called.
   var pendingCount: Int { pending.load(ordering: .acquiring) }
@@ -55,29 +47,14 @@ final class RPCCallerLoop: @unchecked Sendable {
       mailbox?.append(question)
       return mailbox != nil
     }
-    event.signal()
+    loop.wake()
     if !isTaken { end(question, .failure(Self.stopped)) }
   }
 
-  func requestStop() {
-    isStopping.store(true, ordering: .releasing)
-    event.signal()
-  }
+  func requestStop() { loop.requestStop() }
 
   func run() {
-    let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 64)
-    let scratch = UnsafeMutableRawBufferPointer.allocate(
-      byteCount: Self.scratchBytes, alignment: 16)
-    defer {
-      events.deallocate()
-      scratch.deallocate()
-    }
-    while !isStopping.load(ordering: .acquiring) {
-      let count = epoll.wait(
-        into: events, timeoutMilliseconds: nextDeadline().remainingMilliseconds)
-      for index in 0..<count { handle(events[index].data.u64, scratch) }
-      expire()
-    }
+    loop.run(until: nextDeadline, handle, afterEach: expire)
     let late = mailbox.withLock { mailbox in
       defer { mailbox = nil }
       return mailbox ?? []
@@ -91,8 +68,7 @@ final class RPCCallerLoop: @unchecked Sendable {
   }
 
   private func handle(_ token: UInt64, _ scratch: UnsafeMutableRawBufferPointer) {
-    if token == 0 {
-      event.clear()
+    if token == RPCEventLoop.wakeToken {
       let new = mailbox.withLock { mailbox in
         defer { if mailbox != nil { mailbox = [] } }
         return mailbox ?? []
@@ -124,7 +100,7 @@ final class RPCCallerLoop: @unchecked Sendable {
     do throws(EngineError) {
       try question.connect()
       do throws(Errno) {
-        try epoll.add(question.descriptor, events: Epoll.writable, token: token)
+        try loop.epoll.add(question.descriptor, events: Epoll.writable, token: token)
       } catch {
         throw question.call.connectFailure(error, to: question.address)
       }
@@ -138,7 +114,8 @@ final class RPCCallerLoop: @unchecked Sendable {
     _ question: RPCQuestion, _ token: UInt64, _ scratch: UnsafeMutableRawBufferPointer
   ) {
     switch question.advance(scratch) {
-    case .goOn(let events): try? epoll.modify(question.descriptor, events: events, token: token)
+    case .goOn(let events):
+      try? loop.epoll.modify(question.descriptor, events: events, token: token)
     case .retry:
       questions[token] = nil
       connect(question)
@@ -153,7 +130,7 @@ final class RPCCallerLoop: @unchecked Sendable {
   private func keep(_ question: RPCQuestion, _ token: UInt64) {
     guard let socket = question.takeSocket() else { return }
     do throws(Errno) {
-      try epoll.modify(socket.rawValue, events: Epoll.readable, token: token)
+      try loop.epoll.modify(socket.rawValue, events: Epoll.readable, token: token)
     } catch {
       return
     }

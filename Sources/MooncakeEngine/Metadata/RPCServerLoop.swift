@@ -1,6 +1,4 @@
-import CLinux
 import MooncakeSystem
-import Synchronization
 
 /// The RPC daemon's event loop; everything but `requestStop` and `counters` belongs to its thread.
 final class RPCServerLoop: @unchecked Sendable {
@@ -9,9 +7,7 @@ final class RPCServerLoop: @unchecked Sendable {
 
   private let handlers: RPCServer.Handlers
   private let limits: RPCServer.Limits
-  private let stopEvent: EventFD
-  private let isStopping = Atomic(false)
-  private let epoll: Epoll
+  private let loop: RPCEventLoop
   // Closed when the loop ends, so that the port is free once `stop` returns.
   private var listener: Socket?
   private var connections: [UInt64: RPCConnection] = [:]
@@ -23,11 +19,9 @@ final class RPCServerLoop: @unchecked Sendable {
   /// The last descriptor, and the answer that it makes.
   private var descriptor = (text: "", output: RPCOutput([], isShared: true))
 
-  private static let stopToken: UInt64 = 0
-  private static let listenerToken: UInt64 = 1
-  private static let firstConnectionToken: UInt64 = 2
+  private static let listenerToken = RPCEventLoop.wakeToken + 1
+  private static let firstConnectionToken = listenerToken + 1
   private static let acceptPauseMilliseconds: UInt64 = 100
-  private static let scratchBytes = 64 << 10
 
   init(
     listener: consuming Socket, handlers: RPCServer.Handlers, limits: RPCServer.Limits
@@ -35,32 +29,16 @@ final class RPCServerLoop: @unchecked Sendable {
     self.handlers = handlers
     self.limits = limits
     budget = RPCBudget(limit: limits.totalByteCount)
-    stopEvent = try EventFD()
-    epoll = try Epoll()
-    try epoll.add(
-      stopEvent.descriptor.rawValue, events: Epoll.readable, token: Self.stopToken)
-    try epoll.add(listener.rawValue, events: Epoll.readable, token: Self.listenerToken)
+    loop = try RPCEventLoop()
+    try loop.epoll.add(listener.rawValue, events: Epoll.readable, token: Self.listenerToken)
     self.listener = consume listener
   }
 
   /// Makes `run` return soon; from any thread.
-  func requestStop() {
-    isStopping.store(true, ordering: .releasing)
-    stopEvent.signal()
-  }
+  func requestStop() { loop.requestStop() }
 
   func run() {
-    let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 64)
-    let scratch = UnsafeMutableRawBufferPointer.allocate(
-      byteCount: Self.scratchBytes, alignment: 16)
-    defer {
-      events.deallocate()
-      scratch.deallocate()
-    }
-    while !isStopping.load(ordering: .acquiring) {
-      let count = epoll.wait(
-        into: events, timeoutMilliseconds: nextDeadline().remainingMilliseconds)
-      for index in 0..<count { handle(events[index], scratch) }
+    loop.run(until: nextDeadline, handle) {
       closeExpired()
       resumeAccepting()
     }
@@ -69,10 +47,9 @@ final class RPCServerLoop: @unchecked Sendable {
     listener = nil
   }
 
-  private func handle(_ event: epoll_event, _ scratch: UnsafeMutableRawBufferPointer) {
-    let token = event.data.u64
+  private func handle(_ token: UInt64, _ scratch: UnsafeMutableRawBufferPointer) {
     switch token {
-    case Self.stopToken: stopEvent.clear()
+    case RPCEventLoop.wakeToken: break
     case Self.listenerToken: acceptAll()
     default:
       guard let connection = connections[token] else { return }
@@ -82,7 +59,7 @@ final class RPCServerLoop: @unchecked Sendable {
       switch outcome {
       case .goOn(let events):
         do throws(Errno) {
-          try epoll.modify(connection.rawValue, events: events, token: token)
+          try loop.epoll.modify(connection.rawValue, events: events, token: token)
         } catch {
           close(token)
         }
@@ -105,7 +82,7 @@ final class RPCServerLoop: @unchecked Sendable {
         // Out of descriptors or memory. The waiting peer would make epoll return at once again and
         // again, so the listener rests.
         Log.warning("RPC daemon: cannot accept a connection: \(error)")
-        if let listener = listener?.rawValue { epoll.remove(listener) }
+        if let listener = listener?.rawValue { loop.epoll.remove(listener) }
         acceptPause = .after(milliseconds: Self.acceptPauseMilliseconds)
         return
       }
@@ -118,7 +95,7 @@ final class RPCServerLoop: @unchecked Sendable {
     nextToken &+= 1
     socket.setNoDelay()
     let connection = RPCConnection(socket: socket, limits: limits)
-    try epoll.add(connection.rawValue, events: Epoll.readable, token: token)
+    try loop.epoll.add(connection.rawValue, events: Epoll.readable, token: token)
     connections[token] = connection
     budget.addConnection(connection.group)
     updateCounters { $0.acceptedConnections += 1 }
@@ -150,7 +127,7 @@ final class RPCServerLoop: @unchecked Sendable {
     }
     acceptPause = nil
     do throws(Errno) {
-      try epoll.add(descriptor, events: Epoll.readable, token: Self.listenerToken)
+      try loop.epoll.add(descriptor, events: Epoll.readable, token: Self.listenerToken)
     } catch {
       acceptPause = .after(milliseconds: Self.acceptPauseMilliseconds)
     }

@@ -1,0 +1,56 @@
+import CLinux
+import MooncakeSystem
+import Synchronization
+
+/// What the event loops of RPC share: the descriptors that their thread waits for, and an event by
+/// which other threads wake it or end it.
+final class RPCEventLoop: Sendable {
+  let epoll: Epoll
+  private let event: EventFD
+  private let isStopping = Atomic(false)
+
+  /// The token of the event; those of other descriptors are larger.
+  static let wakeToken: UInt64 = 0
+  private static let eventCount = 64
+  private static let scratchBytes = 64 << 10
+
+  init() throws(Errno) {
+    epoll = try Epoll()
+    event = try EventFD()
+    try epoll.add(event.descriptor.rawValue, events: Epoll.readable, token: Self.wakeToken)
+  }
+
+  /// Makes the loop handle the wake token soon; from any thread.
+  func wake() { event.signal() }
+
+  /// Makes `run` return soon; from any thread.
+  func requestStop() {
+    isStopping.store(true, ordering: .releasing)
+    event.signal()
+  }
+
+  /// Waits until `deadline` at most, hands the token of each event to `handle` with memory that it
+  /// may use meanwhile, calls `afterEach`, and so on until it is to stop.
+  func run(
+    until deadline: () -> Deadline, _ handle: (UInt64, UnsafeMutableRawBufferPointer) -> Void,
+    afterEach: () -> Void
+  ) {
+    let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: Self.eventCount)
+    let scratch = UnsafeMutableRawBufferPointer.allocate(
+      byteCount: Self.scratchBytes, alignment: 16)
+    defer {
+      events.deallocate()
+      scratch.deallocate()
+    }
+    while !isStopping.load(ordering: .acquiring) {
+      let count = epoll.wait(
+        into: events, timeoutMilliseconds: deadline().remainingMilliseconds)
+      for index in 0..<count {
+        let token = events[index].data.u64
+        if token == Self.wakeToken { event.clear() }
+        handle(token, scratch)
+      }
+      afterEach()
+    }
+  }
+}
