@@ -7,24 +7,9 @@ import MooncakeSystem
 struct RPCTestPeer: ~Copyable {
   let socket: Socket
 
-  init(to address: SocketAddress) throws {
-    let connecting = try Socket(family: address.family)
-    try connecting.startConnect(to: address)
-    try connecting.wait(for: POLLOUT, until: .after(milliseconds: 5000))
-    if let error = connecting.takeError() { throw error }
-    socket = connecting
-  }
+  init(to address: SocketAddress) throws { socket = try .connected(to: address) }
 
-  func send(_ bytes: [UInt8]) throws {
-    var sent = 0
-    while sent < bytes.count {
-      if let count = try socket.trySend(bytes, from: sent) {
-        sent += count
-      } else {
-        try socket.wait(for: POLLOUT, until: .after(milliseconds: 5000))
-      }
-    }
-  }
+  func send(_ bytes: [UInt8]) throws { try socket.sendAll(bytes) }
 
   /// Everything up to the end of the stream; a reset counts as its end.
   func receiveAll(within milliseconds: UInt64 = 5000) throws -> [UInt8] {

@@ -61,6 +61,33 @@ final class JournalFolder: Sendable {
     } catch { return "\(error)" }
   }
 
+  var serverOptions: MetadataServer.Options {
+    var options = MetadataServer.Options()
+    options.directory = path
+    return options
+  }
+
+  /// A server that keeps its journal here.
+  func server(onDisk disk: MetadataJournal.Disk) throws -> MetadataServer {
+    try MetadataServer(serverOptions, MetadataLimits(), disk: disk)
+  }
+
+  /// A disk that takes its time.
+  static func slowDisk(
+    syncMilliseconds: UInt32 = 0, syncDataMilliseconds: UInt32 = 0
+  ) -> MetadataJournal.Disk {
+    var disk = MetadataJournal.Disk()
+    disk.sync = { descriptor in
+      usleep(syncMilliseconds * 1000)
+      return fsync(descriptor)
+    }
+    disk.syncData = { descriptor in
+      usleep(syncDataMilliseconds * 1000)
+      return fdatasync(descriptor)
+    }
+    return disk
+  }
+
   deinit {
     for name in ["journal", "journal.new", "lock"] { unlink("\(path)/\(name)") }
     rmdir(path)

@@ -9,14 +9,7 @@ import Testing
 struct MetadataServerTests {
   @Test func writersStopNeitherLeasesNorWatches() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
-    var disk = MetadataJournal.Disk()
-    disk.syncData = { descriptor in
-      usleep(20_000)
-      return fdatasync(descriptor)
-    }
-    let server = try MetadataServer(options, MetadataLimits(), disk: disk)
+    let server = try folder.server(onDisk: JournalFolder.slowDisk(syncDataMilliseconds: 20))
     defer { server.stop() }
     let complaints = Complaints()
     let isOver = Atomic(false)
@@ -62,14 +55,7 @@ struct MetadataServerTests {
 
   @Test func leasesEndOnSlowDisks() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
-    var disk = MetadataJournal.Disk()
-    disk.syncData = { descriptor in
-      usleep(700_000)
-      return fdatasync(descriptor)
-    }
-    let server = try MetadataServer(options, MetadataLimits(), disk: disk)
+    let server = try folder.server(onDisk: JournalFolder.slowDisk(syncDataMilliseconds: 700))
     defer { server.stop() }
     let client = try MetadataTestClient(to: server)
     let lease = try client.grant(ttlMilliseconds: 1000)
@@ -88,14 +74,7 @@ struct MetadataServerTests {
     try folder.write([
       .grant(lease: 7, ttlMilliseconds: 1500), .put(key: "a", value: [65], lease: 7),
     ])
-    var options = MetadataServer.Options()
-    options.directory = folder.path
-    var disk = MetadataJournal.Disk()
-    disk.sync = { descriptor in
-      usleep(1_000_000)
-      return fsync(descriptor)
-    }
-    let server = try MetadataServer(options, MetadataLimits(), disk: disk)
+    let server = try folder.server(onDisk: JournalFolder.slowDisk(syncMilliseconds: 1000))
     defer { server.stop() }
     let client = try MetadataTestClient(to: server)
     usleep(200_000)
@@ -105,8 +84,7 @@ struct MetadataServerTests {
 
   @Test func smallerLimitsLoseNothing() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
+    var options = folder.serverOptions
     options.maximumBytes = 4 << 20
     var server = try MetadataServer(options)
     for index in 0..<20 {
@@ -144,10 +122,8 @@ struct MetadataServerTests {
 
   @Test func renewalsBehindACrowdCountAfterAStall() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
     let slowness = Slowness()
-    let server = try MetadataServer(options, MetadataLimits(), disk: slowness.disk)
+    let server = try folder.server(onDisk: slowness.disk)
     defer { server.stop() }
     let writer = try MetadataTestClient(to: server)
     let lease = try writer.grant(ttlMilliseconds: 500)
@@ -174,10 +150,8 @@ struct MetadataServerTests {
 
   @Test func aStopAnswersWhatWaits() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
     let slowness = Slowness()
-    let server = try MetadataServer(options, MetadataLimits(), disk: slowness.disk)
+    let server = try folder.server(onDisk: slowness.disk)
     let revision = try MetadataTestClient.revision(of: server)
     let watch = try MetadataTestClient(to: server)
     try watch.send(
@@ -191,7 +165,7 @@ struct MetadataServerTests {
     #expect(time < 5000, "the stop took \(time) ms")
     #expect(try writer.receive().status == 200)
     #expect(try watch.receive().status == 503)
-    let next = try MetadataServer(options)
+    let next = try MetadataServer(folder.serverOptions)
     defer { next.stop() }
     #expect(try MetadataTestClient(to: next).ask("GET", "/metadata?key=a").body == "v")
   }

@@ -16,26 +16,10 @@ struct MetadataTestClient: ~Copyable {
     guard let source = SocketAddress(numeric: host, port: 0),
       let target = SocketAddress(numeric: "127.0.0.1", port: port)
     else { throw Errno(EINVAL) }
-    let connecting = try Socket(family: target.family)
-    let result = source.withPointer { bind(connecting.rawValue, $0, $1) }
-    if result != 0 { throw Errno.current }
-    try connecting.startConnect(to: target)
-    try connecting.wait(for: POLLOUT, until: .after(milliseconds: 5000))
-    if let error = connecting.takeError() { throw error }
-    socket = connecting
+    socket = try .connected(to: target, from: source)
   }
 
-  func send(_ text: String) throws {
-    let bytes = Array(text.utf8)
-    var sent = 0
-    while sent < bytes.count {
-      if let count = try socket.trySend(bytes, from: sent) {
-        sent += count
-      } else {
-        try socket.wait(for: POLLOUT, until: .after(milliseconds: 5000))
-      }
-    }
-  }
+  func send(_ text: String) throws { try socket.sendAll(Array(text.utf8)) }
 
   /// The next answer; status 0 if the connection ends.
   func receive(within milliseconds: UInt64 = 10_000) throws -> Answer {
