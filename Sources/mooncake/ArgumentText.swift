@@ -21,6 +21,23 @@ enum ArgumentText {
     }
   }
 
+  /// Overwrites secrets of URIs where `ps` shows them. Until then everybody could read them; a
+  /// variable is better.
+  static func hideSecretsOfProcess() {
+    for index in 1..<max(1, Int(CommandLine.argc)) {
+      guard let text = CommandLine.unsafeArgv[index] else { continue }
+      let bytes = UnsafeMutableRawBufferPointer(start: text, count: strlen(text))
+      let argument = String(decoding: bytes, as: UTF8.self)
+      let hidden = hidingSecrets(of: [argument], in: argument)
+      if hidden == argument { continue }
+      let shown = Array(hidden.utf8)
+      let start = zip(shown, bytes).prefix { $0 == $1 }.count
+      let left = min(shown.count, bytes.count) - start
+      let end = zip(shown.reversed(), bytes.reversed()).prefix(left).prefix { $0 == $1 }.count
+      for position in start..<(bytes.count - end) { bytes[position] = UInt8(ascii: "*") }
+    }
+  }
+
   static func encoded(_ bytes: [UInt8]) -> String {
     if let text = String(validating: bytes, as: UTF8.self), !standsForBytes(text) { return text }
     var result = String.UnicodeScalarView()

@@ -11,6 +11,7 @@ enum Program {
     signal(SIGXFSZ, SIG_IGN)
     openStandardDescriptors()
     let arguments = ArgumentText.ofProcess()
+    ArgumentText.hideSecretsOfProcess()
     do {
       var command = try MooncakeCommand.parseAsRoot(arguments)
       try ArgumentText.refuseNames(in: arguments)

@@ -55,8 +55,11 @@ class Service:
             raise RuntimeError(f"{command[0]} ended: {self.text()}")
         return process
 
+    def log_text(self):
+        return (self.folder / "log").read_text(errors="replace")
+
     def text(self):
-        return (self.folder / "log").read_text(errors="replace")[-2000:]
+        return self.log_text()[-2000:]
 
     def kill(self):
         self.process.kill()
@@ -117,10 +120,11 @@ class Etcd(Service):
     def forget(self):
         shutil.rmtree(self.folder / "data")
 
-    def with_users(self):
-        """Makes root, and mooncake with the right to the keys; both have the password secret."""
-        for words in (("user", "add", "root:secret"), ("role", "add", "root"),
-                      ("user", "grant-role", "root", "root"), ("user", "add", "mooncake:secret"),
+    def with_users(self, password="secret"):
+        """Makes root, and mooncake with the right to the keys; both have the password."""
+        for words in (("user", "add", f"root:{password}"), ("role", "add", "root"),
+                      ("user", "grant-role", "root", "root"),
+                      ("user", "add", f"mooncake:{password}"),
                       ("role", "add", "keys"),
                       ("role", "grant-permission", "keys", "--prefix=true", "readwrite",
                        "mooncake/"),
@@ -235,12 +239,22 @@ class Ours(Service):
 
 
 class OursWithToken(Ours):
-    """mooncake metadata serve that asks for a token."""
+    """mooncake metadata serve that asks for a token, from a file if there is one."""
 
     TOKEN = "open-s3same"
 
+    def __init__(self, token=TOKEN, file=None, **variables):
+        self.extra = dict(variables)
+        flags = []
+        if file is None:
+            self.extra["MC_METADATA_HTTP_TOKEN"] = token
+        else:
+            file.write_text(token + "\n")
+            flags = ["--token-file", str(file)]
+        super().__init__(False, *flags)
+
     def start(self):
-        self.variables = dict(os.environ, MC_METADATA_HTTP_TOKEN=self.TOKEN)
+        self.variables = dict(os.environ, **self.extra)
         super().start()
 
 
@@ -365,13 +379,11 @@ def doctor(uri, **variables):
     }
 
 
-class Proxy:
-    """Passes bytes on after a delay; counts connections."""
+class Listener:
+    """A server on loopback; each connection is served by a thread of its own."""
 
-    def __init__(self, target, delay):
-        self.target = target
-        self.delay = delay
-        self.listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self):
+        self.listener = socket.create_server((LOOPBACK, 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
 
@@ -379,13 +391,35 @@ class Proxy:
         while True:
             try:
                 one, _ = self.listener.accept()
-                other = socket.create_connection(("127.0.0.1", self.target), 5)
             except OSError:
                 return
-            for source, sink, delay in ((one, other, self.delay), (other, one, 0)):
-                threading.Thread(
-                    target=self.pump, args=(source, sink, delay), daemon=True
-                ).start()
+            threading.Thread(target=self.serve_and_close, args=(one,), daemon=True).start()
+
+    def serve_and_close(self, one):
+        try:
+            with one:
+                self.serve(one)
+        except OSError:
+            pass
+
+    def end(self):
+        self.listener.close()
+
+
+class Proxy(Listener):
+    """Passes bytes on after a delay."""
+
+    def __init__(self, target, delay):
+        self.target = target
+        self.delay = delay
+        super().__init__()
+
+    def serve(self, one):
+        with socket.create_connection((LOOPBACK, self.target), 5) as other:
+            back = threading.Thread(target=self.pump, args=(other, one, 0), daemon=True)
+            back.start()
+            self.pump(one, other, self.delay)
+            back.join()
 
     @staticmethod
     def pump(source, sink, delay):
@@ -397,42 +431,22 @@ class Proxy:
         except OSError:
             pass
 
-    def end(self):
-        self.listener.close()
 
-
-class Impostor:
+class Impostor(Listener):
     """A server that answers whatever is sent with the same bytes, or never."""
 
     def __init__(self, answer):
         self.answer = answer
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                one, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(one,), daemon=True).start()
+        super().__init__()
 
     def serve(self, one):
-        try:
-            with one:
-                while one.recv(65536):
-                    if self.answer is None:
-                        continue
-                    if callable(self.answer):
-                        self.answer(one)
-                        return
-                    one.sendall(self.answer)
-        except OSError:
-            pass
-
-    def end(self):
-        self.listener.close()
+        while one.recv(65536):
+            if self.answer is None:
+                continue
+            if callable(self.answer):
+                self.answer(one)
+                return
+            one.sendall(self.answer)
 
 
 class Raw:
