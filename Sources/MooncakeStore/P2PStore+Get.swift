@@ -60,7 +60,7 @@ extension P2PStore {
         guard [.noHolder, .unsupported, .digestMismatch].contains(error.code),
           options.version == nil, let now = try? locate(name, options, bounds),
           now.version != target.version
-        else { throw error }
+        else { throw explained(error, target, bounds) }
         if options.followsVersions { continue }
         throw EngineError(
           .notFound,
@@ -101,7 +101,10 @@ extension P2PStore {
     }
     if let version = options.version { return try locate(name, version, head, bounds) }
     // The origin may have died a moment ago, before another holder has taken its place.
-    guard let newest = try directory.newest(of: name, bounds.call) else { return nil }
+    guard let newest = try directory.newest(of: name, bounds.call) else {
+      try directory.refuseLaterRecords(of: name, bounds.call)
+      return nil
+    }
     return Target(
       summary: newest.summary,
       holders: try directory.holders(
@@ -135,12 +138,28 @@ extension P2PStore {
         summary: newest.summary, holders: holders,
         isSuperseded: head.map { newest.summary.isOlder(than: $0.summary) } ?? false)
     }
+    if holders.isEmpty { try directory.refuseLaterRecords(of: name, version: version, bounds.call) }
     var present = head?.version
     if present == nil { present = try directory.newest(of: name, bounds.call)?.version }
     guard let present else { return nil }
     throw EngineError(
       .notFound,
       "payload '\(name)': nobody holds version \(version); the present one is \(present)")
+  }
+
+  /// An error as its caller should see it: that nobody is left may be for holders that this release
+  /// cannot read of.
+  func explained(_ error: EngineError, _ target: Target, _ bounds: Bounds) -> EngineError {
+    if error.code != .noHolder { return error }
+    do throws(EngineError) {
+      try directory.refuseLaterRecords(
+        of: target.name, version: target.version, bounds.shortCall)
+    } catch let later {
+      if later.code == .unsupported {
+        return EngineError(.unsupported, "\(error.message); not asked: \(later.message)")
+      }
+    }
+    return error
   }
 
   /// Reads the manifest from whoever has it.

@@ -5,6 +5,9 @@ extension P2PStore {
   /// What readers see of a payload that this store offers; tells what they have read.
   package func readers(of name: String) -> Holding? { catalog.holding(of: name) }
 
+  /// What this store has found in the metadata service and could not read, as texts for people.
+  package var passedOver: [String] { directory.passedOver }
+
   /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders.
   /// Those of the existing system are among them where both share an etcd.
   public func list(

@@ -31,6 +31,18 @@ extension P2PStore {
     if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
     try bounds.check("start")
     guard let target = try locate(name, GetOptions(), bounds) else { throw notFound(name) }
+    do throws(EngineError) {
+      try move(opcode, target, offset, memory, length, bounds)
+    } catch {
+      throw explained(error, target, bounds)
+    }
+  }
+
+  private func move(
+    _ opcode: Opcode, _ target: Target, _ offset: UInt64, _ memory: UnsafeMutableRawPointer,
+    _ length: UInt64, _ bounds: Bounds
+  ) throws(EngineError) {
+    let name = target.name
     let search = try manifest(of: target, bounds)
     let manifest = search.manifest
     let (end, overflow) = offset.addingReportingOverflow(length)

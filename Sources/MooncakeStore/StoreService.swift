@@ -55,18 +55,9 @@ package enum StoreService {
         let shardCount = holding.manifest.layout.shardCount
         return holding.answer(try ShardRequest(json: call, shardCount: shardCount)).json
       } catch {
-        return refusal(error.message)
+        return StoreVersion.refusal(error.message)
       }
-    default: return refusal("unknown operation")
+    default: return StoreVersion.refusal("unknown operation")
     }
-  }
-
-  private static func refusal(_ text: String) -> String {
-    var writer = JSONWriter()
-    writer.beginObject()
-    writer.member("error", text)
-    writer.storeVersion()
-    writer.endObject()
-    return writer.text
   }
 }

@@ -21,22 +21,38 @@ package enum StoreVersion {
     if needed > current {
       throw EngineError(
         .unsupported,
-        "\(what) needs version \(needed) of the store, this process knows \(current): update "
-          + "libmooncake here")
+        "\(what)\(author(of: value)) needs version \(needed) of the store, this process knows "
+          + "\(current): update libmooncake here")
     }
+  }
+
+  /// Who wrote a record, as far as it says so in the way of this version.
+  private static func author(of record: JSONValue) -> String {
+    let written = [record["holder"], record["origin"]].lazy.compactMap { $0 }
+      .compactMap { try? HolderAddress(parsing: $0) }.first
+    guard let written else { return "" }
+    return printable(" (written by \(written.segment) at \(written.rpc))")
   }
 
   /// What a holder answers to a question that needs a later version; nil if it does not.
   static func refusal(of question: JSONValue) -> String? {
-    guard let needed = question[member]?.unsigned, needed > current else { return nil }
+    guard let number = question[member] else { return nil }
+    guard let needed = number.unsigned else {
+      return refusal("the question has a malformed \(member)")
+    }
+    if needed <= current { return nil }
+    return refusal(
+      "the question needs version \(needed) of the store, this holder knows \(current): update "
+        + "libmooncake there", reason: reason)
+  }
+
+  /// The answer of a holder that does not do what it was asked for.
+  static func refusal(_ text: String, reason: String? = nil) -> String {
     var writer = JSONWriter()
     writer.beginObject()
-    writer.member(
-      "error",
-      "the question needs version \(needed) of the store, this holder knows \(current): update "
-        + "libmooncake there")
-    writer.member(reasonMember, reason)
-    writer.member(member, current)
+    writer.member("error", text)
+    if let reason { writer.member(reasonMember, reason) }
+    writer.storeVersion()
     writer.endObject()
     return writer.text
   }

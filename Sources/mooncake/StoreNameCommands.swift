@@ -1,7 +1,14 @@
 import ArgumentParser
+import Glibc
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
+
+/// Says on stderr what is missing in what was printed. The log says it, too, if it is not silent.
+private func tellPassedOver(_ store: P2PStore) {
+  if getenv("MC_LOG_LEVEL") != nil { return }
+  for text in store.passedOver { printError("mooncake: \(text)") }
+}
 
 /// Lists payloads.
 struct StoreListCommand: ParsableCommand {
@@ -19,6 +26,7 @@ struct StoreListCommand: ParsableCommand {
     try store.withStore(stop) { payloads in
       StoreReport(isJSON: store.json).print(
         listed: try payloads.list(prefix: prefix, store.operation(stop)))
+      tellPassedOver(payloads)
     }
   }
 }
@@ -39,6 +47,7 @@ struct StoreStatCommand: ParsableCommand {
     try store.withStore(stop) { payloads in
       let (info, holders) = try payloads.describe(name, store.operation(stop))
       StoreReport(isJSON: store.json).print(info, holders: holders)
+      tellPassedOver(payloads)
     }
   }
 }

@@ -65,6 +65,22 @@ class Store(unittest.TestCase):
             str(path.relative_to(folder)): (path.read_bytes(), os.access(path, os.X_OK))
             for path in folder.rglob("*") if path.is_file()}
 
+    def test_records_of_later_releases_are_named(self):
+        record = {"store_version": 9, "name": "t/later", "origin": {
+            "holding": "0000000000000001", "rpc": "10.0.0.1:7", "segment": "their-node"}}
+        key = "mooncake/store/object/t/later"
+        put = mooncake("metadata", "put", key, json.dumps(record), MC_METADATA_SERVER=self.uri)
+        self.assertEqual(put.returncode, 0, put.stderr)
+        self.addCleanup(mooncake, "metadata", "delete", key, MC_METADATA_SERVER=self.uri)
+        listed = self.store("list", "t/later")
+        self.assertEqual(listed.returncode, 0, listed.stderr)
+        stat, get, remove = (self.store(verb, "t/later") for verb in ("stat", "get", "rm"))
+        for done in (stat, get, remove):
+            self.assertEqual(done.returncode, 1, done.stderr)
+        for done in (listed, stat, get, remove):
+            for part in (key, "needs version 9", "knows 1", "their-node at 10.0.0.1:7", "update"):
+                self.assertEqual(done.stderr.count(part), 1, done.stderr)
+
     def test_directory_arrives_whole(self):
         ready, copy = self.folder / "ready", self.folder / "copy" / "deeper"
         holder = self.start(

@@ -11,6 +11,8 @@ package final class FileStaging {
   private let replacesFiles: Bool
   /// Whether the file system is asked to exchange files in one step.
   private let exchanges: Bool
+  /// The payload's name.
+  private let payload: String
   /// The name of the file that a payload without a list becomes.
   private let nameWithoutList: String
   private var target: Directory?
@@ -28,6 +30,7 @@ package final class FileStaging {
     path = FilePath(bytes: bytes)
     self.replacesFiles = replacesFiles
     self.exchanges = exchanges
+    payload = name
     nameWithoutList =
       name.utf8.split(separator: UInt8(ascii: "/")).last.map { String(Substring($0)) } ?? name
   }
@@ -107,7 +110,11 @@ package final class FileStaging {
   // MARK: Before the first byte
 
   private func list(of manifest: Manifest) throws(EngineError) -> FileList {
-    if !manifest.attributes.isEmpty { return try FileList(parsing: manifest) }
+    if !manifest.attributes.isEmpty {
+      do throws(EngineError) { return try FileList(parsing: manifest) } catch {
+        throw EngineError(error.code, "payload '\(payload)': \(error.message)")
+      }
+    }
     do throws(EngineError) {
       return try FileList([.init(path: nameWithoutList, size: manifest.layout.size)])
     } catch {

@@ -75,14 +75,15 @@ package final class PayloadFollower: @unchecked Sendable {
   }
 
   private func take(_ change: MetadataChange) {
+    let name = directory.name(ofHead: change.key)
+    let key = MetadataKey(name)
     let head: PayloadHead? =
       switch change {
-      case .put(let entry): try? PayloadHead(json: entry.value)
+      case .put(let entry): directory.head(name, in: entry.value)
       case .delete: nil
       }
-    let key = MetadataKey(String(change.key.dropFirst(directory.headPrefix.count)))
-    // What is malformed counts as absent.
-    guard let head, MetadataKey(head.name) == key else {
+    // What cannot be read counts as absent.
+    guard let head else {
       if case .put = change {
         headless[key] = Headless(isBlocked: true)
       } else {

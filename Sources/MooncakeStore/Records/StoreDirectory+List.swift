@@ -9,9 +9,7 @@ extension StoreDirectory {
     // Names are bytes: texts that only look alike are different ones.
     var infos: [MetadataKey: PayloadInfo] = [:]
     try store.forEach(prefix: headKey(start), call) { entry throws(EngineError) in
-      guard let head = try? PayloadHead(json: entry.value),
-        headKey(head.name).utf8.elementsEqual(entry.key.utf8)
-      else { return }
+      guard let head = head(name(ofHead: entry.key), in: entry.value) else { return }
       infos[MetadataKey(head.name)] = head.summary.info(holderCount: 0)
     }
     var headless: [MetadataKey: [HeldVersion]] = [:]

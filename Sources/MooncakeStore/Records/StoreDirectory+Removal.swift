@@ -81,12 +81,17 @@ extension StoreDirectory {
   var removalMarkKey: String { removalPrefix + "/latest" }
 
   /// Removes a name: its holders withdraw each version that there is by now. Returns false if there
-  /// is none.
+  /// is none. Those of a later version of the store may not withdraw for what this one writes: then
+  /// it throws `unsupported`, and nothing is removed.
   package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
     let start = wallMilliseconds()
     var isRemoved = false
     for _ in 0..<Self.attemptLimit {
       let text = try store.get(headKey(name), call)
+      if let refusal = refusal(ofHead: name, text) {
+        if isRemoved { break }
+        throw refusal
+      }
       let head = head(name, in: text)
       let removals = try removals(of: name, call)
       // Only what is read after the removal was put ends this: until then a holder that looks for
@@ -97,7 +102,10 @@ extension StoreDirectory {
         summaries.append(head.summary)
       }
       // Nobody stands for it, and its holders are yet to learn of its removal, if there are any.
-      if text == nil && summaries.allSatisfy({ removals.cover($0) }) { break }
+      if text == nil && summaries.allSatisfy({ removals.cover($0) }) {
+        if removals.untilMilliseconds == nil { try refuseLaterRecords(of: name, call) }
+        break
+      }
       // First this, since a holder that finds no head looks here before it puts one.
       try bury(name, summaries, since: start, call)
       isRemoved = true

@@ -17,8 +17,8 @@ package final class StoreDirectory: Sendable {
   let wallMilliseconds: @Sendable () -> UInt64
   /// What removals hang on.
   let burial = Lock<Burial?>(nil)
-  /// Keys whose contents have been complained of.
-  private let unreadable = Lock<Set<MetadataKey>>([])
+  /// Keys whose contents have been complained of, and why.
+  let unreadable = Lock<[MetadataKey: String]>([:])
 
   package convenience init(_ directory: MetadataDirectory) {
     self.init(
@@ -45,6 +45,11 @@ package final class StoreDirectory: Sendable {
   var headPrefix: String { prefix + "store/object/" }
 
   package func headKey(_ name: String) -> String { headPrefix + name }
+
+  /// The name whose head stands under a key.
+  func name(ofHead key: String) -> String {
+    String(decoding: key.utf8.dropFirst(headPrefix.utf8.count), as: UTF8.self)
+  }
 
   /// Of all names that begin with `start`; they are encoded, a slash too, so that none is the
   /// beginning of another's keys.
@@ -73,20 +78,23 @@ package final class StoreDirectory: Sendable {
       if !head.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
       return head
     } catch {
-      let place = "metadata \(uri): key '\(headKey(name))': \(error.message)"
-      if error.code == .unsupported { throw EngineError(.unsupported, place) }
+      let refusal = refusal(headKey(name), error)
+      if error.code == .unsupported { throw refusal }
       throw EngineError(
         error.code,
-        "\(place): register the payload anew; else remove the key with `mooncake metadata delete`")
+        "\(refusal.message): register the payload anew; else remove the key with `mooncake "
+          + "metadata delete`")
     }
   }
 
-  /// The same of a text that has been read; nil if it is malformed.
+  /// The same of a text that has been read; nil if nobody can read it, which is logged.
   func head(_ name: String, in text: String?) -> PayloadHead? {
-    guard let head = text.flatMap({ try? PayloadHead(json: $0) }),
-      head.name.utf8.elementsEqual(name.utf8)
-    else { return nil }
-    return head
+    guard let text else { return nil }
+    return readable(headKey(name)) { () throws(EngineError) in
+      let head = try PayloadHead(json: text)
+      if head.name.utf8.elementsEqual(name.utf8) { return head }
+      throw EngineError(.protocolViolation, "it names another payload")
+    }
   }
 
   /// Some holders of a version, chosen at random when there are more than `limit`. What is read is
@@ -119,27 +127,14 @@ package final class StoreDirectory: Sendable {
     ).entries.compactMap(record)
   }
 
-  /// The record of an entry; nil unless it is one and stands where it belongs.
+  /// The record of an entry; nil unless it is one and stands where it belongs, which is logged.
   func record(_ entry: MetadataEntry) -> HolderRecord? {
-    do throws(EngineError) {
+    readable(entry.key) { () throws(EngineError) in
       let record = try HolderRecord(json: entry.value)
       if holderKey(record).utf8.elementsEqual(entry.key.utf8) { return record }
-      tellUnreadable(entry.key, "it names another payload or holder")
-    } catch {
-      tellUnreadable(entry.key, error.message)
+      throw EngineError(.protocolViolation, "it names another payload or holder")
     }
-    return nil
   }
-
-  /// Logs once for each key why what stands there is passed over.
-  func tellUnreadable(_ key: String, _ reason: String) {
-    let isNew = unreadable.withLock { keys in
-      if keys.count >= Self.unreadableCount { return false }
-      return keys.insert(MetadataKey(key)).inserted
-    }
-    if isNew { Log.warning("metadata \(uri): key '\(key)' is passed over: \(reason)") }
-  }
-  private static let unreadableCount = 256
 
   /// Deletes a key that others may put too, if it holds this value.
   func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {

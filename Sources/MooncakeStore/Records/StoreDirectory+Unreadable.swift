@@ -1,0 +1,69 @@
+import MooncakeEngine
+import MooncakeSystem
+
+/// What stands in a metadata service and cannot be read here: it is malformed, or needs a later
+/// version of the store.
+extension StoreDirectory {
+  /// Keys that are remembered and told.
+  private static let unreadableCount = 256
+  /// Records of a name that are looked at for a reason.
+  private static let lookCount = 64
+
+  /// What could not be read so far, and why, in order of keys.
+  package var passedOver: [String] {
+    unreadable.withLock { $0 }.sorted { $0.key < $1.key }.map {
+      PrintableText.make(complaint($0.key.text, $0.value))
+    }
+  }
+
+  private func complaint(_ key: String, _ reason: String) -> String {
+    "metadata \(uri): key '\(key)' is passed over: \(reason)"
+  }
+
+  /// What `read` returns; nil if it throws, which is logged once for each key.
+  func readable<Value>(
+    _ key: String, _ read: () throws(EngineError) -> Value
+  ) -> Value? {
+    do throws(EngineError) { return try read() } catch {
+      tellUnreadable(key, error.message)
+      return nil
+    }
+  }
+
+  /// Logs once for each key why what stands there is passed over.
+  func tellUnreadable(_ key: String, _ reason: String) {
+    let isNew = unreadable.withLock { reasons in
+      if reasons.count >= Self.unreadableCount { return false }
+      return reasons.updateValue(reason, forKey: MetadataKey(key)) == nil
+    }
+    if isNew { Log.warning(complaint(key, reason)) }
+  }
+
+  /// Throws if a holder's record of a name, or of one version of it, needs a later version of the
+  /// store. Asked before it is said that nobody holds that.
+  package func refuseLaterRecords(
+    of name: String, version: PayloadVersion? = nil, _ call: MetadataCall
+  ) throws(EngineError) {
+    let prefix = version.map { holderPrefix(name, $0) } ?? holderPrefix(name)
+    let page = try store.list(prefix: prefix, from: nil, limit: Self.lookCount, call)
+    for entry in page.entries {
+      do throws(EngineError) { _ = try HolderRecord(json: entry.value) } catch {
+        if error.code == .unsupported { throw refusal(entry.key, error) }
+      }
+    }
+  }
+
+  /// Why what stands under a name cannot be read, if it needs a later version of the store.
+  func refusal(ofHead name: String, _ text: String?) -> EngineError? {
+    guard let text else { return nil }
+    do throws(EngineError) { _ = try PayloadHead(json: text) } catch {
+      if error.code == .unsupported { return refusal(headKey(name), error) }
+    }
+    return nil
+  }
+
+  /// Why a call fails because of what it found.
+  func refusal(_ key: String, _ error: EngineError) -> EngineError {
+    EngineError(error.code, "metadata \(uri): key '\(key)': \(error.message)")
+  }
+}
