@@ -56,7 +56,7 @@ extension TransferEngine {
             .invalidArgument, "peer \(named): port 0 reaches nobody: give the peer's RPC port")))
     }
     if let numeric = SocketAddress(numeric: peer.host, port: port) {
-      return caller.call(named, at: numeric, body, until: deadline, completion)
+      return caller.call(named, at: [numeric], body, until: deadline, completion)
     }
     // A name takes time to resolve, and nothing else of it may keep a thread.
     let isAccepted = workers.run { [self] in
@@ -64,7 +64,7 @@ extension TransferEngine {
         let addresses = try Resolver.resolve(
           peer.host, port: port, deadline: deadline,
           cancellation: closeEvent.descriptor.rawValue)
-        call(named, at: addresses[...], body, until: deadline, completion)
+        caller.call(named, at: addresses[...], body, until: deadline, completion)
       } catch {
         completion(
           .failure(
@@ -76,27 +76,6 @@ extension TransferEngine {
     }
     if !isAccepted {
       completion(.failure(EngineError(.canceled, "asking a peer: the engine was destroyed")))
-    }
-  }
-
-  /// Asks at one address of a peer after the other until one can be reached.
-  private func call(
-    _ peer: HostPort, at addresses: ArraySlice<SocketAddress>, _ body: String,
-    until deadline: Deadline, _ completion: @escaping RPCCaller.Completion
-  ) {
-    guard let first = addresses.first else {
-      return completion(
-        .failure(EngineError(.unresolved, "peer \(peer): the name has no address: check it")))
-    }
-    let others = addresses.dropFirst()
-    caller.call(peer, at: first, body, until: deadline) { [self] result in
-      if case .failure(let error) = result, error.code == .unreachable, !others.isEmpty,
-        !deadline.hasPassed
-      {
-        call(peer, at: others, body, until: deadline, completion)
-      } else {
-        completion(result)
-      }
     }
   }
 

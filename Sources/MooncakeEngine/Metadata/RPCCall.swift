@@ -48,9 +48,10 @@ struct RPCCall {
         "\(error); check the name and this machine's name service")
     }
     var last: EngineError?
-    for address in addresses {
+    for (index, address) in addresses.enumerated() {
       do throws(EngineError) {
-        return try connect(to: address)
+        return try connect(
+          to: address, within: connectMilliseconds(addressCount: addresses.count - index))
       } catch {
         last = error
         if deadline.hasPassed || error.code == .canceled { break }
@@ -59,8 +60,17 @@ struct RPCCall {
     throw last ?? failure(.unresolved, "the name has no address", "check the name")
   }
 
-  private func connect(to address: SocketAddress) throws(EngineError) -> Socket {
-    let ownLimit = Deadline.after(milliseconds: settings.connectTimeoutMilliseconds)
+  /// How long one address may take, where so many are left to be tried: one that drops packets
+  /// leaves time for the others.
+  func connectMilliseconds(addressCount: Int) -> UInt64 {
+    let left = deadline.remainingNanoseconds / 1_000_000
+    return min(settings.connectTimeoutMilliseconds, left / UInt64(max(1, addressCount)) + 1)
+  }
+
+  private func connect(
+    to address: SocketAddress, within milliseconds: UInt64
+  ) throws(EngineError) -> Socket {
+    let ownLimit = Deadline.after(milliseconds: milliseconds)
     do throws(Errno) {
       let socket = try Socket(family: address.family)
       try socket.startConnect(to: address)
@@ -71,11 +81,13 @@ struct RPCCall {
       socket.setNoDelay()
       return socket
     } catch {
-      throw connectFailure(error, to: address)
+      throw connectFailure(error, to: address, within: milliseconds)
     }
   }
 
-  func connectFailure(_ error: Errno, to address: SocketAddress) -> EngineError {
+  func connectFailure(
+    _ error: Errno, to address: SocketAddress, within milliseconds: UInt64
+  ) -> EngineError {
     // Numeric names need not be told twice.
     let place = address.host == peer.host ? "" : " to \(address)"
     switch error.rawValue {
@@ -89,7 +101,7 @@ struct RPCCall {
     case ETIMEDOUT:
       return failure(
         .unreachable,
-        "connect\(place) not answered within \(settings.connectTimeoutMilliseconds / 1000) s",
+        "connect\(place) not answered within \(milliseconds) ms",
         "is the host up, and does no firewall drop the packets?")
     case EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL:
       return failure(.system, "cannot connect\(place)", "\(error); raise the limit")

@@ -17,10 +17,31 @@ package final class RPCCaller: Sendable {
   package init() {}
 
   /// Sends a call of a service, a JSON object that is not empty, to a daemon; `completion` is
-  /// called once, by the deadline.
+  /// called once, by the deadline. Where a peer has several addresses, one after the other is tried
+  /// until one can be reached.
   package func call(
-    _ peer: HostPort, at address: SocketAddress, _ body: String, until deadline: Deadline,
-    _ completion: @escaping Completion
+    _ peer: HostPort, at addresses: ArraySlice<SocketAddress>, _ body: String,
+    until deadline: Deadline, _ completion: @escaping Completion
+  ) {
+    guard let address = addresses.first else {
+      return completion(
+        .failure(EngineError(.unresolved, "peer \(peer): the name has no address: check it")))
+    }
+    let others = addresses.dropFirst()
+    ask(peer, at: address, addressCount: addresses.count, body, until: deadline) { [self] result in
+      if case .failure(let error) = result, error.code == .unreachable, !others.isEmpty,
+        !deadline.hasPassed
+      {
+        call(peer, at: others, body, until: deadline, completion)
+      } else {
+        completion(result)
+      }
+    }
+  }
+
+  private func ask(
+    _ peer: HostPort, at address: SocketAddress, addressCount: Int, _ body: String,
+    until deadline: Deadline, _ completion: @escaping Completion
   ) {
     do throws(EngineError) {
       try loop().submit(
@@ -28,7 +49,8 @@ package final class RPCCaller: Sendable {
           call: RPCCall(
             peer: peer, type: .service, deadline: deadline,
             settings: .fromEnvironment(), cancellation: -1),
-          address: address, bytes: RPCMessage.encoded(type: .service, body: Self.kept(body)),
+          address: address, addressCount: addressCount,
+          bytes: RPCMessage.encoded(type: .service, body: Self.kept(body)),
           completion: completion))
     } catch {
       completion(.failure(error))

@@ -102,7 +102,7 @@ final class RPCCallerLoop: @unchecked Sendable {
       do throws(Errno) {
         try loop.epoll.add(question.descriptor, events: Epoll.writable, token: token)
       } catch {
-        throw question.call.connectFailure(error, to: question.address)
+        throw question.connectFailure(error)
       }
       questions[token] = question
     } catch {
@@ -150,13 +150,13 @@ final class RPCCallerLoop: @unchecked Sendable {
 
   private func nextDeadline() -> Deadline {
     var next = Deadline.never
-    for question in questions.values { next = min(next, question.call.deadline) }
+    for question in questions.values { next = min(next, question.end) }
     for connection in kept.values { next = min(next, connection.end) }
     return next
   }
 
   private func expire() {
-    for (token, question) in questions where question.call.deadline.hasPassed {
+    for (token, question) in questions where question.end.hasPassed {
       questions[token] = nil
       end(question, .failure(question.fail(.timedOut)))
     }

@@ -17,6 +17,10 @@ final class RPCQuestion: @unchecked Sendable {
   let address: SocketAddress
   private let bytes: [UInt8]
   private let completion: RPCCaller.Completion
+  /// How many addresses of the peer share the time, this one included.
+  private let addressCount: Int
+  private var connectMilliseconds: UInt64 = 0
+  private var connectEnd = Deadline.never
   private var socket: Socket?
   private var isConnected = false
   private var isReused = false
@@ -24,17 +28,21 @@ final class RPCQuestion: @unchecked Sendable {
   private var parser: RPCMessageParser
 
   init(
-    call: RPCCall, address: SocketAddress, bytes: [UInt8],
+    call: RPCCall, address: SocketAddress, addressCount: Int, bytes: [UInt8],
     completion: @escaping RPCCaller.Completion
   ) {
     self.call = call
     self.address = address
+    self.addressCount = addressCount
     self.bytes = bytes
     self.completion = completion
     parser = RPCMessageParser(limit: call.settings.maximumLength)
   }
 
   var descriptor: Int32 { socket?.rawValue ?? -1 }
+
+  /// When it is over, unless something happens before.
+  var end: Deadline { isConnected ? call.deadline : min(call.deadline, connectEnd) }
 
   func finish(_ result: Result<String, EngineError>) { completion(result) }
 
@@ -48,12 +56,14 @@ final class RPCQuestion: @unchecked Sendable {
     (isConnected, isReused, sentCount) = (false, false, 0)
     parser = RPCMessageParser(limit: call.settings.maximumLength)
     socket = nil
+    connectMilliseconds = call.connectMilliseconds(addressCount: addressCount)
+    connectEnd = .after(milliseconds: connectMilliseconds)
     do throws(Errno) {
       let new = try Socket(family: address.family)
       try new.startConnect(to: address)
       socket = consume new
     } catch {
-      throw call.connectFailure(error, to: address)
+      throw connectFailure(error)
     }
   }
 
@@ -64,9 +74,7 @@ final class RPCQuestion: @unchecked Sendable {
   func advance(_ scratch: UnsafeMutableRawBufferPointer) -> Outcome {
     do throws(EngineError) {
       if !isConnected {
-        do throws(Errno) { try finishConnect() } catch {
-          throw call.connectFailure(error, to: address)
-        }
+        do throws(Errno) { try finishConnect() } catch { throw connectFailure(error) }
       }
       do throws(Errno) {
         while sentCount < bytes.count {
@@ -86,8 +94,11 @@ final class RPCQuestion: @unchecked Sendable {
   }
 
   func fail(_ error: Errno) -> EngineError {
-    isConnected
-      ? call.broken(error, "the answer was awaited") : call.connectFailure(error, to: address)
+    isConnected ? call.broken(error, "the answer was awaited") : connectFailure(error)
+  }
+
+  func connectFailure(_ error: Errno) -> EngineError {
+    call.connectFailure(error, to: address, within: connectMilliseconds)
   }
 
   private func finishConnect() throws(Errno) {

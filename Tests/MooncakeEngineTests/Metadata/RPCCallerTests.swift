@@ -33,7 +33,7 @@ import Testing
     milliseconds: UInt64 = 4000, _ answers: Answers
   ) {
     caller.call(
-      HostPort(host: "127.0.0.1", port: address.port), at: address, "{\"number\":\(number)}",
+      HostPort(host: "127.0.0.1", port: address.port), at: [address], "{\"number\":\(number)}",
       until: .after(milliseconds: milliseconds)
     ) { answers.add($0) }
   }
@@ -98,6 +98,41 @@ import Testing
       guard case .failure(let error) = failure else { continue }
       #expect(error.code == .timeout)
     }
+  }
+
+  /// The first of a peer's addresses drops packets.
+  @Test func anAddressThatAnswersNothingLeavesTimeForTheNext() throws {
+    let (server, caller, answers) = (try server(), RPCCaller(), Answers())
+    defer { caller.stop() }
+    let listener = try Socket.listening(
+      on: SocketAddress(numeric: "127.0.0.1", port: 0)!, backlog: 0)
+    let fillers = try fill(listener.localAddress())
+    let addresses = [try listener.localAddress(), server.address]
+    let begin = Clock.now()
+    caller.call(
+      HostPort(host: "peer", port: 1), at: addresses[...], "{\"number\":9}",
+      until: .after(milliseconds: 3000)
+    ) { answers.add($0) }
+    let answer = try #require(answers.wait(for: 1).first)
+    #expect(try answer.get() == "{\"echo\":9}")
+    #expect(Clock.now() - begin < 2_900_000_000)
+    // With one address the deadline is the limit.
+    ask(caller, addresses[0], milliseconds: 300, answers)
+    guard case .failure(let error) = try #require(answers.wait(for: 2).last) else { return }
+    #expect(error.code == .timeout)
+    withExtendedLifetime(fillers) {}
+    _ = consume listener
+  }
+
+  /// Fills the queue of a listener, which then drops further connects.
+  private func fill(_ address: SocketAddress) throws -> [FakeConnection] {
+    let fillers = try (0..<4).map { index in
+      let socket = try Socket(family: address.family)
+      try socket.startConnect(to: address)
+      return FakeConnection(socket, index: index)
+    }
+    sleepBriefly(nanoseconds: 20_000_000)
+    return fillers
   }
 
   @Test func theEndEndsEveryQuestion() throws {
