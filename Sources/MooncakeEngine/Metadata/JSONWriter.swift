@@ -8,6 +8,8 @@ package struct JSONWriter {
   /// What has been written.
   package var text: String { String(decoding: bytes, as: UTF8.self) }
 
+  package var byteCount: Int { bytes.count }
+
   package mutating func reserve(_ byteCount: Int) { bytes.reserveCapacity(byteCount) }
 
   package mutating func beginObject() { open(UInt8(ascii: "{")) }

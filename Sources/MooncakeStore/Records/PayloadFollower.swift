@@ -51,7 +51,7 @@ package final class PayloadFollower: @unchecked Sendable {
     do throws(EngineError) {
       let wait = MetadataCall(
         until: min(call.deadline, nextLook), cancellation: call.cancellation)
-      for change in try watch.next(wait) { take(change) }
+      for change in try watch.next(wait, listing: call) { take(change) }
       try lookAtHeadless(
         MetadataCall(
           until: .after(milliseconds: Self.lookMilliseconds), cancellation: call.cancellation))

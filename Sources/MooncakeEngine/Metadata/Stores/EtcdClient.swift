@@ -44,11 +44,13 @@ final class EtcdClient: Sendable {
     var phase: String
     /// Whether the answer may be long in coming, so that its lateness says nothing.
     var isWatch = false
+    /// As in `HTTPRequest`.
+    var isOnce = false
     var end: LineMark?
   }
 
-  /// The answer's text. Whoever repeats after `isRepeated` was set cannot tell whether an earlier
-  /// attempt took effect.
+  /// The answer's text. `isRepeated` is set if an attempt failed that may have taken effect all the
+  /// same.
   func ask(
     _ query: Query, _ call: MetadataCall, isRepeated: inout Bool
   ) throws(EngineError) -> [UInt8] {
@@ -64,7 +66,7 @@ final class EtcdClient: Sendable {
         query.isWatch || step == count - 1
         ? call : call.within(milliseconds: min(share, Self.attemptMilliseconds))
       do throws(EngineError) {
-        let answer = try ask(query, at: uri.endpoints[index], attempt)
+        let answer = try ask(query, at: uri.endpoints[index], attempt, isRepeated: &isRepeated)
         state.withLock {
           $0.endpoint = index
           $0.answered = Clock.now()
@@ -77,7 +79,6 @@ final class EtcdClient: Sendable {
         let isEndpoints = [.unreachable, .timeout, .unresolved, .accessDenied].contains(error.code)
         if !isEndpoints || error.code == .accessDenied && !isCertificate(error) { break }
         if call.deadline.hasPassed { break }
-        isRepeated = true
       }
     }
     guard let last else { throw failure(.invalidArgument, query.phase, "no endpoint", "name one") }
@@ -91,12 +92,21 @@ final class EtcdClient: Sendable {
   }
 
   private func ask(
-    _ query: Query, at endpoint: HostPort, _ call: MetadataCall
+    _ query: Query, at endpoint: HostPort, _ call: MetadataCall, isRepeated: inout Bool
   ) throws(EngineError) -> [UInt8] {
     for isRetry in [false, true] {
       let token = try token(at: endpoint, call, isStale: isRetry)
-      let response = try send(query, at: endpoint, token: token, call)
+      var isUnsent = false
+      let response: HTTPResponse
+      do throws(EngineError) {
+        response = try send(query, at: endpoint, token: token, call, isUnsent: &isUnsent)
+      } catch {
+        if !isUnsent { isRepeated = true }
+        throw error
+      }
       if response.status == 200 { return response.body }
+      // A member that waited in vain for the others may see it done later.
+      if response.status >= 500 { isRepeated = true }
       if user != nil && !isRetry && wantsLogin(response) { continue }
       throw refusal(response, token, query.phase, endpoint)
     }
@@ -124,7 +134,8 @@ final class EtcdClient: Sendable {
     writer.member("password", password)
     writer.endObject()
     let query = Query(path: "/v3/auth/authenticate", body: writer.text, phase: "authenticate")
-    let response = try send(query, at: endpoint, token: nil, call)
+    var isUnsent = false
+    let response = try send(query, at: endpoint, token: nil, call, isUnsent: &isUnsent)
     if response.status != 200 {
       // A cluster without users needs no token.
       if reason(response).utf8.holds("authentication is not enabled") { return nil }
@@ -139,16 +150,19 @@ final class EtcdClient: Sendable {
   }
 
   private func send(
-    _ query: Query, at endpoint: HostPort, token: String?, _ call: MetadataCall
+    _ query: Query, at endpoint: HostPort, token: String?, _ call: MetadataCall,
+    isUnsent: inout Bool
   ) throws(EngineError) -> HTTPResponse {
     var request = HTTPRequest(
       method: .post, server: endpoint, isSecure: isSecure, target: query.path,
       body: Array(query.body.utf8), headers: ["Content-Type: application/json"])
     if let token { request.headers.append("Authorization: \(token)") }
     request.end = query.end
+    request.isOnce = query.isOnce
     do throws(HTTPFailure) {
       return try client.perform(request, call)
     } catch {
+      isUnsent = error.isUnsent
       throw failure(error.code, query.phase, "\(endpoint): \(error.cause)", error.remedy)
     }
   }

@@ -59,11 +59,14 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
-    try ask("/v3/kv/deleterange", "delete '\(key)'", call) {
+    var isRepeated = false
+    let isDone = try ask("/v3/kv/deleterange", "delete '\(key)'", call, isRepeated: &isRepeated) {
       $0.member("key", encoded(key))
     } answer: {
       number($0["deleted"]) > 0
     }
+    // The attempt that seemed to fail may be the one that deleted it.
+    return isDone || isRepeated
   }
 
   package func list(
@@ -92,7 +95,7 @@ package final class EtcdStore: MetadataStore {
     let phase = "watch '\(prefix)'"
     // A member that is frozen or cut off is silent like one without news, and so is one whose long
     // answer has come in part. Any that answers this knows the latest state.
-    if client.silentMilliseconds > Self.silenceMilliseconds {
+    if client.silentMilliseconds >= Self.silenceMilliseconds {
       if try !isUnchanged(prefix, since: revision, phase, call) { return .unknown }
     }
     var writer = JSONWriter()
@@ -182,7 +185,8 @@ package final class EtcdStore: MetadataStore {
     ttlMilliseconds: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataLease? {
     let phase = "grant a lease"
-    return try ask("/v3/lease/grant", phase, call) {
+    var isRepeated = false
+    return try ask("/v3/lease/grant", phase, call, isRepeated: &isRepeated) {
       $0.member("TTL", String((ttlMilliseconds + 999) / 1000))
     } answer: { value throws(EngineError) in
       let id = number(value["ID"])
@@ -293,20 +297,27 @@ package final class EtcdStore: MetadataStore {
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
+    let query = EtcdClient.Query(path: path, body: Self.body(write), phase: phase)
     var isRepeated = false
-    return try ask(path, phase, call, isRepeated: &isRepeated, write, answer: answer)
+    return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
   }
 
+  /// The same for what is answered differently a second time.
   func ask<Result>(
     _ path: String, _ phase: String, _ call: MetadataCall, isRepeated: inout Bool,
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
+    var query = EtcdClient.Query(path: path, body: Self.body(write), phase: phase)
+    query.isOnce = true
+    return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
+  }
+
+  private static func body(_ write: (inout JSONWriter) -> Void) -> String {
     var writer = JSONWriter()
     writer.beginObject()
     write(&writer)
     writer.endObject()
-    let query = EtcdClient.Query(path: path, body: writer.text, phase: phase)
-    return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
+    return writer.text
   }
 }

@@ -21,6 +21,9 @@ struct HTTPRequest {
   var headers: [String] = []
   /// Name and password for basic authentication.
   var credentials: String?
+  /// libcurl sends a request again by itself if a connection that it had kept ends unanswered. For
+  /// one whose repetition would be answered differently it makes a new connection.
+  var isOnce = false
   /// When what has been received is enough, for answers that the server does not end.
   var end: LineMark?
 }
@@ -36,6 +39,8 @@ struct HTTPFailure: Error {
   let code: EngineError.Code
   let cause: String
   let remedy: String
+  /// The server cannot have seen it.
+  var isUnsent = false
 
   static var canceled: HTTPFailure {
     HTTPFailure(
@@ -69,7 +74,7 @@ final class HTTPClient: Sendable {
       throw HTTPFailure(
         code: error.isTimeout ? .timeout : .unresolved,
         cause: "cannot resolve \(request.server.host): \(error)",
-        remedy: "check the name and this machine's name service")
+        remedy: "check the name and this machine's name service", isUnsent: true)
     }
     guard let lane = idle.withLock({ $0.popLast() }) ?? HTTPLane(curl, tls) else {
       throw HTTPFailure(code: .outOfMemory, cause: "no memory for a client", remedy: "free some")

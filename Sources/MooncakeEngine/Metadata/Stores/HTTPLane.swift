@@ -59,12 +59,27 @@ final class HTTPLane: @unchecked Sendable {
         return try transfer(call)
       }
     }
-    let code = try result.get()
-    if code != CURLE_OK && stopReason != .enough { throw failure(code, call) }
+    let code: CURLcode
+    do throws(HTTPFailure) {
+      code = try result.get()
+      if code != CURLE_OK && stopReason != .enough { throw failure(code, call) }
+    } catch {
+      var failure = error
+      failure.isUnsent = sentByteCount == 0
+      throw failure
+    }
     var status = 0
     _ = curl_get_number(curl.getInformation, easy, CURLINFO_RESPONSE_CODE, &status)
     defer { received = [] }
     return HTTPResponse(status: status, body: received)
+  }
+
+  /// Of the latest request, its head included.
+  private var sentByteCount: Int {
+    var count = 0
+    let isKnown =
+      curl_get_number(curl.getInformation, easy, CURLINFO_REQUEST_SIZE, &count) == CURLE_OK
+    return isKnown ? count : .max
   }
 
   // MARK: Options
@@ -104,6 +119,10 @@ final class HTTPLane: @unchecked Sendable {
       let empty: StaticString = ""
       _ = curl_set_pointer(
         curl.setOption, easy, CURLOPT_POSTFIELDS, body.baseAddress ?? .init(empty.utf8Start))
+    }
+    if request.isOnce {
+      set(CURLOPT_FRESH_CONNECT, 1)
+      set(CURLOPT_FORBID_REUSE, 1)
     }
     if let credentials = request.credentials { set(CURLOPT_USERPWD, credentials) }
     if request.isSecure { prepareTLS() }

@@ -11,8 +11,11 @@ package final class HTTPStore: MetadataStore {
   private let secrets: ServiceSecrets
   /// Bytes of an answer that are looked at for its reason.
   private static let quotedBytes = 4096
-  /// Keys in one question.
+  /// Keys in one question, and bytes of it, which the server bounds.
   private static let valueCount = 1000
+  private static let questionBytes = 1 << 20
+  /// How long an answer of a waiting server may take beyond the wait.
+  private static let answerMilliseconds: UInt64 = 500
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
@@ -77,7 +80,8 @@ package final class HTTPStore: MetadataStore {
     parameters["absent"] = "1"
     // A server that does not know the parameter would replace the value.
     _ = try page(prefix: entry.key, from: nil, phase, limit: 1, call)
-    let response = try ask(.put, parameters, phase, call, body: Array(entry.value.utf8))
+    let response = try ask(
+      .put, parameters, phase, call, body: Array(entry.value.utf8), isOnce: true)
     if response.status == 409 { return false }
     try expectSuccess(response, phase, lease: lease)
     return true
@@ -85,7 +89,7 @@ package final class HTTPStore: MetadataStore {
 
   package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
     let phase = "delete '\(key)'"
-    let response = try ask(.delete, ["key": key], phase, call)
+    let response = try ask(.delete, ["key": key], phase, call, isOnce: true)
     if response.status == 404 { return false }
     try expectSuccess(response, phase)
     return true
@@ -99,12 +103,8 @@ package final class HTTPStore: MetadataStore {
     let phase = "get keys"
     var values: [String?] = []
     while values.count < keys.count {
-      let part = keys[values.count...].prefix(Self.valueCount)
-      var writer = JSONWriter()
-      writer.beginArray()
-      for key in part { writer.value(key) }
-      writer.endArray()
-      let response = try ask(.post, [:], phase, call, at: "/values", body: Array(writer.text.utf8))
+      let (part, question) = Self.question(for: keys[values.count...])
+      let response = try ask(.post, [:], phase, call, at: "/values", body: question)
       // Servers of older releases have no such path.
       if [400, 404, 405, 501].contains(response.status) {
         for key in keys[values.count...] {
@@ -124,6 +124,21 @@ package final class HTTPStore: MetadataStore {
       if values.count == count { throw malformed(phase) }
     }
     return values
+  }
+
+  /// A list of the first keys, as many as fit.
+  private static func question(
+    for keys: ArraySlice<String>
+  ) -> (part: ArraySlice<String>, text: [UInt8]) {
+    var writer = JSONWriter()
+    writer.beginArray()
+    var count = 0
+    while count < min(keys.count, valueCount), writer.byteCount < questionBytes {
+      writer.value(keys[keys.startIndex + count])
+      count += 1
+    }
+    writer.endArray()
+    return (keys.prefix(count), Array(writer.text.utf8))
   }
 
   package func list(
@@ -164,14 +179,18 @@ package final class HTTPStore: MetadataStore {
     let phase = "watch '\(prefix)'"
     // The server answers before the client gives up.
     let left = call.deadline.remainingNanoseconds / 1_000_000
-    let wait = min(30_000, left - min(left / 2, 500))
+    let wait = min(30_000, left - min(left / 2, Self.answerMilliseconds))
     let parameters = ["prefix": prefix, "since": String(revision), "wait_ms": String(wait)]
     let response: HTTPResponse
     do throws(EngineError) {
       response = try ask(.get, parameters, phase, call)
     } catch {
-      // Nothing has happened.
-      if error.code == .timeout { return .changes([], revision: revision) }
+      // A server that does not even say that nothing has happened stands still, or its answer takes
+      // longer than the whole call: asking for it again would go on for ever. Too short a wait
+      // tells nothing of that.
+      if error.code == .timeout && left - wait < Self.answerMilliseconds * 3 / 4 {
+        return .changes([], revision: revision)
+      }
       throw error
     }
     if response.status == 410 { return .unknown }
@@ -197,7 +216,13 @@ package final class HTTPStore: MetadataStore {
     ttlMilliseconds: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataLease? {
     let phase = "grant a lease"
-    let response = try ask(.post, ["ttl_ms": String(ttlMilliseconds)], phase, call, at: "/lease")
+    let response = try ask(
+      .post, ["ttl_ms": String(ttlMilliseconds)], phase, call, at: "/lease", isOnce: true)
+    if response.status == 400 && response.body.starts(with: "ttl_ms".utf8) {
+      throw failure(
+        .invalidArgument, phase, "\(ttlMilliseconds) ms are no time that the server grants",
+        "say 100 ms to an hour")
+    }
     // Servers of the existing system know no such path, or no such method.
     if [400, 404, 405, 501].contains(response.status) { return nil }
     try expectSuccess(response, phase)
@@ -256,7 +281,7 @@ package final class HTTPStore: MetadataStore {
 
   private func ask(
     _ method: HTTPRequest.Method, _ parameters: [String: String], _ phase: String,
-    _ call: MetadataCall, at subpath: String = "", body: [UInt8]? = nil
+    _ call: MetadataCall, at subpath: String = "", body: [UInt8]? = nil, isOnce: Bool = false
   ) throws(EngineError) -> HTTPResponse {
     let query = parameters.map { "\($0.key)=\(PercentEncoding.encode($0.value))" }
     var request = HTTPRequest(
@@ -265,6 +290,7 @@ package final class HTTPStore: MetadataStore {
         + (query.isEmpty ? "" : "?\(query.joined(separator: "&"))"))
     request.credentials = credentials
     if let token { request.headers = [token.header] }
+    request.isOnce = isOnce
     if method == .post && body == nil { request.body = [] }
     if let body {
       request.body = body

@@ -13,11 +13,20 @@ package final class MetadataWatch {
     self.prefix = prefix
   }
 
-  /// Waits for changes; none if the deadline passed first. May be called again after an error.
+  /// As below, everything within one call.
   package func next(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
+    try next(call, listing: call)
+  }
+
+  /// Waits for changes; none if the deadline passed first. May be called again after an error.
+  /// Listing everything, at first and whenever changes are not known, may take longer than a wait:
+  /// `listing` bounds it.
+  package func next(
+    _ call: MetadataCall, listing: MetadataCall
+  ) throws(EngineError) -> [MetadataChange] {
     while true {
       guard let revision else {
-        let changes = try listAnew(call)
+        let changes = try listAnew(listing)
         if !changes.isEmpty || call.deadline.hasPassed { return changes }
         continue
       }

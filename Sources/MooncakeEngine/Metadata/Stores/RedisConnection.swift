@@ -114,6 +114,9 @@ final class RedisConnection: @unchecked Sendable {
 
   deinit { library.freeReader(reader) }
 
+  /// The service has closed it, or said something that nobody asked for.
+  var isStale: Bool { Waiting.isReadable(socket.rawValue) }
+
   private static func connect(
     _ server: HostPort, _ call: MetadataCall
   ) throws(RedisFailure) -> Socket {
@@ -130,12 +133,15 @@ final class RedisConnection: @unchecked Sendable {
         remedy: "check the name and this machine's name service")
     }
     var last = RedisFailure(code: .unresolved, cause: "no address", remedy: "check the name")
-    for address in addresses {
+    for (index, address) in addresses.enumerated() {
+      // One that drops packets leaves time for the others.
+      let left = call.deadline.remainingNanoseconds / 1_000_000
+      let share = min(connectMilliseconds, left / UInt64(addresses.count - index) + 1)
       do throws(Errno) {
         let socket = try Socket(family: address.family)
         try socket.startConnect(to: address)
         try socket.wait(
-          for: POLLOUT, until: min(call.deadline, .after(milliseconds: connectMilliseconds)),
+          for: POLLOUT, until: min(call.deadline, .after(milliseconds: share)),
           cancellation: call.cancellation)
         if let error = socket.takeError() { throw error }
         // A port of the ephemeral range without a listener can connect to itself.

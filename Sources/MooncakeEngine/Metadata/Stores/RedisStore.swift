@@ -64,10 +64,11 @@ package final class RedisStore: MetadataStore {
   }
 
   package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
-    if case .number(let count) = try ask(["DEL", key], "delete '\(key)'", call) {
-      return count > 0
-    }
-    return false
+    var isRepeated = false
+    let replies = try ask([["DEL", key]], "delete '\(key)'", call, isRepeated: &isRepeated)
+    if case .number(let count) = replies[0], count > 0 { return true }
+    // The attempt that seemed to fail may be the one that deleted it.
+    return isRepeated
   }
 
   package func values(
@@ -204,7 +205,7 @@ package final class RedisStore: MetadataStore {
   ) throws(EngineError) -> [RedisReply] {
     if commands.isEmpty { return [] }
     do throws(RedisFailure) {
-      if let connection = idle.withLock({ $0.popLast() }) {
+      if let connection = takeIdle() {
         do throws(RedisFailure) {
           return try run(commands, connection, phase, call)
         } catch {
@@ -232,6 +233,14 @@ package final class RedisStore: MetadataStore {
     }
     keep(connection)
     return replies
+  }
+
+  /// A connection that is still open, as far as one can see before anything is sent on it.
+  private func takeIdle() -> RedisConnection? {
+    while let connection = idle.withLock({ $0.popLast() }) {
+      if !connection.isStale { return connection }
+    }
+    return nil
   }
 
   private func keep(_ connection: RedisConnection) {
