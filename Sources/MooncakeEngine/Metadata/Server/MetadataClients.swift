@@ -198,6 +198,11 @@ final class MetadataClients {
       key(connection), socket: arriving.socket, group: arriving.group, now: Clock.now())
   }
 
+  /// It is shut down, and what it still receives is not answered any more.
+  func isClosing(_ connection: OpaquePointer) -> Bool {
+    connections[key(connection)]?.isClosing ?? false
+  }
+
   func enter(_ phase: MetadataConnections.Phase, _ connection: OpaquePointer) {
     connections.enter(phase, key(connection), now: Clock.now())
   }

@@ -27,7 +27,7 @@ package struct MetadataConnections {
     fileprivate var heldBytes = 0
     /// It has been answered once: it belongs to somebody who asks.
     fileprivate var isKnown = false
-    fileprivate var isClosing = false
+    package fileprivate(set) var isClosing = false
 
     /// Between two requests.
     package var isIdle: Bool { isKnown && phase == .head }

@@ -259,7 +259,10 @@ struct MetadataRules {
 
   /// Ends the leases whose time is over.
   mutating func expire(now: UInt64) {
-    for id in table.expired(now: now) where table.revoke(id) { records.append(.revoke(lease: id)) }
+    let ids = table.expired(now: now)
+    if ids.isEmpty { return }
+    table.revoke(ids)
+    records += ids.map { .revoke(lease: $0) }
   }
 
   private func health() -> Answer {

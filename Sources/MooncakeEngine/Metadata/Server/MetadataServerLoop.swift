@@ -143,7 +143,8 @@ final class MetadataServerLoop: @unchecked Sendable {
       rules.expire(now: now)
       commit()
       serveWatchers(Clock.now())
-      clients.tend(epoll, now: Clock.now())
+      // Of the time before: who has spoken while the disk kept the thread is not silent.
+      clients.tend(epoll, now: now)
     }
     commit()
     // Suspended connections must not meet the end of the daemon.
@@ -213,29 +214,42 @@ final class MetadataServerLoop: @unchecked Sendable {
     }
     for record in rules.records { journal?.append(record) }
     rules.records = []
+    var isSafe = true
     do throws(Errno) {
       try journal?.commit { rules.snapshot }
-      compact()
     } catch {
+      isSafe = false
       Log.error("metadata server: the journal cannot be written: \(error)")
       for exchange in committing {
         exchange.answer = MetadataExchange.Answer(
           507, "in memory only, a restart loses it: the journal cannot be written: \(error)\n")
       }
     }
+    letGo()
+    if isSafe { compact() }
+  }
+
+  /// Answers those who wait for the journal, and takes in what has come meanwhile.
+  private func letGo() {
     if committing.isEmpty { return }
-    for exchange in committing { resume(exchange) }
+    let exchanges = committing
     committing = []
+    for exchange in exchanges { resume(exchange) }
     runDaemon()
   }
 
+  /// Writes the journal anew if it is mostly history; nobody waits for that whose change is safe.
   private func compact() {
     guard journal?.isWorthRewriting(liveBytes: rules.table.usedBytes) == true else { return }
     do throws(Errno) {
       try journal?.rewrite(rules.snapshot)
     } catch {
       Log.warning("metadata server: the journal goes on growing: writing it anew: \(error)")
+      return
     }
+    // What came just before is in the new file.
+    rules.records = []
+    letGo()
   }
 
   private func serveWatchers(_ now: UInt64) {
@@ -276,6 +290,8 @@ final class MetadataServerLoop: @unchecked Sendable {
     _ connection: OpaquePointer, _ path: String, _ method: String, _ bytes: UnsafeRawBufferPointer,
     _ count: UnsafeMutablePointer<Int>, _ slot: UnsafeMutablePointer<UnsafeMutableRawPointer?>
   ) -> MHD_Result {
+    // Its client never hears what becomes of this request, and sends it again elsewhere.
+    if clients.isClosing(connection) { return MicroHTTPLibrary.no }
     guard let known = slot.pointee else {
       let exchange = MetadataExchange(connection, method: method, path: path)
       if !isAuthorized(exchange) {
@@ -316,10 +332,12 @@ final class MetadataServerLoop: @unchecked Sendable {
 
   private func take(_ bytes: UnsafeRawBufferPointer, _ exchange: MetadataExchange) {
     if exchange.isTooLarge || exchange.answer != nil { return }
-    let isTooLarge = exchange.body.count + bytes.count > rules.table.limits.valueBytes
-    let isCrowded = bodyBytes + bytes.count > rules.table.limits.passingBytes
+    let limits = rules.table.limits
+    let limit = exchange.path == "/metadata/values" ? limits.questionBytes : limits.valueBytes
+    let isTooLarge = exchange.body.count + bytes.count > limit
+    let isCrowded = bodyBytes + bytes.count > limits.passingBytes
     if isTooLarge || isCrowded {
-      let excess = bodyBytes + bytes.count - rules.table.limits.passingBytes
+      let excess = bodyBytes + bytes.count - limits.passingBytes
       dropBody(exchange)
       exchange.isTooLarge = isTooLarge
       if isTooLarge { return }

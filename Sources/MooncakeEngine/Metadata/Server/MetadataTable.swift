@@ -2,6 +2,8 @@
 package struct MetadataLimits: Sendable {
   package var keyBytes = 2048
   package var valueBytes = 16 << 20
+  /// A list of keys that are asked for together: it is parsed on the only thread.
+  package var questionBytes = 2 << 20
   /// Keys, values and what they cost beside.
   package var totalBytes = 1 << 30
   package var leaseCount = 100_000
@@ -125,12 +127,37 @@ package struct MetadataTable {
 
   /// Returns whether it was there.
   package mutating func delete(_ key: MetadataKey) -> Bool {
+    if !forget(key) { return false }
+    if !isRestoring { order.remove(at: place(of: key)) }
+    return true
+  }
+
+  /// Deletes a key everywhere but in the order.
+  private mutating func forget(_ key: MetadataKey) -> Bool {
     guard let old = entries.removeValue(forKey: key) else { return false }
     usedBytes -= cost(key, old.value)
-    if !isRestoring { order.remove(at: place(of: key)) }
     leases[old.lease]?.keys.remove(key)
     note(key, nil)
     return true
+  }
+
+  /// Deletes keys, which come in order and are there, in one pass: each one alone would move all
+  /// that are behind it.
+  private mutating func delete(_ keys: [MetadataKey]) {
+    guard let first = keys.first else { return }
+    for key in keys { _ = forget(key) }
+    if isRestoring { return }
+    var kept = place(of: first)
+    var next = 0
+    for index in kept..<order.count {
+      if next < keys.count, order[index] == keys[next] {
+        next += 1
+      } else {
+        order.swapAt(kept, index)
+        kept += 1
+      }
+    }
+    order.removeLast(order.count - kept)
   }
 
   /// Keys with a prefix behind a position, in order, up to a number of them and of bytes.
@@ -226,9 +253,17 @@ package struct MetadataTable {
 
   /// Ends a lease and deletes its keys; false if there is none.
   package mutating func revoke(_ id: UInt64) -> Bool {
-    guard let lease = leases.removeValue(forKey: id) else { return false }
-    for key in lease.keys.sorted() { _ = delete(key) }
+    if leases[id] == nil { return false }
+    revoke([id])
     return true
+  }
+
+  /// Ends leases, all of which exist, and deletes their keys.
+  package mutating func revoke(_ ids: [UInt64]) {
+    let keys = ids.flatMap { leases.removeValue(forKey: $0)?.keys ?? [] }.sorted()
+    // A few are quicker to find than to look for among all.
+    if keys.count > 8 { return delete(keys) }
+    for key in keys { _ = delete(key) }
   }
 
   /// When to call `expire`, in nanoseconds on `Clock`.

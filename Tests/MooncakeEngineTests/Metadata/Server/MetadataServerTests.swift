@@ -148,6 +148,119 @@ struct MetadataServerTests {
     #expect(try writer.receive().status == 200)
   }
 
+  /// Who changes something does not wait until the journal is written anew, and what comes
+  /// meanwhile is in it once.
+  @Test func writingTheJournalAnewDelaysNoAnswer() throws {
+    let folder = JournalFolder()
+    var options = MetadataServer.Options()
+    options.directory = folder.path
+    let slowness = Slowness()
+    let syncMilliseconds = Box(0)
+    let syncCount = Box(0)
+    var disk = slowness.disk
+    disk.sync = { descriptor in
+      syncCount.update { $0 += 1 }
+      usleep(UInt32(syncMilliseconds.value) * 1000)
+      return fsync(descriptor)
+    }
+    let server = try MetadataServer(options, MetadataLimits(), disk: disk)
+    let client = try MetadataTestClient(to: server)
+    let other = try MetadataTestClient(to: server)
+    #expect(try other.ask("GET", "/metadata?key=a").status == 404)
+    let value = String(repeating: "v", count: 1 << 20)
+    let before = syncCount.value
+    syncMilliseconds.value = 1500
+    var slowest: UInt64 = 0
+    var leases: [String] = []
+    for index in 0..<9 where syncCount.value == before {
+      // What the other asks comes while the change is synced.
+      slowness.milliseconds.store(200, ordering: .relaxed)
+      let sent = Clock.now()
+      try client.send(
+        "PUT /metadata?key=a HTTP/1.1\r\nHost: h\r\nContent-Length: \(value.utf8.count)\r\n\r\n"
+          + value)
+      usleep(100_000)
+      try other.send(
+        "POST /metadata/lease?ttl_ms=60000 HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
+      #expect(try client.receive().status == 200)
+      slowest = max(slowest, (Clock.now() - sent) / 1_000_000)
+      let answer = try other.receive()
+      #expect(answer.status == 200, "of \(index)")
+      leases += answer.body.split(separator: "\"").filter { UInt64($0) != nil }.map(String.init)
+    }
+    #expect(syncCount.value > before && slowest < 1400, "an answer took \(slowest) ms")
+    syncMilliseconds.value = 0
+    server.stop()
+    let next = try MetadataServer(options)
+    defer { next.stop() }
+    let reader = try MetadataTestClient(to: next)
+    #expect(try reader.ask("GET", "/metadata?key=a").body.utf8.count == value.utf8.count)
+    for lease in leases {
+      #expect(try reader.ask("POST", "/metadata/lease?id=\(lease)").status == 200)
+    }
+  }
+
+  /// A connection that gives way after its request has come, but before it was read.
+  @Test func whatIsNotAnsweredIsNotDone() throws {
+    let folder = JournalFolder()
+    var options = MetadataServer.Options()
+    options.directory = folder.path
+    var limits = MetadataLimits()
+    limits.connectionCount = 2
+    let slowness = Slowness()
+    let server = try MetadataServer(options, limits, disk: slowness.disk)
+    defer { server.stop() }
+    let idle = try MetadataTestClient(to: server)
+    #expect(try idle.ask("GET", "/metadata?key=a").status == 404)
+    let writer = try MetadataTestClient(to: server)
+    #expect(try writer.ask("GET", "/metadata?key=a").status == 404)
+    slowness.milliseconds.store(1000, ordering: .relaxed)
+    try writer.send("PUT /metadata?key=slow HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nv")
+    usleep(300_000)
+    try idle.send(
+      "PUT /metadata?key=lock&absent=1 HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nv")
+    let third = try MetadataTestClient(to: server)
+    #expect(try writer.receive().status == 200)
+    let status = try idle.receive().status
+    let isThere = try third.ask("GET", "/metadata?key=lock").status == 200
+    #expect(status == 200 || !isThere, "answered \(status), and the key is there")
+  }
+
+  /// Who asks while the disk keeps the server from listening is not silent.
+  @Test func whoAsksDuringAStallIsHeard() throws {
+    let folder = JournalFolder()
+    var options = MetadataServer.Options()
+    options.directory = folder.path
+    var limits = MetadataLimits()
+    limits.requestMilliseconds = 600
+    let slowness = Slowness()
+    let server = try MetadataServer(options, limits, disk: slowness.disk)
+    defer { server.stop() }
+    let idle = try MetadataTestClient(to: server)
+    #expect(try idle.ask("GET", "/metadata?key=a").status == 404)
+    let writer = try MetadataTestClient(to: server)
+    slowness.milliseconds.store(1000, ordering: .relaxed)
+    try writer.send("PUT /metadata?key=slow HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nv")
+    usleep(200_000)
+    #expect(try idle.ask("PUT", "/metadata?key=b", "v").status == 200)
+    #expect(try writer.receive().status == 200)
+  }
+
+  @Test func questionsAreBounded() throws {
+    let server = try MetadataServer()
+    defer { server.stop() }
+    let client = try MetadataTestClient(to: server)
+    let long = "[\"" + String(repeating: "k", count: 3 << 20) + "\"]"
+    #expect(try client.ask("POST", "/metadata/values", long).status == 413)
+    let store = try MetadataStores.open(MetadataURI(parsing: server.uri))
+    let call = MetadataCall(until: .after(milliseconds: 20_000))
+    // Each character takes six bytes of a question.
+    let keys = (0..<1000).map { String(repeating: "\u{1}", count: 2000) + "\($0)" }
+    try store.put(MetadataEntry(key: keys[999], value: "last"), lease: nil, call)
+    let values = try store.values(of: keys, call)
+    #expect(values.count == 1000 && values.last == "last" && values.first == .some(nil))
+  }
+
   @Test func aStopAnswersWhatWaits() throws {
     let folder = JournalFolder()
     let slowness = Slowness()

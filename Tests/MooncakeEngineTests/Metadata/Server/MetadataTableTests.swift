@@ -51,6 +51,32 @@ struct MetadataTableTests {
     check(table.nextExpiry == .max)
   }
 
+  /// The end of leases costs one look at all keys, not one for each that goes.
+  @Test func manyKeysOfALeaseEndTogether() {
+    var table = MetadataTable(revision: 0)
+    table.startRestore()
+    for lease in 1...3 as ClosedRange<UInt64> {
+      check(table.restoreLease(lease, ttlMilliseconds: 1000, now: 0))
+    }
+    // Every tenth hangs on the first, and of the first hundred another one on the others.
+    for index in 0..<200_000 {
+      let isOfOthers = index < 100 && index % 10 < 3
+      let lease = UInt64(index % 10 == 0 ? 1 : isOfOthers ? 2 + index % 2 : 0)
+      check(table.restore(key("k\(1_000_000 + index)"), [1], lease: lease))
+    }
+    table.finishRestore()
+    let time = elapsedMilliseconds { check(table.revoke(1)) }
+    check(table.count == 180_000 && table.usedBytes > 0)
+    #expect(time < 1500, "it took \(time) ms")
+    table.revoke([2, 3])
+    check(table.count == 179_980 && table.leases.isEmpty)
+    let page = table.list(prefix: "", after: nil, limit: 200_000, byteLimit: .max)
+    check(page.entries.count == table.count)
+    check(page.entries.map(\.key) == page.entries.map(\.key).sorted())
+    check(page.entries.first?.key == key("k1000003") && page.entries.last?.key == key("k1199999"))
+    check(table.changes(prefix: "", since: table.revision - 3)?.count == 3)
+  }
+
   @Test func restoresInAnyOrder() {
     var table = MetadataTable(revision: 9)
     table.startRestore()
