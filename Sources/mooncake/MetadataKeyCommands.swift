@@ -93,29 +93,52 @@ struct MetadataPutCommand: ParsableCommand {
   @Argument(help: "The value; - reads it from stdin.")
   var value: String
 
-  @Option(help: "The key vanishes after this time, such as 30s or 10m.")
+  @Option(help: "The key vanishes after this time, 100ms to 1h, such as 30s or 10m.")
   var ttl: TimeSpan?
 
   @Flag(help: "Changes nothing, and exits with 1, if the key exists.")
   var ifAbsent = false
+
+  /// What every service grants.
+  private static let ttlMilliseconds: ClosedRange<UInt64> = 100...3_600_000
+
+  func validate() throws {
+    if let ttl, !Self.ttlMilliseconds.contains(ttl.milliseconds) {
+      throw ValidationError("--ttl must be between 100ms and 1h.")
+    }
+  }
 
   func run() throws {
     try reportingEngineErrors {
       let store = try service.open()
       let entry = MetadataEntry(key: key, value: value == "-" ? try standardInput() : value)
       let lease = try ttl.flatMap { span in
-        try store.grant(ttlMilliseconds: span.nanoseconds / 1_000_000, service.call)
+        try store.grant(ttlMilliseconds: span.milliseconds, service.call)
       }
       if ttl != nil && lease == nil {
         throw EngineError(
           .unsupported, "metadata \(store.uri): this server keeps keys without an end")
       }
-      if !ifAbsent {
-        try store.put(entry, lease: lease, service.call)
-      } else if try !store.putIfAbsent(entry, lease: lease, service.call) {
-        throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists")
+      do throws(EngineError) {
+        try put(entry, lease, store)
+      } catch {
+        // Services bound how many there are. Of the lease alone: with the entry, Redis would remove
+        // what somebody else has put, if it is the same.
+        if lease != nil {
+          try? store.revoke(lease, [], MetadataCall(until: .after(milliseconds: 2000)))
+        }
+        throw error
       }
       if service.json { service.print(entry) }
+    }
+  }
+
+  private func put(
+    _ entry: MetadataEntry, _ lease: MetadataLease?, _ store: any MetadataStore
+  ) throws(EngineError) {
+    if !ifAbsent { return try store.put(entry, lease: lease, service.call) }
+    if try !store.putIfAbsent(entry, lease: lease, service.call) {
+      throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists")
     }
   }
 
@@ -210,12 +233,16 @@ struct MetadataWatchCommand: ParsableCommand {
       let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never
       var patience = self.patience
       while !stop.isRequested && !end.hasPassed && !Output.hasFailed && !Output.isClosed {
-        // Short waits notice the request to stop.
-        let wait = min(end, .after(milliseconds: 2000))
+        // Short waits notice a service that stands still, and a reader that is gone.
+        let wait = max(min(patience, .after(milliseconds: 2000)), .after(milliseconds: 1000))
+        let listing = service.timeout == nil ? .after(milliseconds: 30_000) : patience
         do throws(EngineError) {
-          for change in try watch.next(MetadataCall(until: min(wait, patience))) { print(change) }
+          let changes = try watch.next(
+            call(until: min(end, wait), stop), listing: call(until: min(end, listing), stop))
+          for change in changes { print(change) }
           patience = self.patience
         } catch {
+          if stop.isRequested { break }
           if error.code == .unsupported || error.code == .accessDenied || patience.hasPassed {
             throw error
           }
@@ -225,6 +252,10 @@ struct MetadataWatchCommand: ParsableCommand {
         }
       }
     }
+  }
+
+  private func call(until deadline: Deadline, _ stop: StopRequest) -> MetadataCall {
+    MetadataCall(until: deadline, cancellation: stop.descriptor)
   }
 
   /// Until when the service may be out of reach.

@@ -22,13 +22,18 @@ enum Program {
     }
   }
 
-  /// Says why and ends. What the message quotes of the arguments may be a URI with a password.
+  /// Says why and ends; what was asked for, such as help, goes to stdout. What the message quotes
+  /// of the arguments may be a URI with a password.
   private static func exit(_ error: any Error, _ arguments: [String]) -> Never {
-    let message = MooncakeCommand.fullMessage(for: error)
-    let shown = ArgumentText.hidingSecrets(of: arguments, in: message)
-    if shown == message { MooncakeCommand.exit(withError: error) }
-    printError(shown)
-    Glibc.exit(MooncakeCommand.exitCode(for: error).rawValue)
+    let message = ArgumentText.hidingSecrets(
+      of: arguments, in: MooncakeCommand.fullMessage(for: error))
+    var code = MooncakeCommand.exitCode(for: error)
+    if !message.isEmpty {
+      if code.isSuccess { printLine(message) } else { printError(message) }
+    }
+    // A command that failed may have found that nothing it printed arrived, too.
+    do { try Output.check() } catch { if code.isSuccess { code = ExitCode(1) } }
+    Glibc.exit(code.rawValue)
   }
 
   /// Else the first socket or file would take their numbers, and text would be written into it.

@@ -23,6 +23,9 @@ final class StopRequest: Sendable {
     try WorkerThread.startDetached(name: "signals") { [self] in watch() }
   }
 
+  /// Readable once a stop is requested.
+  var descriptor: Int32 { event.descriptor.rawValue }
+
   var isRequested: Bool { flag.load(ordering: .relaxed) }
 
   /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends or nobody

@@ -1,23 +1,36 @@
 """Tests how the program ends when what it prints cannot be written, and the options that all
 commands share; scripts/test-program runs them."""
 
+import http.server
+import json
 import os
+import select
+import signal
 import subprocess
+import threading
 import time
 import unittest
+import urllib.request
 
 from program import LIMIT_SECONDS, PROGRAM, clean_environment, mooncake
+
+
+def start_server(add_cleanup):
+    """A metadata server that ends with the test; returns it and its URI."""
+    server = subprocess.Popen(
+        [PROGRAM, "metadata", "serve", "--port", "0"], stdout=subprocess.PIPE, text=True,
+        env=clean_environment())
+    add_cleanup(server.communicate)
+    add_cleanup(server.terminate)
+    # A stopped one would not take the other.
+    add_cleanup(server.send_signal, signal.SIGCONT)
+    return server, server.stdout.readline().strip()
 
 
 class Output(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        server = subprocess.Popen(
-            [PROGRAM, "metadata", "serve", "--port", "0"], stdout=subprocess.PIPE, text=True,
-            env=clean_environment())
-        cls.addClassCleanup(server.communicate)
-        cls.addClassCleanup(server.terminate)
-        cls.uri = server.stdout.readline().strip()
+        _, cls.uri = start_server(cls.addClassCleanup)
         done = mooncake("metadata", "put", "--metadata", cls.uri, "mooncake/key", "value")
         assert done.returncode == 0, done.stderr
 
@@ -39,8 +52,21 @@ class Output(unittest.TestCase):
             errors = process.communicate(timeout=LIMIT_SECONDS)[1]
             # `store list` prints its titles, and doctor's own findings may be worth a 1, too.
             self.assertEqual(process.returncode, 1, f"{words}: {errors}")
-            if words[0] != "doctor" or errors:
-                self.assertIn("writing to stdout: No space left on device", errors)
+            self.assertIn("writing to stdout: No space left on device", errors, words)
+
+    def test_help_and_full_device(self):
+        for words in (("--help",), ("--version",), ("metadata", "put", "--help"),
+                      ("help", "store")):
+            with open("/dev/full", "wb") as full:
+                process = self.start(*words, stdout=full)
+            errors = process.communicate(timeout=LIMIT_SECONDS)[1]
+            self.assertEqual(process.returncode, 1, words)
+            self.assertIn("writing to stdout: No space left on device", errors)
+            self.assertEqual(mooncake(*words).returncode, 0)
+        self.assertIn("OVERVIEW", mooncake("--help").stdout)
+        wrong = mooncake("--no-such-option")
+        self.assertEqual((wrong.returncode, wrong.stdout), (64, ""))
+        self.assertIn("no-such-option", wrong.stderr)
 
     def test_closed_pipe(self):
         for words in self.COMMANDS[:4]:
@@ -113,3 +139,110 @@ class Options(unittest.TestCase):
         self.assertGreater(time.monotonic() - begin, 1.4)
         self.assertLess(time.monotonic() - begin, 10)
         self.assertIn("127.0.0.1:1", done.stderr)
+
+    def test_lives_of_keys(self):
+        for value in ("0", "99ms", "2h"):
+            done = mooncake("metadata", "put", "--metadata", "http://127.0.0.1:1/metadata",
+                            "k", "v", "--ttl", value)
+            self.assertEqual(done.returncode, 64, (value, done.stderr))
+            self.assertIn("--ttl must be between 100ms and 1h", done.stderr)
+
+    def test_refused_puts_leave_no_lease(self):
+        _, uri = start_server(self.addCleanup)
+        put = ("metadata", "put", "--metadata", uri, "k", "v", "--ttl", "30s")
+        self.assertEqual(mooncake(*put).returncode, 0)
+        for _ in range(3):
+            self.assertEqual(mooncake(*put, "--if-absent").returncode, 1)
+        too_long = ("metadata", "put", "--metadata", uri, "k" * 3000, "v", "--ttl", "30s")
+        self.assertEqual(mooncake(*too_long).returncode, 1)
+        health = urllib.request.urlopen(uri.replace("/metadata", "/health"), timeout=10)
+        self.assertEqual(json.load(health)["leases"], 1)
+        self.assertEqual(mooncake("metadata", "get", "--metadata", uri, "k").stdout, "v\n")
+
+
+class SlowService(http.server.BaseHTTPRequestHandler):
+    """Takes three seconds for a listing, and has no news."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        is_listing = "limit=" in self.path
+        time.sleep(3 if is_listing else 0.2)
+        entries = [{"key": "mooncake/slow", "value": "v"}]
+        answer = {"revision": 7, "more": 0, "entries": entries} if is_listing else {
+            "revision": 7, "changes": []}
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        try:
+            self.wfile.write(text)
+        except OSError:
+            pass  # Who asked has given up.
+
+    def log_message(self, *_):
+        pass
+
+
+class Watch(unittest.TestCase):
+    def watch(self, uri, *words):
+        process = subprocess.Popen(
+            [PROGRAM, "metadata", "watch", "--metadata", uri, *words], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=clean_environment())
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def line(self, stream):
+        """The next line; empty if none comes in time."""
+        return stream.readline() if select.select([stream], [], [], 20)[0] else ""
+
+    def end(self, process):
+        """Asks it to end; returns how it did, and after what time."""
+        begin = time.monotonic()
+        process.terminate()
+        process.communicate(timeout=LIMIT_SECONDS)
+        return process.returncode, time.monotonic() - begin
+
+    def test_a_server_that_stands_still(self):
+        for timeout in ("1s", "3s"):
+            server, uri = start_server(self.addCleanup)
+            put = ("metadata", "put", "--metadata", uri, "mooncake/key", "value")
+            self.assertEqual(mooncake(*put).returncode, 0)
+            watch = self.watch(uri, "--timeout", timeout)
+            self.assertEqual(self.line(watch.stdout), "put mooncake/key\n")
+            server.send_signal(signal.SIGSTOP)
+            begin = time.monotonic()
+            errors = watch.communicate(timeout=LIMIT_SECONDS)[1]
+            self.assertEqual(watch.returncode, 1, errors)
+            self.assertLess(time.monotonic() - begin, 10)
+            self.assertIn("deadline", errors)
+            server.send_signal(signal.SIGCONT)
+
+    def test_goes_on_when_the_server_does(self):
+        server, uri = start_server(self.addCleanup)
+        watch = self.watch(uri)
+        time.sleep(0.5)
+        server.send_signal(signal.SIGSTOP)
+        self.assertIn("deadline", self.line(watch.stderr))
+        server.send_signal(signal.SIGCONT)
+        put = ("metadata", "put", "--metadata", uri, "mooncake/key", "value")
+        self.assertEqual(mooncake(*put).returncode, 0)
+        self.assertEqual(self.line(watch.stdout), "put mooncake/key\n")
+        self.assertEqual(self.end(watch)[0], 0)
+
+    def test_a_listing_may_take_long_and_can_be_ended(self):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowService)
+        server.daemon_threads = True
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/metadata"
+        watch = self.watch(uri)
+        self.assertEqual(self.line(watch.stdout), "put mooncake/slow\n")
+        self.assertEqual(self.end(watch)[0], 0)
+        watch = self.watch(uri)
+        time.sleep(1)
+        code, seconds = self.end(watch)
+        self.assertEqual(code, 0)
+        self.assertLess(seconds, 1)
