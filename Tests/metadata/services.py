@@ -89,7 +89,7 @@ class Etcd(Service):
 
     has_leases = True
 
-    def __init__(self, tls=False, *flags, host=LOOPBACK):
+    def __init__(self, tls=False, *flags, host=LOOPBACK, certificate="server"):
         super().__init__(host)
         self.port = lab.free_ports(2)
         self.scheme = "http"
@@ -98,8 +98,8 @@ class Etcd(Service):
         if tls:
             self.scheme = "https"
             make_certificates(self.folder)
-            for name, file in (("cert", "server.pem"), ("key", "server.key")):
-                self.flags += [f"--{name}-file", str(self.folder / file)]
+            for name, end in (("cert", "pem"), ("key", "key")):
+                self.flags += [f"--{name}-file", str(self.folder / f"{certificate}.{end}")]
             self.flags += ["--trusted-ca-file", str(self.folder / "ca.pem"), "--client-cert-auth"]
             self.uri += f"?ca={self.folder}/ca.pem&cert={self.folder}/client.pem" + (
                 f"&key={self.folder}/client.key"
@@ -304,8 +304,8 @@ class StockHTTP(Service):
 
 
 def make_certificates(folder):
-    """ca, server, client, one without a common name, and a client and an authority that nobody
-    knows."""
+    """ca, server, one for another host, client, one without a common name, and a client and an
+    authority that nobody knows."""
 
     def openssl(*words):
         subprocess.run(
@@ -317,16 +317,19 @@ def make_certificates(folder):
     (folder / "names").write_text(
         "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
+    (folder / "elsewhere.names").write_text(
+        "subjectAltName=IP:127.0.0.9,DNS:elsewhere.invalid\n"
+    )
     for authority in ("ca", "other"):
         openssl("req", "-x509", *curve, "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
                 "-subj", f"/CN={authority}", "-days", "2")
     for name, authority in (("server", "ca"), ("client", "ca"), ("foreign", "other"),
-                            ("nameless", "ca")):
+                            ("nameless", "ca"), ("elsewhere", "ca")):
         subject = "/O=nobody" if name == "nameless" else f"/CN={name}"
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", subject)
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem",
                 "-CAkey", f"{authority}.key", "-CAcreateserial", "-out", f"{name}.pem",
-                "-days", "2", "-extfile", "names")
+                "-days", "2", "-extfile", f"{name}.names" if name == "elsewhere" else "names")
 
 
 def cli():

@@ -1,6 +1,8 @@
 """Peers and services that die, freeze and come back."""
 
 import resource
+import subprocess
+import sys
 import time
 import unittest
 
@@ -13,8 +15,8 @@ KINDS = (services.Etcd, services.Redis, services.Ours)
 
 
 class FaultTest(unittest.TestCase):
-    def start(self, kind, *arguments):
-        service = kind(*arguments)
+    def start(self, kind, *arguments, **named):
+        service = kind(*arguments, **named)
         self.addCleanup(service.end)
         return service
 
@@ -360,6 +362,48 @@ class Access(FaultTest):
             "MC_METADATA_CA_FILE": f"{folder}/ca.pem",
             "MC_METADATA_CERT_FILE": f"{folder}/client.pem",
             "MC_METADATA_KEY_FILE": f"{folder}/client.key"})
+
+
+    def test_certificate_of_another_host(self):
+        service = self.start(services.Etcd, True, certificate="elsewhere")
+        address = f"127.0.0.1:{service.port}"
+        self.refused(service.uri, address, "certificate")
+        # What is checked is what the URI names.
+        self.refused(service.uri.replace("127.0.0.1", "localhost"), "certificate")
+
+    def test_tls_connections_that_the_service_has_closed(self):
+        """A host that leaves SIGPIPE as it is survives; libcurl from 7.87 on raises none itself."""
+        service = self.start(services.Etcd, True)
+        script = (
+            "import ctypes, signal, sys\n"
+            "import store_lib as lib\n"
+            "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+            "engine = lib.engine(sys.argv[1], 'target', 10_000)\n"
+            "segment = ctypes.c_int32()\n"
+            "for line in sys.stdin:\n"
+            "    code = lib.library.mooncake_segment_open(\n"
+            "        engine, b'nobody', ctypes.c_uint64(5000), ctypes.byref(segment))\n"
+            "    print(code, flush=True)\n"
+            "lib.library.mooncake_engine_destroy(engine)\n"
+        )
+        caller = subprocess.Popen(
+            [sys.executable, "-B", "-c", script, service.uri], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+        self.addCleanup(caller.wait)
+        self.addCleanup(caller.kill)
+
+        def ask():
+            caller.stdin.write("go\n")
+            caller.stdin.flush()
+            return caller.stdout.readline()
+
+        self.assertEqual(ask(), "-13\n")
+        for _ in range(2):
+            service.restart(empty=False)
+            # An etcd that listens may still elect itself.
+            self.assertTrue(lab.wait_until(lambda: ask() == "-13\n", 30, pause=0.2))
+        caller.communicate(timeout=20)
+        self.assertEqual(caller.returncode, 0)
 
 
 if __name__ == "__main__":

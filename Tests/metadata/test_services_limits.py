@@ -193,6 +193,32 @@ class Full(unittest.TestCase):
         peer.quit()
 
 
+    def test_failing_publications_take_one_lease(self):
+        """Who is refused again and again does not use up the leases of others."""
+        service = services.Ours(False, "--memory", "1MiB")
+        self.addCleanup(service.end)
+        raw = services.Raw(service.uri)
+        self.addCleanup(raw.close)
+        peer = services.start_peer(service.uri, "target")
+        self.addCleanup(peer.kill)
+        keys = [{"key": f"mooncake/{kind}/target"} for kind in ("rpc_meta", "ram")]
+        count = 0
+        while any(raw.ask("GET", key)[0] == 200 for key in keys):
+            for key in keys:
+                raw.ask("DELETE", key)
+            while raw.ask("PUT", {"key": f"filler{count}"}, b"")[0] == 200:
+                count += 1
+        most = 0
+        end = time.monotonic() + 2 * services.TTL
+        while time.monotonic() < end:
+            most = max(most, json.loads(raw.ask("GET", {}, path="/health")[1])["leases"])
+            time.sleep(0.05)
+        # The former one may not have ended yet.
+        self.assertIn(most, (1, 2))
+        self.assertIn("status 507", peer.log_tail())
+        peer.quit()
+
+
 class Server(unittest.TestCase):
     """What our server does with what it should not get."""
 
@@ -230,7 +256,9 @@ class Server(unittest.TestCase):
             ("PUT", {"key": "a", "lease": "-1"}, 400),
         ):
             self.assertEqual(ask(method, query)[0], status, (method, query))
-        self.assertEqual(ask("POST", {"ttl_ms": "1"}, path="/metadata/lease")[0], 400)
+        for ttl in (1, 99, 3_600_001, 2**63, 2**64 - 1, 2**64):
+            status, _ = ask("POST", {"ttl_ms": str(ttl)}, path="/metadata/lease")
+            self.assertEqual(status, 400, ttl)
         self.assertEqual(ask("POST", {"id": "7"}, path="/metadata/lease")[0], 404)
         self.assertEqual(ask("GET", {}, path="/elsewhere")[0], 404)
         self.assertEqual(json.loads(ask("GET", {}, path="/health")[1])["status"], "ok")
