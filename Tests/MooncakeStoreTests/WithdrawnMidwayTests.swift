@@ -10,10 +10,47 @@ import Testing
   private static let transports = [["tcp"], ["shm", "tcp"]]
   private static let size = 100_000
 
-  private func writable() -> RegisterOptions {
+  private static let writable = {
     var options = RegisterOptions()
     options.isWritable = true
     return options
+  }()
+
+  /// An origin with a writable payload "a", which it takes away soon, and somebody who writes.
+  private struct Writing {
+    let cluster: Cluster
+    let origin: P2PStore
+    let writer: P2PStore
+    let memory: Memory
+    /// What the memory is to hold in the end.
+    let before: Memory
+    let news: Memory
+    let isDone = Flag()
+
+    private static let length = 50_000
+
+    init(transports: [String] = ["tcp"], seed: UInt64) throws {
+      cluster = try Cluster()
+      origin = try cluster.store(transports: transports, drainMilliseconds: 50)
+      writer = try cluster.store(transports: transports)
+      memory = Memory(WithdrawnMidwayTests.size, seed: seed)
+      before = Memory(WithdrawnMidwayTests.size, seed: seed)
+      news = Memory(Self.length, seed: seed + 1)
+      try origin.register("a", [memory.buffer], WithdrawnMidwayTests.writable)
+    }
+
+    func write(
+      _ name: String, _ bytes: Memory, _ operation: StoreOperation = StoreOperation()
+    ) throws {
+      try writer.write(
+        name, offset: 10, from: bytes.bytes.baseAddress!, length: UInt64(Self.length), operation)
+    }
+
+    /// Writes until what the operation does has been done: a grant that comes too fast is not
+    /// noticed.
+    func untilDone(_ operation: StoreOperation) throws {
+      for _ in 0..<100 where !isDone.isSet { try write("a", news, operation) }
+    }
   }
 
   private final class Flag: Sendable {
@@ -47,7 +84,7 @@ import Testing
     let origin = try cluster.store(transports: transports, drainMilliseconds: 50)
     let receiver = try cluster.store(transports: transports)
     let (memory, copy) = (Memory(Self.size, seed: 1), Memory(Self.size))
-    try origin.register("a", [memory.buffer], writable())
+    try origin.register("a", [memory.buffer], Self.writable)
     let isDone = Flag()
     let operation = once(origin, isDone: isDone) {
       try origin.unregister("a")
@@ -60,7 +97,7 @@ import Testing
     expect(.notHeld) { try receiver.deleteReplica("a") }
     // The same without a disturbance.
     let other = Memory(Self.size, seed: 2)
-    try origin.register("a", [other.buffer], writable())
+    try origin.register("a", [other.buffer], Self.writable)
     #expect(try !receiver.get("a", into: [copy.buffer]).isVerified)
     #expect(copy.holds(other))
   }
@@ -71,7 +108,7 @@ import Testing
     let origin = try cluster.store(transports: transports, drainMilliseconds: 50)
     let receiver = try cluster.store(transports: transports)
     let (memory, copy) = (Memory(Self.size, seed: 3), Memory(Self.size))
-    try origin.register("a", [memory.buffer], writable())
+    try origin.register("a", [memory.buffer], Self.writable)
     let isDone = Flag()
     let operation = once(origin, isDone: isDone) {
       try origin.unregister("a")
@@ -88,104 +125,63 @@ import Testing
 
   @Test(arguments: transports)
   func aWriteDoesNotLandInAnotherPayload(transports: [String]) throws {
-    let cluster = try Cluster()
-    let origin = try cluster.store(transports: transports, drainMilliseconds: 50)
-    let writer = try cluster.store(transports: transports)
-    let (memory, before) = (Memory(Self.size, seed: 4), Memory(Self.size, seed: 4))
-    try origin.register("a", [memory.buffer], writable())
-    let news = Memory(50_000, seed: 5)
-    let isDone = Flag()
-    let operation = once(origin, isDone: isDone) {
+    let writing = try Writing(transports: transports, seed: 4)
+    let (origin, memory, before) = (writing.origin, writing.memory, writing.before)
+    let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
       try origin.unregister("a")
       // The writer may still come, so the memory is not open to writes again so soon.
       var short = StoreOperation()
       short.timeoutMilliseconds = 200
-      expect(.timeout) { try origin.register("b", [memory.buffer], writable(), short) }
+      expect(.timeout) { try origin.register("b", [memory.buffer], Self.writable, short) }
     }
-    expect(.noHolder) {
-      // A grant that comes too fast is not noticed.
-      for _ in 0..<100 where !isDone.isSet {
-        try writer.write(
-          "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
-      }
-    }
-    #expect(isDone.isSet && memory.holds(before))
+    expect(.noHolder) { try writing.untilDone(operation) }
+    #expect(writing.isDone.isSet && memory.holds(before))
   }
 
   @Test func aWriteDoesNotLandInTheNextVersion() throws {
-    let cluster = try Cluster()
-    let origin = try cluster.store(drainMilliseconds: 50)
-    let writer = try cluster.store()
-    let (memory, before) = (Memory(Self.size, seed: 8), Memory(Self.size, seed: 8))
-    try origin.register("a", [memory.buffer], writable())
-    let news = Memory(50_000, seed: 9)
-    let isDone = Flag()
-    let operation = once(origin, isDone: isDone) {
+    let writing = try Writing(seed: 8)
+    let (origin, memory, before) = (writing.origin, writing.memory, writing.before)
+    let operation = once(origin, isDone: writing.isDone) {
       var short = StoreOperation()
       short.timeoutMilliseconds = 200
-      expect(.timeout) { try origin.register("a", [memory.buffer], writable(), short) }
+      expect(.timeout) { try origin.register("a", [memory.buffer], Self.writable, short) }
     }
-    // The former version serves on. A grant that comes too fast is not noticed.
-    for _ in 0..<100 where !isDone.isSet {
-      try writer.write(
-        "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
-    }
-    #expect(isDone.isSet && !memory.holds(before))
-    try origin.register("a", [memory.buffer], writable())
-    try writer.write("a", offset: 10, from: news.bytes.baseAddress!, length: 50_000)
+    // The former version serves on.
+    try writing.untilDone(operation)
+    #expect(writing.isDone.isSet && !memory.holds(before))
+    try origin.register("a", [memory.buffer], Self.writable)
+    try writing.write("a", writing.news)
   }
 
   /// Takes as long as a grant: ten seconds.
   @Test func aReplacementWaitsForTheGrantsOfTheFormerVersion() throws {
-    let cluster = try Cluster()
-    let origin = try cluster.store(drainMilliseconds: 50)
-    let writer = try cluster.store()
-    let (memory, before) = (Memory(Self.size, seed: 10), Memory(Self.size, seed: 10))
-    try origin.register("a", [memory.buffer], writable())
-    let news = Memory(50_000, seed: 11)
-    let isDone = Flag()
-    let operation = once(origin, isDone: isDone) {
+    let writing = try Writing(seed: 10)
+    let (origin, memory, before) = (writing.origin, writing.memory, writing.before)
+    let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
-      try origin.register("a", [memory.buffer], writable())
+      try origin.register("a", [memory.buffer], Self.writable)
       // So that what would land now is seen.
       memory.bytes[20] = ~memory.bytes[20]
       before.bytes[20] = memory.bytes[20]
     }
-    expect(.noHolder) {
-      // A grant that comes too fast is not noticed.
-      for _ in 0..<100 where !isDone.isSet {
-        try writer.write(
-          "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
-      }
-    }
-    #expect(isDone.isSet && memory.holds(before))
+    expect(.noHolder) { try writing.untilDone(operation) }
+    #expect(writing.isDone.isSet && memory.holds(before))
   }
 
   /// Takes as long as a grant: ten seconds.
   @Test func aWriterIsLateOnlyAsLongAsItsGrant() throws {
-    let cluster = try Cluster()
-    let origin = try cluster.store(drainMilliseconds: 50)
-    let writer = try cluster.store()
-    let (memory, before) = (Memory(Self.size, seed: 6), Memory(Self.size, seed: 6))
-    try origin.register("a", [memory.buffer], writable())
-    let news = Memory(50_000, seed: 7)
-    let isDone = Flag()
-    let operation = once(origin, isDone: isDone) {
+    let writing = try Writing(seed: 6)
+    let (origin, memory, before) = (writing.origin, writing.memory, writing.before)
+    let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
       try origin.unregister("a")
       // Waits for the end of the grant; the writer still stands when it returns.
-      try origin.register("b", [memory.buffer], writable())
+      try origin.register("b", [memory.buffer], Self.writable)
     }
-    expect(.noHolder) {
-      // A grant that comes too fast is not noticed.
-      for _ in 0..<100 where !isDone.isSet {
-        try writer.write(
-          "a", offset: 10, from: news.bytes.baseAddress!, length: 50_000, operation)
-      }
-    }
-    #expect(isDone.isSet && memory.holds(before))
-    try writer.write("b", offset: 10, from: before.bytes.baseAddress!, length: 50_000)
+    expect(.noHolder) { try writing.untilDone(operation) }
+    #expect(writing.isDone.isSet && memory.holds(before))
+    try writing.write("b", before)
     #expect(!memory.holds(before))
   }
 }
