@@ -193,7 +193,7 @@ extension P2PStore {
         record.isSuperseded = target.isSuperseded
         keeper.put(record, bounds.shortCall)
       }
-      let sources = try download(target, search, entry, bounds)
+      let sources = try download(target, search, entry, options, bounds)
       if let holding = entry.holding { complete(holding, bounds) }
       held = entry
       var info = target.summary.info(holderCount: UInt64(target.holders.count))
@@ -223,19 +223,22 @@ extension P2PStore {
   }
 
   private func download(
-    _ target: Target, _ search: ManifestSearch.Outcome, _ entry: Catalog.Entry, _ bounds: Bounds
+    _ target: Target, _ search: ManifestSearch.Outcome, _ entry: Catalog.Entry,
+    _ options: GetOptions, _ bounds: Bounds
   ) throws(EngineError) -> [GetResult.Source] {
-    let layout = entry.layout!
-    let (directory, cancellation) = (directory, bounds.cancellation)
-    let download = try PayloadDownload(
-      engine, workers, search, into: layout, holding: entry.holding, holders: target.holders,
-      bounds
-    ) { deadline throws(EngineError) in
-      try directory.holders(
-        of: target.name, target.version, limit: Self.neighborCount,
-        MetadataCall(until: deadline, cancellation: cancellation))
+    let directory = directory
+    var service = PayloadDownload.Directory { call throws(EngineError) in
+      try directory.holders(of: target.name, target.version, limit: Self.neighborCount, call)
     }
-    return try download.run()
+    if options.followsVersions && options.version == nil {
+      service.present = { call throws(EngineError) in
+        try directory.head(target.name, call)?.version
+      }
+    }
+    return try PayloadDownload(
+      engine, workers, search, into: entry.layout!, holding: entry.holding,
+      holders: target.holders, service, bounds
+    ).run()
   }
 
   /// Tells others that the whole payload is here. What fails is repeated or harmless.

@@ -13,6 +13,16 @@ final class PayloadDownload {
     case answered(HolderAddress, ShardAnswer)
     case failed(HolderAddress, EngineError)
     case discovered([HolderRecord])
+    /// What the name has now, nil for nothing or where that is not known, and more holders.
+    case looked(PayloadVersion?, [HolderRecord])
+  }
+
+  /// Where a download turns to the metadata service, within a call that ends with the download.
+  struct Directory: Sendable {
+    /// Some holders of the version.
+    var holders: @Sendable (MetadataCall) throws(EngineError) -> [HolderRecord]
+    /// The version that stands under the name; nil: whoever gets this wants no other.
+    var present: (@Sendable (MetadataCall) throws(EngineError) -> PayloadVersion?)?
   }
 
   /// One shard on its way.
@@ -30,7 +40,19 @@ final class PayloadDownload {
     /// nil once nobody takes them any more.
     private let news = Lock<[News]?>([])
     let event: EventFD
-    init() throws(Errno) { event = try EventFD() }
+    /// Readable once nobody takes news any more: what would bring some ends.
+    let ending: EventFD
+
+    init() throws(Errno) {
+      event = try EventFD()
+      ending = try EventFD()
+    }
+
+    /// For whoever keeps this inbox meanwhile.
+    var call: MetadataCall {
+      MetadataCall(
+        until: .after(milliseconds: 5000), cancellation: ending.descriptor.rawValue)
+    }
 
     /// Returns false if what the news holds is the caller's to give back.
     func put(_ item: News) -> Bool {
@@ -52,7 +74,8 @@ final class PayloadDownload {
 
     /// Takes the last ones.
     func close() -> [News] {
-      news.withLock { news in
+      ending.signal()
+      return news.withLock { news in
         defer { news = nil }
         return news ?? []
       }
@@ -66,7 +89,7 @@ final class PayloadDownload {
   private let bounds: Bounds
   /// Where what has arrived is offered; nil to offer nothing.
   private let holding: Holding?
-  private let discover: @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
+  private let directory: Directory
   private let inbox: Inbox
   private let reader = UInt64.random(in: 1 ... .max)
   private var plan: DownloadPlan
@@ -80,7 +103,13 @@ final class PayloadDownload {
   /// Who has sent shards that no digest covers.
   private var trusted: Set<HolderAddress> = []
   private var doneBytes: UInt64 = 0
+  /// Another version that the name has now.
+  private var successor: PayloadVersion?
+  private var isLooking = false
+  private var lookCount: UInt64 = 0
+  private var nextLook: UInt64 = 0
 
+  private static let lookNanoseconds: UInt64 = 250_000_000
   /// Longest wait between two looks at progress, cancellation and the plan.
   private static let tickMilliseconds: UInt64 = 100
   private static let awaitedPerHolder = 2
@@ -88,8 +117,7 @@ final class PayloadDownload {
   init(
     _ engine: TransferEngine, _ workers: WorkerPool, _ search: ManifestSearch.Outcome,
     into layout: BufferLayout,
-    holding: Holding?, holders: [HolderRecord], _ bounds: Bounds,
-    discover: @escaping @Sendable (Deadline) throws(EngineError) -> [HolderRecord]
+    holding: Holding?, holders: [HolderRecord], _ directory: Directory, _ bounds: Bounds
   ) throws(EngineError) {
     self.engine = engine
     self.workers = workers
@@ -98,7 +126,7 @@ final class PayloadDownload {
     self.layout = layout
     self.holding = holding
     self.bounds = bounds
-    self.discover = discover
+    self.directory = directory
     do throws(Errno) { inbox = try Inbox() } catch {
       throw EngineError(.system, "making an event descriptor: \(error)")
     }
@@ -122,6 +150,10 @@ final class PayloadDownload {
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
       if plan.isStuck(now) && flights.isEmpty { throw noHolder() }
+      if directory.present != nil && plan.isForsaken(now) && flights.isEmpty {
+        if successor != nil { throw noHolder() }
+        lookForSuccessor(now)
+      }
       wait()
       for item in inbox.take() { note(item) }
       checkFlights()
@@ -206,11 +238,28 @@ final class PayloadDownload {
     case .leave(let holder, let request):
       StoreService.tell(engine, holder, request)
     case .discover:
-      let isAccepted = workers.run { [inbox, discover] in
-        _ = inbox.put(.discovered((try? discover(.after(milliseconds: 5000))) ?? []))
+      let isAccepted = workers.run { [inbox, directory] in
+        _ = inbox.put(.discovered((try? directory.holders(inbox.call)) ?? []))
       }
       if !isAccepted { note(.discovered([])) }
     }
+  }
+
+  /// Asks whether the name has another version by now; who holds this one, too, since nobody that is
+  /// known has more of it.
+  private func lookForSuccessor(_ now: UInt64) {
+    guard !isLooking, now >= nextLook, let present = directory.present else { return }
+    isLooking = true
+    nextLook = now &+ Self.lookNanoseconds << min(lookCount, 3)
+    lookCount += 1
+    let isAccepted = workers.run { [inbox, directory, manifest] in
+      let call = inbox.call
+      let version = try? present(call)
+      let isOther = version.map { $0 != manifest.version } ?? false
+      let holders = isOther ? (try? directory.holders(call)) ?? [] : []
+      _ = inbox.put(.looked(version, holders))
+    }
+    if !isAccepted { isLooking = false }
   }
 
   private func ask(
@@ -293,6 +342,11 @@ final class PayloadDownload {
     case .discovered(let records):
       add(records)
       plan.discovered(now: now)
+    case .looked(let version, let records):
+      isLooking = false
+      // Those that nobody has asked yet are tried first.
+      add(records)
+      successor = version == manifest.version ? nil : version
     }
   }
 

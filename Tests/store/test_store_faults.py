@@ -227,8 +227,13 @@ class Versions(FaultTest):
 
     def test_version_vanishes_and_get_follows(self):
         process = self.vanish("--follow")
+        lost_at = time.monotonic()
         process.finish(OK, 45)
+        seconds = time.monotonic() - lost_at
         self.check_bytes(process, self.other)
+        print(f"measured version lost, with the next one there: {seconds:.2f} s", flush=True)
+        # Ten and more, if it waited for the lost holder to come back.
+        self.assertLess(seconds, 8, process.describe())
 
     def test_removed_while_it_is_fetched(self):
         """The holder withdraws: the get gets no more of it, and ends without a file."""

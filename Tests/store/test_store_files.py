@@ -258,8 +258,8 @@ class Republishing(stores.StoreTest):
             count = 0
             while not is_over.is_set():
                 count += 1
-                process = self.get("m", "--follow", "--timeout", "20", to=f"got-{index}-{count}")
-                process.process.wait(40)
+                process = self.get("m", "--follow", "--timeout", "12", to=f"got-{index}-{count}")
+                process.process.wait(30)
                 found = set(stores.digests(process.folder).values())
                 if process.process.returncode == OK and len(found) == 1 and found <= good:
                     seen.update(found)

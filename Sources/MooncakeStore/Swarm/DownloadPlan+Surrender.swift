@@ -7,6 +7,23 @@ extension DownloadPlan {
       && !neighbors.contains(where: \.isAsking)
   }
 
+  /// Whether nobody that is known may send what is missing: those who live have only what is here
+  /// too, as receivers do that all lost the same holder. They may get more yet, and the dead may
+  /// come back: whoever has no better use for the time waits until it is stuck.
+  package func isForsaken(_ now: UInt64) -> Bool {
+    guard let lastByte, !isComplete, reads.isEmpty else { return false }
+    return now >= lastByte &+ settings.forsakenNanoseconds
+      && !neighbors.contains { mayHelp($0, now) }
+  }
+
+  private func mayHelp(_ neighbor: Neighbor, _ now: UInt64) -> Bool {
+    guard neighbor.isAlive, !neighbor.isMute else { return false }
+    guard let held = neighbor.heldCount else {
+      return neighbor.asked.map { now < $0.since &+ settings.forsakenNanoseconds } ?? true
+    }
+    return held >= shardCount || neighbor.putsOff
+  }
+
   /// When it gives up, if no byte arrives before.
   var surrenderTime: UInt64 {
     guard let lastByte else { return .max }

@@ -38,6 +38,9 @@ package struct DownloadPlan: Sendable {
     package var isolatedNanoseconds: UInt64 = 10_000_000_000
     /// The same where all that were known have sent wrong bytes or hold it no longer.
     package var corruptNanoseconds: UInt64 = 2_000_000_000
+    /// Without a byte for so long, and without anybody who may send one, it is forsaken; a question
+    /// is waited for as long.
+    package var forsakenNanoseconds: UInt64 = 500_000_000
     /// With living neighbors from which no byte comes for so long it is stuck.
     package var starvedNanoseconds: UInt64 = 15_000_000_000
     /// The same where they say that others come first.
@@ -211,6 +214,7 @@ package struct DownloadPlan: Sendable {
     }
     lastAnswer = now
     if answer.state == .busy { lastBusy = now }
+    neighbors[index].putsOff = answer.state == .busy
     neighbors[index].heldCount = answer.heldCount
     neighbors[index].readerCount = answer.readerCount
     if neighbors[index].isDropped {

@@ -22,6 +22,8 @@ struct Neighbor: Sendable {
   var failures = 0
   /// nil: it never answered.
   var heldCount: Int?
+  /// Whether it said last that others come first.
+  var putsOff = false
   var readerCount = 0
   /// Shards that are being read from it.
   var readCount = 0

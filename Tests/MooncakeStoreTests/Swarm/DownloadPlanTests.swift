@@ -37,6 +37,17 @@ import Testing
       readerCount: 1)
   }
 
+  /// A plan that reads these shards from the only holder, number 2, since time 0.
+  private func planReading(_ shards: [Int]) -> DownloadPlan {
+    var plan = plan(100)
+    plan.add(holder(2), isOrigin: false)
+    _ = actions(&plan, 0)
+    plan.answered(by: holder(2), serving(shards), now: 0)
+    let begun = actions(&plan, 0)
+    #expect(shards.allSatisfy { begun.contains(.read(holder(2), shard: $0)) })
+    return plan
+  }
+
   @Test func fromAskToCompletion() {
     var plan = plan(3)
     plan.add(origin, isOrigin: true)
@@ -128,11 +139,7 @@ import Testing
   }
 
   @Test func theCorruptIsAvoidedForGood() {
-    var plan = plan(100)
-    plan.add(holder(2), isOrigin: false)
-    _ = actions(&plan, 0)
-    plan.answered(by: holder(2), serving([1, 2]), now: 0)
-    _ = actions(&plan, 0)
+    var plan = planReading([1, 2])
     #expect(plan.finished(1, from: holder(2), isIntact: false, now: 1) == false)
     #expect(plan.corruptShardCount == 1)
     #expect(actions(&plan, 1).contains(.cancel(holder(2), shard: 2)) == true)
@@ -249,33 +256,33 @@ import Testing
   }
 
   @Test func theLastShardMovesToWhoIsFaster() {
-    var plan = plan(2)
-    plan.add(holder(2), isOrigin: false)
-    _ = actions(&plan, 0)
-    plan.answered(by: holder(2), serving([0]), now: 0)
-    _ = actions(&plan, 0)
-    plan.answered(by: holder(2), serving([1]), now: 0)
-    _ = actions(&plan, 0)
-    plan.finished(0, from: holder(2), isIntact: true, now: 100 * millisecond)
+    var plan = planWithLastShardAtHolder3()
     // A trickle: 16 KiB each 100 ms.
     var now = 100 * millisecond
-    for _ in 0..<20 {
+    var moving: ShardRequest?
+    for _ in 0..<20 where moving == nil {
       now += 100 * millisecond
-      plan.progressed(holder(2), bytes: 16 << 10, now: now)
-      for (holder, _) in asks(actions(&plan, now)) {
-        plan.answered(by: holder, serving([]), now: now)
+      plan.progressed(holder(3), bytes: 16 << 10, now: now)
+      for (holder, request) in asks(actions(&plan, now)) {
+        if holder == self.holder(2) && request.wanted == 1..<2 {
+          moving = request
+        } else {
+          plan.answered(by: holder, serving([]), now: now)
+        }
       }
     }
-    plan.add(holder(3), isOrigin: false)
-    plan.progressed(holder(2), bytes: 16 << 10, now: now)
-    // Nothing is known of the new one; it is taken to be as fast as the others.
-    plan.add(holder(4), isOrigin: false)
-    let moved = asks(actions(&plan, now + 50 * millisecond)).filter { $0.1.wanted == 1..<2 }
-    #expect(moved.allSatisfy { !$0.1.have.contains(1) })
+    #expect(moving?.have.contains(1) == false)
+    // The first read is canceled only once the other one has leave.
+    plan.answered(by: holder(2), serving([1]), now: now)
+    let canceled = actions(&plan, now)
+    #expect(canceled.contains(.cancel(holder(3), shard: 1)))
+    #expect(!canceled.contains(.read(holder(2), shard: 1)))
+    plan.failed(1, from: holder(3), reason: "canceled", isDead: false, now: now)
+    #expect(actions(&plan, now).contains(.read(holder(2), shard: 1)))
   }
 
-  /// Of a shard that is one slice nothing is counted before all of it is there.
-  @Test func theLastShardLeavesWhoOnlyTrickles() {
+  /// Of two shards holder 2 has sent one in a tenth of a second, the other is read from holder 3.
+  private func planWithLastShardAtHolder3() -> DownloadPlan {
     var plan = plan(2)
     plan.add(holder(2), isOrigin: false)
     plan.add(holder(3), isOrigin: false)
@@ -286,6 +293,12 @@ import Testing
       }
     }
     plan.finished(0, from: holder(2), isIntact: true, now: 100 * millisecond)
+    return plan
+  }
+
+  /// Of a shard that is one slice nothing is counted before all of it is there.
+  @Test func theLastShardLeavesWhoOnlyTrickles() {
+    var plan = planWithLastShardAtHolder3()
     var isMoved = false
     for turn in 2...20 as ClosedRange<UInt64> {
       let now = turn * 100 * millisecond
@@ -406,11 +419,7 @@ import Testing
   }
 
   @Test func theDroppedIsToldOnceItsReadsHaveEnded() {
-    var plan = plan(100)
-    plan.add(holder(2), isOrigin: false)
-    _ = actions(&plan, 0)
-    plan.answered(by: holder(2), serving([1, 2]), now: 0)
-    _ = actions(&plan, 0)
+    var plan = planReading([1, 2])
     plan.failed(1, from: holder(2), reason: "reset", isDead: true, now: 1)
     func left(_ actions: [DownloadPlan.Action]) -> Int {
       actions.count { if case .leave(holder(2), _) = $0 { true } else { false } }
@@ -420,6 +429,41 @@ import Testing
     plan.failed(2, from: holder(2), reason: "canceled", isDead: false, now: 2)
     #expect(left(actions(&plan, 2)) == 1)
     #expect(plan.lenders.isEmpty)
+  }
+
+  /// The origin has died; the other one has nothing that is missing here.
+  @Test func withoutAnybodyWhoMayHelpItIsForsaken() {
+    let late = 500 * millisecond
+    func isForsaken(_ other: ShardAnswer?, at now: UInt64) -> Bool {
+      var plan = plan(100)
+      plan.add(origin, isOrigin: true)
+      plan.add(holder(2), isOrigin: false)
+      #expect(asks(actions(&plan, 0)).count == 2)
+      plan.askFailed(origin, reason: "refused", isGone: false, now: 1)
+      if let other { plan.answered(by: holder(2), other, now: 1) }
+      return plan.isForsaken(now)
+    }
+    #expect(isForsaken(serving([], held: 99), at: late))
+    #expect(isForsaken(ShardAnswer(state: .gone), at: late))
+    #expect(isForsaken(nil, at: late))
+    // Not at once; not while the other one may send something.
+    #expect(!isForsaken(serving([], held: 99), at: late - 1))
+    #expect(!isForsaken(serving([], held: 100), at: late))
+    #expect(!isForsaken(ShardAnswer(state: .busy, heldCount: 1), at: late))
+    #expect(!isForsaken(serving([5], held: 99), at: late))
+  }
+
+  @Test func whoWasNotAskedYetMayHelp() {
+    var plan = plan(100)
+    plan.add(origin, isOrigin: true)
+    _ = actions(&plan, 0)
+    plan.askFailed(origin, reason: "refused", isGone: false, now: 1)
+    #expect(plan.isForsaken(600 * millisecond))
+    plan.add(holder(2), isOrigin: false)
+    #expect(!plan.isForsaken(600 * millisecond))
+    #expect(asks(actions(&plan, 600 * millisecond)).contains { $0.0 == holder(2) })
+    #expect(!plan.isForsaken(1099 * millisecond))
+    #expect(plan.isForsaken(1100 * millisecond))
   }
 
   @Test func whoDoesNotAnswerKeepsNobodyFromBeingAsked() {
