@@ -92,8 +92,9 @@ extension RecordKeeper {
     let now = directory.now()
     let (lease, entries) = state.withLock { ($0.lease, self.entries($0)) }
     var isSound = true
+    var strays: [String] = []
     if lease != nil && !entries.isEmpty {
-      switch try store.renew(lease, entries, call) {
+      switch try store.renew(lease, entries, strays: &strays, call) {
       case .kept: break
       case .gone:
         forget(lease)
@@ -109,7 +110,34 @@ extension RecordKeeper {
       }
     }
     state.withLock { $0.renewed = now }
+    try remove(strays)
     return isSound
+  }
+
+  /// What hangs on the lease and belongs to nothing that is held here: a put whose answer never came
+  /// takes effect as late as the service pleases, also after what it put has been taken back.
+  private func remove(_ strays: [String]) throws(EngineError) {
+    let late = unknown(strays)
+    if late.isEmpty { return }
+    for (key, value) in zip(late, try store.values(of: late, call)) {
+      // It may have been put anew meanwhile.
+      guard let value, !unknown([key]).isEmpty else { continue }
+      Log.info("metadata \(directory.uri): '\(key)' came after it was taken back: deleted again")
+      try directory.delete(MetadataEntry(key: key, value: value), call)
+    }
+  }
+
+  /// Those that are keys of nothing that is held here, or being taken back, nor of its names: to
+  /// these others see.
+  private func unknown(_ keys: [String]) -> [String] {
+    state.withLock { state in
+      var unknown = keys.filter { state.slots[$0] == nil }
+      if unknown.contains(where: { $0.utf8.starts(with: directory.headPrefix.utf8) }) {
+        let heads = Set(state.slots.values.map { MetadataKey(directory.headKey($0.name)) })
+        unknown.removeAll { heads.contains(MetadataKey($0)) }
+      }
+      return unknown
+    }
   }
 
   /// Between two calls of a turn that may be long.

@@ -11,10 +11,17 @@ package final class SharedCatalog: Sendable {
   private struct Debt {
     var segment: String
     var attempts = 100
-    /// What was put without an answer may be there only after the first look.
-    var looks = 2
+    /// What was put without an answer may be there only after the first look, or after many: a
+    /// member that stood still tells the others late. So it is looked at again, each time after
+    /// twice as many calls of `settle`.
+    var looks = 12
+    var pause = 1
+    var turnsLeft = 0
   }
   private let debts = Lock<[MetadataKey: Debt]>([:])
+  /// Names whose entries were put without an answer: what is removed may come back.
+  private let doubts = Lock<Set<MetadataKey>>([])
+  private static let doubtLimit = 1024
 
   /// A longer document is not written: etcd refuses requests above 1.5 MiB unless told otherwise,
   /// and each replica rewrites all of it.
@@ -88,6 +95,17 @@ package final class SharedCatalog: Sendable {
   ) throws(EngineError) {
     let key = key(document.name)
     forgive(document.name)
+    do throws(EngineError) {
+      try replace(document, key, isCreateOnly: isCreateOnly, call)
+    } catch {
+      if error.code != .exists { doubt(document.name) }
+      throw error
+    }
+  }
+
+  private func replace(
+    _ document: SharedDocument, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+  ) throws(EngineError) {
     let text = document.json
     let isShared = text.utf8.count <= Self.maximumDocumentBytes
     if isCreateOnly {
@@ -120,7 +138,7 @@ package final class SharedCatalog: Sendable {
     _ call: MetadataCall
   ) {
     forgive(name)
-    _ = change(name, "adding a replica", call) { document throws(EngineError) in
+    let isDone = change(name, "adding a replica", call) { document throws(EngineError) in
       guard document.shards.count == addresses.count,
         document.shards.allSatisfy({ $0.replicas.count < Self.maximumReplicaCount })
       else { return false }
@@ -134,12 +152,19 @@ package final class SharedCatalog: Sendable {
       }
       return true
     }
+    if !isDone { doubt(name) }
   }
 
   /// Removes a segment's entries, and the document with the last one. Should that fail, `settle`
   /// does it.
   package func removeOwn(_ name: String, segment: String, _ call: MetadataCall) {
-    if !remove(segment, of: name, isOwed: false, call) { owe(name, segment: segment) }
+    let isDone = remove(segment, of: name, isOwed: false, call)
+    let mayComeBack = doubts.withLock { $0.remove(MetadataKey(name)) != nil }
+    if !isDone || mayComeBack { owe(name, segment: segment) }
+  }
+
+  private func doubt(_ name: String) {
+    doubts.withLock { if $0.count < Self.doubtLimit { $0.insert(MetadataKey(name)) } }
   }
 
   /// Notes that a segment's entries are there, or may appear, and are to be removed.
@@ -152,13 +177,23 @@ package final class SharedCatalog: Sendable {
 
   private func isOwed(_ name: String) -> Bool { debts.withLock { $0[MetadataKey(name)] != nil } }
 
-  /// Removes what could not be removed before, until the first failure.
-  package func settle(_ call: MetadataCall) {
+  /// Removes what could not be removed before, until the first failure. `isLast`: all of it now.
+  package func settle(_ call: MetadataCall, isLast: Bool = false) {
     for (key, debt) in debts.withLock({ $0 }) {
+      if debt.turnsLeft > 0 && !isLast {
+        debts.withLock { $0[key]?.turnsLeft -= 1 }
+        continue
+      }
       let isDone = remove(debt.segment, of: key.text, isOwed: true, call)
       debts.withLock { debts in
         guard var debt = debts[key] else { return }
-        if isDone { debt.looks -= 1 } else { debt.attempts -= 1 }
+        if isDone {
+          debt.looks -= 1
+          debt.turnsLeft = debt.pause - 1
+          debt.pause *= 2
+        } else {
+          debt.attempts -= 1
+        }
         debts[key] = debt.looks == 0 || debt.attempts == 0 ? nil : debt
       }
       if !isDone { return }

@@ -137,7 +137,7 @@ package final class StoreDirectory: Sendable {
   }
 
   /// Deletes a key that others may put too, if it holds this value.
-  func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {
+  package func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {
     guard let etcd = store as? EtcdStore else { return try store.revoke(nil, [entry], call) }
     guard let (value, revision) = try etcd.getRevised(entry.key, isText: false, call),
       value.utf8.elementsEqual(entry.value.utf8)

@@ -54,9 +54,10 @@ private final class CountingStore: MetadataStore {
   }
 
   func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
-    try store.renew(lease, entries, call)
+    try store.renew(lease, entries, strays: &strays, call)
   }
 
   func revoke(

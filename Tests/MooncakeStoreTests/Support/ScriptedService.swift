@@ -185,16 +185,24 @@ final class ScriptedService: Sendable {
     }
   }
 
-  func renew(_ lease: MetadataLease, _ entries: [MetadataEntry]) -> MetadataRenewal {
+  /// Says, too, what else hangs on the lease.
+  func renew(
+    _ lease: MetadataLease, _ entries: [MetadataEntry]
+  ) -> (MetadataRenewal, strays: [String]) {
     let now = now()
     return access { state in
-      guard let present = state.leases[lease.id] else { return .gone }
+      guard let present = state.leases[lease.id] else { return (.gone, []) }
       state.renewals.append(now)
       state.leases[lease.id]?.end = now + present.ttl * 1_000_000
       let lost = entries.map(\.key).filter {
         state.table[MetadataKey($0)]?.lease != lease.id
       }
-      return lost.isEmpty ? .kept : .lost(lost)
+      let renewal = lost.isEmpty ? MetadataRenewal.kept : .lost(lost)
+      let count = state.table.values.count { $0.lease == lease.id }
+      if count == entries.count - lost.count { return (renewal, []) }
+      let known = Set(entries.map { MetadataKey($0.key) })
+      let strays = state.table.filter { $0.value.lease == lease.id && !known.contains($0.key) }
+      return (renewal, strays.keys.map(\.text))
     }
   }
 
@@ -292,10 +300,13 @@ final class ScriptedStore: MetadataStore {
   }
 
   func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
-    return try self.call { service.renew(lease, entries) }
+    let (renewal, others) = try self.call { service.renew(lease, entries) }
+    strays += others
+    return renewal
   }
 
   func revoke(

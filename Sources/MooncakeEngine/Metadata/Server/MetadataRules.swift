@@ -25,6 +25,7 @@ struct MetadataRules {
     case ("/metadata", .delete): return delete(parameter)
     case ("/metadata/values", .post): return values(exchange)
     case ("/metadata/lease", .post): return postLease(parameter, now)
+    case ("/metadata/lease", .get): return listLease(parameter)
     case ("/metadata/lease", .delete): return deleteLease(parameter)
     case ("/health", .get): return health()
     case ("/metadata", _), ("/metadata/lease", _), ("/metadata/values", _), ("/health", _):
@@ -244,6 +245,34 @@ struct MetadataRules {
     writer.member("lease", String(id))
     writer.member("ttl_ms", ttl)
     writer.member("keys", UInt64(keyCount))
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
+  }
+
+  /// The keys of a lease, in order.
+  private func listLease(_ parameter: (String) -> Parameter) -> Answer {
+    guard let id = number(parameter("id"), default: 0), parameter("after") != .malformed else {
+      return Answer(400, "the id is no number, or after is malformed\n")
+    }
+    guard let lease = table.leases[id] else { return Answer(404, "there is no such lease\n") }
+    var keys = lease.keys.sorted()
+    if let text = parameter("after").text {
+      let position = MetadataKey(text)
+      keys.removeAll { !(position < $0) }
+    }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.name("names")
+    writer.beginArray()
+    var byteCount = 0
+    var count = 0
+    for key in keys where byteCount < Self.pageBytes {
+      writer.value(key.text)
+      byteCount += key.text.utf8.count
+      count += 1
+    }
+    writer.endArray()
+    writer.member("more", count < keys.count ? 1 : 0)
     writer.endObject()
     return Answer(200, writer.text, isJSON: true)
   }

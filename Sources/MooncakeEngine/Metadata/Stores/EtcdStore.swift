@@ -197,7 +197,8 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew a lease"
@@ -208,15 +209,17 @@ package final class EtcdStore: MetadataStore {
     }
     if !isAlive { return .gone }
     // A key that somebody else has put since no longer hangs on the lease.
-    return try ask("/v3/lease/timetolive", phase, call) {
+    let (renewal, others) = try ask("/v3/lease/timetolive", phase, call) {
       $0.member("ID", String(lease.id))
       $0.name("keys")
       $0.value(true)
     } answer: { value in
-      let held = Set((value["keys"]?.elements ?? .none).compactMap(\.string))
-      let lost = entries.map(\.key).filter { !held.contains(encoded($0)) }
-      return lost.isEmpty ? .kept : .lost(lost)
+      var held = Set((value["keys"]?.elements ?? .none).compactMap(\.string))
+      let lost = entries.map(\.key).filter { held.remove(encoded($0)) == nil }
+      return (lost.isEmpty ? MetadataRenewal.kept : .lost(lost), held)
     }
+    strays += others.compactMap(Base64.decode).compactMap { String(validating: $0, as: UTF8.self) }
+    return renewal
   }
 
   package func revoke(

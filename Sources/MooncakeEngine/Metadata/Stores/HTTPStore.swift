@@ -235,7 +235,8 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else {
       // Without leases only a look tells whether the server has forgotten everything.
@@ -250,11 +251,38 @@ package final class HTTPStore: MetadataStore {
       guard let count = value["keys"]?.unsigned else { throw malformed(phase) }
       return count
     }
-    if count >= UInt64(entries.count) { return .kept }
+    if count == UInt64(entries.count) { return .kept }
+    if count > UInt64(entries.count) {
+      var held = Set(try keys(of: lease, call).map { MetadataKey($0) })
+      if held.isEmpty { return .kept }
+      let lost = entries.map(\.key).filter { held.remove(MetadataKey($0)) == nil }
+      strays += held.map(\.text)
+      return lost.isEmpty ? .kept : .lost(lost)
+    }
     let values = try values(of: entries.map(\.key), call)
     let lost = zip(entries, values).filter { $0.value != $1 }.map(\.0.key)
     // Where all are as they were put, one of them hangs on another lease.
     return .lost(lost.isEmpty ? entries.map(\.key) : lost)
+  }
+
+  /// What hangs on a lease; nothing where the server is of a release that does not tell.
+  private func keys(
+    of lease: MetadataLease, _ call: MetadataCall
+  ) throws(EngineError) -> [String] {
+    let phase = "list the keys of a lease"
+    var keys: [String] = []
+    while true {
+      var parameters = ["id": String(lease.id)]
+      parameters["after"] = keys.last
+      let response = try ask(.get, parameters, phase, call, at: "/lease")
+      if [400, 404, 405, 501].contains(response.status) { return keys }
+      try expectSuccess(response, phase)
+      let (names, isCut) = try decode(response, phase) { value in
+        ((value["names"]?.elements ?? .none).compactMap(\.string), value["more"]?.unsigned == 1)
+      }
+      keys += names
+      if !isCut || names.isEmpty { return keys }
+    }
   }
 
   package func revoke(

@@ -131,9 +131,12 @@ package protocol MetadataStore: AnyObject, Sendable {
   /// Makes a lease; nil if the service has none.
   func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease?
 
-  /// Gives a lease its full time again and looks whether what was put still stands.
+  /// Gives a lease its full time again and looks whether what was put still stands. Adds to
+  /// `strays` what else hangs on the lease, where keys do: what has been put meanwhile, and what was
+  /// put without an answer and has come after it was deleted.
   func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal
 
   /// Ends a lease and removes what was put under it, but nothing that somebody else put since.
@@ -143,6 +146,14 @@ package protocol MetadataStore: AnyObject, Sendable {
 }
 
 extension MetadataStore {
+  /// As above, for whoever has put nothing else under the lease.
+  package func renew(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) -> MetadataRenewal {
+    var strays: [String] = []
+    return try renew(lease, entries, strays: &strays, call)
+  }
+
   /// Asks one by one.
   package func values(
     of keys: [String], _ call: MetadataCall

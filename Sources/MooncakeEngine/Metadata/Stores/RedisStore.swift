@@ -144,8 +144,10 @@ package final class RedisStore: MetadataStore {
     MetadataLease(id: 0, ttlMilliseconds: ttlMilliseconds)
   }
 
+  /// There are no strays: a key that is not among the entries is renewed by nobody.
   package func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew keys"
