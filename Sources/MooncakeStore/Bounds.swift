@@ -8,8 +8,11 @@ package final class Bounds {
   package let deadline: Deadline
   private let operation: StoreOperation
   private let what: String
-  /// Whether the store that runs it closes.
+  /// Whether the store that runs it closes; the descriptor is readable by then.
   private let isClosed: () -> Bool
+  private let closing: Int32
+  /// Both descriptors as one, where there are two.
+  private let ends: Ends?
   private var nextReport: UInt64 = 0
   /// When what undoes an operation that is over must end.
   private var lastEnd: Deadline?
@@ -18,18 +21,28 @@ package final class Bounds {
   /// `what` begins the errors; an operation without a timeout gets the default, 0 for none.
   package init(
     _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64,
-    isClosed: @escaping () -> Bool
+    closing: Int32 = -1, isClosed: @escaping () -> Bool
   ) {
     self.operation = operation
     self.what = what
     self.isClosed = isClosed
+    self.closing = closing
+    ends = operation.cancellation.flatMap { closing < 0 ? nil : try? Ends($0, closing) }
     let milliseconds =
       operation.timeoutMilliseconds == 0 ? defaultMilliseconds : operation.timeoutMilliseconds
     deadline = milliseconds == 0 ? .never : .after(milliseconds: milliseconds)
   }
 
-  /// Becomes readable when the operation is to end; -1 if it cannot be canceled.
-  package var cancellation: Int32 { operation.cancellation?.event.descriptor.rawValue ?? -1 }
+  /// Readable once the operation was canceled; -1 if it cannot be.
+  private var canceled: Int32 { operation.cancellation?.event.descriptor.rawValue ?? -1 }
+
+  /// Becomes readable when the operation is to end, canceled or with its store; -1 if it cannot be
+  /// ended. Whoever keeps the number beyond the operation may mean another file.
+  package var cancellation: Int32 {
+    if let ends { return ends.epoll.rawValue }
+    // Without a descriptor for both a store that closes waits for the deadline of such a call.
+    return operation.cancellation == nil ? closing : canceled
+  }
 
   /// A call to the metadata service within these bounds, ten seconds at most.
   package var call: MetadataCall {
@@ -46,7 +59,7 @@ package final class Bounds {
   /// operation, but so much that a service that answers can be asked. Made anew for each step: what
   /// comes once the operation is over is not canceled too, but all of that has little time.
   package var lastCall: MetadataCall {
-    if isOver {
+    if isOver || isClosed() {
       let end = lastEnd ?? .after(milliseconds: Self.lastMilliseconds)
       lastEnd = end
       return MetadataCall(until: end)
@@ -56,7 +69,7 @@ package final class Bounds {
   }
   private static let lastMilliseconds: UInt64 = 50
 
-  package var isCanceled: Bool { Waiting.isReadable(cancellation) }
+  package var isCanceled: Bool { Waiting.isReadable(canceled) }
 
   package var isOver: Bool { deadline.hasPassed || isCanceled }
 
@@ -137,6 +150,20 @@ package final class Bounds {
       }
       sleep(orReadable: errand.event.descriptor.rawValue)
     }
+  }
+}
+
+/// What ends an operation early: its cancellation, or that its store closes.
+private final class Ends: Sendable {
+  let epoll: Epoll
+  /// Kept as long as its descriptor is waited for.
+  private let cancellation: Cancellation
+
+  init(_ cancellation: Cancellation, _ closing: Int32) throws(Errno) {
+    self.cancellation = cancellation
+    epoll = try Epoll()
+    try epoll.add(cancellation.event.descriptor.rawValue, events: Epoll.readable, token: 0)
+    try epoll.add(closing, events: Epoll.readable, token: 1)
   }
 }
 

@@ -25,6 +25,9 @@ public final class P2PStore: Sendable {
   package let drainMilliseconds: UInt64
   let memory: MemoryTable
   let workers = WorkerPool(name: "mc-store-ask", threadLimit: 32)
+  /// For holdings whose name was removed: each may wait seconds for its readers, and neither gets
+  /// wait for it nor it for gets.
+  private let removals = WorkerPool(name: "mc-store-drop", threadLimit: 8)
   private let kept = Lock<[MappedFile]>([])
   let catalog = Catalog()
   let watches = PayloadWatches()
@@ -33,6 +36,8 @@ public final class P2PStore: Sendable {
   private let ownsEngine: Bool
   private let service: UInt64
   private let isClosing = Atomic(false)
+  /// Readable once it closes: whoever waits for a service, or for a holder, ends that.
+  private let closing: EventFD
   /// 1 once it is closed.
   private let closed = Futex()
 
@@ -65,10 +70,17 @@ public final class P2PStore: Sendable {
     directory = StoreDirectory(try Self.openDirectory(engine, options))
     shared = SharedCatalog(directory)
     memory = MemoryTable(engine)
+    do throws(Errno) { closing = try EventFD() } catch {
+      throw EngineError(.system, "making an event descriptor for a store: \(error)")
+    }
     // What was removed by its name must be withdrawn, whatever the state of the host.
-    try workers.reserve()
-    do throws(EngineError) { keeper = try RecordKeeper(directory) } catch {
+    try removals.reserve()
+    do throws(EngineError) {
+      try workers.reserve()
+      keeper = try RecordKeeper(directory)
+    } catch {
       workers.stop()
+      removals.stop()
       throw error
     }
     service = engine.services.add { [catalog] call in
@@ -108,19 +120,22 @@ public final class P2PStore: Sendable {
     }
     // First this: what handlers call must not keep them.
     catalog.refuse()
+    closing.signal()
     watches.close()
-    let entries = catalog.close()
     let deadline = Deadline.after(milliseconds: drainMilliseconds)
+    let entries = catalog.close()
     for entry in entries { entry.holding?.stopGranting() }
-    keeper.stop()
+    // One time for all that the service is told.
     let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
+    keeper.stop(until: call.deadline)
     for entry in entries where entry.holding != nil || entry.isShared {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
-    shared?.settle(call)
+    shared?.settle(call, isLast: true)
     for entry in entries { dissolve(entry, until: deadline, call) }
     kept.withLock { $0 = [] }
     engine.services.remove(service)
+    removals.stop()
     workers.stop()
     // Farewells free places at holders.
     engine.caller.drain(until: .after(milliseconds: 500))
@@ -169,9 +184,10 @@ public final class P2PStore: Sendable {
   func bounds(
     _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64
   ) -> Bounds {
-    Bounds(operation, what, defaultMilliseconds: defaultMilliseconds) { [catalog] in
-      catalog.isClosed
-    }
+    Bounds(
+      operation, what, defaultMilliseconds: defaultMilliseconds,
+      closing: closing.descriptor.rawValue
+    ) { [catalog] in catalog.isClosed }
   }
 
   func free(_ allocations: [UInt64]) {
@@ -187,7 +203,7 @@ public final class P2PStore: Sendable {
     let holding = record.holder.holding
     // It is told again with each turn of the keeper until it is done.
     if !withdrawing.withLock({ $0.insert(holding).inserted }) { return }
-    let isTaken = workers.run { [self] in
+    let isTaken = removals.run { [self] in
       defer { withdrawing.withLock { _ = $0.remove(holding) } }
       // The name may be another payload's by now.
       let entry = try? catalog.take(name, where: { $0.holding?.address == record.holder })
@@ -206,9 +222,15 @@ public final class P2PStore: Sendable {
   private func withdrawOffer(_ entry: Catalog.Entry) {
     if let holding = entry.holding {
       holding.stopGranting()
-      keeper.remove(holding.record, MetadataCall(until: .after(milliseconds: 3000)))
+      keeper.remove(holding.record, removalCall)
       _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
     }
-    revoke(entry, MetadataCall(until: .after(milliseconds: 3000)))
+    revoke(entry, removalCall)
+  }
+
+  /// What a store that closes tells the service itself.
+  private var removalCall: MetadataCall {
+    MetadataCall(
+      until: .after(milliseconds: 3000), cancellation: closing.descriptor.rawValue)
   }
 }

@@ -17,7 +17,7 @@ struct UnverifiedDownload {
 
   private static let windowCount = 8
   private static let attemptMilliseconds: UInt64 = 10_000
-  private static let openMilliseconds: UInt64 = 3000
+  private static let openMilliseconds: UInt64 = 2000
 
   private struct Flight {
     let shard: Int

@@ -5,6 +5,9 @@ import Glibc
 package struct Epoll: ~Copyable, Sendable {
   private let descriptor: FileDescriptor
 
+  /// For those who wait for this set as for one descriptor: readable while one of it is ready.
+  package var rawValue: Int32 { descriptor.rawValue }
+
   package static let readable = EPOLLIN.rawValue
   package static let writable = EPOLLOUT.rawValue
 

@@ -226,7 +226,7 @@ package final class RecordKeeper: Sendable {
 
   /// Ends the thread and removes everything that was put. No handler runs afterwards, except the
   /// one that calls this.
-  package func stop() {
+  package func stop(until end: Deadline = .never) {
     let (isFirst, thread) = state.withLock { state in
       defer { state.isStopping = true }
       return (!state.isStopping, state.thread.take())
@@ -245,7 +245,8 @@ package final class RecordKeeper: Sendable {
     do throws(EngineError) {
       try store.revoke(
         lease, entries,
-        MetadataCall(until: .after(milliseconds: Self.removalMilliseconds / (isDown ? 4 : 1))))
+        MetadataCall(
+          until: min(end, .after(milliseconds: Self.removalMilliseconds / (isDown ? 4 : 1)))))
     } catch {
       Log.warning("records of payloads stay until their lease ends: \(error.message)")
     }
