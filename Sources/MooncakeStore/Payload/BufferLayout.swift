@@ -37,13 +37,36 @@ package struct BufferLayout: Equatable, Sendable {
     self.size = size
   }
 
-  /// Whether any byte is in both.
-  static func overlap(_ first: [Buffer], _ second: [Buffer]) -> Bool {
-    first.contains { old in
-      second.contains { new in
-        new.address < old.address + old.length && old.address < new.address + new.length
-      }
+  /// Whether any byte is in both lists; within a list they may overlap.
+  package static func overlap(_ first: [Buffer], _ second: [Buffer]) -> Bool {
+    var comparisons = 0
+    return overlap(first, second, comparisons: &comparisons)
+  }
+
+  /// Adds how many pairs it has compared: there may be 65,536 buffers on either side.
+  package static func overlap(
+    _ first: [Buffer], _ second: [Buffer], comparisons: inout Int
+  ) -> Bool {
+    if first.isEmpty || second.isEmpty { return false }
+    var items: [(buffer: Buffer, isFirst: Bool)] = []
+    items.reserveCapacity(first.count + second.count)
+    for buffer in first { items.append((buffer, true)) }
+    for buffer in second { items.append((buffer, false)) }
+    var count = 0
+    items.sort { one, other in
+      count += 1
+      return one.buffer.address < other.buffer.address
     }
+    comparisons += count
+    // The end of what began before in each list, whatever is nearest in the order.
+    var (firstEnd, secondEnd): (UInt64, UInt64) = (0, 0)
+    for (buffer, isFirst) in items {
+      comparisons += 1
+      if buffer.address < (isFirst ? secondEnd : firstEnd) { return true }
+      let end = buffer.address + buffer.length
+      if isFirst { firstEnd = max(firstEnd, end) } else { secondEnd = max(secondEnd, end) }
+    }
+    return false
   }
 
   /// The address of a range of the payload; nil if it does not lie in one buffer.
