@@ -6,18 +6,43 @@ import Testing
 
 /// Canceled requests end soon, say so, and let go of their memory.
 struct CancelTests {
-  @Test(arguments: TransportKind.needingThePeer)
-  func aStoppedPeer(_ kind: TransportKind) throws {
-    let peer = try PeerProcess.serving(byteCount: 8 << 20)
+  /// A peer in a process of its own, its open segment, and memory as large as the peer's.
+  private struct Setting {
+    let peer: PeerProcess
+    let engine: TransferEngine
+    let segment: SegmentID
+    let local: GuardedMemory
+
+    /// To read what lies at a distance from the beginning of the peer's memory.
+    func read(_ offset: UInt64, _ count: Int, to localOffset: Int) -> TransferRequest {
+      TransferRequest(
+        opcode: .read, segment: segment, source: local.address + localOffset,
+        targetOffset: peer.address + offset, length: UInt64(count))
+    }
+  }
+
+  private func withStoppablePeer(
+    _ kind: TransportKind, _ byteCount: Int, _ body: (Setting) throws -> Void
+  ) throws {
+    let peer = try PeerProcess.serving(byteCount: byteCount)
     defer { peer.kill() }
     let engine = try makeEngine(kind)
     defer { engine.close() }
-    let segment = try engine.openSegment(peer.name)
-    let local = GuardedMemory(8 << 20)
+    try body(
+      Setting(
+        peer: peer, engine: engine, segment: try engine.openSegment(peer.name),
+        local: GuardedMemory(byteCount)))
+  }
+
+  @Test(arguments: TransportKind.needingThePeer)
+  func aStoppedPeer(_ kind: TransportKind) throws {
+    try withStoppablePeer(kind, 8 << 20, checkAStoppedPeer)
+  }
+
+  private func checkAStoppedPeer(_ pair: Setting) throws {
+    let (peer, engine, local) = (pair.peer, pair.engine, pair.local)
     func request(_ offset: Int, _ count: Int) -> TransferRequest {
-      TransferRequest(
-        opcode: .read, segment: segment, source: local.address + offset,
-        targetOffset: peer.address + UInt64(offset), length: UInt64(count))
+      pair.read(UInt64(offset), count, to: offset)
     }
     try engine.transfer([request(0, 4096)])
     peer.stop()
@@ -50,22 +75,14 @@ struct CancelTests {
   /// answers.
   @Test(arguments: TransportKind.needingThePeer)
   func whileTheDescriptorIsFetched(_ kind: TransportKind) throws {
-    let peer = try PeerProcess.serving(byteCount: 1 << 20)
-    defer { peer.kill() }
-    let engine = try makeEngine(kind)
-    defer { engine.close() }
-    let segment = try engine.openSegment(peer.name)
-    let local = GuardedMemory(4096)
-    func start(_ offset: UInt64) throws -> BatchID {
-      try engine.start([
-        TransferRequest(
-          opcode: .read, segment: segment, source: local.address,
-          targetOffset: peer.address + offset, length: 4096)
-      ])
-    }
+    try withStoppablePeer(kind, 4096, checkWhileTheDescriptorIsFetched)
+  }
+
+  private func checkWhileTheDescriptorIsFetched(_ pair: Setting) throws {
+    let (peer, engine, local) = (pair.peer, pair.engine, pair.local)
     peer.stop()
     // The second one waits behind the question for the first.
-    let batches = try [start(1 << 30), start(1 << 31)]
+    let batches = try [1 << 30, 1 << 31].map { try engine.start([pair.read($0, 4096, to: 0)]) }
     usleep(50_000)
     for batch in batches.reversed() {
       let milliseconds = try elapsedMilliseconds {
@@ -78,11 +95,7 @@ struct CancelTests {
     peer.resume()
     // The answer meets nobody who waits.
     local.fill(0)
-    try engine.transfer([
-      TransferRequest(
-        opcode: .read, segment: segment, source: local.address, targetOffset: peer.address,
-        length: 4096)
-    ])
+    try engine.transfer([pair.read(0, 4096, to: 0)])
     #expect(local.holdsOnly(PeerProcess.fillByte))
   }
 
@@ -135,18 +148,13 @@ struct CancelTests {
   /// A cancel from another thread, while the requests are being queued.
   @Test(arguments: TransportKind.needingThePeer)
   func racingSubmit(_ kind: TransportKind) throws {
-    let peer = try PeerProcess.serving(byteCount: 1 << 20)
-    defer { peer.kill() }
-    let engine = try makeEngine(kind)
-    defer { engine.close() }
-    let segment = try engine.openSegment(peer.name)
-    let local = GuardedMemory(1 << 20)
+    try withStoppablePeer(kind, 1 << 20, checkRacingSubmit)
+  }
+
+  private func checkRacingSubmit(_ pair: Setting) throws {
+    let (peer, engine) = (pair.peer, pair.engine)
     peer.stop()
-    let requests = (0..<256).map { index in
-      TransferRequest(
-        opcode: .read, segment: segment, source: local.address + index * 4096,
-        targetOffset: peer.address + UInt64(index * 4096), length: 4096)
-    }
+    let requests = (0..<256).map { pair.read(UInt64($0 * 4096), 4096, to: $0 * 4096) }
     for round in 0..<30 {
       let batch = try engine.createBatch(capacity: 256)
       let canceler = try WorkerThread.start(name: "cancel") {
