@@ -245,8 +245,8 @@ final class PayloadDownload {
     }
   }
 
-  /// Asks whether the name has another version by now; who holds this one, too, since nobody that is
-  /// known has more of it.
+  /// Asks whether the name has another version by now; who holds this one, too, since nobody that
+  /// is known has more of it.
   private func lookForSuccessor(_ now: UInt64) {
     guard !isLooking, now >= nextLook, let present = directory.present else { return }
     isLooking = true

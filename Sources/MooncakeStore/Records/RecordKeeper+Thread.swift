@@ -114,8 +114,8 @@ extension RecordKeeper {
     return isSound
   }
 
-  /// What hangs on the lease and belongs to nothing that is held here: a put whose answer never came
-  /// takes effect as late as the service pleases, also after what it put has been taken back.
+  /// What hangs on the lease and belongs to nothing that is held here: a put whose answer never
+  /// came takes effect as late as the service pleases, also after what it put was taken back.
   private func remove(_ strays: [String]) throws(EngineError) {
     let late = unknown(strays)
     if late.isEmpty { return }

@@ -132,8 +132,8 @@ package protocol MetadataStore: AnyObject, Sendable {
   func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease?
 
   /// Gives a lease its full time again and looks whether what was put still stands. Adds to
-  /// `strays` what else hangs on the lease, where keys do: what has been put meanwhile, and what was
-  /// put without an answer and has come after it was deleted.
+  /// `strays` what else hangs on the lease, where keys do: what has been put meanwhile, and what
+  /// was put without an answer and has come after it was deleted.
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: MetadataCall
