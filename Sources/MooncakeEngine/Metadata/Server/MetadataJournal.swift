@@ -3,8 +3,9 @@ import Glibc
 import MooncakeSystem
 
 /// The changes of a metadata server in a file, so that a restart loses none. Each record is added
-/// behind the others and synced before its request is answered; a file that has grown far beyond
-/// its contents is written anew beside and renamed.
+/// behind the others and synced before its request is answered; a commit is only written when the
+/// one before is safe. A file that has grown far beyond its contents is written anew beside and
+/// renamed.
 package final class MetadataJournal {
   package typealias Record = MetadataJournalFormat.Record
 
@@ -23,19 +24,25 @@ package final class MetadataJournal {
   private let path: String
   private let disk: Disk
   private var fileBytes: Int
-  private var pending: [UInt8] = []
-  /// A record could not be written: what follows makes no sense without it.
+  /// Of these, those that were synced.
+  private var safeBytes = 0
+  private var head = MetadataJournalFormat.Head(file: .random(in: 0 ... .max))
+  /// Tells what this run of the server has written from what others have left there.
+  private let run = UInt32.random(in: 0 ... .max)
+  private var pending: [Record] = []
+  /// A record could not be written, and what follows makes no sense without it; or the file is of a
+  /// former format. The next commit writes it anew.
   private var isBehind = false
   /// The file as it was when it could not be written anew.
   private var failedFileBytes = 0
   private static let name = "journal"
   private static let slackBytes = 4 << 20
-  private static let loadBytes = 1 << 20
-  private static let restore = "restore it from a copy, or"
+  private static let chunkBytes = 1 << 20
 
   /// Opens or creates the journal of a directory and reads every record of it in order; `replay`
-  /// says what is wrong with one that makes no sense. What a crash has left half-written at the end
-  /// is cut off. Anything else that is wrong is an error, and the file stays as it is.
+  /// says what is wrong with one that makes no sense. What a crash has left of the last commit, if
+  /// that was never safe, is cut off where it is damaged. Anything else that is wrong is an error,
+  /// and the file stays as it is.
   package init(
     directory path: String, disk: Disk = Disk(), _ replay: (Record) -> String?
   ) throws(EngineError) {
@@ -53,14 +60,8 @@ package final class MetadataJournal {
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw Self.failure(path, "\(Errno.current)") }
     fileBytes = Int(status.st_size)
-    if fileBytes > 0 {
-      try cut(to: read(replay))
-      // A former process may have written it and not have come to sync it.
-      if disk.syncData(file.rawValue) != 0 {
-        throw Self.failure(path, "syncing \(Self.name): \(Errno.current)")
-      }
-    }
-    try create()
+    if fileBytes > 0 { try start(replay) }
+    if fileBytes == 0 { try create() }
   }
 
   /// Closing alone would not do while a child of a fork has the file open. That child never ends
@@ -81,11 +82,41 @@ package final class MetadataJournal {
 
   // MARK: Start
 
-  /// Writes the head of an empty file, and makes the names of file and directory as safe as it.
+  /// Reads what a former run has left.
+  private func start(_ replay: (Record) -> String?) throws(EngineError) {
+    var reader = MetadataJournalReader(
+      file.rawValue, path: path + "/" + Self.name, fileBytes: fileBytes)
+    let contents = try reader.read(replay)
+    try cut(to: contents)
+    if fileBytes == 0 { return }
+    // A former process may have written it and not have come to sync it.
+    if disk.syncData(file.rawValue) != 0 {
+      throw Self.failure(path, "syncing \(Self.name): \(Errno.current)")
+    }
+    safeBytes = fileBytes
+    try syncNames()
+    isBehind = contents.isFormer
+    guard let head = contents.head else { return }
+    self.head = head
+    if !contents.isMarked { mark() }
+  }
+
+  /// Writes the head of an empty file.
   private func create() throws(EngineError) {
-    if fileBytes == 0 { pending = MetadataJournalFormat.head }
     do throws(Errno) {
-      try commit { [] }
+      try Self.write(head.bytes, to: file.rawValue, at: 0)
+      if disk.syncData(file.rawValue) != 0 { throw Errno.current }
+    } catch {
+      throw Self.failure(path, "making the journal: \(error)")
+    }
+    fileBytes = head.safeBytes
+    safeBytes = fileBytes
+    try syncNames()
+  }
+
+  /// Makes the names of file and directory as safe as the file.
+  private func syncNames() throws(EngineError) {
+    do throws(Errno) {
       try syncDirectory(directory.rawValue)
       // It may be closed to this user, who then has not made the directory either.
       guard let parent = try? FileDescriptor.open(path + "/..", flags: O_RDONLY | O_DIRECTORY)
@@ -103,90 +134,9 @@ package final class MetadataJournal {
     if error.rawValue != EINVAL { throw error }
   }
 
-  /// Hands every record over; returns how many bytes of the file are good.
-  private func read(_ replay: (Record) -> String?) throws(EngineError) -> Int {
-    let end = try endWithoutZeros()
-    var start = 0
-    var bytes = try load(0, min(end, Self.loadBytes))
-    let head = bytes.withUnsafeBytes { MetadataJournalFormat.readHead($0, fileBytes: fileBytes) }
-    var position: Int
-    switch head {
-    case .present(let next): position = next
-    case .unfinished: return 0
-    case .version(let version):
-      throw refusal(
-        at: 0, "it has format \(version), which another version of this server writes",
-        "use that version, or")
-    case .foreign: throw refusal(at: 0, "this is not how a journal begins", Self.restore)
-    }
-    while true {
-      let found = bytes.withUnsafeBytes { MetadataJournalFormat.read($0, at: position - start) }
-      switch found {
-      case .record(let record, let next):
-        if let problem = replay(record) { throw refusal(at: position, problem, Self.restore) }
-        position = start + next
-      case .damage(let what): throw refusal(at: position, what, Self.restore)
-      case .beginning:
-        let known = start + bytes.count
-        if known == end { return position }
-        bytes = try load(
-          position, min(end - position, max(Self.loadBytes, 2 * (known - position))))
-        start = position
-      }
-    }
-  }
-
-  /// Where the zeros begin in which the file ends, if it does.
-  private func endWithoutZeros() throws(EngineError) -> Int {
-    var end = fileBytes
-    while end > 0 {
-      let bytes = try load(max(0, end - Self.loadBytes), min(end, Self.loadBytes))
-      if let last = bytes.lastIndex(where: { $0 != 0 }) { return end - bytes.count + last + 1 }
-      end -= bytes.count
-    }
-    return 0
-  }
-
-  /// Bytes of the file. They are not mapped, since a disk's error would end the process.
-  private func load(_ offset: Int, _ count: Int) throws(EngineError) -> [UInt8] {
-    let descriptor = file.rawValue
-    do throws(Errno) {
-      return try readWhole(descriptor, offset, count)
-    } catch {
-      throw Self.failure(path, "reading \(Self.name) at byte \(offset): \(error)")
-    }
-  }
-
-  private func readWhole(
-    _ descriptor: Int32, _ offset: Int, _ count: Int
-  ) throws(Errno) -> [UInt8] {
-    var bytes = [UInt8](repeating: 0, count: count)
-    var done = 0
-    while done < count {
-      let more = try bytes.withUnsafeMutableBytes { buffer in
-        Result { () throws(Errno) in
-          try retryingInterrupts {
-            pread(descriptor, buffer.baseAddress! + done, count - done, off_t(offset + done))
-          }
-        }
-      }.get()
-      // Somebody has cut the file.
-      if more == 0 { throw Errno(EIO) }
-      done += more
-    }
-    return bytes
-  }
-
-  private func refusal(at offset: Int, _ found: String, _ advice: String) -> EngineError {
-    EngineError(
-      .system,
-      "metadata server: \(path)/\(Self.name): byte \(offset) of \(fileBytes): \(found); the file "
-        + "stays as it is, and the server does not start, since it would lose what follows: "
-        + "\(advice) move the file away to start empty (engines that run put their keys again)")
-  }
-
   /// Drops what a crash has left half-written.
-  private func cut(to keptBytes: Int) throws(EngineError) {
+  private func cut(to contents: MetadataJournalReader.Contents) throws(EngineError) {
+    let keptBytes = contents.byteCount
     if keptBytes == fileBytes { return }
     let lostBytes = fileBytes - keptBytes
     if disk.truncate(file.rawValue, keptBytes) != 0 {
@@ -198,13 +148,14 @@ package final class MetadataJournal {
         + (keptBytes == 0
           ? "it holds \(lostBytes) bytes and no whole head, as after a crash while it was made: "
             + "made anew"
-          : "the last \(lostBytes) bytes are no whole record, as after a crash: cut off"))
+          : "the last \(lostBytes) bytes, from byte \(keptBytes) on, are what a crash left of "
+            + "changes that nobody was told of (\(contents.loss)): cut off"))
   }
 
   // MARK: Changes
 
   /// Adds a record; it is safe after the next `commit`.
-  package func append(_ record: Record) { MetadataJournalFormat.encode(record, into: &pending) }
+  package func append(_ record: Record) { pending.append(record) }
 
   package var hasPending: Bool { !pending.isEmpty }
 
@@ -212,20 +163,38 @@ package final class MetadataJournal {
   /// next one writes it anew from the whole contents, so that nothing is missing in between.
   package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
-    defer { pending.removeAll(keepingCapacity: pending.count < 1 << 20) }
+    defer { pending = [] }
     if isBehind {
       try rewrite(contents())
       return
     }
+    var end = fileBytes
     do throws(Errno) {
-      try Self.write(pending, to: file.rawValue, at: fileBytes)
+      end = try Self.write(pending, to: file.rawValue, at: fileBytes, of: commit(head, safeBytes))
       if disk.syncData(file.rawValue) != 0 { throw Errno.current }
     } catch {
       isBehind = true
       _ = disk.truncate(file.rawValue, fileBytes)
       throw error
     }
-    fileBytes += pending.count
+    fileBytes = end
+    safeBytes = end
+    mark()
+  }
+
+  /// Tells what follows that everything before is safe. Nobody waits until that is safe itself, and
+  /// without it the next commit tells the same.
+  private func mark() {
+    do throws(Errno) {
+      fileBytes = try Self.write(
+        [.mark], to: file.rawValue, at: fileBytes, of: commit(head, safeBytes))
+    } catch {}
+  }
+
+  private func commit(
+    _ head: MetadataJournalFormat.Head, _ safeBytes: Int
+  ) -> MetadataJournalFormat.Commit {
+    MetadataJournalFormat.Commit(file: head.file, run: run, safeBytes: safeBytes)
   }
 
   /// Whether the file is mostly history.
@@ -234,15 +203,20 @@ package final class MetadataJournal {
   }
 
   /// Replaces the file by one that says the same in fewer records. After an error it is as before.
-  package func rewrite(_ records: some Sequence<Record>) throws(Errno) {
+  package func rewrite(_ records: [Record]) throws(Errno) {
     let newPath = path + "/" + Self.name + ".new"
     do throws(Errno) {
       let new = try FileDescriptor.open(newPath, flags: O_RDWR | O_CREAT | O_TRUNC)
-      let byteCount = try Self.write(records, to: new.rawValue)
+      var head = MetadataJournalFormat.Head(file: .random(in: 0 ... .max))
+      head.safeBytes = try Self.write(
+        records, to: new.rawValue, at: head.safeBytes, of: commit(head, head.safeBytes))
+      try Self.write(head.bytes, to: new.rawValue, at: 0)
       if disk.sync(new.rawValue) != 0 { throw Errno.current }
       if rename(newPath, path + "/" + Self.name) != 0 { throw Errno.current }
       file = new
-      fileBytes = byteCount
+      fileBytes = head.safeBytes
+      safeBytes = fileBytes
+      self.head = head
     } catch {
       unlink(newPath)
       failedFileBytes = fileBytes
@@ -254,21 +228,21 @@ package final class MetadataJournal {
     isBehind = false
   }
 
-  /// Writes a whole file; returns its length.
+  /// Writes records behind what a file holds; returns where they end.
   private static func write(
-    _ records: some Sequence<Record>, to file: Int32
+    _ records: [Record], to file: Int32, at offset: Int, of commit: MetadataJournalFormat.Commit
   ) throws(Errno) -> Int {
-    var written = 0
-    var bytes = MetadataJournalFormat.head
+    var end = offset
+    var bytes: [UInt8] = []
     for record in records {
-      MetadataJournalFormat.encode(record, into: &bytes)
-      if bytes.count < 1 << 20 { continue }
-      try write(bytes, to: file, at: written)
-      written += bytes.count
+      MetadataJournalFormat.encode(record, at: end + bytes.count, of: commit, into: &bytes)
+      if bytes.count < Self.chunkBytes { continue }
+      try write(bytes, to: file, at: end)
+      end += bytes.count
       bytes.removeAll(keepingCapacity: true)
     }
-    try write(bytes, to: file, at: written)
-    return written + bytes.count
+    try write(bytes, to: file, at: end)
+    return end + bytes.count
   }
 
   private static func write(_ bytes: [UInt8], to file: Int32, at offset: Int) throws(Errno) {

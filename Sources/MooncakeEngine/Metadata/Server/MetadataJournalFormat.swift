@@ -1,50 +1,91 @@
 /// How the changes of a metadata server lie in a file: a head, then record behind record.
 ///
-/// A record is its length, a checksum of the rest, a checksum of these two, and the rest: kind,
-/// number, length of the key, key, value, end mark. The length has a checksum of its own, so that a
-/// record that ends too early is told from one whose length was damaged. The end mark is not zero,
-/// so that no whole record ends in the zeros that some file systems leave behind a crash.
+/// The head is a line of text, a random number of the file, how many of its bytes were safe on the
+/// disk before it got its name, and a checksum.
+///
+/// A record is a header and the rest: kind, number, length of the key, key, value, end mark. The
+/// header has the length and a checksum of the rest; how many bytes of the file were safe when the
+/// record was written; a random number of the server's run; and a checksum of its own. That one
+/// also covers the number of the file and the record's position: neither what a disk still has of
+/// other files nor a client's value passes for a record.
+///
+/// Behind a commit that is safe comes a mark, a record that changes nothing and that nobody waits
+/// for: it tells what was safe even if no other commit follows. It becomes safe with the next one,
+/// whose records tell of as many bytes. Nothing is ever written over, so a copy that is made
+/// meanwhile is whole, too.
 package enum MetadataJournalFormat {
-  /// One change.
+  /// One change, or a mark.
   package enum Record: Equatable, Sendable {
     case put(key: String, value: [UInt8], lease: UInt64)
     case delete(key: String)
     case grant(lease: UInt64, ttlMilliseconds: UInt64)
     case revoke(lease: UInt64)
+    case mark
   }
 
-  /// What stands at a place of a file.
-  package enum Found: Equatable {
-    case record(Record, next: Int)
-    /// Nothing, or only the beginning of a record: what a crash leaves of an unfinished write.
-    case beginning
-    /// Bytes that no crash leaves, and what is wrong with them.
-    case damage(String)
+  /// What a file of this version begins with.
+  package struct Head: Equatable, Sendable {
+    package var file: UInt64
+    package var safeBytes: Int
+
+    package static let byteCount = line.utf8.count + 20
+
+    package init(file: UInt64, safeBytes: Int = Head.byteCount) {
+      self.file = file
+      self.safeBytes = safeBytes
+    }
+
+    package var bytes: [UInt8] {
+      var bytes = Array(line.utf8)
+      bytes.append(number: file)
+      bytes.append(number: UInt64(safeBytes))
+      bytes.append(number: bytes.withUnsafeBytes { Checksum.crc32($0) })
+      return bytes
+    }
   }
 
-  /// What a file begins with.
-  package enum Head: Equatable {
-    case present(next: Int)
+  /// What is found where a file begins.
+  package enum Beginning: Equatable {
+    case head(Head)
+    /// Format 2: its records do not tell what was safe.
+    case former(next: Int)
     /// Less than a head, as a crash leaves it when the file was just made.
     case unfinished
     /// Written by another version of the server.
     case version(String)
     case foreign
+    case damage
   }
 
-  private static let version = "2"
+  /// What a record belongs to.
+  package struct Commit: Equatable, Sendable {
+    package var file: UInt64
+    package var run: UInt32
+    package var safeBytes: Int
+
+    package init(file: UInt64, run: UInt32, safeBytes: Int) {
+      self.file = file
+      self.run = run
+      self.safeBytes = safeBytes
+    }
+  }
+
   private static let name = "mooncake metadata "
-  private static let headerBytes = 12
+  private static let line = "\(name)3\n"
+  private static let formerLine = "\(name)2\n"
   private static let fixedBytes = 14
   private static let endMark: UInt8 = 0xA5
+  private static let markKind: UInt8 = 5
 
-  package static var head: [UInt8] { Array("\(name)\(version)\n".utf8) }
-
-  /// Looks at the first bytes of a file, without zeros in which it ends.
-  package static func readHead(_ bytes: UnsafeRawBufferPointer, fileBytes: Int) -> Head {
-    if bytes.starts(with: head) { return .present(next: head.count) }
-    if fileBytes <= head.count, head.starts(with: bytes) { return .unfinished }
-    let digits = bytes.dropFirst(name.utf8.count).prefix(20).prefix { (48...57).contains($0) }
+  /// Looks at the first bytes of a file: as many as a head has, all if there are fewer.
+  package static func readBeginning(
+    _ bytes: UnsafeRawBufferPointer, fileBytes: Int
+  ) -> Beginning {
+    if let head = readHead(bytes) { return .head(head) }
+    if bytes.starts(with: formerLine.utf8) { return .former(next: formerLine.utf8.count) }
+    if isUnfinished(bytes, fileBytes: fileBytes) { return .unfinished }
+    if bytes.starts(with: line.utf8) { return .damage }
+    let digits = bytes.dropFirst(name.utf8.count).prefix { (48...57).contains($0) }
     let end = digits.endIndex
     guard bytes.starts(with: name.utf8), !digits.isEmpty, end < bytes.count, bytes[end] == 10 else {
       return .foreign
@@ -52,86 +93,168 @@ package enum MetadataJournalFormat {
     return .version(String(decoding: digits, as: UTF8.self))
   }
 
-  package static func encode(_ record: Record, into bytes: inout [UInt8]) {
-    let (kind, number, key, value): (UInt8, UInt64, String, [UInt8]) =
-      switch record {
-      case .put(let key, let value, let lease): (1, lease, key, value)
-      case .delete(let key): (2, 0, key, [])
-      case .grant(let lease, let ttl): (3, lease, "", Self.bytes(ttl, 8))
-      case .revoke(let lease): (4, lease, "", [])
-      }
-    encode(kind: kind, number: number, key: Array(key.utf8), value: value, into: &bytes)
+  private static func readHead(_ bytes: UnsafeRawBufferPointer) -> Head? {
+    let sumOffset = Head.byteCount - 4
+    guard bytes.count >= Head.byteCount, bytes.starts(with: line.utf8) else { return nil }
+    let sum = Checksum.crc32(UnsafeRawBufferPointer(rebasing: bytes[..<sumOffset]))
+    if bytes.number(at: sumOffset, UInt32.self) != sum { return nil }
+    return Head(
+      file: bytes.number(at: sumOffset - 16, UInt64.self),
+      safeBytes: Int(clamping: bytes.number(at: sumOffset - 8, UInt64.self)))
+  }
+
+  /// Whether it is nothing but a part of a head, maybe with zeros behind.
+  private static func isUnfinished(_ bytes: UnsafeRawBufferPointer, fileBytes: Int) -> Bool {
+    if fileBytes > Head.byteCount { return false }
+    let count = bytes.lastIndex { $0 != 0 }.map { $0 + 1 } ?? 0
+    let text = bytes[..<count]
+    if count >= line.utf8.count && count < Head.byteCount && text.starts(with: line.utf8) {
+      return true
+    }
+    return line.utf8.starts(with: text)
+      || fileBytes <= formerLine.utf8.count && formerLine.utf8.starts(with: text)
+  }
+
+  // MARK: Writing
+
+  /// Adds a record that will stand at a position of the file.
+  package static func encode(
+    _ record: Record, at position: Int, of commit: Commit, into bytes: inout [UInt8]
+  ) {
+    switch record {
+    case .put(let key, let value, let lease):
+      encode(kind: 1, number: lease, key: key, value: value, at: position, of: commit, into: &bytes)
+    case .delete(let key):
+      encode(kind: 2, key: key, at: position, of: commit, into: &bytes)
+    case .grant(let lease, let ttl):
+      var value: [UInt8] = []
+      value.append(number: ttl)
+      encode(kind: 3, number: lease, value: value, at: position, of: commit, into: &bytes)
+    case .revoke(let lease):
+      encode(kind: 4, number: lease, at: position, of: commit, into: &bytes)
+    case .mark:
+      encode(kind: markKind, at: position, of: commit, into: &bytes)
+    }
   }
 
   package static func encode(
-    kind: UInt8, number: UInt64, key: [UInt8], value: [UInt8], into bytes: inout [UInt8]
+    kind: UInt8, number: UInt64 = 0, key: String = "", value: [UInt8] = [], at position: Int,
+    of commit: Commit, into bytes: inout [UInt8]
   ) {
     let start = bytes.count
-    let length = fixedBytes + key.count + value.count
-    bytes.reserveCapacity(start + headerBytes + length)
-    bytes += [UInt8](repeating: 0, count: headerBytes)
+    bytes.append(contentsOf: repeatElement(0, count: Header.byteCount))
     bytes.append(kind)
-    bytes += Self.bytes(number, 8)
-    bytes += Self.bytes(UInt64(key.count), 4)
-    bytes += key
-    bytes += value
+    bytes.append(number: number)
+    bytes.append(number: UInt32(key.utf8.count))
+    bytes.append(contentsOf: key.utf8)
+    bytes.append(contentsOf: value)
     bytes.append(endMark)
-    let sum = bytes.withUnsafeBytes {
-      Checksum.crc32(UnsafeRawBufferPointer(rebasing: $0[(start + headerBytes)...]))
+    bytes.withUnsafeMutableBytes { all in
+      let rest = UnsafeRawBufferPointer(rebasing: all[(start + Header.byteCount)...])
+      let header = Header(
+        length: rest.count, sum: Checksum.crc32(rest), safeBytes: commit.safeBytes,
+        run: commit.run)
+      header.store(
+        in: UnsafeMutableRawBufferPointer(rebasing: all[start...]), at: position, of: commit.file)
     }
-    let header = Self.bytes(UInt64(length), 4) + Self.bytes(UInt64(sum), 4)
-    let headerSum = header.withUnsafeBytes { Checksum.crc32($0) }
-    bytes.replaceSubrange(
-      start..<(start + headerBytes), with: header + Self.bytes(UInt64(headerSum), 4))
   }
+}
 
-  /// Reads what stands at a position of some bytes of a file, without zeros in which it ends.
-  package static func read(_ bytes: UnsafeRawBufferPointer, at position: Int) -> Found {
-    let left = bytes.count - position
-    if left < headerBytes { return .beginning }
-    let header = UnsafeRawBufferPointer(rebasing: bytes[position..<(position + headerBytes - 4)])
-    guard UInt64(Checksum.crc32(header)) == number(bytes, position + headerBytes - 4, 4) else {
-      return .damage("the header of a record does not match its checksum")
-    }
-    let length = Int(number(header, 0, 4))
-    if length > left - headerBytes { return .beginning }
-    let start = position + headerBytes
-    let rest = UnsafeRawBufferPointer(rebasing: bytes[start..<(start + length)])
-    guard UInt64(Checksum.crc32(rest)) == number(header, 4, 4) else {
-      return .damage("a record of \(headerBytes + length) bytes does not match its checksum")
-    }
-    return decode(rest).map { .record($0, next: start + length) }
-      ?? .damage(
-        "a record of kind \(rest.first ?? 0) is none that this version knows: a newer one may "
-          + "have written it")
-  }
+// MARK: Reading
 
-  private static func decode(_ rest: UnsafeRawBufferPointer) -> Record? {
+extension MetadataJournalFormat {
+  /// Reads the rest of a record; nil if it is none that this version knows.
+  static func decode(_ rest: UnsafeRawBufferPointer) -> Record? {
     guard rest.count >= fixedBytes, rest.last == endMark else { return nil }
     let keyStart = fixedBytes - 1
-    let keyCount = Int(number(rest, 9, 4))
+    let keyCount = Int(rest.number(at: 9, UInt32.self))
     guard keyCount <= rest.count - fixedBytes,
       let key = String(validating: rest[keyStart..<(keyStart + keyCount)], as: UTF8.self)
     else { return nil }
     let value = UnsafeRawBufferPointer(rebasing: rest[(keyStart + keyCount)..<(rest.count - 1)])
-    let lease = number(rest, 1, 8)
+    let number = rest.number(at: 1, UInt64.self)
     switch rest[0] {
-    case 1: return .put(key: key, value: Array(value), lease: lease)
+    case 1: return .put(key: key, value: Array(value), lease: number)
     case 2: return .delete(key: key)
     case 3 where value.count == 8:
-      return .grant(lease: lease, ttlMilliseconds: number(value, 0, 8))
-    case 4: return .revoke(lease: lease)
+      return .grant(lease: number, ttlMilliseconds: value.number(at: 0, UInt64.self))
+    case 4: return .revoke(lease: number)
+    case markKind: return .mark
     default: return nil
     }
   }
 
-  private static func bytes(_ number: UInt64, _ count: Int) -> [UInt8] {
-    (0..<count).map { UInt8(truncatingIfNeeded: number >> UInt64($0 * 8)) }
-  }
+  /// What stands before the rest of a record.
+  struct Header {
+    var length: Int
+    var sum: UInt32
+    var safeBytes: Int
+    var run: UInt32
 
-  private static func number(
-    _ bytes: UnsafeRawBufferPointer, _ position: Int, _ count: Int
-  ) -> UInt64 {
-    (0..<count).reduce(0) { $0 | UInt64(bytes[position + $1]) << UInt64($1 * 8) }
+    static let byteCount = 24
+    static let formerByteCount = 12
+
+    init(length: Int, sum: UInt32, safeBytes: Int, run: UInt32) {
+      self.length = length
+      self.sum = sum
+      self.safeBytes = safeBytes
+      self.run = run
+    }
+
+    /// Reads a header at a position of a file, nil for one of format 2, which knows only length and
+    /// checksums. nil if its checksum does not match.
+    init?(_ bytes: UnsafeRawBufferPointer, at position: Int, of file: UInt64?) {
+      let sumOffset = (file == nil ? Self.formerByteCount : Self.byteCount) - 4
+      let covered = UnsafeRawBufferPointer(rebasing: bytes[..<sumOffset])
+      let sum = Self.checksum(covered, position, file)
+      if bytes.number(at: sumOffset, UInt32.self) != sum { return nil }
+      length = Int(bytes.number(at: 0, UInt32.self))
+      self.sum = bytes.number(at: 4, UInt32.self)
+      safeBytes = file == nil ? 0 : Int(clamping: bytes.number(at: 8, UInt64.self))
+      run = file == nil ? 0 : bytes.number(at: 16, UInt32.self)
+    }
+
+    func store(in bytes: UnsafeMutableRawBufferPointer, at position: Int, of file: UInt64) {
+      bytes.storeBytes(of: UInt32(length).littleEndian, as: UInt32.self)
+      bytes.storeBytes(of: sum.littleEndian, toByteOffset: 4, as: UInt32.self)
+      bytes.storeBytes(of: UInt64(safeBytes).littleEndian, toByteOffset: 8, as: UInt64.self)
+      bytes.storeBytes(of: run.littleEndian, toByteOffset: 16, as: UInt32.self)
+      let covered = UnsafeRawBufferPointer(rebasing: bytes[..<(Self.byteCount - 4)])
+      bytes.storeBytes(
+        of: Self.checksum(covered, position, file).littleEndian, toByteOffset: covered.count,
+        as: UInt32.self)
+    }
+
+    private static func checksum(
+      _ covered: UnsafeRawBufferPointer, _ position: Int, _ file: UInt64?
+    ) -> UInt32 {
+      guard let file else { return Checksum.crc32(covered) }
+      let place = (file.littleEndian, UInt64(position).littleEndian)
+      return Checksum.crc32(covered, after: withUnsafeBytes(of: place) { Checksum.crc32($0) })
+    }
+
+    func isSameCommit(as other: Header) -> Bool {
+      safeBytes == other.safeBytes && run == other.run
+    }
+
+    /// Whether bytes, if they are a header, tell of so many safe bytes: faster than to read one.
+    static func mayTell(_ bytes: UnsafeRawBufferPointer, safeBytes: ClosedRange<Int>) -> Bool {
+      safeBytes.contains(Int(clamping: bytes.number(at: 8, UInt64.self)))
+    }
+  }
+}
+
+extension UnsafeRawBufferPointer {
+  /// Numbers in files begin with their lowest byte.
+  func number<Number: FixedWidthInteger & BitwiseCopyable>(
+    at offset: Int, _ type: Number.Type
+  ) -> Number {
+    Number(littleEndian: loadUnaligned(fromByteOffset: offset, as: type))
+  }
+}
+
+extension [UInt8] {
+  fileprivate mutating func append(number: some FixedWidthInteger) {
+    Swift.withUnsafeBytes(of: number.littleEndian) { append(contentsOf: $0) }
   }
 }

@@ -324,6 +324,7 @@ struct MetadataRules {
     case .revoke(let lease):
       _ = table.revoke(lease)
       return nil
+    case .mark: return nil
     }
   }
 

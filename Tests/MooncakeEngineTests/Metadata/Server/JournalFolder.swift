@@ -16,11 +16,7 @@ final class JournalFolder: Sendable {
   var bytes: [UInt8] {
     get {
       guard let file = try? FileDescriptor.open(file, flags: O_RDONLY) else { return [] }
-      var bytes = [UInt8](repeating: 0, count: 64 << 10)
-      let count = bytes.withUnsafeMutableBytes {
-        Glibc.read(file.rawValue, $0.baseAddress, $0.count)
-      }
-      return Array(bytes.prefix(max(0, count)))
+      return Self.bytes(of: file.rawValue)
     }
     set {
       // Some file systems sync a file that is written over.
@@ -30,18 +26,31 @@ final class JournalFolder: Sendable {
     }
   }
 
+  /// What an open file holds.
+  static func bytes(of file: Int32) -> [UInt8] {
+    [UInt8](unsafeUninitializedCapacity: 1 << 20) { buffer, count in
+      count = max(0, pread(file, buffer.baseAddress, buffer.count, 0))
+    }
+  }
+
   /// Thousands of starts would wait for the disk for long.
-  private static let fastDisk = {
+  static let fastDisk = {
     var disk = MetadataJournal.Disk()
     disk.sync = { _ in 0 }
     disk.syncData = { _ in 0 }
     return disk
   }()
 
-  func write(_ records: [MetadataJournal.Record]) throws {
-    let journal = try MetadataJournal(directory: path, disk: Self.fastDisk) { _ in nil }
-    for record in records { journal.append(record) }
-    try journal.commit { [] }
+  func write(_ records: [MetadataJournal.Record]) throws { try write(commits: [records]) }
+
+  func write(
+    commits: [[MetadataJournal.Record]], disk: MetadataJournal.Disk = fastDisk
+  ) throws {
+    let journal = try MetadataJournal(directory: path, disk: disk) { _ in nil }
+    for records in commits {
+      for record in records { journal.append(record) }
+      try journal.commit { [] }
+    }
   }
 
   func read() throws -> [MetadataJournal.Record] {
