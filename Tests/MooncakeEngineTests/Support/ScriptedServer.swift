@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 import MooncakeSystem
 import Synchronization
@@ -8,6 +9,7 @@ final class ScriptedServer: @unchecked Sendable {
   // Unchecked: the acceptor is written once before the object is shared.
   enum Reply {
     case text(String)
+    case bytes([UInt8])
     /// An answer of HTTP.
     case http(Int, String)
     /// Ends the connection without a word.
@@ -87,6 +89,7 @@ final class ScriptedServer: @unchecked Sendable {
       seen.withLock { $0.append(request) }
       switch script(request) {
       case .text(let answer): connection.send(Array(answer.utf8))
+      case .bytes(let answer): connection.send(answer)
       case .http(let status, let body):
         let head = "HTTP/1.1 \(status) Said\r\nContent-Length: \(body.utf8.count)\r\n\r\n"
         connection.send(Array((head + body).utf8))

@@ -24,15 +24,18 @@ struct MetadataRules {
     case ("/metadata", .put): return put(exchange, parameter)
     case ("/metadata", .delete): return delete(parameter)
     case ("/metadata/values", .post): return values(exchange)
+    case ("/metadata/delete", .post): return deleteIfUnchanged(exchange, parameter)
     case ("/metadata/lease", .post): return postLease(parameter, now)
     case ("/metadata/lease", .get): return listLease(parameter)
     case ("/metadata/lease", .delete): return deleteLease(parameter)
     case ("/health", .get): return health()
-    case ("/metadata", _), ("/metadata/lease", _), ("/metadata/values", _), ("/health", _):
+    case ("/metadata", _), ("/metadata/lease", _), ("/metadata/values", _),
+      ("/metadata/delete", _), ("/health", _):
       return Answer(405, "method not allowed\n")
     default:
       return Answer(
-        404, "no such path: use /metadata, /metadata/lease, /metadata/values or /health\n")
+        404,
+        "no such path: use /metadata, below it /lease, /values or /delete, or /health\n")
     }
   }
 
@@ -130,6 +133,20 @@ struct MetadataRules {
     if !table.delete(key) { return Answer(404, "metadata not found\n") }
     records.append(.delete(key: key.text))
     return Answer(200, "metadata deleted\n")
+  }
+
+  /// Deletes a key if its value is the body; whatever else stands there stays.
+  private mutating func deleteIfUnchanged(
+    _ exchange: MetadataExchange, _ parameter: (String) -> Parameter
+  ) -> Answer {
+    guard let key = key(parameter) else { return Self.keyMissing }
+    let isDeleted = !exchange.isTooLarge && table.delete(key, ifItIs: exchange.body)
+    if isDeleted { records.append(.delete(key: key.text)) }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("deleted", isDeleted ? 1 : 0)
+    writer.endObject()
+    return Answer(200, writer.text, isJSON: true)
   }
 
   private func list(_ prefix: String, _ parameter: (String) -> Parameter) -> Answer {

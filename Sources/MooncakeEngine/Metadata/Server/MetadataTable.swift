@@ -125,6 +125,11 @@ package struct MetadataTable {
     note(key, value)
   }
 
+  /// Deletes a key if it has a value; returns whether it had.
+  package mutating func delete(_ key: MetadataKey, ifItIs value: [UInt8]) -> Bool {
+    entries[key]?.value == value && delete(key)
+  }
+
   /// Returns whether it was there.
   package mutating func delete(_ key: MetadataKey) -> Bool {
     if !forget(key) { return false }

@@ -105,8 +105,7 @@ package final class HTTPStore: MetadataStore {
     while values.count < keys.count {
       let (part, question) = Self.question(for: keys[values.count...])
       let response = try ask(.post, [:], phase, call, at: "/values", body: question)
-      // Servers of older releases have no such path.
-      if [400, 404, 405, 501].contains(response.status) {
+      if Self.isUnknown(response) {
         for key in keys[values.count...] {
           let bytes = try bytes(key, "get '\(key)'", call)
           values.append(bytes.map { String(decoding: $0, as: UTF8.self) })
@@ -223,8 +222,7 @@ package final class HTTPStore: MetadataStore {
         .invalidArgument, phase, "\(ttlMilliseconds) ms are no time that the server grants",
         "say 100 ms to an hour")
     }
-    // Servers of the existing system know no such path, or no such method.
-    if [400, 404, 405, 501].contains(response.status) { return nil }
+    if Self.isUnknown(response) { return nil }
     try expectSuccess(response, phase)
     return try decode(response, phase) { value throws(EngineError) in
       guard let text = value["lease"]?.string, let id = UInt64(text),
@@ -294,9 +292,25 @@ package final class HTTPStore: MetadataStore {
       if response.status != 404 { try expectSuccess(response, phase) }
       return
     }
-    for entry in entries where try values(of: [entry.key], call)[0] == entry.value {
-      _ = try delete(entry.key, call)
-    }
+    for entry in entries { try deleteUnchanged(entry, call) }
+  }
+
+  /// Deletes a key if it holds a value: in one step on our server, in two on others, where what
+  /// somebody puts between them is deleted with it.
+  private func deleteUnchanged(
+    _ entry: MetadataEntry, _ call: MetadataCall
+  ) throws(EngineError) {
+    let phase = "delete '\(entry.key)' if unchanged"
+    let response = try ask(
+      .post, ["key": entry.key], phase, call, at: "/delete", body: Array(entry.value.utf8))
+    if !Self.isUnknown(response) { return try expectSuccess(response, phase) }
+    let value = try bytes(entry.key, "get '\(entry.key)'", call)
+    if let value, value.elementsEqual(entry.value.utf8) { _ = try delete(entry.key, call) }
+  }
+
+  /// Whether a server does not have what was asked for, as other ones and older releases of ours.
+  private static func isUnknown(_ response: HTTPResponse) -> Bool {
+    [400, 404, 405, 501].contains(response.status)
   }
 
   // MARK: Requests

@@ -16,6 +16,16 @@ struct MetadataTableTests {
     check(table.value(of: key("\u{E9}")) == [1] && table.count == 2)
   }
 
+  @Test func deletesOnlyTheNamedValue() {
+    var table = MetadataTable(revision: 0)
+    check(!table.delete(key("a"), ifItIs: []))
+    check(table.put(key("a"), [1, 2]) == .done)
+    for other in [[], [1], [1, 3], [1, 2, 3]] as [[UInt8]] {
+      check(!table.delete(key("a"), ifItIs: other) && table.count == 1)
+    }
+    check(table.delete(key("a"), ifItIs: [1, 2]) && table.count == 0 && table.usedBytes == 0)
+  }
+
   @Test func pagesInOrder() {
     var table = MetadataTable(revision: 0)
     for index in (0..<100).reversed() { _ = table.put(key("k\(1000 + index)"), [UInt8(index)]) }
