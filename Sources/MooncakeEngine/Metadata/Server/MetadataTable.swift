@@ -88,7 +88,7 @@ package struct MetadataTable {
       return .tooLarge
     }
     if usedBytes + growth(of: old, key, value) > limits.totalBytes { return .full }
-    store(key, value, lease, in: old)
+    store(key, value, lease)
     return .done
   }
 
@@ -97,13 +97,13 @@ package struct MetadataTable {
 
   package mutating func finishRestore() {
     isRestoring = false
-    order = entries.keys.sorted()
+    order = MetadataKey.sorted(entries.keys)
   }
 
   /// Puts what a server with other limits may have taken; false if there is no such lease.
   package mutating func restore(_ key: MetadataKey, _ value: [UInt8], lease: UInt64) -> Bool {
     if lease != 0 && leases[lease] == nil { return false }
-    store(key, value, lease, in: entries[key])
+    store(key, value, lease)
     return true
   }
 
@@ -111,17 +111,15 @@ package struct MetadataTable {
     old.map { value.count - $0.value.count } ?? cost(key, value)
   }
 
-  private mutating func store(
-    _ key: MetadataKey, _ value: [UInt8], _ lease: UInt64, in old: Entry?
-  ) {
+  private mutating func store(_ key: MetadataKey, _ value: [UInt8], _ lease: UInt64) {
+    let old = entries.updateValue(Entry(value: value, lease: lease), forKey: key)
     usedBytes += growth(of: old, key, value)
     if let old {
       if old.lease != lease { leases[old.lease]?.keys.remove(key) }
     } else if !isRestoring {
       order.insert(key, at: place(of: key))
     }
-    entries[key] = Entry(value: value, lease: lease)
-    leases[lease]?.keys.insert(key)
+    if lease != 0 { leases[lease]?.keys.insert(key) }
     note(key, value)
   }
 

@@ -16,6 +16,25 @@ struct MetadataTableTests {
     check(table.value(of: key("\u{E9}")) == [1] && table.count == 2)
   }
 
+  @Test func keysAreSortedByTheirBytes() {
+    // With all kinds of beginnings in common, and of ends.
+    let beginnings = ["", "mooncake/", "mooncake/ram/node-000000000", "mooncake/rpc_meta/\u{E9}"]
+    for beginning in beginnings {
+      var texts: Set<String> = []
+      for _ in 0..<500 {
+        let end = (0..<Int.random(in: 0...40)).map { _ in
+          ["a", "b", "\0", "\u{FFFF}", "/"].randomElement()!
+        }
+        texts.insert(beginning + end.joined())
+      }
+      for text in beginnings { texts.insert(text) }
+      let sorted = MetadataKey.sorted(texts.map { MetadataKey($0) })
+      let expected = texts.sorted { Array($0.utf8).lexicographicallyPrecedes(Array($1.utf8)) }
+      check(sorted.map(\.text) == expected && sorted == sorted.sorted())
+    }
+    check(MetadataKey.sorted([]) == [] && MetadataKey.sorted([key("")]) == [key("")])
+  }
+
   @Test func deletesOnlyTheNamedValue() {
     var table = MetadataTable(revision: 0)
     check(!table.delete(key("a"), ifItIs: []))
