@@ -1,6 +1,7 @@
 """Many segments, hostile contents, hostile addresses."""
 
 import http.client
+import http.server
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import unittest
+import urllib.parse
 
 import lab
 import services
@@ -24,6 +26,47 @@ HOSTILE = (
     b"[" * 100_000, b'{"a":' * 50_000, b'"' + b"x" * 100_000, b'{"name":"\\ud800"}',
     b'{"name":"x","protocol":["tcp",{}],"buffers":{}}',
 )
+
+
+class EternalLeases(http.server.BaseHTTPRequestHandler):
+    """A server that grants every lease for half an eternity."""
+
+    protocol_version = "HTTP/1.1"
+    values = {}
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        text = b'{"revision":1,"entries":[],"keys":1,"lease":"1","ttl_ms":%d}' % (2**64 - 1)
+        status = 200
+        key = query.get("key")
+        if self.command == "PUT":
+            self.values[key] = body
+        elif self.command == "DELETE":
+            self.values.pop(key, None)
+        elif key is not None:
+            text = self.values.get(key, b"")
+            status = 200 if key in self.values else 404
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_PUT = do_POST = do_DELETE = answer
+
+
+class Leases(unittest.TestCase):
+    def test_leases_for_half_an_eternity(self):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EternalLeases)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        level, text = services.doctor(f"http://127.0.0.1:{server.server_port}/metadata")["leases"]
+        self.assertEqual(level, "problem", text)
+        self.assertIn(f"grants {2**64 - 1} ms", text)
 
 
 class Contents(unittest.TestCase):

@@ -74,6 +74,40 @@ struct RefusedRegistrationTests {
     #expect(try directory.descriptor(of: "target", call).buffers.count == 200)
   }
 
+  /// A service that grants leases and takes no keys must not be left with a lease an attempt.
+  @Test func attemptsThatFailUseOneLease() throws {
+    var limits = MetadataLimits()
+    limits.totalBytes = 16 << 10
+    let server = try MetadataServer(MetadataServer.Options(), limits)
+    defer { server.stop() }
+    let engine = try makeEngine {
+      $0.metadataURI = server.uri
+      $0.name = "target"
+    }
+    defer { engine.close() }
+    let client = try MetadataTestClient(to: server)
+    for kind in ["ram", "rpc_meta"] {
+      #expect(try client.ask("DELETE", "/metadata?key=mooncake/\(kind)/target").status == 200)
+    }
+    var fillers = 0
+    for size in [1000, 1] {
+      let value = String(repeating: "v", count: size)
+      while try client.ask("PUT", "/metadata?key=filler\(fillers)", value).status == 200 {
+        fillers += 1
+      }
+    }
+    let failures = engine.publisher?.counters.failures ?? 0
+    #expect(
+      eventually(within: 20_000) { (engine.publisher?.counters.failures ?? 0) >= failures + 4 })
+    let health = try client.ask("GET", "/health").body
+    #expect(health.contains("\"leases\":1,") || health.contains("\"leases\":2,"), "\(health)")
+    for index in 0..<fillers { _ = try client.ask("DELETE", "/metadata?key=filler\(index)") }
+    let store = try MetadataStores.open(MetadataURI(parsing: server.uri))
+    let call = MetadataCall(until: .after(milliseconds: 20_000))
+    #expect(
+      eventually(within: 10_000) { (try? store.get("mooncake/ram/target", call)) ?? nil != nil })
+  }
+
   @Test func sizeIsKnownBefore() throws {
     var descriptor = SegmentDescriptor(name: "a\"b")
     let empty = descriptor.json().utf8.count
