@@ -15,17 +15,29 @@ package struct HolderConnection: Sendable {
     var bufferCount: UInt64
   }
 
-  /// Asks the holder where things are and reads the table of its buffers. `completion` is called
-  /// soon after the deadline at the latest, and must not wait.
+  /// Who waits for what is read from a holder.
+  package struct Recipient: Sendable {
+    /// Whether it is still wanted. Nothing else ends a read whose bytes come.
+    package var isWaiting: @Sendable () -> Bool
+    /// Called when the holder has said where things are.
+    package var reached: @Sendable () -> Void = {}
+    /// Called now and then while bytes come.
+    package var progressed: @Sendable () -> Void = {}
+
+    package init(isWaiting: @escaping @Sendable () -> Bool) { self.isWaiting = isWaiting }
+  }
+
+  /// Asks the holder where things are, which has until the deadline, and reads the table of its
+  /// buffers, for as long as bytes come. `completion` must not wait.
   package static func open(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
-    _ manifest: Manifest, until deadline: Deadline,
+    _ manifest: Manifest, until deadline: Deadline, for recipient: Recipient,
     _ completion: @escaping StoreService.Completion<HolderConnection>
   ) {
     let body: Visit<HolderConnection> = { index, deadline throws(EngineError) in
-      try connect(engine, holder, manifest, index, deadline)
+      try connect(engine, holder, manifest, index, deadline, recipient)
     }
-    visit(engine, workers, holder, manifest.version, deadline, reached: {}, completion, body)
+    visit(engine, workers, holder, manifest.version, deadline, recipient, completion, body)
   }
 
   private typealias Visit<Value> = @Sendable (Index, Deadline) throws(EngineError) -> Value
@@ -34,7 +46,7 @@ package struct HolderConnection: Sendable {
   /// time until one is free is none of the holder's.
   private static func visit<Value: Sendable>(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
-    _ version: PayloadVersion, _ deadline: Deadline, reached: @escaping @Sendable () -> Void,
+    _ version: PayloadVersion, _ deadline: Deadline, _ recipient: Recipient,
     _ completion: @escaping StoreService.Completion<Value>,
     _ body: @escaping Visit<Value>
   ) {
@@ -46,7 +58,7 @@ package struct HolderConnection: Sendable {
       } catch {
         return completion(.failure(error))
       }
-      reached()
+      recipient.reached()
       let left = deadline == .never ? nil : deadline.remainingNanoseconds / 1_000_000
       let isAccepted = workers.run {
         do throws(EngineError) {
@@ -64,14 +76,14 @@ package struct HolderConnection: Sendable {
 
   private static func connect(
     _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest, _ index: Index,
-    _ deadline: Deadline
+    _ deadline: Deadline, _ recipient: Recipient
   ) throws(EngineError) -> HolderConnection {
     let segment = try engine.openSegment(
       holder.segment, timeoutMilliseconds: milliseconds(until: deadline))
     do throws(EngineError) {
       let bytes = try read(
         engine, segment, index.tableAddress,
-        index.bufferCount * UInt64(Holding.rowBytes), deadline)
+        index.bufferCount * UInt64(Holding.rowBytes), recipient)
       guard let layout = layout(bytes, size: manifest.layout.size) else {
         throw EngineError(
           .protocolViolation,
@@ -86,28 +98,36 @@ package struct HolderConnection: Sendable {
 
   package func close(_ engine: TransferEngine) { try? engine.closeSegment(segment) }
 
-  /// Reads the manifest of a version from a holder; `reached` is called when the holder has said
-  /// where it lies.
+  /// Reads the manifest of a version from a holder. Only the question where it lies has a deadline.
   package static func fetchManifest(
-    _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
-    _ version: PayloadVersion, until deadline: Deadline,
-    reached: @escaping @Sendable () -> Void,
+    _ engine: TransferEngine, _ workers: WorkerPool, _ record: HolderRecord,
+    until deadline: Deadline, for recipient: Recipient,
     _ completion: @escaping StoreService.Completion<Manifest>
   ) {
     let body: Visit<Manifest> = { index, deadline throws(EngineError) in
-      try readManifest(engine, holder, version, index, deadline)
+      try readManifest(engine, record, index, deadline, recipient)
     }
-    visit(engine, workers, holder, version, deadline, reached: reached, completion, body)
+    visit(
+      engine, workers, record.holder, record.version, deadline, recipient, completion, body)
   }
 
   private static func readManifest(
-    _ engine: TransferEngine, _ holder: HolderAddress, _ version: PayloadVersion,
-    _ index: Index, _ deadline: Deadline
+    _ engine: TransferEngine, _ record: HolderRecord, _ index: Index, _ deadline: Deadline,
+    _ recipient: Recipient
   ) throws(EngineError) -> Manifest {
+    let (holder, version) = (record.holder, record.version)
+    let limit = Manifest.mostBytes(
+      bufferCount: record.summary.bufferCount, shardCount: record.summary.shardCount)
+    guard index.manifestBytes <= limit else {
+      throw EngineError(
+        .protocolViolation,
+        "holder \(holder.segment): a manifest of \(index.manifestBytes) bytes is longer than that "
+          + "of version \(version) can be")
+    }
     let segment = try engine.openSegment(
       holder.segment, timeoutMilliseconds: milliseconds(until: deadline))
     defer { try? engine.closeSegment(segment) }
-    let bytes = try read(engine, segment, index.manifestAddress, index.manifestBytes, deadline)
+    let bytes = try read(engine, segment, index.manifestAddress, index.manifestBytes, recipient)
     let manifest: Manifest
     do throws(EngineError) {
       manifest = try Manifest(parsing: bytes)
@@ -185,29 +205,75 @@ package struct HolderConnection: Sendable {
       tableAddress: tableAddress, bufferCount: bufferCount)
   }
 
+  /// Makes room as bytes come, for as much again, as the length is only what the holder says.
   private static func read(
     _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64, _ length: UInt64,
-    _ deadline: Deadline
+    _ recipient: Recipient
   ) throws(EngineError) -> [UInt8] {
-    var bytes = [UInt8](repeating: 0, count: Int(length))
-    if length == 0 { return bytes }
-    let timeout = milliseconds(until: deadline)
-    do {
-      try bytes.withUnsafeMutableBytes { memory in
-        let request = TransferRequest(
-          opcode: .read, segment: segment, source: memory.baseAddress, targetOffset: address,
-          length: length)
-        try withUnsafePointer(to: request) { pointer in
-          try engine.transfer(
-            UnsafeBufferPointer(start: pointer, count: 1), timeoutMilliseconds: timeout)
+    var bytes: [UInt8] = []
+    while bytes.count < Int(length) {
+      let start = bytes.count
+      let count = min(Int(length) - start, max(start, firstBytes))
+      bytes.append(contentsOf: repeatElement(0, count: count))
+      do {
+        try bytes.withUnsafeMutableBytes { memory in
+          let part = UnsafeMutableRawBufferPointer(rebasing: memory[start...])
+          try read(engine, segment, address &+ UInt64(start), into: part, recipient)
         }
+      } catch let error as EngineError {
+        throw error
+      } catch {
+        throw EngineError(.system, "\(error)")
       }
-    } catch let error as EngineError {
-      throw error
-    } catch {
-      throw EngineError(.system, "\(error)")
     }
     return bytes
+  }
+
+  private static let firstBytes = 64 << 10
+  private static let tickMilliseconds: UInt64 = 100
+  /// Without a byte for so long a read has failed.
+  private static let silenceMilliseconds: UInt64 = 2000
+
+  /// On any failure nothing is written into the memory any more.
+  private static func read(
+    _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64,
+    into memory: UnsafeMutableRawBufferPointer, _ recipient: Recipient
+  ) throws(EngineError) {
+    let batch = try engine.createBatch(capacity: 1)
+    defer { try? engine.freeBatch(batch) }
+    try engine.submit(batch, count: 1, timeoutMilliseconds: .max, notification: nil) { _ in
+      RawRequest(
+        opcode: Opcode.read.rawValue, segment: segment,
+        source: UInt64(UInt(bitPattern: memory.baseAddress)), targetOffset: address,
+        length: UInt64(memory.count))
+    }
+    var watch = ArrivalWatch(engine, batch, from: segment)
+    while true {
+      do throws(EngineError) {
+        let status = try engine.wait(batch, timeoutMilliseconds: tickMilliseconds)
+        if status.state == .completed { return }
+        throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
+      } catch {
+        guard error.code == .timeout, (try? engine.poll(batch).state.isTerminal) == false else {
+          throw error
+        }
+      }
+      if watch.hasArrived(engine) { recipient.progressed() }
+      let failure: EngineError
+      if !recipient.isWaiting() {
+        failure = EngineError(.canceled, "nobody waits for it any more")
+      } else if watch.isSilent(for: silenceMilliseconds) {
+        failure = EngineError(
+          .timeout,
+          "it says where things are, but sends nothing for \(silenceMilliseconds) ms: is its data "
+            + "port let through, and packets of full size (MTU)?")
+      } else {
+        continue
+      }
+      try? engine.cancel(batch)
+      _ = try? engine.wait(batch)
+      throw failure
+    }
   }
 
   private static func layout(_ bytes: [UInt8], size: UInt64) -> BufferLayout? {
@@ -226,8 +292,9 @@ package struct HolderConnection: Sendable {
     return layout
   }
 
-  /// What is left, at least 1: 0 would mean the default.
+  /// What is left, as calls of the engine want it: at least 1, as 0 means its default; most of all
+  /// for never.
   static func milliseconds(until deadline: Deadline) -> UInt64 {
-    deadline == .never ? 0 : max(1, deadline.remainingNanoseconds / 1_000_000)
+    deadline == .never ? .max : max(1, deadline.remainingNanoseconds / 1_000_000)
   }
 }

@@ -1,5 +1,6 @@
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// Reads the manifest of a version from whoever has it. One holder is asked first; while nobody
 /// answers, more are asked soon, so that silent ones hold nobody up.
@@ -15,10 +16,12 @@ struct ManifestSearch {
   private final class Inbox: Sendable {
     enum News: Sendable {
       case reached(HolderAddress)
+      case progressed
       case read(HolderAddress, Manifest)
       case failed(HolderAddress, EngineError)
     }
     private let news = Lock<[News]>([])
+    private let closed = Atomic(false)
     let event: EventFD
     init() throws(Errno) { event = try EventFD() }
 
@@ -34,6 +37,10 @@ struct ManifestSearch {
         return news
       }
     }
+
+    /// Nobody looks any more.
+    func close() { closed.store(true, ordering: .releasing) }
+    var isClosed: Bool { closed.load(ordering: .acquiring) }
   }
 
   private let engine: TransferEngine
@@ -46,11 +53,17 @@ struct ManifestSearch {
   private var reached: Set<HolderAddress> = []
   private var failures: [String] = []
   private var code = EngineError.Code.noHolder
+  /// When holders were asked last; 0: some shall be asked at once.
+  private var lastStart: UInt64 = 0
+  /// When bytes of a manifest came last, or a holder said where they are.
+  private var lastProgress: UInt64 = 0
 
   private static let askMilliseconds: UInt64 = 2000
   private static let stepNanoseconds: UInt64 = 50_000_000
-  /// A manifest on its way is waited for so long before others are asked, too.
+  /// A manifest of which nothing comes is waited for so long before others are asked, too; and one
+  /// whose bytes come: each further reader makes all of them slower.
   private static let readNanoseconds: UInt64 = 1_000_000_000
+  private static let patienceNanoseconds: UInt64 = 10_000_000_000
   private static let stepCount = 4
   private static let phase = "fetching the manifest"
 
@@ -72,19 +85,20 @@ struct ManifestSearch {
     do throws(Errno) { inbox = try Inbox() } catch {
       throw EngineError(.system, "making an event descriptor: \(error)")
     }
-    var next: UInt64 = 0
+    defer { inbox.close() }
     var count = 1
     while true {
       try bounds.check(Self.phase)
       let now = Clock.now()
-      if now >= next && !waiting.isEmpty {
-        for _ in 0..<count { start(inbox) }
-        (next, count) = (now &+ Self.stepNanoseconds, Self.stepCount)
+      if now >= nextStart && !waiting.isEmpty {
+        let isProgressing = !reached.isEmpty && now &- lastProgress < Self.readNanoseconds
+        for _ in 0..<(isProgressing ? 1 : count) { start(inbox) }
+        (lastStart, count) = (now, Self.stepCount)
       }
       if silent.isEmpty && reached.isEmpty && waiting.isEmpty { throw exhausted(name) }
       bounds.sleep(
         orReadable: inbox.event.descriptor.rawValue,
-        until: waiting.isEmpty ? .never : Deadline(nanoseconds: next))
+        until: waiting.isEmpty ? .never : Deadline(nanoseconds: nextStart))
       try bounds.report(
         StoreProgress(
           phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
@@ -93,7 +107,8 @@ struct ManifestSearch {
         case .reached(let holder):
           silent.remove(holder)
           reached.insert(holder)
-          next = Clock.now() &+ Self.readNanoseconds
+          lastProgress = Clock.now()
+        case .progressed: lastProgress = Clock.now()
         case .read(let holder, let manifest):
           return Outcome(manifest: manifest, source: holder, silent: silent)
         case .failed(let holder, let error):
@@ -102,10 +117,19 @@ struct ManifestSearch {
           // That is what can be mended.
           if error.code == .unsupported { code = .unsupported }
           failures.append("\(holder.segment) at \(holder.rpc): \(error.message)")
-          if reached.isEmpty { next = 0 }
+          if reached.isEmpty { lastStart = 0 }
         }
       }
     }
+  }
+
+  private var nextStart: UInt64 {
+    if lastStart == 0 { return 0 }
+    let step = lastStart &+ Self.stepNanoseconds
+    if reached.isEmpty { return step }
+    return max(
+      step,
+      min(lastProgress &+ Self.readNanoseconds, lastStart &+ Self.patienceNanoseconds))
   }
 
   private mutating func start(_ inbox: Inbox) {
@@ -118,10 +142,13 @@ struct ManifestSearch {
       case .failure(let error): inbox.put(.failed(holder, error))
       }
     }
+    var recipient = HolderConnection.Recipient(isWaiting: { !inbox.isClosed })
+    recipient.reached = { inbox.put(.reached(holder)) }
+    recipient.progressed = { inbox.put(.progressed) }
     HolderConnection.fetchManifest(
-      engine, workers, holder, version,
-      until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)),
-      reached: { inbox.put(.reached(holder)) }, completion)
+      engine, workers, record,
+      until: min(bounds.deadline, .after(milliseconds: Self.askMilliseconds)), for: recipient,
+      completion)
   }
 
   private func exhausted(_ name: String) -> EngineError {

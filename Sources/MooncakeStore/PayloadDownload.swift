@@ -72,6 +72,8 @@ final class PayloadDownload {
       }
     }
 
+    var isClosed: Bool { news.withLock { $0 == nil } }
+
     /// Takes the last ones.
     func close() -> [News] {
       ending.signal()
@@ -265,8 +267,9 @@ final class PayloadDownload {
   private func ask(
     _ holder: HolderAddress, _ request: ShardRequest, _ milliseconds: UInt64
   ) {
-    let deadline = Deadline.after(milliseconds: milliseconds)
+    // Its time begins when it is sent: a worker may have come to it late.
     let question: @Sendable () -> Void = { [engine, manifest, inbox, reader] in
+      let deadline = Deadline.after(milliseconds: milliseconds)
       StoreService.ask(engine, holder, request, until: deadline) { result in
         switch result {
         case .success(let answer):
@@ -279,8 +282,10 @@ final class PayloadDownload {
       }
     }
     if connections[holder] != nil { return question() }
-    HolderConnection.open(engine, workers, holder, manifest, until: deadline) {
-      [engine, inbox] result in
+    let recipient = HolderConnection.Recipient(isWaiting: { [inbox] in !inbox.isClosed })
+    HolderConnection.open(
+      engine, workers, holder, manifest, until: .after(milliseconds: milliseconds), for: recipient
+    ) { [engine, inbox] result in
       switch result {
       case .success(let connection):
         if !inbox.put(.opened(connection)) { return connection.close(engine) }

@@ -1,5 +1,6 @@
 import MooncakeEngine
 import MooncakeSystem
+import Synchronization
 
 /// Moves a range of a payload between the caller's memory and holders, one holder after another
 /// until all has moved.
@@ -59,12 +60,7 @@ struct RangeTransfer {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-        let abandon: @Sendable (HolderConnection) -> Void = { [engine] in $0.close(engine) }
-        let connection = try bounds.wait("opening a holder", abandon: abandon) {
-          [engine, workers, manifest] in
-          HolderConnection.open(
-            engine, workers, record.holder, manifest, until: deadline, $0)
-        }
+        let connection = try open(record.holder, until: deadline)
         defer { connection.close(engine) }
         while position < end { if try !step(connection) { break } }
       } catch {
@@ -79,6 +75,19 @@ struct RangeTransfer {
       code,
       "payload: no live holder for bytes \(position) to \(end); tried: "
         + failures.joined(separator: "; "))
+  }
+
+  private func open(
+    _ holder: HolderAddress, until deadline: Deadline
+  ) throws(EngineError) -> HolderConnection {
+    let left = EndMark()
+    defer { left.set() }
+    let abandon: @Sendable (HolderConnection) -> Void = { [engine] in $0.close(engine) }
+    return try bounds.wait("opening a holder", abandon: abandon) {
+      HolderConnection.open(
+        engine, workers, holder, manifest, until: deadline,
+        for: .init(isWaiting: { !left.isSet }), $0)
+    }
   }
 
   /// Moves what one grant allows; returns false if this holder has nothing more for us.
@@ -199,4 +208,11 @@ struct RangeTransfer {
       throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
     }
   }
+}
+
+/// Tells workers that a caller has gone on.
+private final class EndMark: Sendable {
+  private let mark = Atomic(false)
+  var isSet: Bool { mark.load(ordering: .acquiring) }
+  func set() { mark.store(true, ordering: .releasing) }
 }

@@ -3,95 +3,152 @@ import MooncakeSystem
 
 /// Fetches a payload that the existing system registered: shards by their locations, without
 /// digests. Several shards at once; each from any location, then from the others.
-struct UnverifiedDownload {
+package struct UnverifiedDownload {
+  package struct Settings: Sendable {
+    /// Shards that are read at once.
+    package var windowCount = 8
+    /// A segment that sends nothing for so long has failed.
+    package var silenceMilliseconds: UInt64 = 10_000
+    package var openMilliseconds: UInt64 = 2000
+    /// Times a location is read for one shard whose bytes came and broke off.
+    package var attemptLimit = 3
+
+    package init() {}
+  }
+
   private let engine: TransferEngine
   private let workers: WorkerPool
   private let document: SharedDocument
   private let layout: BufferLayout
   private let bounds: Bounds
+  private let settings: Settings
   private var segments: [MetadataKey: SegmentID] = [:]
-  private var unreachable: [String: String] = [:]
-  private(set) var sources: [String: GetResult.Source] = [:]
+  /// Segments whose last read failed, and why.
+  private var failed: [String: String] = [:]
+  private var flights: [Flight] = []
+  private var doneCount = 0
+  package private(set) var sources: [String: GetResult.Source] = [:]
   /// Where each shard came from.
-  private(set) var origins: [SharedDocument.Location?]
+  package private(set) var origins: [SharedDocument.Location?]
 
-  private static let windowCount = 8
-  private static let attemptMilliseconds: UInt64 = 10_000
-  private static let openMilliseconds: UInt64 = 2000
-
-  private struct Flight {
+  /// A shard that is missing, and where it may still be read.
+  private struct Errand {
     let shard: Int
-    let location: SharedDocument.Location
-    let batch: BatchID
+    var locations: [SharedDocument.Location]
+    /// Times that bytes came and broke off.
+    var breaks = 0
   }
 
-  init(
+  private struct Flight {
+    var errand: Errand
+    let location: SharedDocument.Location
+    let segment: SegmentID
+    let batch: BatchID
+    var watch: ArrivalWatch
+    var isSilent = false
+  }
+
+  private static let tickMilliseconds: UInt64 = 50
+
+  package init(
     _ engine: TransferEngine, _ workers: WorkerPool, _ document: SharedDocument,
-    into layout: BufferLayout, _ bounds: Bounds
+    into layout: BufferLayout, _ bounds: Bounds, _ settings: Settings = Settings()
   ) {
     self.engine = engine
     self.workers = workers
     self.document = document
     self.layout = layout
     self.bounds = bounds
+    self.settings = settings
     origins = Array(repeating: nil, count: document.shards.count)
   }
 
   /// Fetches all shards, or those given.
-  mutating func run(_ shards: [Int]) throws(EngineError) {
-    defer { for segment in segments.values { try? engine.closeSegment(segment) } }
-    var waiting = shards.map { shard in
-      (
-        shard: shard,
-        locations: document.shards[shard].replicas.shuffled()
-          + document.shards[shard].gold.shuffled()
-      )
+  package mutating func run(_ shards: [Int]) throws(EngineError) {
+    defer { finish() }
+    // Taken from the end.
+    var waiting = shards.reversed().map { shard in
+      let shardPlaces = document.shards[shard]
+      return Errand(
+        shard: shard, locations: shardPlaces.replicas.shuffled() + shardPlaces.gold.shuffled())
     }
-    waiting.reverse()
-    var flights: [Flight] = []
-    var doneCount = 0
-    defer {
-      for flight in flights { try? engine.cancel(flight.batch) }
-      for flight in flights {
-        _ = try? engine.wait(flight.batch)
-        try? engine.freeBatch(flight.batch)
-      }
-    }
-    var left: [Int: [SharedDocument.Location]] = [:]
     while !waiting.isEmpty || !flights.isEmpty {
-      try bounds.check("\(shards.count - doneCount) shards missing")
-      while flights.count < Self.windowCount, var next = waiting.popLast() {
+      while flights.count < settings.windowCount, let errand = waiting.popLast() {
         try bounds.check("\(shards.count - doneCount) shards missing")
-        guard let location = next.locations.popLast() else { throw exhausted(next.shard) }
-        left[next.shard] = next.locations
-        if let flight = try start(next.shard, location) {
-          flights.append(flight)
-        } else {
-          waiting.append(next)
-        }
+        if let again = try start(errand) { waiting.append(again) }
       }
-      if flights.isEmpty { continue }
-      // The oldest is waited for; the others go on meanwhile.
-      let flight = flights[0]
-      guard
-        let status = try? engine.wait(flight.batch, timeoutMilliseconds: 100),
-        status.state.isTerminal
-      else {
-        try bounds.report(progress(doneCount, flights.count))
+      try bounds.check("\(shards.count - doneCount) shards missing")
+      try bounds.report(progress(doneCount, flights.count))
+      guard let oldest = flights.first else { continue }
+      // It is waited for; the others go on meanwhile.
+      let left = HolderConnection.milliseconds(until: bounds.deadline)
+      _ = try? engine.wait(
+        oldest.batch, timeoutMilliseconds: min(left, Self.tickMilliseconds))
+      waiting += checkFlights()
+    }
+  }
+
+  /// Ends what is in flight, so that no byte arrives any more, and gives everything back.
+  private mutating func finish() {
+    for flight in flights { try? engine.cancel(flight.batch) }
+    for flight in flights {
+      _ = try? engine.wait(flight.batch)
+      try? engine.freeBatch(flight.batch)
+    }
+    flights = []
+    for segment in segments.values { try? engine.closeSegment(segment) }
+    segments = [:]
+  }
+
+  /// Takes down what has ended, and cancels what is silent. Returns what is still missing.
+  private mutating func checkFlights() -> [Errand] {
+    // Reads of one segment share its connections, so one may wait for the bytes of others.
+    var latest: [SegmentID: UInt64] = [:]
+    for index in flights.indices {
+      _ = flights[index].watch.hasArrived(engine)
+      let flight = flights[index]
+      latest[flight.segment] = max(latest[flight.segment] ?? 0, flight.watch.lastArrival)
+    }
+    var missing: [Errand] = []
+    var index = 0
+    while index < flights.count {
+      let flight = flights[index]
+      if let status = try? engine.poll(flight.batch), !status.state.isTerminal {
+        let others = latest[flight.segment] ?? 0
+        if !flight.isSilent
+          && flight.watch.isSilent(for: settings.silenceMilliseconds, others: others)
+        {
+          flights[index].isSilent = true
+          try? engine.cancel(flight.batch)
+        }
+        index += 1
         continue
       }
-      flights.removeFirst()
-      let message = engine.failureMessage(of: flight.batch)
-      try? engine.freeBatch(flight.batch)
-      if status.state == .completed {
-        note(flight)
-        doneCount += 1
-        try bounds.report(progress(doneCount, flights.count))
-      } else {
-        unreachable[flight.location.segment] = message
-        waiting.append((flight.shard, left[flight.shard] ?? []))
-      }
+      flights.remove(at: index)
+      if let errand = end(flight) { missing.append(errand) }
     }
+    return missing
+  }
+
+  /// Returns what is to be done again.
+  private mutating func end(_ flight: Flight) -> Errand? {
+    let status = try? engine.poll(flight.batch)
+    let message = engine.failureMessage(of: flight.batch)
+    try? engine.freeBatch(flight.batch)
+    if status?.state == .completed {
+      note(flight)
+      doneCount += 1
+      return nil
+    }
+    failed[flight.location.segment] =
+      flight.isSilent ? "it sent nothing for \(settings.silenceMilliseconds) ms" : message
+    var errand = flight.errand
+    let isRefused = [.notRegistered, .accessDenied].contains(status?.error)
+    if flight.watch.hasBytes && !isRefused && errand.breaks + 1 < settings.attemptLimit {
+      errand.breaks += 1
+      errand.locations.insert(flight.location, at: 0)
+    }
+    return errand
   }
 
   private func progress(_ doneCount: Int, _ active: Int) -> StoreProgress {
@@ -103,58 +160,68 @@ struct UnverifiedDownload {
   }
 
   private mutating func note(_ flight: Flight) {
-    origins[flight.shard] = flight.location
-    let segment = flight.location.segment
-    let isGold = document.shards[flight.shard].gold.contains(flight.location)
+    origins[flight.errand.shard] = flight.location
+    let (segment, shard) = (flight.location.segment, flight.errand.shard)
+    failed[segment] = nil
+    let isGold = document.shards[shard].gold.contains(flight.location)
     var source =
       sources[segment]
       ?? GetResult.Source(
         segment: segment, isOrigin: isGold, byteCount: 0, corruptShardCount: 0)
-    source.byteCount += document.shards[flight.shard].size
+    source.byteCount += document.shards[shard].size
     sources[segment] = source
   }
 
-  /// Starts a read; nil if the location cannot be reached.
-  private mutating func start(
-    _ shard: Int, _ location: SharedDocument.Location
-  ) throws(EngineError) -> Flight? {
+  /// Starts a read from the last location, but first from those whose segment has not failed.
+  /// Returns what is to be done again if that cannot be reached.
+  private mutating func start(_ errand: Errand) throws(EngineError) -> Errand? {
+    var errand = errand
+    guard
+      let index = errand.locations.lastIndex(where: { failed[$0.segment] == nil })
+        ?? errand.locations.indices.last
+    else { throw exhausted(errand.shard) }
+    let location = errand.locations.remove(at: index)
     do throws(EngineError) {
       let segment = try segment(location.segment)
       let batch = try engine.createBatch(capacity: 1)
-      let offset = document.offset(of: shard)
-      let length = document.shards[shard].size
       do throws(EngineError) {
-        guard let local = layout.address(of: offset, length: length) else {
-          throw EngineError(.sizeMismatch, "shard \(shard) crosses the end of a buffer")
-        }
-        try engine.submit(
-          batch, count: 1,
-          timeoutMilliseconds: min(
-            Self.attemptMilliseconds + length / 1_000_000,
-            HolderConnection.milliseconds(until: bounds.deadline) &- 1) &+ 1,
-          notification: nil
-        ) { _ in
-          RawRequest(
-            opcode: Opcode.read.rawValue, segment: segment, source: local,
-            targetOffset: location.offset, length: length)
-        }
-        return Flight(shard: shard, location: location, batch: batch)
+        try submit(batch, errand.shard, location, segment)
       } catch {
         try? engine.freeBatch(batch)
         throw error
       }
+      flights.append(
+        Flight(
+          errand: errand, location: location, segment: segment, batch: batch,
+          watch: ArrivalWatch(engine, batch, from: segment)))
+      return nil
     } catch {
       // This is no fault of the location's.
       if error.code == .canceled || bounds.isOver { throw error }
-      unreachable[location.segment] = error.message
-      return nil
+      failed[location.segment] = error.message
+      return errand
+    }
+  }
+
+  private func submit(
+    _ batch: BatchID, _ shard: Int, _ location: SharedDocument.Location, _ segment: SegmentID
+  ) throws(EngineError) {
+    let length = document.shards[shard].size
+    guard let local = layout.address(of: document.offset(of: shard), length: length) else {
+      throw EngineError(.sizeMismatch, "shard \(shard) crosses the end of a buffer")
+    }
+    // Longer than the operation may take: a read is judged by whether its bytes come.
+    try engine.submit(batch, count: 1, timeoutMilliseconds: .max, notification: nil) { _ in
+      RawRequest(
+        opcode: Opcode.read.rawValue, segment: segment, source: local,
+        targetOffset: location.offset, length: length)
     }
   }
 
   private mutating func segment(_ name: String) throws(EngineError) -> SegmentID {
     if let id = segments[MetadataKey(name)] { return id }
-    let timeout =
-      min(Self.openMilliseconds, HolderConnection.milliseconds(until: bounds.deadline) &- 1) &+ 1
+    let timeout = min(
+      settings.openMilliseconds, HolderConnection.milliseconds(until: bounds.deadline))
     let opened = OpenedSegment()
     do throws(EngineError) {
       let id = try bounds.run(on: workers, "opening a segment") {
@@ -172,7 +239,7 @@ struct UnverifiedDownload {
   }
 
   private func exhausted(_ shard: Int) -> EngineError {
-    let tried = unreachable.map { "\($0.key): \($0.value)" }.sorted()
+    let tried = failed.map { "\($0.key): \($0.value)" }.sorted()
     return EngineError(
       .noHolder,
       "payload '\(document.name)': no live holder of shard \(shard); tried: "

@@ -10,9 +10,15 @@ import MooncakeEngine
 package struct Manifest: Equatable, Sendable {
   package static let maximumAttributeBytes = 16 << 20
   /// No manifest is longer.
-  package static let maximumBytes =
-    headerBytes + 8 * ShardLayout.maximumBufferCount + 16 * ShardLayout.maximumShardCount
-    + maximumAttributeBytes
+  package static let maximumBytes = Int(
+    mostBytes(
+      bufferCount: UInt64(ShardLayout.maximumBufferCount),
+      shardCount: UInt64(ShardLayout.maximumShardCount)))
+
+  /// No manifest with so many buffers and shards is longer; the counts are in their bounds.
+  package static func mostBytes(bufferCount: UInt64, shardCount: UInt64) -> UInt64 {
+    UInt64(headerBytes + maximumAttributeBytes) + 8 * bufferCount + 16 * shardCount
+  }
 
   package let layout: ShardLayout
   /// One for each shard; none if the payload is writable.
