@@ -115,6 +115,8 @@ final class PayloadDownload {
   /// Longest wait between two looks at progress, cancellation and the plan.
   private static let tickMilliseconds: UInt64 = 100
   private static let awaitedPerHolder = 2
+  /// Connections that are kept whoever they lead to.
+  private static let connectionLimit = 32
 
   init(
     _ engine: TransferEngine, _ workers: WorkerPool, _ search: ManifestSearch.Outcome,
@@ -339,6 +341,7 @@ final class PayloadDownload {
       if let former = connections.updateValue(connection, forKey: connection.holder) {
         former.close(engine)
       }
+      closeIdle()
     case .answered(let holder, let answer): plan.answered(by: holder, answer, now: now)
     case .failed(let holder, let error):
       if error.code == .unsupported { hasOtherVersions = true }
@@ -352,6 +355,16 @@ final class PayloadDownload {
       // Those that nobody has asked yet are tried first.
       add(records)
       successor = version == manifest.version ? nil : version
+    }
+  }
+
+  /// Of the many holders of a large swarm, those that are not asked or read any more.
+  private func closeIdle() {
+    if connections.count <= Self.connectionLimit { return }
+    let used = Set(flights.map(\.connection.holder)).union(plan.known)
+    for (holder, connection) in connections where !used.contains(holder) {
+      connections[holder] = nil
+      connection.close(engine)
     }
   }
 

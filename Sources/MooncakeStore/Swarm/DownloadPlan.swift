@@ -142,6 +142,9 @@ package struct DownloadPlan: Sendable {
     return neighbors.filter { $0.isOwedWord || $0.isActive }.map(\.address) + departing + leaving
   }
 
+  /// Who may be asked or read, or is to be told something.
+  package var known: [HolderAddress] { neighbors.map(\.address) + lenders }
+
   /// Living holders without anything that is missing.
   package var useless: [HolderAddress] {
     neighbors.filter {
