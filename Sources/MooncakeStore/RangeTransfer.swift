@@ -27,7 +27,8 @@ struct RangeTransfer {
   private static let mostWrittenBytes: UInt64 = 64 << 20
   private static let leastWrittenBytes: UInt64 = 256 << 10
   private static let askMilliseconds: UInt64 = 2000
-  private static let pauseNanoseconds: UInt64 = 20_000_000
+  /// Bounds of the time after which a busy holder is asked again, whatever it says.
+  private static let pauseMilliseconds: ClosedRange<UInt64> = 1...2000
 
   init(
     _ engine: TransferEngine, _ workers: WorkerPool, _ manifest: Manifest, _ opcode: Opcode,
@@ -105,9 +106,7 @@ struct RangeTransfer {
     case .gone:
       throw EngineError(.notFound, "it holds this version no longer")
     case .busy:
-      try bounds.check("waiting for a busy holder")
-      sleepBriefly(
-        nanoseconds: min(max(answer.retryMilliseconds, 1) * 1_000_000, Self.pauseNanoseconds))
+      try wait(milliseconds: answer.retryMilliseconds)
       return true
     case .serving: break
     }
@@ -139,6 +138,18 @@ struct RangeTransfer {
     position = reached
     if !hasMoved { failures.append("\(connection.holder.segment): it lacks shard \(last)") }
     return hasMoved
+  }
+
+  /// As long as a busy holder says, so that many who wait do not cost it more than a few.
+  private func wait(milliseconds: UInt64) throws(EngineError) {
+    let (least, most) = (Self.pauseMilliseconds.lowerBound, Self.pauseMilliseconds.upperBound)
+    let pause = min(max(milliseconds, least), most)
+    // Whoever was refused together does not come together.
+    let end = Deadline.after(milliseconds: UInt64.random(in: pause...(pause + pause / 4)))
+    while !end.hasPassed {
+      try bounds.check("waiting for a busy holder")
+      bounds.sleep(orReadable: -1, until: end)
+    }
   }
 
   /// Asks for shards; whatever it granted before is not read any more.

@@ -1,20 +1,23 @@
 /// Who gets a place, and for how long.
 extension UploadLedger {
   mutating func admits(_ request: ShardRequest, _ former: Reader?, _ now: UInt64) -> Bool {
-    if let former {
+    let isNaming = request.wanted != nil
+    let queue = isNaming ? namingQueue : queue
+    if let former, former.isNaming == isNaming {
       // Its turn is over only where others wait.
       if queue.isEmpty || !isTurnOver(former, now) { return true }
       if readers[request.reader] != nil { return false }
     }
-    if readers.count >= settings.readerLimit { return false }
-    let used = usedPlaces(now)
-    if request.wanted != nil {
-      return used < Double(settings.readersAtOnce + settings.extraReaders)
-    }
     if !queue.isDue(request.reader, now: now) { return false }
+    // Neither kind takes places of the other: those who read ranges come again and again.
+    if isNaming { return readers.values.count(where: \.isNaming) < settings.extraReaders }
+    if choosers.count >= settings.readerLimit { return false }
     // Nobody is kept waiting by less than half a reader.
-    return used < Double(settings.readersAtOnce) - 0.5 || mayTry(now)
+    return usedPlaces(now) < Double(settings.readersAtOnce) - 0.5 || mayTry(now)
   }
+
+  /// Those for whom the holder chooses shards.
+  private var choosers: [Reader] { readers.values.filter { !$0.isNaming } }
 
   func isTurnOver(_ reader: Reader, _ now: UInt64) -> Bool {
     now &- reader.since >= settings.turnNanoseconds
@@ -28,7 +31,7 @@ extension UploadLedger {
   /// Those who have all places show nothing of how fast others would be, so after a while one more
   /// may try: the less often, the longer none of these was faster.
   private mutating func mayTry(_ now: UInt64) -> Bool {
-    if now < nextTrial || !readers.values.allSatisfy({ isSettled($0, now) }) { return false }
+    if now < nextTrial || !choosers.allSatisfy({ isSettled($0, now) }) { return false }
     trialPause = min(max(settings.turnNanoseconds, trialPause * 2), 4 * settings.turnNanoseconds)
     nextTrial = now &+ trialPause
     return true
@@ -43,7 +46,7 @@ extension UploadLedger {
   }
 
   private func usedPlaces(_ now: UInt64) -> Double {
-    readers.values.reduce(0) { $0 + part(of: $1, now) }
+    choosers.reduce(0) { $0 + part(of: $1, now) }
   }
 
   /// What it uses of a place: all, unless it is far behind the fastest.

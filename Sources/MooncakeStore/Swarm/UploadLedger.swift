@@ -18,7 +18,8 @@ package struct UploadLedger: Sendable {
     package var slowFactor: UInt64 = 8
     /// Waiting receivers that are remembered in the order in which they came.
     package var waiterLimit = 64
-    /// More that may read what they name: ranges, and the last shards of a download.
+    /// Places of their own for those who read what they name: ranges, and the last shards of a
+    /// download.
     package var extraReaders = 4
     package var grantsPerReader = 64
     package var leaseNanoseconds: UInt64 = 10_000_000_000
@@ -47,6 +48,8 @@ package struct UploadLedger: Sendable {
     /// What it was granted first. Before it has read as many, some of them may be others' that it
     /// only gives back.
     var firstCount: UInt64 = 0
+    /// Whether it has said which shards it wants.
+    var isNaming = false
   }
 
   private struct Peer {
@@ -60,6 +63,8 @@ package struct UploadLedger: Sendable {
   var readers: [UInt64: Reader] = [:]
   private var peers: [Peer] = []
   var queue: UploadQueue
+  /// Of those who name shards.
+  var namingQueue: UploadQueue
   /// Nanoseconds a shard of the fastest reader lately, and when that was measured.
   var best: (pace: UInt64, time: UInt64)?
   /// When one reader more may show whether it is faster than those who hold all places.
@@ -78,6 +83,7 @@ package struct UploadLedger: Sendable {
     self.settings = settings
     random = SwarmRandom(seed: seed)
     queue = UploadQueue(limit: settings.waiterLimit)
+    namingQueue = UploadQueue(limit: settings.waiterLimit)
     grantCounts = Array(repeating: 0, count: shardCount)
   }
 
@@ -119,15 +125,23 @@ package struct UploadLedger: Sendable {
     if answer.granted.isEmpty {
       answer.retryMilliseconds = retryMilliseconds(request, now)
       let waits = answer.state == .busy && readers[request.reader] == nil
-      if waits {
-        queue.add(request.reader, retryMilliseconds: answer.retryMilliseconds, now: now)
-      }
+      if waits { wait(request, retryMilliseconds: answer.retryMilliseconds, now) }
     }
     answer.readerCount = readers.count
     // Who is being served knows enough others already.
     if isNew || answer.granted.isEmpty { answer.peers = somePeers(except: request.own, now: now) }
     if let own = request.own { remember(own, now: now) }
     return answer
+  }
+
+  private mutating func wait(
+    _ request: ShardRequest, retryMilliseconds: UInt64, _ now: UInt64
+  ) {
+    if request.wanted == nil {
+      queue.add(request.reader, retryMilliseconds: retryMilliseconds, now: now)
+    } else {
+      namingQueue.add(request.reader, retryMilliseconds: retryMilliseconds, now: now)
+    }
   }
 
   /// From now on every answer is `gone`, and no lease is renewed.
@@ -144,6 +158,7 @@ package struct UploadLedger: Sendable {
 
   private mutating func dropExpired(_ now: UInt64) {
     queue.dropExpired(now)
+    namingQueue.dropExpired(now)
     if readers.values.contains(where: { $0.expiry <= now }) {
       readers = readers.filter { $0.value.expiry > now }
     }
@@ -169,8 +184,10 @@ package struct UploadLedger: Sendable {
     _ request: ShardRequest, _ former: Reader?, available: ShardSet, _ now: UInt64
   ) -> [Int] {
     // Admitted, it waits no longer, whether there is anything for it or not.
-    queue.remove(request.reader)
-    var reader = readers[request.reader] ?? Reader(since: now)
+    let isNaming = request.wanted != nil
+    if isNaming { namingQueue.remove(request.reader) } else { queue.remove(request.reader) }
+    var reader = readers[request.reader] ?? Reader(since: now, isNaming: isNaming)
+    reader.isNaming = reader.isNaming && isNaming
     if let former, reader.shards.isEmpty, !isTurnOver(former, now) {
       (reader.since, reader.readCount, reader.firstCount) = (
         former.since, former.readCount, former.firstCount

@@ -67,6 +67,69 @@ import Testing
     #expect(served == 4)
   }
 
+  /// Nine that loop on reading a range, and one that gets the payload.
+  @Test func whoNamesShardsKeepsNobodyElseAway() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    for round in 0..<50 as Range<UInt64> {
+      let now = round * second / 10
+      for number in 0..<9 as Range<UInt64> {
+        // Each read is a reader of its own, and has given back what the last was granted.
+        _ = ledger.answer(
+          request(100 + (round - min(round, 1)) * 9 + number, limit: 0, wanted: 0..<0),
+          available: full, now: now)
+        _ = ledger.answer(
+          request(100 + round * 9 + number, wanted: 7..<8), available: full, now: now)
+      }
+      for reader in 1...4 as ClosedRange<UInt64> {
+        let answer = ledger.answer(request(reader), available: full, now: now)
+        #expect(answer.state == .serving)
+      }
+    }
+    // And the other way round.
+    var busy = UploadLedger(shardCount: 100, seed: 1)
+    for reader in 1...60 as ClosedRange<UInt64> {
+      _ = busy.answer(request(reader), available: full, now: reader * second)
+    }
+    let named = busy.answer(request(100, wanted: 7..<8), available: full, now: 61 * second)
+    #expect(named.granted == [7])
+  }
+
+  @Test func whoHasWaitedLongForNamedShardsComesFirst() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    let holders: [UInt64] = [1, 2, 3, 4]
+    for reader in holders {
+      let answer = ledger.answer(request(reader, wanted: 7..<8), available: full, now: 0)
+      #expect(answer.granted == [7])
+    }
+    for time in 0...11 as ClosedRange<UInt64> {
+      for reader in holders {
+        _ = ledger.answer(
+          request(reader, limit: 0, reading: [7]), available: full, now: time * second)
+      }
+      let answer = ledger.answer(
+        request(10, wanted: 7..<8), available: full, now: time * second)
+      #expect(answer.state == .busy && answer.retryMilliseconds >= 20)
+    }
+    _ = ledger.answer(request(1, limit: 0), available: full, now: 11 * second)
+    // A place is free, and it is not for the one who came a moment ago.
+    let late = ledger.answer(request(11, wanted: 7..<8), available: full, now: 11 * second)
+    #expect(late.state == .busy)
+    let first = ledger.answer(request(10, wanted: 7..<8), available: full, now: 11 * second)
+    #expect(first.granted == [7])
+  }
+
+  /// What a get takes over by its name is no way around the queue.
+  @Test func aNamedShardIsNoPlaceForMore() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    for reader in 1...4 as ClosedRange<UInt64> {
+      _ = ledger.answer(request(reader), available: full, now: 0)
+    }
+    let named = ledger.answer(request(5, limit: 1, wanted: 7..<8), available: full, now: 0)
+    #expect(named.granted == [7])
+    let more = ledger.answer(request(5, reading: [7]), available: full, now: 0)
+    #expect(more.state == .busy)
+  }
+
   @Test func grantsExpireAndAskingRenews() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     let granted = ledger.answer(request(1), available: full, now: 0).granted
