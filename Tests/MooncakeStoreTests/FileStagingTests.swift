@@ -328,14 +328,93 @@ import Testing
   }
 
   @Test func noPermission() throws {
-    guard geteuid() != 0 else {
-      print("skipped noPermission: root may write everywhere")
-      return
-    }
     let scratch = ScratchDirectory()
-    mkdir(scratch["out"], 0o500)
-    let staging = MooncakeStoreTests.staging(scratch["out"])
     let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])
-    #expect(failure { _ = try staging.place(manifest) }?.code == .accessDenied)
+    let error: EngineError? = try asOrdinaryUser(scratch) {
+      mkdir(scratch["out"], 0o500)
+      let staging = MooncakeStoreTests.staging(scratch["out"])
+      do { _ = try staging.place(manifest) } catch { return error as? EngineError }
+      return nil
+    }
+    #expect(error?.code == .accessDenied)
+  }
+
+  /// What survives a loss of power, and in which order.
+  @Test func syncsFilesThenPlaces() throws {
+    let scratch = ScratchDirectory()
+    let synced = Lock<[String]>([])
+    let sync = DiskSync { number in
+      var path = [CChar](repeating: 0, count: 4096)
+      let count = readlink("/proc/self/fd/\(number)", &path, path.count)
+      let bytes = path[..<max(0, count)].map { UInt8(bitPattern: $0) }
+      synced.withLock { $0.append(String(decoding: bytes, as: UTF8.self)) }
+      return fsync(number)
+    }
+    let staging = MooncakeStoreTests.staging(scratch["made/out"], sync: sync)
+    let files: [FileList.File] = [.init(path: "a", size: 1), .init(path: "d/e/b", size: 1)]
+    Self.fill(try staging.place(Manifest.ofFiles(files)).buffers)
+    _ = try staging.commit(syncs: true)
+    let paths = synced.withLock { $0 }
+    let hidden = "/.mooncake-get-"
+    let contents = try ["a", "d/e/b"].map { name in
+      try #require(paths.firstIndex { $0.contains(hidden) && $0.hasSuffix("/" + name) })
+    }
+    let journal = try #require(paths.firstIndex { $0.hasSuffix("/switch.part") })
+    let places = try ["made/out", "made/out/d", "made/out/d/e", "made", ""].map { name in
+      let path = name.isEmpty ? scratch.path : scratch[name]
+      return try #require(paths.firstIndex(of: path), "\(path) in \(paths)")
+    }
+    #expect(contents.max()! < journal && journal < places.min()!)
+    // Without, nothing has to be.
+    synced.withLock { $0 = [] }
+    let quick = MooncakeStoreTests.staging(scratch["quick"], sync: sync)
+    Self.fill(try quick.place(Manifest.ofFiles(files)).buffers)
+    _ = try quick.commit(syncs: false)
+    #expect(synced.withLock { $0 }.isEmpty)
+  }
+
+  @Test(arguments: ["contents", "places", "parents"])
+  func aFailureToSyncChangesNothing(_ step: String) throws {
+    let scratch = ScratchDirectory()
+    scratch.write("there/out/a", [1])
+    let out = scratch["there/out/new"]
+    let parent = scratch["there/out"]
+    let sync = DiskSync { number in
+      var path = [CChar](repeating: 0, count: 4096)
+      let count = readlink("/proc/self/fd/\(number)", &path, path.count)
+      let bytes = path[..<max(0, count)].map { UInt8(bitPattern: $0) }
+      let text = String(decoding: bytes, as: UTF8.self)
+      let isStep =
+        switch step {
+        case "contents": text.hasSuffix("/a")
+        case "places": text == out
+        default: text == parent
+        }
+      if !isStep { return fsync(number) }
+      errno = EIO
+      return -1
+    }
+    let staging = MooncakeStoreTests.staging(out, sync: sync)
+    Self.fill(try staging.place(Manifest.ofFiles([.init(path: "a", size: 1)])).buffers)
+    #expect(failure { _ = try staging.commit(syncs: true) }?.message.contains("disk") == true)
+    staging.discard()
+    #expect(scratch.names(in: "there/out") == ["a"])
+  }
+
+  /// One may make a directory in a place that one may not read, which brings it onto no disk.
+  @Test func aParentThatCannotBeReadFailsTheSync() throws {
+    let scratch = ScratchDirectory()
+    let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])
+    let (error, names): (EngineError?, [String]) = try asOrdinaryUser(scratch) {
+      mkdir(scratch["p"], 0o300)
+      let staging = MooncakeStoreTests.staging(scratch["p/out"])
+      Self.fill(try staging.place(manifest).buffers)
+      var failure: EngineError?
+      do { _ = try staging.commit(syncs: true) } catch { failure = error as? EngineError }
+      staging.discard()
+      chmod(scratch["p"], 0o700)
+      return (failure, scratch.names(in: "p"))
+    }
+    #expect(error?.code == .accessDenied && names.isEmpty, "\(String(describing: error)) \(names)")
   }
 }

@@ -33,6 +33,25 @@ import Testing
     Self.files.map { scratch.contents("out/" + $0.path)?.first }
   }
 
+  @Test(arguments: [true, false])
+  func aDirectoryThatCannotBeWrittenAnyMoreChangesNothing(exchanges: Bool) throws {
+    let scratch = ScratchDirectory()
+    let found: (message: String?, bytes: [UInt8?], names: [String])
+    found = try asOrdinaryUser(scratch) {
+      for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
+      let staging = try staged(scratch, exchanges: exchanges)
+      chmod(scratch["out/there"], 0o500)
+      var message: String?
+      do { _ = try staging.commit(syncs: false) } catch { message = "\(error)" }
+      chmod(scratch["out/there"], 0o700)
+      let bytes = contents(scratch)
+      staging.discard()
+      return (message, bytes, scratch.names(in: "out"))
+    }
+    #expect(found.message?.contains("out/there/c") == true, "\(String(describing: found.message))")
+    #expect(found.bytes == [1, nil, 1, nil, nil] && found.names == ["a", "there"])
+  }
+
   @Test func aFailureHalfWayChangesNothing() throws {
     for exchanges in [true, false] {
       let scratch = ScratchDirectory()

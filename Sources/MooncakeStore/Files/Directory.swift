@@ -124,14 +124,6 @@ final class Directory: Sendable {
     }
   }
 
-  /// Has its names survive a loss of power.
-  func sync() throws(Errno) {
-    // It may be open for passing through only.
-    let copy = try FileDescriptor(
-      opening: { openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC) })
-    _ = try retryingInterrupts { fsync(copy.rawValue) }
-  }
-
   /// Removes all that is in it except one name; what is on another device stays.
   func clear(except kept: String? = nil, depth: Int = 0) {
     // What is made here is less deep.

@@ -13,6 +13,7 @@ package final class FileStaging {
   private let exchanges: Bool
   /// The payload's name.
   private let payload: String
+  private let sync: DiskSync
   /// The name of the file that a payload without a list becomes.
   private let nameWithoutList: String
   private var target: Directory?
@@ -23,7 +24,8 @@ package final class FileStaging {
   private var arena: FileArena?
 
   package init(
-    directory: FilePath, payload name: String, replacesFiles: Bool, exchanges: Bool = true
+    directory: FilePath, payload name: String, replacesFiles: Bool, exchanges: Bool = true,
+    sync: DiskSync = .system
   ) {
     var bytes = directory.bytes
     while bytes.count > 1 && bytes.last == UInt8(ascii: "/") { bytes.removeLast() }
@@ -31,6 +33,7 @@ package final class FileStaging {
     self.replacesFiles = replacesFiles
     self.exchanges = exchanges
     payload = name
+    self.sync = sync
     nameWithoutList =
       name.utf8.split(separator: UInt8(ascii: "/")).last.map { String(Substring($0)) } ?? name
   }
@@ -71,21 +74,20 @@ package final class FileStaging {
     syncs: Bool, _ bounds: Bounds? = nil
   ) throws(EngineError) -> [MappedFile] {
     guard let area, let list, let arena else { return [] }
-    if syncs { try sync(list, area) }
+    if syncs { try syncFiles(list, area) }
     let lock = try SwitchLock.take(area.target, bounds)
     StagingArea.removeLeftovers(in: area.target, holdsSwitch: true)
     // What has come into their way meanwhile is seen here.
     let entries = try entries(list, area)
     var result: [MappedFile] = []
-    var change = FileSwitch(area, entries, exchanges: exchanges)
-    try change.run(syncs: syncs) { status in
+    var change = FileSwitch(area, entries, exchanges: exchanges, sync)
+    try change.run(syncs: syncs, others: made.map(\.parent)) { status in
       let file = list.files[result.count]
       result.append(
         MappedFile(
           received: path.appending(file.path), status, isExecutable: file.isExecutable,
           in: arena, index: result.count))
     }
-    if syncs { for made in made { try sync(made.parent) } }
     // They stay from here on.
     made = []
     _ = consume lock
@@ -314,22 +316,16 @@ package final class FileStaging {
     return entries
   }
 
-  private func sync(_ list: FileList, _ area: StagingArea) throws(EngineError) {
+  private func syncFiles(_ list: FileList, _ area: StagingArea) throws(EngineError) {
     var walk = DirectoryWalk(area.new)
     for file in list.files {
       _ = try walk.open(directoryOf: file.path, makes: false)
       do throws(Errno) {
         let open = try walk.current.file(DirectoryWalk.name(of: file.path), flags: O_RDONLY)
-        _ = try retryingInterrupts { fsync(open.rawValue) }
+        try sync(open.rawValue)
       } catch {
         throw FileFailure.error(path.appending(file.path), error, "writing it to the disk")
       }
-    }
-  }
-
-  private func sync(_ directory: Directory) throws(EngineError) {
-    do throws(Errno) { try directory.sync() } catch {
-      throw FileFailure.error(path, error, "writing it to the disk")
     }
   }
 }

@@ -40,12 +40,16 @@ struct FileSwitch {
   let entries: [Entry]
   /// Whether the file system is asked to exchange two files in one step.
   private var exchanges: Bool
+  private let sync: DiskSync
   private var targets: DirectoryWalk
   private var staged: DirectoryWalk
 
   static let journalName = "switch"
 
-  init(_ area: StagingArea, _ entries: [Entry], exchanges: Bool = true) {
+  init(
+    _ area: StagingArea, _ entries: [Entry], exchanges: Bool = true, _ sync: DiskSync = .system
+  ) {
+    self.sync = sync
     self.area = area
     self.entries = entries
     self.exchanges = exchanges
@@ -53,19 +57,21 @@ struct FileSwitch {
     staged = DirectoryWalk(area.new)
   }
 
-  /// Does it, or throws with everything as it was; `syncs`: it survives a loss of power. Calls
-  /// `placed` with the state of each file in its place.
-  mutating func run(syncs: Bool, placed: (stat) -> Void) throws(EngineError) {
+  /// Does it, or throws with everything as it was; `syncs`: it survives a loss of power, with what
+  /// is new in `others`. Calls `placed` with the state of each file in its place.
+  mutating func run(
+    syncs: Bool, others: [Directory] = [], placed: (stat) -> Void
+  ) throws(EngineError) {
     try writeJournal(syncs: syncs || entries.contains { $0.old != 0 })
     do throws(EngineError) {
       for (index, entry) in entries.enumerated() { placed(try put(entry, index)) }
-      if syncs { try syncTargets() }
+      if syncs { try syncTargets(others) }
     } catch {
       giveUp()
       throw error
     }
     area.directory.remove(Self.journalName)
-    if syncs { try? area.directory.sync() }
+    if syncs { try? sync(area.directory) }
   }
 
   // MARK: There
@@ -135,16 +141,22 @@ struct FileSwitch {
     [EINVAL, ENOSYS, EOPNOTSUPP].contains(error.rawValue)
   }
 
-  private mutating func syncTargets() throws(EngineError) {
+  private mutating func syncTargets(_ others: [Directory]) throws(EngineError) {
     var done: Set<UInt64> = []
     for entry in entries {
       _ = try targets.open(directoryOf: entry.path, makes: false)
       for directory in targets.chain {
         do throws(Errno) {
-          if done.insert(UInt64(try directory.status().st_ino)).inserted { try directory.sync() }
+          if done.insert(UInt64(try directory.status().st_ino)).inserted { try sync(directory) }
         } catch {
           throw FileFailure.error(directory.path, error, "writing it to the disk")
         }
+      }
+    }
+    for directory in others {
+      do throws(Errno) { try sync(directory) } catch {
+        throw FileFailure.error(
+          area.target.path, error, "writing the directory that it was made in to the disk")
       }
     }
   }
@@ -247,11 +259,11 @@ struct FileSwitch {
       }
       // Without it a loss of power could leave the new names and no way back.
       if syncs {
-        _ = try retryingInterrupts { fsync(file.rawValue) }
-        try area.syncLock()
+        try sync(file.rawValue)
+        try area.syncLock(sync)
       }
       try area.directory.move(part, to: area.directory, Self.journalName)
-      if syncs { try area.directory.sync() }
+      if syncs { try sync(area.directory) }
     } catch {
       area.directory.remove(Self.journalName)
       throw FileFailure.error(area.target.path, error, "noting what is to be put there")

@@ -128,9 +128,7 @@ final class StagingArea {
   }
 
   /// Has it be known as a leftover also after a loss of power.
-  func syncLock() throws(Errno) {
-    _ = try retryingInterrupts { fsync(lock.rawValue) }
-  }
+  func syncLock(_ sync: DiskSync) throws(Errno) { try sync(lock.rawValue) }
 
   /// Removes all of it.
   func remove() {
