@@ -205,7 +205,9 @@ struct MetadataChecks {
       }
     }
     for entry in routes.prefix(Self.ownerLimit) {
-      if let finding = owner(entry, directory, String(entry.key.dropFirst(prefix.count))) {
+      // By bytes: a slash and a mark that combines with it are one character.
+      let name = String(decoding: entry.key.utf8.dropFirst(prefix.utf8.count), as: UTF8.self)
+      if let finding = owner(entry, directory, name) {
         findings.append(finding)
       }
     }

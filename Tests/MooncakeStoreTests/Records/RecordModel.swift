@@ -69,7 +69,7 @@ final class RecordModel: @unchecked Sendable {
   var isTraced = false
 
   private static let ttlMilliseconds: UInt64 = 3000
-  private static let names = ["a", "b/c", "\u{E9}", "a b"]
+  private static let names = ["a", "b/c", "\u{E9}", "a b", "\u{301}x"]
 
   init(seed: UInt64) throws {
     random = SwarmRandom(seed: seed)
