@@ -266,7 +266,16 @@ extension TransferEngine: BatchAnnouncer {
   }
 
   package func deliver(_ pending: Batch.PendingNotification, of batch: Batch) {
+    let token = deliveries.add(until: pending.deadline) {
+      batch.endNotification(
+        EngineError(
+          .timeout,
+          "the notification was not sent: the deadline passed while threads waited for other peers"
+        ))
+    }
     let isRunning = workers.run { [self] in
+      // It may have waited for a thread until its deadline.
+      guard deliveries.take(token) else { return }
       do throws(EngineError) {
         let name = try segments.segment(pending.segment).name
         let deadline = Deadline(nanoseconds: pending.deadline)
@@ -278,7 +287,7 @@ extension TransferEngine: BatchAnnouncer {
         batch.endNotification(error)
       }
     }
-    if !isRunning {
+    if !isRunning && deliveries.take(token) {
       batch.endNotification(EngineError(.canceled, "the engine was destroyed before it notified"))
     }
   }

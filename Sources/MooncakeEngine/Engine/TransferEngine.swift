@@ -51,6 +51,8 @@ public final class TransferEngine: @unchecked Sendable {
   public let rpcAddress: HostPort
   package let local: LocalSegment
   package let segments = SegmentTable()
+  /// Segments whose descriptor is fetched anew.
+  let recoveries = RecoveringSegments()
   package let batches = BatchTable()
   package let pool = SlicePool()
   package let transport: TCPTransport
@@ -60,7 +62,9 @@ public final class TransferEngine: @unchecked Sendable {
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
   package let services = ServiceTable()
-  package let caller = RPCCaller()
+  package let caller: RPCCaller
+  /// Notifications that wait for a thread.
+  let deliveries: LateWork
   /// nil without a metadata service.
   package let directory: MetadataDirectory?
   package let publisher: MetadataPublisher?
@@ -91,6 +95,8 @@ public final class TransferEngine: @unchecked Sendable {
   private init(
     _ options: Options, _ opened: consuming OpenedListener, _ directory: MetadataDirectory?
   ) throws(EngineError) {
+    caller = RPCCaller()
+    deliveries = LateWork(caller)
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
     spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 

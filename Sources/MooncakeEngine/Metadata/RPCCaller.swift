@@ -57,6 +57,15 @@ package final class RPCCaller: Sendable {
     }
   }
 
+  /// Runs `body`, which must not wait, on the caller's thread soon after the deadline, unless the
+  /// caller is stopped before.
+  package func run(at deadline: Deadline, _ body: @escaping @Sendable () -> Void) {
+    do throws(EngineError) { try loop().submit(at: deadline, body) } catch {
+      if error.code == .canceled { return }
+      Log.error("\(error.message): what waits for a peer may end seconds after its deadline")
+    }
+  }
+
   /// The body of a call that asks for the connection to be kept.
   private static func kept(_ body: String) -> String { #"{"keep":true,"# + body.dropFirst() }
 

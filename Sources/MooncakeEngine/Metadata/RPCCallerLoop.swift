@@ -21,6 +21,12 @@ final class RPCCallerLoop: @unchecked Sendable {
   private let loop: RPCEventLoop
   /// nil once nobody takes them any more.
   private let mailbox = Lock<[RPCQuestion]?>([])
+  /// What is to be run, and when.
+  private struct Timer {
+    let end: Deadline
+    let body: @Sendable () -> Void
+  }
+  private let timers = Lock<[Timer]>([])
   private let pending = Atomic<Int>(0)
   private var questions: [UInt64: RPCQuestion] = [:]
   private var kept: [UInt64: Kept] = [:]
@@ -49,6 +55,11 @@ final class RPCCallerLoop: @unchecked Sendable {
     }
     loop.wake()
     if !isTaken { end(question, .failure(Self.stopped)) }
+  }
+
+  func submit(at deadline: Deadline, _ body: @escaping @Sendable () -> Void) {
+    timers.withLock { $0.append(Timer(end: deadline, body: body)) }
+    loop.wake()
   }
 
   func requestStop() { loop.requestStop() }
@@ -152,6 +163,7 @@ final class RPCCallerLoop: @unchecked Sendable {
     var next = Deadline.never
     for question in questions.values { next = min(next, question.end) }
     for connection in kept.values { next = min(next, connection.end) }
+    timers.withLock { for timer in $0 { next = min(next, timer.end) } }
     return next
   }
 
@@ -161,5 +173,11 @@ final class RPCCallerLoop: @unchecked Sendable {
       end(question, .failure(question.fail(.timedOut)))
     }
     for (token, connection) in kept where connection.end.hasPassed { kept[token] = nil }
+    let due = timers.withLock { timers in
+      let due = timers.filter { $0.end.hasPassed }
+      if !due.isEmpty { timers.removeAll { $0.end.hasPassed } }
+      return due
+    }
+    for timer in due { timer.body() }
   }
 }

@@ -39,6 +39,8 @@ package final class OpenSegment: Sendable {
     /// For the one that runs.
     var fetching = SliceQueue()
     var isRunning = false
+    /// When those whose deadline has passed are looked for next.
+    var watched = UInt64.max
   }
   private let recovery = Lock(Recovery())
 
@@ -85,12 +87,13 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// What has become of a slice that needs a fresh descriptor.
+  /// What has become of a slice that needs a fresh descriptor. `watch`: when those whose deadline
+  /// has passed are to be taken, if that is sooner than was said before.
   package enum Enqueued {
     /// A recovery must be started.
-    case first
+    case first(watch: UInt64?)
     /// The one that runs fetches again for it.
-    case behind
+    case behind(watch: UInt64?)
     /// It is not kept: its batch was canceled before.
     case canceled
   }
@@ -98,21 +101,42 @@ package final class OpenSegment: Sendable {
   /// Adds a slice, or only the wish for a fresh descriptor, to what waits.
   package func enqueueRecovery(_ slice: SlicePointer?) -> Enqueued {
     recovery.withLock { recovery in
+      var watch: UInt64?
       if let slice {
         // Later than `takeCanceled`, nobody would look at it.
         if slice.pointee.batch.isCancelRequested { return .canceled }
         recovery.waiting.append(slice)
+        if slice.pointee.deadline < recovery.watched {
+          recovery.watched = slice.pointee.deadline
+          watch = recovery.watched
+        }
       }
       defer { recovery.isRunning = true }
-      return recovery.isRunning ? .behind : .first
+      return recovery.isRunning ? .behind(watch: watch) : .first(watch: watch)
     }
   }
 
-  /// A fetch begins for all that wait; returns the first deadline among them.
+  /// Slices whose deadlines lie closer together are ended together.
+  private static let watchNanoseconds: UInt64 = 10_000_000
+
+  /// Takes those whose deadline has passed; `watch` says when to do it next, if that is needed.
+  package func takeLate(_ now: UInt64) -> (late: SliceQueue, watch: UInt64?) {
+    recovery.withLock { recovery in
+      if now < recovery.watched { return (SliceQueue(), nil) }
+      var late = recovery.fetching.removeAll { $0.pointee.deadline <= now }
+      var more = recovery.waiting.removeAll { $0.pointee.deadline <= now }
+      late.append(contentsOf: &more)
+      let next = min(recovery.fetching.earliestDeadline, recovery.waiting.earliestDeadline)
+      recovery.watched = next == .max ? .max : max(next, now &+ Self.watchNanoseconds)
+      return (late, recovery.watched == .max ? nil : recovery.watched)
+    }
+  }
+
+  /// A fetch begins for all that wait; returns the last deadline among them.
   package func beginFetch() -> UInt64 {
     recovery.withLock { recovery in
       recovery.fetching.append(contentsOf: &recovery.waiting)
-      return recovery.fetching.earliestDeadline
+      return recovery.fetching.latestDeadline
     }
   }
 

@@ -92,6 +92,17 @@ package struct SliceQueue {
     return earliest
   }
 
+  /// The last deadline among the slices; `max` without any.
+  package var latestDeadline: UInt64 {
+    var latest: UInt64 = 0
+    var cursor = first
+    while let slice = cursor {
+      latest = max(latest, slice.pointee.deadline)
+      cursor = slice.pointee.next
+    }
+    return isEmpty ? .max : latest
+  }
+
   /// Moves the slices for which `isWanted` holds to the returned queue; order is kept in both.
   package mutating func removeAll(where isWanted: (SlicePointer) -> Bool) -> SliceQueue {
     var kept = SliceQueue()
