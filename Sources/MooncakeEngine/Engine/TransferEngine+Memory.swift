@@ -87,6 +87,29 @@ extension TransferEngine {
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
     access: Access, publishing: MetadataCall? = nil
   ) throws(EngineError) {
+    try addBuffers(Array(ranges), location: location, access: access)
+    if access == .local { return }
+    let call = publishing ?? MetadataCall(until: deadline(0))
+    do throws(EngineError) {
+      try publishChanges(call)
+    } catch {
+      var message =
+        "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
+      let starts = ranges.map(\.address)
+      do throws(EngineError) {
+        try withdraw(local.buffers.remove(starts), Set(starts), call)
+      } catch {
+        message += "; \(error.message)"
+      }
+      throw EngineError(error.code, message)
+    }
+  }
+
+  /// Makes ranges buffers of the local segment, all or none. Those who ask the metadata service
+  /// find them after `publishChanges`.
+  package func addBuffers(
+    _ ranges: [(address: UInt64, length: UInt64)], location: String, access: Access
+  ) throws(EngineError) {
     try checkOpen()
     if location.utf8.count > 4096 {
       throw EngineError(.invalidArgument, "the location name is longer than 4096 bytes")
@@ -101,33 +124,20 @@ extension TransferEngine {
           location: location, place: place($0.address, $0.length))
       })
     sharedMemory?.server.publish()
-    if access == .local { return }
-    do throws(EngineError) {
-      try publishChanges(publishing)
-    } catch {
-      var message =
-        "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
-      let starts = ranges.map(\.address)
-      do throws(EngineError) {
-        try withdraw(local.buffers.remove(starts), Set(starts), publishing)
-      } catch {
-        message += "; \(error.message)"
-      }
-      throw EngineError(error.code, message)
-    }
   }
 
   /// Ends what peers do with buffers that have been removed, and unpublishes them. What the
   /// metadata service refuses is tried again; peers that still find a buffer are refused here.
-  /// Throws BUSY where a copy does not end; `starts` are then known as unfinished.
+  /// Throws BUSY where a copy does not end within the call; `starts` are then known as unfinished.
   private func withdraw(
-    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ publishing: MetadataCall?
+    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: MetadataCall
   ) throws(EngineError) {
     if starts.isEmpty { return }
-    let late = sharedMemory?.server.revoke(until: deadline(0))
+    let late = sharedMemory?.server.revoke(
+      until: call.deadline, unless: { Waiting.isReadable(call.cancellation) })
     transport.server.revoke(removed.map(\.range))
     if removed.contains(where: { $0.range.access != .local }) {
-      try? publishChanges(publishing)
+      try? publishChanges(call)
     }
     unfinished.withLock {
       if late == nil { $0.subtract(starts) } else { $0.formUnion(starts) }
@@ -145,14 +155,22 @@ extension TransferEngine {
 
   /// Unregisters every address that is registered; throws for the first that is not.
   package func unregister(
-    _ addresses: UnsafeBufferPointer<UInt64>, publishing: MetadataCall? = nil
+    _ addresses: UnsafeBufferPointer<UInt64>
+  ) throws(EngineError) {
+    try removeBuffers(Array(addresses), nil)
+  }
+
+  /// As above. The call bounds how long peers that are in the middle of a copy, and then the
+  /// metadata service, are waited for; nil: as long as the default timeout.
+  package func removeBuffers(
+    _ addresses: [UInt64], _ call: MetadataCall?
   ) throws(EngineError) {
     try checkOpen()
-    let removed = local.buffers.remove(Array(addresses))
+    let removed = local.buffers.remove(addresses)
     var found = Set(removed.map(\.range.address))
     // Those of an earlier call that gave up waiting: nobody is offered them any more.
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
-    try withdraw(removed, found, publishing)
+    try withdraw(removed, found, call ?? MetadataCall(until: deadline(0)))
     for address in addresses where !found.contains(address) {
       throw EngineError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")
@@ -180,6 +198,32 @@ extension TransferEngine {
   package func allocate(
     length: UInt64, location: String = "*", access: Access, publishing: MetadataCall?
   ) throws(EngineError) -> UnsafeMutableRawPointer {
+    // Before the registration, which looks up where the range lies.
+    let address = try allocate(length: length, location: location)
+    do throws(EngineError) {
+      let range = (address: UInt64(UInt(bitPattern: address)), length: length)
+      try withUnsafePointer(to: range) { pointer throws(EngineError) in
+        try register(
+          UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access,
+          publishing: publishing)
+      }
+    } catch {
+      let key = UInt64(UInt(bitPattern: address))
+      // Not unmapped as long as a peer may touch it.
+      if !unfinished.withLock({ $0.contains(key) }),
+        let memory = mappings.withLock({ $0.removeValue(forKey: key) })
+      {
+        sharedMemory?.server.release(memory)
+      }
+      throw error
+    }
+    return address
+  }
+
+  /// Allocates memory as above that whoever asked for it registers, and frees in the end.
+  package func allocate(
+    length: UInt64, location: String
+  ) throws(EngineError) -> UnsafeMutableRawPointer {
     try checkOpen()
     guard length > 0, length <= UInt64(Int.max) else {
       throw EngineError(.invalidArgument, "cannot allocate \(length) bytes")
@@ -194,24 +238,7 @@ extension TransferEngine {
       }
     }
     let address = memory.mapping.address
-    let key = UInt64(UInt(bitPattern: address))
-    // Before the registration, which looks up where the range lies.
-    mappings.withLock { $0[key] = memory }
-    do throws(EngineError) {
-      let range = (address: key, length: length)
-      try withUnsafePointer(to: range) { pointer throws(EngineError) in
-        try register(
-          UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access,
-          publishing: publishing)
-      }
-    } catch {
-      // Not unmapped as long as a peer may touch it.
-      if !unfinished.withLock({ $0.contains(key) }) {
-        mappings.withLock { $0[key] = nil }
-        sharedMemory?.server.release(memory)
-      }
-      throw error
-    }
+    mappings.withLock { $0[UInt64(UInt(bitPattern: address))] = memory }
     return address
   }
 
@@ -230,7 +257,8 @@ extension TransferEngine {
     try free(address, publishing: nil)
   }
 
-  /// As above; `publishing` bounds how long the metadata service is waited for.
+  /// As above; `publishing` bounds how long the metadata service, and peers that are in the middle
+  /// of a copy, are waited for.
   package func free(
     _ address: UnsafeMutableRawPointer, publishing: MetadataCall?
   ) throws(EngineError) {
@@ -245,9 +273,7 @@ extension TransferEngine {
     let parts = local.buffers.snapshot.buffers.map(\.address) + unfinished.withLock { $0 }
     let others = parts.filter { $0 > key && $0 < end }
     do throws(EngineError) {
-      try ([key] + others).withUnsafeBufferPointer { addresses throws(EngineError) in
-        try unregister(addresses, publishing: publishing)
-      }
+      try removeBuffers([key] + others, publishing)
     } catch {
       if error.code == .busy {
         // Not unmapped as long as a peer may touch it.

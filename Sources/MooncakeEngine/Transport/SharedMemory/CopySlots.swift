@@ -70,11 +70,14 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
   }
 
   /// Waits until every copy that had begun before the guard changed is over, or will never go on.
-  /// Returns a thread that still copies when the deadline has passed: memory is not safe from it.
+  /// Returns a thread that still copies when the deadline has passed or the wait is canceled:
+  /// memory is not safe from it.
   ///
   /// Guarded copies of a stopped thread count as over: when it is continued, it looks at the guard
   /// before it touches memory. Others are waited for as long as their thread lives.
-  func drain(_ process: borrowing ProcessHandle, until deadline: Deadline) -> Int32? {
+  func drain(
+    _ process: borrowing ProcessHandle, until deadline: Deadline, unless isCanceled: () -> Bool
+  ) -> Int32? {
     var late: Int32?
     for index in 0..<SharedMemoryLayout.slotCount {
       let word = word(index)
@@ -85,7 +88,9 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
         relaxProcessor()
         spins += 1
       }
-      if spins < Self.spinCount || waitForChange(word, value, process, deadline) { continue }
+      if spins < Self.spinCount || waitForChange(word, value, process, deadline, isCanceled) {
+        continue
+      }
       late = Self.thread(value)
     }
     return late
@@ -108,7 +113,7 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
   /// Whether the copy is over, or will never go on.
   private func waitForChange(
     _ word: UnsafeMutablePointer<Atomic<UInt64>>, _ value: UInt64,
-    _ process: borrowing ProcessHandle, _ deadline: Deadline
+    _ process: borrowing ProcessHandle, _ deadline: Deadline, _ isCanceled: () -> Bool
   ) -> Bool {
     let start = Clock.now()
     let thread = Self.thread(value)
@@ -121,7 +126,7 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
       if waited < Self.patienceNanoseconds { continue }
       if process.hasEnded || !process.exists(thread: thread) { return true }
       if value & Self.guarded != 0, process.isStopped(thread: thread) { return true }
-      if deadline.hasPassed { return false }
+      if deadline.hasPassed || isCanceled() { return false }
       if waited > Self.warningNanoseconds && !hasWarned {
         hasWarned = true
         Log.warning(

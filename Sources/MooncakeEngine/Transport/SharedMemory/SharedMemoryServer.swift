@@ -107,25 +107,27 @@ package final class SharedMemoryServer: @unchecked Sendable {
   }
 
   /// Shows peers what is registered now. When it returns nil, no peer touches what no longer is;
-  /// else it tells who was still in the middle of a copy when the deadline had passed.
-  func revoke(until deadline: Deadline) -> String? {
+  /// else it tells who was still in the middle of a copy when the deadline had passed or the wait
+  /// was canceled.
+  func revoke(until deadline: Deadline, unless isCanceled: () -> Bool) -> String? {
     let connections = state.withLock { state in
       if !state.isStopped { publish(&state) }
       table.changeGuard()
       return Array(state.connections.values)
     }
-    return drain(connections, until: deadline)
+    return drain(connections, until: deadline, unless: isCanceled)
   }
 
   private func drain(
-    _ connections: [SharedMemoryServerConnection], until deadline: Deadline
+    _ connections: [SharedMemoryServerConnection], until deadline: Deadline,
+    unless isCanceled: () -> Bool
   ) -> String? {
     var late: String?
     for connection in connections {
       // One that was late once must not cost every later call the whole time.
       let patience = Deadline.after(milliseconds: Self.lateMilliseconds)
       let end = connection.isLate ? min(deadline, patience) : deadline
-      if let thread = connection.drain(until: end) {
+      if let thread = connection.drain(until: end, unless: isCanceled) {
         late = "thread \(thread) of process \(connection.processID)"
       }
     }
@@ -223,7 +225,7 @@ package final class SharedMemoryServer: @unchecked Sendable {
       defer { state.connections.removeAll() }
       return Array(state.connections.values)
     }
-    let late = drain(connections, until: deadline)
+    let late = drain(connections, until: deadline, unless: { false })
     for connection in connections { connection.hangUp() }
     return late
   }
@@ -259,9 +261,11 @@ final class SharedMemoryServerConnection: Sendable {
   }
 
   /// Waits until the process has ended the copies it had begun; returns a thread that has not when
-  /// the deadline has passed.
-  func drain(until deadline: Deadline) -> Int32? {
-    let late = slots.drain(process, until: deadline)
+  /// the deadline has passed or the wait is canceled.
+  func drain(until deadline: Deadline, unless isCanceled: () -> Bool) -> Int32? {
+    let late = slots.drain(process, until: deadline, unless: isCanceled)
+    // It may have been about to end them.
+    if late != nil && !deadline.hasPassed { return late }
     wasLate.store(late != nil, ordering: .relaxed)
     // An honest peer begins nothing more; the others of this process are this engine itself.
     if late != nil && process.id != getpid() { hangUp() }
