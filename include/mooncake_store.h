@@ -58,9 +58,10 @@ int32_t mooncake_store_create(mooncake_engine_t *engine,
 
 /* Withdraws every payload that the store offers, frees the memory that it allocated, ends its
  * watches and its own engine. Calls of other threads return CANCELED or INVALID_HANDLE. Afterwards
- * no callback runs and no caller memory is touched. Results and cancellations stay valid. Blocking:
- * readers get options.drain_ms, the rest at most five seconds. Not from a callback of the library:
- * INVALID_ARGUMENT. Since 0.1. */
+ * no callback runs and no caller memory is touched, unless the log names a thread of another
+ * process of this host that is held up in the middle of a copy. Results and cancellations stay
+ * valid. Blocking: readers get options.drain_ms, the rest at most five seconds. Not from a callback
+ * of the library: INVALID_ARGUMENT. Since 0.1. */
 int32_t mooncake_store_destroy(mooncake_store_t *store);
 
 /* The engine that the store works on, for its name, metrics and transfers. Of a store's own engine
@@ -100,10 +101,10 @@ typedef struct mooncake_store_progress {
   uint64_t holder_count;        /* holders known */
 } mooncake_store_progress_t;
 
-/* Called ten times a second at most, on the thread that called the operation. Returns 0 to go on;
- * anything else ends the operation as CANCELED. *progress is valid until it returns. May call any
- * function but mooncake_engine_destroy(), mooncake_store_destroy() and
- * mooncake_store_watch_destroy(). */
+/* Called on the thread that called the operation: when a phase begins, and during it ten times a
+ * second at most. Returns 0 to go on; anything else ends the operation as CANCELED. *progress is
+ * valid until it returns. May call any function but mooncake_engine_destroy(),
+ * mooncake_store_destroy() and mooncake_store_watch_destroy(). */
 typedef int32_t (*mooncake_store_progress_callback_t)(const mooncake_store_progress_t *progress,
                                                       void *context);
 
@@ -207,7 +208,8 @@ int32_t mooncake_store_register_options_init(mooncake_store_register_options_t *
  * payloads of a store. If the name is registered already, by this store or another, it gets a new
  * version; what this store offered under it before is withdrawn. *result (result may be null) is
  * the caller's. Errors: EXISTS (create_only; or this store has got it: delete that replica first),
- * BUSY (another call of this store works on the name), OVERLAP, OUT_OF_MEMORY. Since 0.1. */
+ * BUSY (another call of this store works on the name, or memory stays in use: see
+ * mooncake_store_unregister()), OVERLAP, OUT_OF_MEMORY. Since 0.1. */
 int32_t mooncake_store_register(mooncake_store_t *store, const char *name,
                                 const mooncake_buffer_t *buffers, uint64_t count,
                                 const mooncake_store_register_options_t *options,
@@ -216,7 +218,10 @@ int32_t mooncake_store_register(mooncake_store_t *store, const char *name,
 
 /* Withdraws what this store has registered: readers get drain_ms to finish, later ones an error.
  * When it returns, nobody reads the memory and nobody will, also when it fails for another reason
- * than NOT_HELD or BUSY. Replicas that others have stay. Errors: NOT_HELD, BUSY. Since 0.1. */
+ * than NOT_HELD or BUSY. Replicas that others have stay. Errors: NOT_HELD; BUSY if another call of
+ * this store works on the name, or if a process of this host has been in the middle of a copy until
+ * the deadline or the cancel and may still touch the memory, which is not offered any more: keep
+ * it, and call again. Likewise BUSY of a register or get that fails. Since 0.1. */
 int32_t mooncake_store_unregister(mooncake_store_t *store, const char *name,
                                   const mooncake_store_operation_t *operation);
 

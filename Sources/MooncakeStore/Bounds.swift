@@ -14,6 +14,10 @@ package final class Bounds {
   /// Both descriptors as one, where there are two.
   private let ends: Ends?
   private var nextReport: UInt64 = 0
+  /// Whether the progress callback has ended it.
+  private var isGivenUp = false
+  /// What was told last.
+  private var told: StoreProgress?
   /// When what undoes an operation that is over must end.
   private var lastEnd: Deadline?
   private static let reportNanoseconds: UInt64 = 100_000_000
@@ -69,9 +73,20 @@ package final class Bounds {
   }
   private static let lastMilliseconds: UInt64 = 50
 
+  /// A wait for peers that are in the middle of a copy of memory which is withdrawn: as long as the
+  /// operation may go on, at most so long, and a moment in any case.
+  package func release(withinMilliseconds limit: UInt64) -> MetadataCall {
+    let moment = Deadline.after(milliseconds: Self.momentMilliseconds)
+    if isOver || isClosed() { return MetadataCall(until: max(moment, lastCall.deadline)) }
+    return MetadataCall(
+      until: max(moment, min(deadline, .after(milliseconds: limit))), cancellation: cancellation)
+  }
+  /// A copy that goes on ends in less.
+  package static let momentMilliseconds: UInt64 = 15
+
   package var isCanceled: Bool { Waiting.isReadable(canceled) }
 
-  package var isOver: Bool { deadline.hasPassed || isCanceled }
+  package var isOver: Bool { isGivenUp || deadline.hasPassed || isCanceled }
 
   /// Throws once the operation is to end.
   package func check(_ phase: String) throws(EngineError) {
@@ -82,17 +97,28 @@ package final class Bounds {
     }
   }
 
-  /// Tells the caller how far it is, not too often; throws if it does not want to go on.
-  package func report(_ progress: @autoclosure () -> StoreProgress, isLast: Bool = false)
-    throws(EngineError)
-  {
+  /// Tells the caller how far it is: each new phase at once, else not too often; throws if it does
+  /// not want to go on.
+  package func report(
+    _ phase: StoreProgress.Phase, isLast: Bool = false,
+    _ progress: @autoclosure () -> StoreProgress
+  ) throws(EngineError) {
     guard let body = operation.progress else { return }
     let now = Clock.now()
-    if now < nextReport && !isLast { return }
+    if now < nextReport && phase == told?.phase && !isLast { return }
     nextReport = now &+ Self.reportNanoseconds
-    if !body(progress()) {
+    let progress = progress()
+    told = progress
+    if !body(progress) {
+      isGivenUp = true
       throw EngineError(.canceled, "\(what): canceled by the progress callback")
     }
+  }
+
+  /// Tells again what was told last, in a wait during which nothing changes.
+  package func reportAgain() throws(EngineError) {
+    let last = told ?? StoreProgress(.locating)
+    try report(last.phase, last)
   }
 
   /// Sleeps until the descriptor is readable, or until it is time to look whether to go on.
@@ -141,9 +167,7 @@ package final class Bounds {
       if let result = errand.result { return try result.get() }
       do throws(EngineError) {
         try check(phase)
-        try report(
-          StoreProgress(
-            phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+        try reportAgain()
       } catch {
         errand.leave()
         throw error

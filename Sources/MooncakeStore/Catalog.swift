@@ -16,6 +16,8 @@ final class Catalog: Sendable {
     var allocations: [UInt64] = []
     /// Whether it is listed for the existing system without being a holding.
     var isShared = false
+    /// Memory that is offered no more, but that a peer may still touch: a copy did not end.
+    var ending: [UInt64] = []
   }
 
   private enum Slot {

@@ -10,8 +10,8 @@ package final class Holding: Sendable {
   package let layout: BufferLayout
   package let isOrigin: Bool
   package let publishedMilliseconds: UInt64
-  /// Manifest and addresses of the buffers, in memory that peers read.
-  private let index: UInt64
+  /// Manifest and addresses of the buffers, in memory that peers read and that the engine frees.
+  let index: UInt64
   private let engine: TransferEngine
 
   private struct State {
@@ -130,13 +130,14 @@ package final class Holding: Sendable {
     stopGranting()
     while grantCount > 0 {
       if deadline.hasPassed || bounds?.isOver == true { return true }
+      // Whoever does not want to go on does not wait for readers.
+      do throws(EngineError) {
+        try bounds?.report(.draining, StoreProgress(.draining))
+      } catch {
+        return true
+      }
       sleepBriefly(nanoseconds: 2_000_000)
     }
     return false
-  }
-
-  /// Frees what this holds beside the payload's memory.
-  package func close(_ call: MetadataCall) {
-    try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(index))!, publishing: call)
   }
 }

@@ -11,7 +11,6 @@ struct HoldingCheck {
   let bounds: Bounds
 
   private static let askMilliseconds: UInt64 = 2000
-  private static let pauseNanoseconds: UInt64 = 100_000_000
   /// For a holder that does not answer; as long as a download waits for one.
   private static let patienceMilliseconds: UInt64 = 10_000
 
@@ -48,7 +47,7 @@ struct HoldingCheck {
           "holder \(holder.segment) at \(holder.rpc) did not confirm that it held the payload "
             + "until the last byte was read, so the bytes may be others: \(failure.message)")
       }
-      sleepBriefly(nanoseconds: Self.pauseNanoseconds)
+      bounds.sleep(orReadable: -1)
     }
   }
 }

@@ -99,9 +99,7 @@ struct ManifestSearch {
       bounds.sleep(
         orReadable: inbox.event.descriptor.rawValue,
         until: waiting.isEmpty ? .never : Deadline(nanoseconds: nextStart))
-      try bounds.report(
-        StoreProgress(
-          phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+      try bounds.report(.locating, StoreProgress(.locating))
       for news in inbox.take() {
         switch news {
         case .reached(let holder):

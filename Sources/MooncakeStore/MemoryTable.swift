@@ -4,14 +4,30 @@ import Synchronization
 
 /// The memory that holdings of one store have registered with its engine. Several holdings may use
 /// the same ranges; they stay registered until the last one lets go.
+///
+/// A process of this host may be in the middle of a copy from or to memory that is let go, and may
+/// have stopped there. Whoever waits for it does so within its own call and under no lock; memory
+/// that is not free by then stays known here as ending, and nobody registers it anew before it is.
 final class MemoryTable: Sendable {
+  private enum Use {
+    case held(count: Int)
+    /// Let go by the last holding; `isAttended`: a call waits for peers.
+    case ending(isAttended: Bool)
+  }
   private struct Entry {
     var length: UInt64
     var access: Access
-    var useCount = 1
+    var use = Use.held(count: 1)
+
+    var isEnding: Bool {
+      if case .ending = use { return true }
+      return false
+    }
   }
   private let engine: TransferEngine
   private let entries = Lock<[UInt64: Entry]>([:])
+  /// Counts waits for peers that are over.
+  private let waits = Futex()
 
   /// Memory that is no payload any more while a peer still has a grant to write into it.
   private struct LateWrites {
@@ -19,30 +35,54 @@ final class MemoryTable: Sendable {
     var end: UInt64
   }
   private let lateWrites = Lock<[LateWrites]>([])
+  /// Memory of the engine that could not be freed because a peer may still touch it.
+  private let unfreed = Lock<[UInt64]>([])
+
+  /// For what undoes a call that is over.
+  private static var moment: MetadataCall {
+    MetadataCall(until: .after(milliseconds: Bounds.momentMilliseconds))
+  }
+  /// How often a wait for another call's wait looks whether it is canceled.
+  private static let tickMilliseconds: UInt64 = 50
 
   init(_ engine: TransferEngine) { self.engine = engine }
 
-  /// Registers all buffers or none, and waits within the call until peers can find them.
+  // MARK: Registering
+
+  /// Registers all buffers or none, and waits within the call until peers can find them. `ending`
+  /// gets what a failed call cannot take back because a peer touches it: `finish` must end that.
   func register(
-    _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: MetadataCall
+    _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: MetadataCall,
+    leaving ending: inout [UInt64]
   ) throws(EngineError) {
-    try enter(buffers, location: location, access: access)
+    while true {
+      let former = try enter(buffers, location: location, access: access)
+      if former.isEmpty { break }
+      try finish(former, call)
+    }
     if access == .local { return }
     do throws(EngineError) {
       // Not under the lock: others would wait beyond their own deadlines.
       try engine.publishChanges(call)
     } catch {
-      unregister(buffers, .background)
-      throw EngineError(
-        error.code,
-        "registering \(buffers.count) buffer(s), none of which remains: \(error.message)")
+      let message =
+        "registering \(buffers.count) buffer(s), none of which remains: \(error.message)"
+      let last = release(buffers)
+      do throws(EngineError) { try finish(last, Self.moment) } catch {
+        ending = last
+        throw EngineError(error.code, "\(message); \(error.message)")
+      }
+      throw EngineError(error.code, message)
     }
   }
 
+  /// Adds one use of each buffer, unless some are still ending: then returns these.
   private func enter(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access
-  ) throws(EngineError) {
+  ) throws(EngineError) -> [UInt64] {
     try entries.withLock { entries throws(EngineError) in
+      let ending = buffers.map(\.address).filter { entries[$0]?.isEnding ?? false }
+      if !ending.isEmpty { return ending }
       var new: [(address: UInt64, length: UInt64)] = []
       var shared: [UInt64] = []
       for buffer in buffers {
@@ -58,22 +98,119 @@ final class MemoryTable: Sendable {
         }
         shared.append(buffer.address)
       }
-      if !new.isEmpty {
-        do {
-          try new.withUnsafeBufferPointer { ranges in
-            try engine.register(
-              ranges, location: location, access: access, publishing: .background)
-          }
-        } catch let error as EngineError {
-          throw error
-        } catch {
-          throw EngineError(.system, "\(error)")
+      if !new.isEmpty { try engine.addBuffers(new, location: location, access: access) }
+      for range in new { entries[range.address] = Entry(length: range.length, access: access) }
+      for address in shared {
+        if case .held(let count) = entries[address]!.use {
+          entries[address]!.use = .held(count: count + 1)
         }
       }
-      for range in new { entries[range.address] = Entry(length: range.length, access: access) }
-      for address in shared { entries[address]!.useCount += 1 }
+      return []
     }
   }
+
+  // MARK: Letting go
+
+  /// Takes one use of each buffer away; returns the addresses of those that no holding uses any
+  /// more, which `finish` must end.
+  func release(_ buffers: [BufferLayout.Buffer]) -> [UInt64] {
+    entries.withLock { entries in
+      var last: [UInt64] = []
+      for buffer in buffers {
+        guard case .held(let count) = entries[buffer.address]?.use else { continue }
+        entries[buffer.address]!.use =
+          count > 1 ? .held(count: count - 1) : .ending(isAttended: false)
+        if count == 1 { last.append(buffer.address) }
+      }
+      return last
+    }
+  }
+
+  /// Which of these addresses are let go of while a peer may still touch the memory there.
+  func ending(among addresses: [UInt64]) -> [UInt64] {
+    entries.withLock { entries in addresses.filter { entries[$0]?.isEnding ?? false } }
+  }
+
+  /// Ends those of these addresses that are let go of: when it returns, nobody reads or writes
+  /// there. Throws BUSY if a peer is in the middle of a copy when the call is over: they stay as
+  /// ending, to be tried again.
+  func finish(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
+    while true {
+      let seen = waits.value
+      let (mine, isAttended) = attend(addresses)
+      if !mine.isEmpty {
+        try end(mine, call)
+        retryFreeing(call)
+      }
+      if !isAttended { return }
+      if call.isOver {
+        throw EngineError(
+          .busy,
+          "another call waits for a process of this host that is in the middle of a copy of this "
+            + "memory: keep it, and call again")
+      }
+      waits.wait(
+        while: seen, until: min(call.deadline, .after(milliseconds: Self.tickMilliseconds)))
+    }
+  }
+
+  /// Takes those that end and that no other call attends to; tells whether there are others.
+  private func attend(_ addresses: [UInt64]) -> (mine: [UInt64], isAttended: Bool) {
+    entries.withLock { entries in
+      var mine: [UInt64] = []
+      var isAttended = false
+      for address in addresses {
+        guard case .ending(let isTaken) = entries[address]?.use else { continue }
+        if isTaken {
+          isAttended = true
+        } else {
+          entries[address]!.use = .ending(isAttended: true)
+          mine.append(address)
+        }
+      }
+      return (mine, isAttended)
+    }
+  }
+
+  private func end(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
+    var failure: EngineError?
+    do throws(EngineError) { try engine.removeBuffers(addresses, call) } catch {
+      // Else the engine has closed, and with it nobody touches it; or it has logged who does.
+      if error.code == .busy { failure = error }
+    }
+    entries.withLock { entries in
+      for address in addresses {
+        if failure == nil {
+          entries[address] = nil
+        } else {
+          entries[address]!.use = .ending(isAttended: false)
+        }
+      }
+    }
+    waits.increment()
+    waits.wakeAll()
+    if let failure { throw failure }
+  }
+
+  /// Frees memory of the engine, at once or, where a peer may still touch it, later.
+  func free(_ allocations: [UInt64], _ call: MetadataCall) {
+    for address in allocations {
+      let pointer = UnsafeMutableRawPointer(bitPattern: UInt(address))!
+      do throws(EngineError) { try engine.free(pointer, publishing: call) } catch {
+        if error.code == .busy { unfreed.withLock { $0.append(address) } }
+      }
+    }
+  }
+
+  private func retryFreeing(_ call: MetadataCall) {
+    let addresses = unfreed.withLock { unfreed in
+      defer { unfreed = [] }
+      return unfreed
+    }
+    free(addresses, call)
+  }
+
+  // MARK: Late writes
 
   /// Buffers that are about to be let go may be written to until then, by peers that have a grant.
   func expectWrites(to buffers: [BufferLayout.Buffer], until end: UInt64) {
@@ -94,27 +231,5 @@ final class MemoryTable: Sendable {
       }
       return end
     }
-  }
-
-  /// Lets go of buffers; when this returns, nobody reads those that no other holding uses.
-  func unregister(_ buffers: [BufferLayout.Buffer], _ call: MetadataCall) {
-    let isChanged = entries.withLock { entries in
-      var last: [UInt64] = []
-      for buffer in buffers {
-        guard var entry = entries[buffer.address] else { continue }
-        entry.useCount -= 1
-        entries[buffer.address] = entry.useCount == 0 ? nil : entry
-        if entry.useCount == 0 { last.append(buffer.address) }
-      }
-      if last.isEmpty { return false }
-      do {
-        try last.withUnsafeBufferPointer { try engine.unregister($0, publishing: .background) }
-      } catch {
-        // The engine has closed, and with it nobody reads any more; or it has logged who does.
-        Log.debug("store: unregistering memory: \(error)")
-      }
-      return true
-    }
-    if isChanged { try? engine.publishChanges(call) }
   }
 }

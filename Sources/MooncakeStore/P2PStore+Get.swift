@@ -20,13 +20,8 @@ extension P2PStore {
       if let buffers { return (buffers, nil, []) }
       if manifest.layout.size == 0 { return ([], nil, []) }
       try MemoryRoom.check(manifest.layout.size, "payload '\(name)'")
-      let address = try engine.allocate(
-        length: manifest.layout.size, location: options.location, access: .local)
       // The holding registers it with the rights that it needs.
-      do throws(EngineError) { try engine.unregister(address) } catch {
-        try? engine.free(address)
-        throw error
-      }
+      let address = try engine.allocate(length: manifest.layout.size, location: options.location)
       return (
         [PayloadBuffer(address: address, length: manifest.layout.size)], nil,
         [UInt64(UInt(bitPattern: address))]
@@ -87,9 +82,7 @@ extension P2PStore {
   func locate(
     _ name: String, _ options: GetOptions, _ bounds: Bounds
   ) throws(EngineError) -> Target? {
-    try bounds.report(
-      StoreProgress(
-        phase: .locating, doneBytes: 0, totalBytes: 0, activeHolderCount: 0, holderCount: 0))
+    try bounds.report(.locating, StoreProgress(.locating))
     let head = try head(name, options, bounds)
     if let head, options.version ?? head.version == head.version {
       var holders = try directory.holders(
@@ -177,17 +170,19 @@ extension P2PStore {
     let search = try manifest(of: target, bounds)
     let manifest = search.manifest
     let (buffers, range, allocations) = try place(manifest)
-    var entry: Catalog.Entry
+    var entry = Catalog.Entry(
+      name: target.name, isOrigin: false, holding: nil, layout: nil, allocations: allocations)
     do throws(EngineError) {
       let layout = try Self.layout(target.name, buffers, in: range, for: manifest)
       // What peers may change is a snapshot here, which is of no use to others.
       let isOffered = options.sharesOnward && !manifest.isWritable
-      entry = try accept(target, manifest, layout, isOffered, options, bounds.call)
+      entry = try accept(
+        target, manifest, layout, isOffered, options, bounds, leaving: &entry.ending)
+      entry.allocations = allocations
     } catch {
-      free(allocations)
+      if entry.ending.isEmpty { memory.free(allocations, bounds.lastCall) } else { held = entry }
       throw error
     }
-    entry.allocations = allocations
     do throws(EngineError) {
       if var record = entry.holding?.record {
         record.isSuperseded = target.isSuperseded
@@ -202,23 +197,25 @@ extension P2PStore {
         info: info, buffers: buffers, isVerified: !manifest.isWritable,
         nanoseconds: Clock.now() &- start, sources: sources, attributes: manifest.attributes)
     } catch {
-      withdraw(entry, until: .after(milliseconds: 0), bounds)
-      throw error
+      let failure = undo(&entry, error, bounds)
+      if !entry.ending.isEmpty { held = entry }
+      throw failure
     }
   }
 
   /// Registers the receiver's memory.
   private func accept(
     _ target: Target, _ manifest: Manifest, _ layout: BufferLayout, _ isOffered: Bool,
-    _ options: GetOptions, _ call: MetadataCall
+    _ options: GetOptions, _ bounds: Bounds, leaving ending: inout [UInt64]
   ) throws(EngineError) -> Catalog.Entry {
     if isOffered {
       return try offer(
         target.name, manifest, layout, isOrigin: false, location: options.location,
         available: ShardSet(count: manifest.layout.shardCount),
-        publishedMilliseconds: target.summary.publishedMilliseconds, call)
+        publishedMilliseconds: target.summary.publishedMilliseconds, bounds, leaving: &ending)
     }
-    try memory.register(layout.ranges, location: options.location, access: .local, call)
+    try memory.register(
+      layout.ranges, location: options.location, access: .local, bounds.call, leaving: &ending)
     return Catalog.Entry(name: target.name, isOrigin: false, holding: nil, layout: layout)
   }
 

@@ -15,9 +15,10 @@ extension P2PStore {
       throw EngineError(.invalidArgument, "payload '\(name)': no buffers are given")
     }
     let layout = try Self.layout(name, buffers)
-    return try register(name, layout, options, operation) { piece in
+    return try register(name, layout, options, operation) { piece, pause throws(EngineError) in
       let start = Self.pointer(layout.buffers[piece.buffer].address + piece.offset)
-      return Digest(of: UnsafeRawBufferPointer(start: start, count: Int(piece.length)))
+      return try Digest(
+        of: UnsafeRawBufferPointer(start: start, count: Int(piece.length)), pause: pause)
     }
   }
 
@@ -35,9 +36,10 @@ extension P2PStore {
       bufferSizes: sizes,
       shardBytes: options.shardBytes == 0
         ? ShardLayout.defaultShardBytes(bufferSizes: sizes) : options.shardBytes)
-    let former = try catalog.reserveReplacing(name)
+    var former = try catalog.reserveReplacing(name)
     var entry: Catalog.Entry?
-    defer { catalog.release(name, holding: entry ?? former) }
+    var ending: [UInt64] = []
+    defer { catalog.release(name, holding: entry ?? Self.left(name, former, ending)) }
     try bounds.check("start")
     if options.isCreateOnly {
       let head = try directory.head(name, bounds.call)
@@ -50,25 +52,36 @@ extension P2PStore {
       layout: shards, digests: digests, isWritable: options.isWritable,
       // Without digests nothing else would tell two versions apart.
       salt: options.isWritable ? .random(in: 1 ... .max) : 0, attributes: options.attributes)
-    let new = try offer(
+    var new = try offer(
       name, manifest, layout, isOrigin: true, location: options.location,
-      available: ShardSet(count: manifest.layout.shardCount, isFull: true), bounds.call)
+      available: ShardSet(count: manifest.layout.shardCount, isFull: true), bounds,
+      leaving: &ending)
+    let holding = new.holding!
     do throws(EngineError) {
       try bounds.report(
-        StoreProgress(
-          phase: .publishing, doneBytes: layout.size, totalBytes: layout.size,
-          activeHolderCount: 0, holderCount: 0))
-      try publish(new.holding!, isCreateOnly: options.isCreateOnly, bounds)
+        .publishing,
+        StoreProgress(.publishing, doneBytes: layout.size, totalBytes: layout.size))
+      try publish(holding, isCreateOnly: options.isCreateOnly, bounds)
     } catch {
-      withdraw(new, until: .after(milliseconds: 0), bounds)
-      throw error
+      let failure = undo(&new, error, bounds)
+      ending = new.ending
+      throw failure
     }
     entry = new
-    if let former {
-      withdraw(
-        former, until: .after(milliseconds: drainMilliseconds), bounds, isReplaced: true)
+    if former != nil { entry!.ending = withdrawReplaced(&former!, bounds) }
+    return holding.info(holderCount: 1)
+  }
+
+  /// Withdraws what has got a new version. Returns the memory that a peer does not let go of: the
+  /// name's next end waits for that.
+  private func withdrawReplaced(_ former: inout Catalog.Entry, _ bounds: Bounds) -> [UInt64] {
+    do throws(EngineError) {
+      try withdraw(
+        &former, until: .after(milliseconds: drainMilliseconds), bounds, isReplaced: true)
+    } catch {
+      Log.warning("payload '\(former.name)', replaced by a new version: \(error.message)")
     }
-    return new.holding!.info(holderCount: 1)
+    return former.ending
   }
 
   /// Ends a payload that this store registered: nobody reads its memory when this returns. Replicas
@@ -91,15 +104,21 @@ extension P2PStore {
   ) throws(EngineError) {
     let what = isOrigin ? "unregistering" : "deleting the replica of"
     let bounds = bounds(
-      operation, "\(what) payload '\(name)'", defaultMilliseconds: drainMilliseconds)
+      operation, "\(what) payload '\(name)'",
+      defaultMilliseconds: engine.defaultTimeoutMilliseconds)
     try PayloadName.check(name)
-    guard let entry = try catalog.take(name, where: { $0.isOrigin == isOrigin }) else {
+    guard var entry = try catalog.take(name, where: { $0.isOrigin == isOrigin }) else {
       throw EngineError(
         .notHeld,
         "payload '\(name)': this store has not \(isOrigin ? "registered" : "fetched") it")
     }
-    withdraw(
-      entry, until: min(bounds.deadline, .after(milliseconds: drainMilliseconds)), bounds)
+    do throws(EngineError) {
+      try withdraw(
+        &entry, until: min(bounds.deadline, .after(milliseconds: drainMilliseconds)), bounds)
+    } catch {
+      catalog.release(name, holding: entry)
+      throw EngineError(error.code, "\(what) payload '\(name)': \(error.message)")
+    }
     catalog.release(name)
   }
 
@@ -119,25 +138,30 @@ extension P2PStore {
 
   // MARK: Parts
 
-  /// Registers memory and lets peers find it by the holding's number, not yet by name.
+  /// Registers memory and lets peers find it by the holding's number, not yet by name. `ending`
+  /// gets what a failed call cannot take back because a peer touches it.
   func offer(
     _ name: String, _ manifest: Manifest, _ layout: BufferLayout, isOrigin: Bool,
     location: String, available: ShardSet,
-    publishedMilliseconds: UInt64 = WallClock.milliseconds(), _ call: MetadataCall
+    publishedMilliseconds: UInt64 = WallClock.milliseconds(), _ bounds: Bounds,
+    leaving ending: inout [UInt64]
   ) throws(EngineError) -> Catalog.Entry {
     try memory.register(
       layout.ranges, location: location,
-      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead, call)
+      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead, bounds.call,
+      leaving: &ending)
     do throws(EngineError) {
       let holding = try Holding(
         name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
-        publishedMilliseconds: publishedMilliseconds, call)
+        publishedMilliseconds: publishedMilliseconds, bounds.call)
       catalog.open(holding)
       return Catalog.Entry(
         name: name, isOrigin: isOrigin, holding: holding, layout: layout)
     } catch {
-      memory.unregister(layout.ranges, .background)
-      throw error
+      var entry = Catalog.Entry(name: name, isOrigin: isOrigin, holding: nil, layout: layout)
+      let failure = undo(&entry, error, bounds)
+      ending = entry.ending
+      throw failure
     }
   }
 
@@ -174,11 +198,12 @@ extension P2PStore {
     }
   }
 
-  /// Takes a payload of this store from the metadata service and from memory. Where it is replaced,
-  /// the existing system's document is its successor's by now.
+  /// Takes a payload of this store from the metadata service and from memory; throws as `dissolve`.
+  /// Where it is replaced, the existing system's document is its successor's by now.
   func withdraw(
-    _ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds, isReplaced: Bool = false
-  ) {
+    _ entry: inout Catalog.Entry, until deadline: Deadline, _ bounds: Bounds,
+    isReplaced: Bool = false
+  ) throws(EngineError) {
     if let holding = entry.holding {
       holding.stopGranting()
       keeper.remove(holding.record, bounds.lastCall)
@@ -186,7 +211,31 @@ extension P2PStore {
     if !isReplaced && (entry.holding != nil || entry.isShared) {
       shared?.removeOwn(entry.name, segment: engine.name, bounds.lastCall)
     }
-    dissolve(entry, until: deadline, bounds.lastCall, bounds)
+    drain(entry, until: deadline, bounds)
+    try dissolve(
+      &entry, bounds.release(withinMilliseconds: engine.defaultTimeoutMilliseconds))
+  }
+
+  /// Undoes what a call that fails had begun, and returns its error: BUSY instead where a peer does
+  /// not let go of the memory, which the entry then says.
+  func undo(_ entry: inout Catalog.Entry, _ error: EngineError, _ bounds: Bounds) -> EngineError {
+    do throws(EngineError) {
+      try withdraw(&entry, until: .after(milliseconds: 0), bounds)
+      return error
+    } catch let busy {
+      return EngineError(.busy, "\(error.message); \(busy.message)")
+    }
+  }
+
+  /// What a name stands for when a register has failed: what it stood for before, and the memory
+  /// that a peer may still touch, which is the caller's to end.
+  private static func left(
+    _ name: String, _ former: Catalog.Entry?, _ ending: [UInt64]
+  ) -> Catalog.Entry? {
+    if ending.isEmpty { return former }
+    var entry = former ?? Catalog.Entry(name: name, isOrigin: true, holding: nil, layout: nil)
+    entry.ending += ending
+    return entry
   }
 
   /// `range`: what all buffers lie in and is registered in one.

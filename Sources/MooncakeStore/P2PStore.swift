@@ -132,7 +132,12 @@ public final class P2PStore: Sendable {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
     shared?.settle(call, isLast: true)
-    for entry in entries { dissolve(entry, until: deadline, call) }
+    for entry in entries { drain(entry, until: deadline, nil) }
+    let last = MetadataCall(until: .after(milliseconds: Self.releaseMilliseconds))
+    for var entry in entries {
+      // The engine has logged whose copy does not end.
+      try? dissolve(&entry, last)
+    }
     kept.withLock { $0 = [] }
     engine.services.remove(service)
     removals.stop()
@@ -149,33 +154,42 @@ public final class P2PStore: Sendable {
 
   /// What the metadata service gets to forget the payloads of a store that closes.
   private static let closeMilliseconds: UInt64 = 2000
+  /// What it gets to forget their memory, and peers to end the copies that they have begun.
+  private static let releaseMilliseconds: UInt64 = 500
 
-  /// Ends a holding: no grants, readers done or the deadline passed, memory unregistered and, if it
-  /// is the engine's, freed.
-  func dissolve(
-    _ entry: Catalog.Entry, until deadline: Deadline, _ call: MetadataCall, _ bounds: Bounds? = nil
-  ) {
-    if let holding = entry.holding {
-      if holding.drain(until: deadline, bounds) {
-        Log.warning(
-          "payload \(holding.name): readers were left when its memory was withdrawn; they go to "
-            + "other holders")
-      }
-    }
-    revoke(entry, call)
-    free(entry.allocations)
+  /// Lets readers of a holding finish until the deadline; it grants nothing any more.
+  func drain(_ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds?) {
+    guard let holding = entry.holding, holding.drain(until: deadline, bounds) else { return }
+    Log.warning(
+      "payload \(holding.name): readers were left when its memory was withdrawn; they go to other "
+        + "holders")
   }
 
-  /// Ends what peers may do with the memory of a payload.
-  private func revoke(_ entry: Catalog.Entry, _ call: MetadataCall) {
+  /// Unregisters the memory of a payload, and frees it if it is the engine's. Throws BUSY if a peer
+  /// is in the middle of a copy when the call is over: then the entry says where, and doing it
+  /// again goes on.
+  func dissolve(
+    _ entry: inout Catalog.Entry, _ call: MetadataCall
+  ) throws(EngineError) {
+    try revoke(&entry, call)
+    memory.free(entry.allocations, call)
+    entry.allocations = []
+  }
+
+  /// Ends what peers may do with the memory of a payload; throws as `dissolve`.
+  private func revoke(_ entry: inout Catalog.Entry, _ call: MetadataCall) throws(EngineError) {
     let ranges = entry.layout?.ranges ?? []
-    guard let holding = entry.holding else { return memory.unregister(ranges, call) }
-    if holding.manifest.isWritable {
+    if let holding = entry.holding, holding.manifest.isWritable {
       memory.expectWrites(to: ranges, until: holding.lastGrantExpiry)
     }
-    memory.unregister(ranges, call)
-    catalog.close(holding)
-    holding.close(call)
+    let addresses = entry.ending + memory.release(ranges)
+    if let holding = entry.holding {
+      catalog.close(holding)
+      memory.free([holding.index], call)
+    }
+    (entry.holding, entry.layout, entry.isShared, entry.ending) = (nil, nil, false, addresses)
+    try memory.finish(addresses, call)
+    entry.ending = []
   }
 
   /// Grants of a payload of this store that peers have neither given back nor let expire.
@@ -190,12 +204,6 @@ public final class P2PStore: Sendable {
     ) { [catalog] in catalog.isClosed }
   }
 
-  func free(_ allocations: [UInt64]) {
-    for address in allocations {
-      try? engine.free(UnsafeMutableRawPointer(bitPattern: UInt(address))!)
-    }
-  }
-
   /// Somebody has removed the payload everywhere. The bytes stay where the caller expects them
   /// until it ends its entry.
   private func withdrawRemoved(_ record: HolderRecord) {
@@ -206,26 +214,27 @@ public final class P2PStore: Sendable {
     let isTaken = removals.run { [self] in
       defer { withdrawing.withLock { _ = $0.remove(holding) } }
       // The name may be another payload's by now.
-      let entry = try? catalog.take(name, where: { $0.holding?.address == record.holder })
-      guard let entry else { return }
+      let taken = try? catalog.take(name, where: { $0.holding?.address == record.holder })
+      guard var entry = taken else { return }
       Log.warning("payload '\(name)': it was removed by its name; withdrawn here")
-      withdrawOffer(entry)
-      catalog.release(
-        name,
-        holding: Catalog.Entry(
-          name: name, isOrigin: entry.isOrigin, holding: nil, layout: nil,
-          allocations: entry.allocations))
+      withdrawOffer(&entry)
+      catalog.release(name, holding: entry)
     }
     if !isTaken { withdrawing.withLock { _ = $0.remove(holding) } }
   }
 
-  private func withdrawOffer(_ entry: Catalog.Entry) {
+  /// Memory that a peer does not let go of stays known by the entry, for the call that ends that.
+  private func withdrawOffer(_ entry: inout Catalog.Entry) {
     if let holding = entry.holding {
       holding.stopGranting()
       keeper.remove(holding.record, removalCall)
       _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
     }
-    revoke(entry, removalCall)
+    do throws(EngineError) {
+      try revoke(&entry, removalCall)
+    } catch {
+      Log.warning("payload '\(entry.name)': \(error.message)")
+    }
   }
 
   /// What a store that closes tells the service itself.

@@ -147,7 +147,7 @@ final class PayloadDownload {
     defer { finish() }
     while !plan.isComplete {
       try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
-      try bounds.report(progress)
+      try bounds.report(.transferring, progress)
       if engine.isClosing {
         throw EngineError(.canceled, "getting a payload: the engine was destroyed")
       }
@@ -160,12 +160,12 @@ final class PayloadDownload {
       }
       wait()
       for item in inbox.take() { note(item) }
-      checkFlights()
+      try checkFlights()
     }
     try HoldingCheck(
       engine: engine, manifest: manifest, reader: reader, bounds: bounds
     ).run(trusted)
-    try bounds.report(progress, isLast: true)
+    try bounds.report(.transferring, isLast: true, progress)
     return sources.values.sorted { $0.byteCount > $1.byteCount }
   }
 
@@ -374,7 +374,7 @@ final class PayloadDownload {
     }
   }
 
-  private func checkFlights() {
+  private func checkFlights() throws(EngineError) {
     var index = 0
     while index < flights.count {
       let flight = flights[index]
@@ -388,8 +388,8 @@ final class PayloadDownload {
         continue
       }
       flights.remove(at: index)
-      end(flight, status)
-      try? engine.freeBatch(flight.batch)
+      defer { try? engine.freeBatch(flight.batch) }
+      try end(flight, status)
     }
   }
 
@@ -406,7 +406,7 @@ final class PayloadDownload {
       connection.holder, bytes: flights[index].seenBytes - flight.seenBytes, now: Clock.now())
   }
 
-  private func end(_ flight: Flight, _ status: BatchStatus) {
+  private func end(_ flight: Flight, _ status: BatchStatus) throws(EngineError) {
     let holder = flight.connection.holder
     let range = manifest.layout.range(ofShard: flight.shard)
     guard status.state == .completed else {
@@ -419,8 +419,7 @@ final class PayloadDownload {
     }
     let local = layout.address(of: range.offset, length: range.length)!
     let bytes = UnsafeRawBufferPointer(start: P2PStore.pointer(local), count: Int(range.length))
-    let isIntact =
-      manifest.isWritable || Digest(of: bytes) == manifest.digests[flight.shard]
+    let isIntact = manifest.isWritable ? true : try matches(bytes, flight.shard)
     if manifest.isWritable { trusted.insert(holder) }
     let isNews = plan.finished(
       flight.shard, from: holder, isIntact: isIntact, now: Clock.now())
@@ -441,6 +440,16 @@ final class PayloadDownload {
         "payload version \(manifest.version): shard \(flight.shard) from \(holder.segment) does "
           + "not match its digest; this holder is avoided")
     }
+  }
+
+  private func matches(
+    _ bytes: UnsafeRawBufferPointer, _ shard: Int
+  ) throws(EngineError) -> Bool {
+    let digest = try Digest(of: bytes) { () throws(EngineError) in
+      try bounds.check("verifying shard \(shard)")
+      try bounds.report(.transferring, progress)
+    }
+    return digest == manifest.digests[shard]
   }
 
   /// Ends what is in flight, so that no byte arrives any more, and gives everything back.

@@ -4,8 +4,10 @@ import Synchronization
 
 /// Computes the digests of many shards on several threads.
 package enum ShardHashing {
-  /// Reads the bytes of a shard and returns their digest; called on several threads.
-  package typealias Source = @Sendable (ShardLayout.Piece) throws(EngineError) -> Digest
+  /// Reads the bytes of a shard and returns their digest; called on several threads. A shard may be
+  /// gigabytes: every few megabytes it calls the closure that it is given, and ends if that throws.
+  package typealias Source =
+    @Sendable (ShardLayout.Piece, () throws(EngineError) -> Void) throws(EngineError) -> Digest
 
   private struct State {
     var next = 0
@@ -26,8 +28,14 @@ package enum ShardHashing {
         State(digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount)))
     }
 
-    /// Hashes shards until none is left; `between` may end it by throwing.
-    func run(between: (UInt64) throws(EngineError) -> Void) {
+    /// Throws once another thread has given up.
+    func goOn() throws(EngineError) {
+      if let failure = state.withLock({ $0.failure }) { throw failure }
+    }
+
+    /// Hashes shards until none is left; `pause`, called with the bytes of the shards that are
+    /// done, may end it by throwing.
+    func run(pause: (UInt64) throws(EngineError) -> Void) {
       while true {
         let index: Int? = state.withLock { state in
           guard state.next < layout.shardCount, state.failure == nil else { return nil }
@@ -37,13 +45,16 @@ package enum ShardHashing {
         guard let index else { return }
         do throws(EngineError) {
           let piece = layout.piece(ofShard: index)
-          let digest = try source(piece)
+          let digest = try source(piece) { () throws(EngineError) in
+            try goOn()
+            try pause(state.withLock { $0.doneBytes })
+          }
           let done = state.withLock { state in
             state.digests[index] = digest
             state.doneBytes += piece.length
             return state.doneBytes
           }
-          try between(done)
+          try pause(done)
         } catch {
           state.withLock { if $0.failure == nil { $0.failure = error } }
         }
@@ -59,6 +70,7 @@ package enum ShardHashing {
   package static func run(
     _ layout: ShardLayout, _ bounds: Bounds, _ source: @escaping Source
   ) throws(EngineError) -> [Digest] {
+    try bounds.report(.hashing, StoreProgress(.hashing, totalBytes: layout.size))
     let work = Work(layout, source)
     let threads =
       layout.size < parallelBytes ? 1 : min(threadLimit, Processors.count, layout.shardCount)
@@ -67,9 +79,7 @@ package enum ShardHashing {
     work.run { done throws(EngineError) in
       try bounds.check("hashing")
       try bounds.report(
-        StoreProgress(
-          phase: .hashing, doneBytes: done, totalBytes: layout.size, activeHolderCount: 0,
-          holderCount: 0))
+        .hashing, StoreProgress(.hashing, doneBytes: done, totalBytes: layout.size))
     }
     helpers.stop()
     let (digests, failure) = work.state.withLock { ($0.digests, $0.failure) }

@@ -78,7 +78,7 @@ package struct UnverifiedDownload {
         if let again = try start(errand) { waiting.append(again) }
       }
       try bounds.check("\(shards.count - doneCount) shards missing")
-      try bounds.report(progress(doneCount, flights.count))
+      try bounds.report(.transferring, progress(doneCount, flights.count))
       guard let oldest = flights.first else { continue }
       // It is waited for; the others go on meanwhile.
       let left = HolderConnection.milliseconds(until: bounds.deadline)
@@ -288,7 +288,7 @@ extension P2PStore {
       let layout = try Self.layout(document.name, buffers, in: range, for: geometry)
       try memory.register(
         layout.ranges, location: options.location,
-        access: options.sharesOnward ? .remoteRead : .local, bounds.call)
+        access: options.sharesOnward ? .remoteRead : .local, bounds.call, leaving: &entry.ending)
       entry.layout = layout
       let sources = try fetch(found, into: layout, bounds)
       if options.sharesOnward {
@@ -304,8 +304,9 @@ extension P2PStore {
         info: document.info, buffers: buffers, isVerified: false,
         nanoseconds: Clock.now() &- start, sources: sources)
     } catch {
-      dissolve(entry, until: .after(milliseconds: 0), bounds.lastCall)
-      throw error
+      let failure = undo(&entry, error, bounds)
+      if !entry.ending.isEmpty { held = entry }
+      throw failure
     }
   }
 

@@ -82,8 +82,11 @@ package final class MappedFile: Sendable {
   }
 
   /// The digest of some bytes. They are read, not touched in memory: a file that is cut short in
-  /// between makes an error instead of ending the process.
-  package func digest(offset: UInt64, length: UInt64) throws(EngineError) -> Digest {
+  /// between makes an error instead of ending the process. `pause`, called now and then, may end it
+  /// by throwing.
+  package func digest(
+    offset: UInt64, length: UInt64, pause: () throws(EngineError) -> Void = {}
+  ) throws(EngineError) -> Digest {
     let file = try Self.open(path)
     if State(try Self.status(file, path)) != state { throw Self.changed(path) }
     posix_fadvise(file.rawValue, Int(offset), Int(length), POSIX_FADV_SEQUENTIAL)
@@ -92,6 +95,7 @@ package final class MappedFile: Sendable {
     let stream = DigestStream()
     var done: UInt64 = 0
     while done < length {
+      if done > 0 { try pause() }
       let wanted = Int(min(UInt64(chunk.count), length - done))
       let count: Int
       do throws(Errno) {

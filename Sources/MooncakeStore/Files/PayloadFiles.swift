@@ -104,8 +104,9 @@ extension P2PStore {
     // Empty files are in the list only.
     let filled = files.filter { $0.buffer != nil }
     let layout = try Self.layout(name, filled.compactMap(\.buffer), in: arena.buffer)
-    let info = try register(name, layout, options, operation) { piece throws(EngineError) in
-      try filled[piece.buffer].digest(offset: piece.offset, length: piece.length)
+    let info = try register(name, layout, options, operation) { piece, pause throws(EngineError) in
+      try filled[piece.buffer].digest(
+        offset: piece.offset, length: piece.length, pause: pause)
     }
     let result = PayloadFiles(self, name, isOrigin: true, files)
     // A file hashed first may have changed while the last one was.
@@ -136,9 +137,11 @@ extension P2PStore {
     let staging = FileStaging(
       directory: directory, payload: name, replacesFiles: fileOptions.replacesFiles)
     let bounds = bounds(operation, "getting payload '\(name)'", defaultMilliseconds: 0)
+    var ranges: [PayloadBuffer] = []
     do throws(EngineError) {
       let result = try get(name, options, operation) { manifest throws(EngineError) in
         let (buffers, range) = try staging.place(manifest)
+        ranges = range.map { [$0] } ?? buffers
         return (buffers, range, [])
       }
       let holding = catalog.holding(of: name)?.address.holding
@@ -151,6 +154,8 @@ extension P2PStore {
         throw error
       }
     } catch {
+      let addresses = ranges.map { UInt64(UInt(bitPattern: $0.address)) }
+      if !memory.ending(among: addresses).isEmpty { staging.keepMemory() }
       staging.discard()
       throw error
     }

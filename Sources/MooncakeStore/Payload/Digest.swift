@@ -1,4 +1,5 @@
 import CXXHash
+import MooncakeEngine
 
 /// XXH3-128 of some bytes: finds damage and mix-ups, not forgery.
 package struct Digest: Hashable, Sendable {
@@ -14,6 +15,23 @@ package struct Digest: Hashable, Sendable {
   package init(of bytes: UnsafeRawBufferPointer) {
     let stream = DigestStream()
     stream.update(bytes)
+    self = stream.finish()
+  }
+
+  private static let stepBytes = 4 << 20
+
+  /// Hashes a range of memory step by step; `pause`, called in between, may end it by throwing.
+  package init(
+    of bytes: UnsafeRawBufferPointer, pause: () throws(EngineError) -> Void
+  ) throws(EngineError) {
+    let stream = DigestStream()
+    var start = 0
+    while start < bytes.count {
+      if start > 0 { try pause() }
+      let end = start + min(Self.stepBytes, bytes.count - start)
+      stream.update(UnsafeRawBufferPointer(rebasing: bytes[start..<end]))
+      start = end
+    }
     self = stream.finish()
   }
 }

@@ -164,11 +164,21 @@ public struct StoreProgress: Sendable, Equatable {
   public var holderCount: Int
 }
 
+extension StoreProgress {
+  /// A phase in which no bytes come from holders.
+  package init(_ phase: Phase, doneBytes: UInt64 = 0, totalBytes: UInt64 = 0) {
+    self.init(
+      phase: phase, doneBytes: doneBytes, totalBytes: totalBytes, activeHolderCount: 0,
+      holderCount: 0)
+  }
+}
+
 /// What bounds and watches one operation.
 public struct StoreOperation: Sendable {
   /// 0: the engine's default for what asks the metadata service, no limit for `get` and `register`.
   public var timeoutMilliseconds: UInt64 = 0
-  /// Called on the caller's thread, ten times a second at most; false cancels.
+  /// Called on the caller's thread when a phase begins, else ten times a second at most; false
+  /// cancels.
   public var progress: (@Sendable (StoreProgress) -> Bool)?
   public var cancellation: Cancellation?
 
