@@ -66,7 +66,18 @@ class Service:
         self.process.wait(10)
 
     def stop(self):
+        """Returns when it stands still: a thread of it may answer for a moment after the signal."""
         self.process.send_signal(signal.SIGSTOP)
+        lab.wait_until(self.is_stopped, 5, pause=0.001)
+
+    def is_stopped(self):
+        states = set()
+        for file in pathlib.Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
+            try:
+                states.add(file.read_text().rpartition(")")[2].split()[0])
+            except OSError:
+                continue
+        return states <= {"T", "Z", "X"}
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)

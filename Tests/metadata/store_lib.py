@@ -6,7 +6,8 @@ from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_uint32, c_uin
 import lab
 import mooncake_lib
 
-PHASE_TRANSFERRING, PHASE_PUBLISHING = 2, 3
+PHASE_HASHING, PHASE_TRANSFERRING, PHASE_PUBLISHING = 1, 2, 3
+OK, NOT_REGISTERED, BUSY, NOT_FOUND, TIMEOUT, CANCELED = 0, -3, -6, -13, -14, -15
 ACCESS_REMOTE = mooncake_lib.ACCESS_REMOTE
 library = mooncake_lib.load(lab.library())
 
@@ -37,19 +38,22 @@ class Operation(Structure):
         return operation
 
     @classmethod
-    def until(cls, cancellation):
-        operation = cls.within(0)
+    def until(cls, cancellation, milliseconds):
+        operation = cls.within(milliseconds)
         operation.cancellation = cancellation.handle
         return operation
 
-    def at_phase(self, phase, action):
-        """Calls action once, when the operation tells of a phase."""
-        waiting = [action]
+    def at_phase(self, phase, action, is_done=False):
+        """Calls action once, when the operation tells of a phase, or of its last byte; then it has
+        reached it."""
+        self.has_reached = False
 
         @ProgressCallback
         def progress(report, _):
-            if report.contents.phase == phase and waiting:
-                waiting.pop()()
+            is_there = not is_done or report.contents.done == report.contents.total > 0
+            if report.contents.phase == phase and is_there and not self.has_reached:
+                self.has_reached = True
+                action()
             return 0
 
         self.progress = progress
@@ -72,7 +76,36 @@ class GetOptions(Structure):
                 ("location", c_char_p), ("receive_only", c_uint32), ("reserved", c_uint32)]
 
 
+class MetadataServerOptions(Structure):
+    _fields_ = [("struct_size", c_uint32), ("port", c_uint32), ("host", c_char_p),
+                ("directory", c_char_p), ("maximum_bytes", c_uint64), ("token", c_char_p)]
+
+
+class Buffers(Structure):
+    """What a call that lists buffers needs."""
+
+    _fields_ = [("list", mooncake_lib.RemoteBuffer * 64), ("count", c_uint64)]
+
+
+class RequestStatus(Structure):
+    _fields_ = [("state", c_int32), ("error", c_int32), ("bytes", c_uint64)]
+
+
+BatchCallback = ctypes.CFUNCTYPE(None, c_uint64, c_void_p, c_void_p)
+
 for _name, _arguments in {
+    "mooncake_engine_event_fd": [c_void_p, POINTER(c_int32)],
+    "mooncake_memory_register_batch": [
+        c_void_p, POINTER(Buffer), c_uint64, c_char_p, c_uint32],
+    "mooncake_memory_unregister_batch": [c_void_p, POINTER(c_void_p), c_uint64],
+    "mooncake_segment_describe": [c_void_p, c_int32, c_char_p, c_uint64, POINTER(c_uint64)],
+    "mooncake_batch_poll": [c_void_p, c_uint64, POINTER(mooncake_lib.BatchStatus)],
+    "mooncake_batch_poll_request": [c_void_p, c_uint64, c_uint64, POINTER(RequestStatus)],
+    "mooncake_batch_cancel": [c_void_p, c_uint64],
+    "mooncake_batch_event_fd": [c_void_p, c_uint64, POINTER(c_int32)],
+    "mooncake_batch_set_callback": [c_void_p, c_uint64, BatchCallback, c_void_p],
+    "mooncake_metadata_server_start": [POINTER(MetadataServerOptions), POINTER(c_void_p)],
+    "mooncake_metadata_server_stop": [c_void_p],
     "mooncake_memory_allocate": [c_void_p, c_uint64, c_char_p, c_uint32, POINTER(c_void_p)],
     "mooncake_memory_free": [c_void_p, c_void_p],
     "mooncake_store_create": [c_void_p, c_void_p, POINTER(StoreOptions), POINTER(c_void_p)],
@@ -136,12 +169,17 @@ def check(code):
         raise AssertionError(f"{code}: {message()}")
 
 
-def create_engine(uri, name, default_timeout, engine):
+def engine_options(uri, name, default_timeout):
     options = mooncake_lib.EngineOptions()
     library.mooncake_engine_options_init(byref(options), ctypes.sizeof(options))
     options.metadata_uri = uri.encode()
     options.name = name.encode()
     options.default_timeout_ms = default_timeout
+    return options
+
+
+def create_engine(uri, name, default_timeout, engine):
+    options = engine_options(uri, name, default_timeout)
     return library.mooncake_engine_create(byref(options), byref(engine))
 
 
