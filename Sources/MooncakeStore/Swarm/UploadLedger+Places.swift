@@ -28,36 +28,47 @@ extension UploadLedger {
     now &- reader.since >= settings.turnNanoseconds / 2
   }
 
-  /// Those who have all places show nothing of how fast others would be, so after a while one more
-  /// may try: the less often, the longer none of these was faster.
+  /// Those who have all places show nothing of how fast others would be, so once in a turn one
+  /// more may try.
   private mutating func mayTry(_ now: UInt64) -> Bool {
     if now < nextTrial || !choosers.allSatisfy({ isSettled($0, now) }) { return false }
-    trialPause = min(max(settings.turnNanoseconds, trialPause * 2), 4 * settings.turnNanoseconds)
-    nextTrial = now &+ trialPause
+    nextTrial = now &+ settings.turnNanoseconds
     return true
   }
 
   // MARK: Pace
 
-  mutating func measure(_ pace: UInt64, _ now: UInt64) {
-    if let best, best.pace < pace, now &- best.time < Self.bestNanoseconds { return }
-    if let best, pace < best.pace / settings.slowFactor { trialPause = 0 }
-    best = (max(1, pace), now)
+  /// A reader has read on. What it and the others read meanwhile is the least a link carries.
+  mutating func measure(_ entry: Reader, _ reader: UInt64, _ now: UInt64) {
+    let own = max(1, Double(now &- entry.since) / Double(entry.wholeCount))
+    let sharing = readers.reduce(1.0) { sum, other in
+      if other.key == reader { return sum }
+      return sum + (isSettled(other.value, now) ? min(1, own / pace(of: other.value, now)) : 1)
+    }
+    let nanoseconds = own / sharing
+    if let best, best.nanoseconds < nanoseconds, now &- best.time < Self.bestNanoseconds { return }
+    best = (nanoseconds, now)
+  }
+
+  /// Nanoseconds a shard.
+  private func pace(of reader: Reader, _ now: UInt64) -> Double {
+    // It tells of what it has read when about half of what it was granted has come.
+    let expected = reader.readCount + UInt64(max(1, reader.shards.count / 2))
+    return max(1, Double(now &- reader.since) / Double(expected))
   }
 
   private func usedPlaces(_ now: UInt64) -> Double {
     choosers.reduce(0) { $0 + part(of: $1, now) }
   }
 
-  /// What it uses of a place: all, unless it is far behind the fastest.
+  /// What it uses of a place: all, unless it is far behind a place's share of the link.
   private func part(of reader: Reader, _ now: UInt64) -> Double {
     guard let best, isSettled(reader, now) else { return 1 }
-    // It tells of what it has read when about half of what it was granted has come.
-    let expected = reader.readCount + UInt64(max(1, reader.shards.count / 2))
-    let pace = (now &- reader.since) / expected
-    return pace / settings.slowFactor <= best.pace ? 1 : Double(best.pace) / Double(pace)
+    let fair = best.nanoseconds * Double(settings.readersAtOnce)
+    let pace = pace(of: reader, now)
+    return pace <= fair * settings.slowFactor ? 1 : fair / pace
   }
 
-  /// How long the fastest is remembered.
+  /// How long the busiest is remembered.
   private static let bestNanoseconds: UInt64 = 10_000_000_000
 }

@@ -14,8 +14,9 @@ package struct UploadLedger: Sendable {
     package var readerLimit = 64
     /// How long a place is a receiver's while others wait.
     package var turnNanoseconds: UInt64 = 2_000_000_000
-    /// Who needs so many times as long for a shard as the fastest counts as a part of a reader.
-    package var slowFactor: UInt64 = 8
+    /// Who reads less than a place's share of the link, divided by this, counts as a part of a
+    /// reader.
+    package var slowFactor = 4.0
     /// Waiting receivers that are remembered in the order in which they came.
     package var waiterLimit = 64
     /// Places of their own for those who read what they name: ranges, and the last shards of a
@@ -45,11 +46,13 @@ package struct UploadLedger: Sendable {
     /// When it got its place, and the shards that it has read since.
     var since: UInt64
     var readCount: UInt64 = 0
-    /// What it was granted first. Before it has read as many, some of them may be others' that it
-    /// only gives back.
-    var firstCount: UInt64 = 0
     /// Whether it has said which shards it wants.
     var isNaming = false
+    /// Of `shards`, the first ones, that it has said it is reading.
+    var begunCount = 0
+    /// Shards that it has read after it had said so. Others it may only give back, since somebody
+    /// else has granted them, too.
+    var wholeCount: UInt64 = 0
   }
 
   private struct Peer {
@@ -65,11 +68,10 @@ package struct UploadLedger: Sendable {
   var queue: UploadQueue
   /// Of those who name shards.
   var namingQueue: UploadQueue
-  /// Nanoseconds a shard of the fastest reader lately, and when that was measured.
-  var best: (pace: UInt64, time: UInt64)?
+  /// Nanoseconds in which the link carried a shard when it was busiest lately, and when that was.
+  var best: (nanoseconds: Double, time: UInt64)?
   /// When one reader more may show whether it is faster than those who hold all places.
   var nextTrial: UInt64 = 0
-  var trialPause: UInt64 = 0
   private var isWithdrawn = false
   /// Whether nothing is granted and no lease renewed until this is false again.
   package var isPaused = false
@@ -167,16 +169,18 @@ package struct UploadLedger: Sendable {
   /// Takes back what else was granted.
   private mutating func keep(_ request: ShardRequest, _ now: UInt64) {
     guard var entry = readers[request.reader] else { return }
+    let begun = entry.shards.prefix(entry.begunCount)
     returned = entry.shards.filter { !request.reading.contains($0) }
     entry.shards.removeAll { !request.reading.contains($0) }
-    // What is given back unread, or read in part, says nothing of its pace.
+    // Of a part of a shard nothing is told.
     if request.wanted == nil && request.have.count == grantCounts.count {
-      let read = returned.count { request.have.contains($0) }
-      entry.readCount += UInt64(read)
-      if read > 0 && entry.readCount >= entry.firstCount {
-        measure((now &- entry.since) / entry.readCount, now)
-      }
+      let read = returned.filter { request.have.contains($0) }
+      entry.readCount += UInt64(read.count)
+      let whole = read.count { begun.contains($0) }
+      entry.wholeCount += UInt64(whole)
+      if whole > 0 { measure(entry, request.reader, now) }
     }
+    entry.begunCount = entry.shards.count
     readers[request.reader] = entry.shards.isEmpty ? nil : entry
   }
 
@@ -189,15 +193,14 @@ package struct UploadLedger: Sendable {
     var reader = readers[request.reader] ?? Reader(since: now, isNaming: isNaming)
     reader.isNaming = reader.isNaming && isNaming
     if let former, reader.shards.isEmpty, !isTurnOver(former, now) {
-      (reader.since, reader.readCount, reader.firstCount) = (
-        former.since, former.readCount, former.firstCount
+      (reader.since, reader.readCount, reader.wholeCount) = (
+        former.since, former.readCount, former.wholeCount
       )
     }
     let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
     let granted = choose(limit: limit, request, available: available)
     if granted.isEmpty { return [] }
     for shard in granted { grantCounts[shard] &+= 1 }
-    if reader.firstCount == 0 { reader.firstCount = UInt64(granted.count) }
     reader.shards += granted
     readers[request.reader] = reader
     return granted

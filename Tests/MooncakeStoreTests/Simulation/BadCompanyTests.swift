@@ -91,6 +91,22 @@ import Testing
     #expect(outcome.durations.values.max() ?? .max < 80 * Self.second, "nor do they starve")
   }
 
+  @Test(arguments: [(4, 4), (4, 16), (16, 16)], [0, 1, 5] as [UInt64])
+  func fastOnesBehindSlowOnesTakeLittleLonger(counts: (slow: Int, fast: Int), lead: UInt64) {
+    var alone = Scenario(receiverCount: counts.fast)
+    (alone.shardCount, alone.redistributes) = (48, true)
+    var scenario = alone
+    scenario.receiverCount = counts.slow + counts.fast
+    for node in 1...counts.slow { scenario.slowNodes[node] = 0.02 }
+    scenario.slowLead = lead * Self.second
+    let outcome = Simulation(scenario).run()
+    #expect(outcome.completeCount == counts.slow + counts.fast)
+    let fast = outcome.durations.filter { $0.key > counts.slow }.values.max() ?? .max
+    #expect(Double(fast) < 1.5 * Double(Simulation(alone).run().makespan))
+    // Alone they would need 161 s.
+    #expect(outcome.durations.values.max() ?? .max < 175 * Self.second)
+  }
+
   @Test func withoutAHolderThatLivesTheDeadHoldNobodyUp() {
     var scenario = scenario(0, seed: 2)
     scenario.receiverCount = 1

@@ -36,6 +36,14 @@ import Testing
     #expect(outcome.corruptCount == 0)
   }
 
+  @Test(arguments: 1...3 as ClosedRange<UInt64>) func aHundredInLittleMoreThanOne(seed: UInt64) {
+    var scenario = scenario(100, seed: seed)
+    scenario.shardCount = 128
+    let outcome = Simulation(scenario).run()
+    expectAllDone(outcome, scenario)
+    #expect(Double(outcome.makespan) < 1.32 * Double(time(of: scenario)))
+  }
+
   @Test func aRunRepeats() {
     let scenario = scenario(10, seed: 7)
     let first = Simulation(scenario).run()

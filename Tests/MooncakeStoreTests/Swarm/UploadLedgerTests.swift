@@ -292,6 +292,49 @@ import Testing
     }
   }
 
+  /// Readers that are all equally fast, of which one gives back at once what another holder had
+  /// granted it too: nobody seems slow beside it.
+  @Test func whatIsGivenBackAtOnceMakesNobodySlow() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var granted = fill(&ledger, limit: 1)
+    var have = ShardSet(count: 100)
+    for shard in granted.values.joined() { have.insert(shard) }
+    let early = second / 1000
+    granted[1] =
+      ledger.answer(request(1, limit: 1, have: have), available: full, now: early).granted
+    for step in 1...3 as ClosedRange<UInt64> {
+      for reader in 1...4 as ClosedRange<UInt64> {
+        for shard in granted[reader]! { have.insert(shard) }
+        let answer = ledger.answer(
+          request(reader, limit: 2, have: have, reading: granted[reader]!), available: full,
+          now: early + step * second / 2)
+        granted[reader]! += answer.granted
+      }
+    }
+    for reader in 10...20 as ClosedRange<UInt64> {
+      _ = ledger.answer(request(reader), available: full, now: early + 7 * second / 4)
+    }
+    let answer = ledger.answer(request(21), available: full, now: early + 7 * second / 4)
+    #expect(answer.readerCount <= 5, "four, and one that tries")
+  }
+
+  /// Slow ones take all places and try first; whoever comes later may try within a turn.
+  @Test func oneMayTryInEachTurn() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var granted = fill(&ledger)
+    for turn in 1...6 as ClosedRange<UInt64> {
+      let now = turn * 3 * second
+      for reader in granted.keys.sorted() {
+        _ = ledger.answer(
+          request(reader, limit: 0, reading: granted[reader]!), available: full, now: now)
+      }
+      let answer = ledger.answer(request(10 + turn), available: full, now: now)
+      #expect(answer.state == .serving, "turn \(turn)")
+      granted[10 + turn] = answer.granted
+      #expect(ledger.answer(request(30), available: full, now: now).state == .busy)
+    }
+  }
+
   @Test func whoWantsNothingKeepsNoPlaceFree() {
     var settings = UploadLedger.Settings()
     settings.turnNanoseconds = 1000 * second
