@@ -33,6 +33,13 @@ package struct FileDescriptor: ~Copyable, Sendable {
     try FileDescriptor(opening: { Glibc.open(path, flags | O_CLOEXEC, mode) })
   }
 
+  /// Opens a name in an open directory.
+  package static func open(
+    _ name: String, in directory: Int32, flags: Int32, mode: mode_t = 0o600
+  ) throws(Errno) -> FileDescriptor {
+    try FileDescriptor(opening: { openat(directory, name, flags | O_CLOEXEC, mode) })
+  }
+
   /// Gives a descriptor of 0, 1 or 2 another number, which the host may have left free: whoever
   /// prints in this process would write into our socket. On failure it is closed.
   package static func aboveStandard(_ descriptor: Int32) throws(Errno) -> Int32 {

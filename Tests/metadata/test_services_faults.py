@@ -226,7 +226,8 @@ class Services(FaultTest):
         put = lambda key: raw.ask("PUT", {"key": key}, b"value")
         self.assertEqual(put("mooncake/before")[0], 200)
         limit = resource.RLIMIT_FSIZE
-        size = (service.folder / "data" / "journal").stat().st_size
+        journal = service.folder / "data" / "journal"
+        size, number = journal.stat().st_size, journal.stat().st_ino
         limits = resource.prlimit(service.process.pid, limit, (size + 10, resource.RLIM_INFINITY))
         status, text = put("mooncake/full")
         self.assertEqual(status, 507, text)
@@ -235,9 +236,26 @@ class Services(FaultTest):
         # What was refused meanwhile stands in memory, so the next record that gets in keeps it.
         resource.prlimit(service.process.pid, limit, limits)
         self.assertEqual(put("mooncake/after")[0], 200)
+        # It was added to the file, which did not have to be written anew.
+        self.assertEqual(journal.stat().st_ino, number)
         service.restart(empty=False)
         self.assertEqual(services.keys(service.uri), [
             f"mooncake/{name}" for name in ("after", "before", "full", "still-full")])
+
+    def test_journal_in_a_directory_that_moves(self):
+        service = self.start(services.Ours, True)
+        raw = services.Raw(service.uri)
+        self.addCleanup(raw.close)
+        number = (service.folder / "data" / "journal").stat().st_ino
+        (service.folder / "data").rename(service.folder / "moved")
+        # Mostly history, so that it is written anew.
+        for _ in range(8):
+            self.assertEqual(raw.ask("PUT", {"key": "mooncake/k"}, b"v" * (1 << 20))[0], 200)
+        journal = service.folder / "moved" / "journal"
+        self.assertTrue(lab.wait_until(lambda: journal.stat().st_ino != number, 5))
+        (service.folder / "moved").rename(service.folder / "data")
+        service.restart(empty=False)
+        self.assertEqual(services.keys(service.uri), ["mooncake/k"])
 
     def test_cluster_loses_a_member(self):
         service = self.start(services.EtcdCluster)

@@ -38,6 +38,13 @@ package final class MetadataJournal {
   private static let name = "journal"
   private static let slackBytes = 4 << 20
   private static let chunkBytes = 1 << 20
+  /// Of records that could not be written and wait for the next attempt.
+  private static let heldBytes = 4 << 20
+  private var pendingBytes = 0
+  /// Why the file could not be written anew, and when that is tried again.
+  private var lastError = Errno(EIO)
+  private var nextAttempt: UInt64 = 0
+  private static let pauseNanoseconds: UInt64 = 1_000_000_000
 
   /// Opens or creates the journal of a directory and reads every record of it in order; `replay`
   /// says what is wrong with one that makes no sense. What a crash has left of the last commit, if
@@ -51,12 +58,13 @@ package final class MetadataJournal {
     if mkdir(path, 0o700) != 0 && Errno.current.rawValue != EEXIST {
       throw Self.failure(path, "\(Errno.current)")
     }
-    directory = try Self.open(path, flags: O_RDONLY | O_DIRECTORY)
-    lockFile = try Self.open(path + "/lock", flags: O_RDWR | O_CREAT)
+    // From here on the directory is meant that is open, wherever the host goes or the path leads.
+    directory = try Self.open(path, in: AT_FDCWD, path, flags: O_RDONLY | O_DIRECTORY)
+    lockFile = try Self.open(path, in: directory.rawValue, "lock", flags: O_RDWR | O_CREAT)
     if flock(lockFile.rawValue, LOCK_EX | LOCK_NB) != 0 {
       throw Self.failure(path, "another server uses it: \(Errno.current)")
     }
-    file = try Self.open(path + "/" + Self.name, flags: O_RDWR | O_CREAT)
+    file = try Self.open(path, in: directory.rawValue, Self.name, flags: O_RDWR | O_CREAT)
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw Self.failure(path, "\(Errno.current)") }
     fileBytes = Int(status.st_size)
@@ -68,11 +76,13 @@ package final class MetadataJournal {
   /// the journal itself: what it inherits is behind handles that it has lost.
   deinit { _ = flock(lockFile.rawValue, LOCK_UN) }
 
-  private static func open(_ path: String, flags: Int32) throws(EngineError) -> FileDescriptor {
+  private static func open(
+    _ path: String, in directory: Int32, _ name: String, flags: Int32
+  ) throws(EngineError) -> FileDescriptor {
     do throws(Errno) {
-      return try FileDescriptor.open(path, flags: flags)
+      return try FileDescriptor.open(name, in: directory, flags: flags)
     } catch {
-      throw failure(path, "\(error)")
+      throw failure(path, "\(name == path ? "" : "\(name): ")\(error)")
     }
   }
 
@@ -119,8 +129,9 @@ package final class MetadataJournal {
     do throws(Errno) {
       try syncDirectory(directory.rawValue)
       // It may be closed to this user, who then has not made the directory either.
-      guard let parent = try? FileDescriptor.open(path + "/..", flags: O_RDONLY | O_DIRECTORY)
-      else { return }
+      let parent = try? FileDescriptor.open(
+        "..", in: directory.rawValue, flags: O_RDONLY | O_DIRECTORY)
+      guard let parent else { return }
       try syncDirectory(parent.rawValue)
     } catch {
       throw Self.failure(path, "making the journal: \(error)")
@@ -155,24 +166,33 @@ package final class MetadataJournal {
   // MARK: Changes
 
   /// Adds a record; it is safe after the next `commit`.
-  package func append(_ record: Record) { pending.append(record) }
+  package func append(_ record: Record) {
+    pending.append(record)
+    if case .put(let key, let value, _) = record { pendingBytes += key.utf8.count + value.count }
+    pendingBytes += 64
+  }
 
   package var hasPending: Bool { !pending.isEmpty }
 
-  /// Makes what was added safe. After an error none of it is, and the file is as before; then the
-  /// next one writes it anew from the whole contents, so that nothing is missing in between.
+  /// Makes what was added safe. After an error none of it is, and the file is as before. What could
+  /// not be written, as the disk was full, is written with what follows. What the disk has failed to
+  /// make safe may be lost in any part: then the whole contents go into a new file.
   package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
-    defer { pending = [] }
-    if isBehind {
-      try rewrite(contents())
-      return
-    }
-    var end = fileBytes
+    if isBehind { return try catchUp(contents) }
+    let end: Int
     do throws(Errno) {
       end = try Self.write(pending, to: file.rawValue, at: fileBytes, of: commit(head, safeBytes))
-      if disk.syncData(file.rawValue) != 0 { throw Errno.current }
     } catch {
+      if disk.truncate(file.rawValue, fileBytes) != 0 || pendingBytes > Self.heldBytes {
+        isBehind = true
+        drop()
+      }
+      throw error
+    }
+    drop()
+    if disk.syncData(file.rawValue) != 0 {
+      let error = Errno.current
       isBehind = true
       _ = disk.truncate(file.rawValue, fileBytes)
       throw error
@@ -180,6 +200,24 @@ package final class MetadataJournal {
     fileBytes = end
     safeBytes = end
     mark()
+  }
+
+  private func drop() {
+    pending = []
+    pendingBytes = 0
+  }
+
+  /// Writes the file anew, which has everything, but not at every change while that fails.
+  private func catchUp(_ contents: () -> [Record]) throws(Errno) {
+    drop()
+    if Clock.now() < nextAttempt { throw lastError }
+    do throws(Errno) {
+      try rewrite(contents())
+    } catch {
+      lastError = error
+      nextAttempt = Clock.now() &+ Self.pauseNanoseconds
+      throw error
+    }
   }
 
   /// Tells what follows that everything before is safe. Nobody waits until that is safe itself, and
@@ -204,27 +242,29 @@ package final class MetadataJournal {
 
   /// Replaces the file by one that says the same in fewer records. After an error it is as before.
   package func rewrite(_ records: [Record]) throws(Errno) {
-    let newPath = path + "/" + Self.name + ".new"
+    let newName = Self.name + ".new"
+    let directory = self.directory.rawValue
     do throws(Errno) {
-      let new = try FileDescriptor.open(newPath, flags: O_RDWR | O_CREAT | O_TRUNC)
+      let new = try FileDescriptor.open(
+        newName, in: directory, flags: O_RDWR | O_CREAT | O_TRUNC)
       var head = MetadataJournalFormat.Head(file: .random(in: 0 ... .max))
       head.safeBytes = try Self.write(
         records, to: new.rawValue, at: head.safeBytes, of: commit(head, head.safeBytes))
       try Self.write(head.bytes, to: new.rawValue, at: 0)
       if disk.sync(new.rawValue) != 0 { throw Errno.current }
-      if rename(newPath, path + "/" + Self.name) != 0 { throw Errno.current }
+      if renameat(directory, newName, directory, Self.name) != 0 { throw Errno.current }
       file = new
       fileBytes = head.safeBytes
       safeBytes = fileBytes
       self.head = head
     } catch {
-      unlink(newPath)
+      unlinkat(directory, newName, 0)
       failedFileBytes = fileBytes
       throw error
     }
     // Until that is safe, too, a crash may bring the former file back.
     isBehind = true
-    try syncDirectory(directory.rawValue)
+    try syncDirectory(directory)
     isBehind = false
   }
 

@@ -4,6 +4,42 @@ import MooncakeSystem
 import Testing
 
 struct MetadataJournalTests {
+  /// A disk in trouble is not filled with copies of everything at every change.
+  @Test func writingAnewIsTriedOnceASecond() throws {
+    let folder = JournalFolder()
+    let isBroken = Box(false)
+    let attempts = Box(0)
+    var disk = MetadataJournal.Disk()
+    disk.syncData = { isBroken.value ? -1 : fdatasync($0) }
+    disk.sync = { descriptor in
+      attempts.update { $0 += 1 }
+      return isBroken.value ? -1 : fsync(descriptor)
+    }
+    let record = MetadataJournal.Record.put(key: "k", value: [1], lease: 0)
+    do {
+      let journal = try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
+      isBroken.value = true
+      let before = attempts.value
+      for _ in 0..<20 {
+        journal.append(record)
+        #expect(throws: Errno.self) { try journal.commit { [record] } }
+      }
+      #expect(attempts.value == before + 1)
+      isBroken.value = false
+      let isBack = eventually {
+        journal.append(record)
+        return (try? journal.commit { [record] }) != nil
+      }
+      #expect(isBack)
+    }
+    var found: [String] = []
+    _ = try MetadataJournal(directory: folder.path) {
+      found.append("\($0)")
+      return nil
+    }
+    #expect(!found.isEmpty)
+  }
+
   private typealias Record = MetadataJournal.Record
 
   private static let records: [Record] = [
