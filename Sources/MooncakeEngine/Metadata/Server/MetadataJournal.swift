@@ -175,8 +175,8 @@ package final class MetadataJournal {
   package var hasPending: Bool { !pending.isEmpty }
 
   /// Makes what was added safe. After an error none of it is, and the file is as before. What could
-  /// not be written, as the disk was full, is written with what follows. What the disk has failed to
-  /// make safe may be lost in any part: then the whole contents go into a new file.
+  /// not be written, as the disk was full, is written with what follows. What the disk has failed
+  /// to make safe may be lost in any part: then the whole contents go into a new file.
   package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
     if isBehind { return try catchUp(contents) }
