@@ -206,10 +206,12 @@ int32_t mooncake_store_register_options_init(mooncake_store_register_options_t *
  * mooncake_memory_register(), and must stay mapped and, unless it is writable, unchanged until
  * mooncake_store_unregister() or mooncake_store_destroy(). The same buffers may be in several
  * payloads of a store. If the name is registered already, by this store or another, it gets a new
- * version; what this store offered under it before is withdrawn. *result (result may be null) is
- * the caller's. Errors: EXISTS (create_only; or this store has got it: delete that replica first),
- * BUSY (another call of this store works on the name, or memory stays in use: see
- * mooncake_store_unregister()), OVERLAP, OUT_OF_MEMORY. Since 0.1. */
+ * version; what this store offered under it before is withdrawn. Should a process of this host be
+ * stuck in the middle of a copy of that memory, the new version stands, the log names the process,
+ * and the former memory must be kept until mooncake_store_unregister() of the name has succeeded.
+ * *result (result may be null) is the caller's. Errors: EXISTS (create_only; or this store has got
+ * it: delete that replica first), BUSY (another call of this store works on the name, or memory
+ * stays in use: see mooncake_store_unregister()), OVERLAP, OUT_OF_MEMORY. Since 0.1. */
 int32_t mooncake_store_register(mooncake_store_t *store, const char *name,
                                 const mooncake_buffer_t *buffers, uint64_t count,
                                 const mooncake_store_register_options_t *options,

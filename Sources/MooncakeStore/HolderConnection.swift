@@ -250,13 +250,15 @@ package struct HolderConnection: Sendable {
     var watch = ArrivalWatch(engine, batch, from: segment)
     while true {
       do throws(EngineError) {
-        let status = try engine.wait(batch, timeoutMilliseconds: tickMilliseconds)
-        if status.state == .completed { return }
-        throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
+        _ = try engine.wait(batch, timeoutMilliseconds: tickMilliseconds)
       } catch {
-        guard error.code == .timeout, (try? engine.poll(batch).state.isTerminal) == false else {
-          throw error
-        }
+        if error.code != .timeout { throw error }
+      }
+      // Also after a wait that was too short: the read may have ended since.
+      let status = try engine.poll(batch)
+      if status.state == .completed { return }
+      if status.state.isTerminal {
+        throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
       }
       if watch.hasArrived(engine) { recipient.progressed() }
       let failure: EngineError

@@ -81,7 +81,7 @@ final class MemoryTable: Sendable {
     _ buffers: [BufferLayout.Buffer], location: String, access: Access
   ) throws(EngineError) -> [UInt64] {
     try entries.withLock { entries throws(EngineError) in
-      let ending = buffers.map(\.address).filter { entries[$0]?.isEnding ?? false }
+      let ending = Self.ending(entries, under: buffers)
       if !ending.isEmpty { return ending }
       var new: [(address: UInt64, length: UInt64)] = []
       var shared: [UInt64] = []
@@ -107,6 +107,17 @@ final class MemoryTable: Sendable {
       }
       return []
     }
+  }
+
+  /// The addresses of what ends and shares a byte with one of the buffers, wherever it begins.
+  private static func ending(
+    _ entries: [UInt64: Entry], under buffers: [BufferLayout.Buffer]
+  ) -> [UInt64] {
+    let all = entries.filter { $0.value.isEnding }.map {
+      BufferLayout.Buffer(address: $0.key, length: $0.value.length)
+    }
+    if all.isEmpty || !BufferLayout.overlap(all, buffers) { return [] }
+    return all.filter { BufferLayout.overlap([$0], buffers) }.map(\.address)
   }
 
   // MARK: Letting go

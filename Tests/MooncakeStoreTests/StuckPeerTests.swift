@@ -93,6 +93,46 @@ import Testing
     store.close()
   }
 
+  /// Wherever it begins.
+  @Test func whatSharesAByteWithMemoryInUseIsBusyToo() throws {
+    let cluster = try Cluster()
+    defer { withExtendedLifetime(cluster) {} }
+    let store = try Self.makeStore(cluster)
+    let peer = try StuckPeer(store.engine)
+    let memory = Memory(Self.size, seed: 8)
+    let parts = [(4096, 8192), (100_000, Self.size - 100_000)].map { offset, length in
+      PayloadBuffer(address: memory.buffer.address + offset, length: UInt64(length))
+    }
+    try store.register("m", [parts[0]])
+    peer.beginCopy()
+    let operation = StoreOperation(timeoutMilliseconds: 100)
+    expect(.busy) { try store.unregister("m", operation) }
+    expect(.busy) { try store.register("n", [memory.buffer], RegisterOptions(), operation) }
+    try store.register("n", [parts[1]], RegisterOptions(), operation)
+    peer.endCopy()
+    try store.unregister("m", operation)
+    store.close()
+  }
+
+  /// Files that got a new version stay mapped.
+  @Test func replacedFilesAreBusyToo() throws {
+    let cluster = try Cluster()
+    defer { withExtendedLifetime(cluster) {} }
+    let store = try Self.makeStore(cluster)
+    let peer = try StuckPeer(store.engine)
+    let folder = ScratchDirectory()
+    let paths = (0..<2).map { folder.write("f\($0)", [UInt8](repeating: UInt8($0), count: 5000)) }
+    let (_, former) = try store.publish("m", files: [paths[0]])
+    peer.beginCopy()
+    let operation = StoreOperation(timeoutMilliseconds: 100)
+    let (_, present) = try store.publish("m", files: [paths[1]], RegisterOptions(), operation)
+    expect(.busy) { try former.withdraw(operation) }
+    peer.endCopy()
+    try former.withdraw(operation)
+    try present.withdraw(operation)
+    store.close()
+  }
+
   /// What the engine allocated stays mapped as long as a peer may touch it.
   @Test func aReplicaKeepsItsMemoryMeanwhile() throws {
     let cluster = try Cluster()

@@ -31,6 +31,9 @@ package final class MappedFile: Sendable {
   private let arena: FileArena
   private let state: State
 
+  /// Where the memory begins that is registered for it and the files beside it; nil without any.
+  var memoryAddress: UInt64? { arena.buffer.map { UInt64(UInt(bitPattern: $0.address)) } }
+
   private static let chunkBytes = 256 << 10
 
   /// Maps an existing file, which has the size that its place has, for reading.

@@ -56,6 +56,8 @@ public final class PayloadFiles: Sendable {
         if error.code != .notHeld && error.code != .invalidHandle { throw error }
       }
     }
+    // What has got a new version may be read by who is in the middle of a copy.
+    try store.endMemory(of: files.withLock { $0 }, "withdrawing payload '\(name)'", operation)
     files.withLock { $0 = [] }
   }
 }
@@ -104,9 +106,15 @@ extension P2PStore {
     // Empty files are in the list only.
     let filled = files.filter { $0.buffer != nil }
     let layout = try Self.layout(name, filled.compactMap(\.buffer), in: arena.buffer)
-    let info = try register(name, layout, options, operation) { piece, pause throws(EngineError) in
-      try filled[piece.buffer].digest(
-        offset: piece.offset, length: piece.length, pause: pause)
+    let info: PayloadInfo
+    do throws(EngineError) {
+      info = try register(name, layout, options, operation) { piece, pause throws(EngineError) in
+        try filled[piece.buffer].digest(
+          offset: piece.offset, length: piece.length, pause: pause)
+      }
+    } catch {
+      if !memory.ending(among: layout.ranges.map(\.address)).isEmpty { arena.keep() }
+      throw error
     }
     let result = PayloadFiles(self, name, isOrigin: true, files)
     // A file hashed first may have changed while the last one was.
@@ -159,6 +167,16 @@ extension P2PStore {
       staging.discard()
       throw error
     }
+  }
+
+  /// Returns once nobody reads the memory of files that are offered no longer; BUSY otherwise.
+  fileprivate func endMemory(
+    of files: [MappedFile], _ what: String, _ operation: StoreOperation
+  ) throws(EngineError) {
+    let addresses = memory.ending(among: files.compactMap(\.memoryAddress))
+    if addresses.isEmpty { return }
+    let bounds = bounds(operation, what, defaultMilliseconds: engine.defaultTimeoutMilliseconds)
+    try memory.finish(addresses, bounds.call)
   }
 
   /// Ends a replica, also while another call does; false if it may still be read. `holding`: its

@@ -4,7 +4,14 @@ extension DownloadPlan {
   /// Whether there is nobody left to hope for, and nothing on its way.
   package func isStuck(_ now: UInt64) -> Bool {
     !isComplete && lastByte != nil && now > surrenderTime && reads.isEmpty && !isDiscovering
-      && !neighbors.contains(where: \.isAsking)
+      && !neighbors.contains { isAwaited($0, now) }
+  }
+
+  /// Whether a question to it is on its way. One that takes too long is to a holder that sends what
+  /// it must say first byte by byte.
+  private func isAwaited(_ neighbor: Neighbor, _ now: UInt64) -> Bool {
+    guard let ask = neighbor.asked else { return false }
+    return now < ask.since &+ settings.starvedNanoseconds
   }
 
   /// Whether nobody that is known may send what is missing: those who live have only what is here

@@ -191,6 +191,19 @@ import Testing
     #expect(plan.isStuck(16_000 * millisecond))
   }
 
+  /// A question whose answer never ends keeps a download no longer than silence does.
+  @Test func aQuestionWithoutAnEndIsNotWaitedFor() {
+    var plan = plan(10)
+    plan.add(origin, isOrigin: true)
+    #expect(asks(actions(&plan, 0)).count == 1)
+    var now: UInt64 = 0
+    while !plan.isStuck(now), now < 60_000 * millisecond {
+      for action in actions(&plan, now) where action == .discover { plan.discovered(now: now) }
+      now += 50 * millisecond
+    }
+    #expect((10_000 * millisecond..<40_000 * millisecond).contains(now))
+  }
+
   @Test func theBusyAreAskedLater() {
     var plan = plan(100)
     plan.add(origin, isOrigin: true)
