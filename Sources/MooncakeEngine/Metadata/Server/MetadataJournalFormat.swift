@@ -11,8 +11,8 @@
 ///
 /// Behind a commit that is safe comes a mark, a record that changes nothing and that nobody waits
 /// for: it tells what was safe even if no other commit follows. It becomes safe with the next one,
-/// whose records tell of as many bytes. Nothing is ever written over, so a copy that is made
-/// meanwhile is whole, too.
+/// whose records tell of as many bytes. Nothing that was told to be safe is ever written over, so a
+/// copy that is made meanwhile is whole, too.
 package enum MetadataJournalFormat {
   /// One change, or a mark.
   package enum Record: Equatable, Sendable {
@@ -28,7 +28,7 @@ package enum MetadataJournalFormat {
     package var file: UInt64
     package var safeBytes: Int
 
-    package static let byteCount = line.utf8.count + 20
+    package static var byteCount: Int { line.utf8.count + 20 }
 
     package init(file: UInt64, safeBytes: Int = Head.byteCount) {
       self.file = file
