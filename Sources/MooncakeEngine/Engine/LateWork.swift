@@ -27,7 +27,8 @@ final class LateWork: Sendable {
     let (token, watch): (UInt64, UInt64?) = state.withLock { state in
       state.nextToken += 1
       state.items[state.nextToken] = Item(deadline: deadline, isLate: isLate)
-      if deadline >= state.watched { return (state.nextToken, nil) }
+      // A watch that is over without having looked could not be begun.
+      if deadline >= state.watched && state.watched > Clock.now() { return (state.nextToken, nil) }
       state.watched = deadline
       return (state.nextToken, deadline)
     }

@@ -54,8 +54,9 @@ extension TransferEngine {
   /// those that come first must not end the question for the others, nor wait for its end.
   private func watch(_ segment: OpenSegment, until deadline: UInt64?) {
     guard let deadline else { return }
-    caller.run(at: Deadline(nanoseconds: deadline)) { [weak self] in
-      guard let self else { return }
+    // What waits keeps the segment; without that nobody needs it.
+    caller.run(at: Deadline(nanoseconds: deadline)) { [weak self, weak segment] in
+      guard let self, let segment else { return }
       var (late, next) = segment.takeLate(Clock.now())
       while let slice = late.popFirst() {
         Batch.end(

@@ -106,7 +106,8 @@ package final class OpenSegment: Sendable {
         // Later than `takeCanceled`, nobody would look at it.
         if slice.pointee.batch.isCancelRequested { return .canceled }
         recovery.waiting.append(slice)
-        if slice.pointee.deadline < recovery.watched {
+        // A watch that is over without having looked could not be begun.
+        if slice.pointee.deadline < recovery.watched || recovery.watched <= Clock.now() {
           recovery.watched = slice.pointee.deadline
           watch = recovery.watched
         }

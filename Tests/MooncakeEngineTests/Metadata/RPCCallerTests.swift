@@ -18,6 +18,22 @@ import Testing
     }
   }
 
+  /// However close together they are.
+  @Test func everyTimerRuns() throws {
+    let caller = RPCCaller()
+    defer { caller.stop() }
+    let count = 2000
+    let ran = Atomic(0)
+    let start = Clock.now() + 300_000_000
+    for index in 0..<count {
+      caller.run(at: Deadline(nanoseconds: start + UInt64(index) * 20_000)) {
+        ran.wrappingAdd(1, ordering: .relaxed)
+      }
+    }
+    #expect(eventually(within: 20_000) { ran.load(ordering: .relaxed) == count })
+    #expect(ran.load(ordering: .relaxed) == count)
+  }
+
   private func server(_ change: (inout RPCServer.Limits) -> Void = { _ in }) throws -> RPCServer {
     var limits = RPCServer.Limits()
     change(&limits)

@@ -41,6 +41,8 @@ package final class MetadataJournal {
   /// Of records that could not be written and wait for the next attempt.
   private static let heldBytes = 4 << 20
   private var pendingBytes = 0
+  /// Of them, those with which the last write has failed.
+  private var triedCount = 0
   /// Why the file could not be written anew, and when that is tried again.
   private var lastError = Errno(EIO)
   private var nextAttempt: UInt64 = 0
@@ -180,6 +182,7 @@ package final class MetadataJournal {
   package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
     if isBehind { return try catchUp(contents) }
+    if pending.count == triedCount && Clock.now() < nextAttempt { throw lastError }
     let end: Int
     do throws(Errno) {
       end = try Self.write(pending, to: file.rawValue, at: fileBytes, of: commit(head, safeBytes))
@@ -187,6 +190,10 @@ package final class MetadataJournal {
       if disk.truncate(file.rawValue, fileBytes) != 0 || pendingBytes > Self.heldBytes {
         isBehind = true
         drop()
+      } else {
+        // With nothing new it is not tried again at once: whoever only reads calls this, too.
+        (triedCount, lastError) = (pending.count, error)
+        nextAttempt = Clock.now() &+ Self.pauseNanoseconds
       }
       throw error
     }
@@ -205,6 +212,7 @@ package final class MetadataJournal {
   private func drop() {
     pending = []
     pendingBytes = 0
+    triedCount = 0
   }
 
   /// Writes the file anew, which has everything, but not at every change while that fails.

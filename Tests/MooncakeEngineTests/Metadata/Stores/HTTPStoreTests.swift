@@ -39,6 +39,26 @@ struct HTTPStoreTests {
     #expect(complaints.all == [])
   }
 
+  /// The number of keys is right, but they are not the right ones.
+  @Test func aStrayHidesNoLostKey() throws {
+    let server = try MetadataServer()
+    defer { server.stop() }
+    let service = try store(server.uri)
+    let lease = try service.grant(ttlMilliseconds: 10_000, call)
+    let entries = ["a", "b"].map { MetadataEntry(key: "mooncake/\($0)", value: "1") }
+    for entry in entries { try service.put(entry, lease: lease, call) }
+    try service.put(MetadataEntry(key: "mooncake/stray", value: "1"), lease: lease, call)
+    try service.revoke(nil, [entries[0]], call)
+    var lost: [String] = []
+    var strays: [String] = []
+    for _ in 0..<4 where lost.isEmpty {
+      let renewal = try service.renew(lease, entries, strays: &strays, call)
+      if case .lost(let keys) = renewal { lost = keys }
+    }
+    #expect(lost == [entries[0].key])
+    #expect(strays == ["mooncake/stray"])
+  }
+
   @Test func onlyTheNamedValueIsDeleted() throws {
     let folder = JournalFolder()
     var options = MetadataServer.Options()
