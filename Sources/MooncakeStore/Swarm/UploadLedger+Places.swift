@@ -8,12 +8,15 @@ extension UploadLedger {
       if queue.isEmpty || !isTurnOver(former, now) { return true }
       if readers[request.reader] != nil { return false }
     }
-    if !queue.isDue(request.reader, now: now) { return false }
+    let isDue = queue.isDue(request.reader, now: now)
     // Neither kind takes places of the other: those who read ranges come again and again.
-    if isNaming { return readers.values.count(where: \.isNaming) < settings.extraReaders }
+    if isNaming {
+      return isDue && readers.values.count(where: \.isNaming) < settings.extraReaders
+    }
     if choosers.count >= settings.readerLimit { return false }
     // Nobody is kept waiting by less than half a reader.
-    return usedPlaces(now) < Double(settings.readersAtOnce) - 0.5 || mayTry(now)
+    if isDue && usedPlaces(now) < Double(settings.readersAtOnce) - 0.5 { return true }
+    return paces.pace(of: request.reader, now) == nil && mayTry(now)
   }
 
   /// Those for whom the holder chooses shards.
@@ -29,9 +32,9 @@ extension UploadLedger {
   }
 
   /// Those who have all places show nothing of how fast others would be, so once in a turn one
-  /// more may try.
+  /// more may try of which nothing is known, whoever has waited longer.
   private mutating func mayTry(_ now: UInt64) -> Bool {
-    if now < nextTrial || !choosers.allSatisfy({ isSettled($0, now) }) { return false }
+    if now < nextTrial || !choosers.allSatisfy({ knownPace(of: $0, now) != nil }) { return false }
     nextTrial = now &+ settings.turnNanoseconds
     return true
   }
@@ -57,15 +60,26 @@ extension UploadLedger {
     return max(1, Double(now &- reader.since) / Double(expected))
   }
 
+  /// In this turn, or in the former one as long as this one says nothing.
+  private func knownPace(of reader: Reader, _ now: UInt64) -> Double? {
+    isSettled(reader, now) ? pace(of: reader, now) : reader.formerPace
+  }
+
+  /// Once it says something.
+  mutating func rememberPace(of reader: UInt64, _ entry: Reader, _ now: UInt64) {
+    if !entry.isNaming && isSettled(entry, now) {
+      paces.remember(reader, pace(of: entry, now), now)
+    }
+  }
+
   private func usedPlaces(_ now: UInt64) -> Double {
     choosers.reduce(0) { $0 + part(of: $1, now) }
   }
 
   /// What it uses of a place: all, unless it is far behind a place's share of the link.
   private func part(of reader: Reader, _ now: UInt64) -> Double {
-    guard let best, isSettled(reader, now) else { return 1 }
+    guard let best, let pace = knownPace(of: reader, now) else { return 1 }
     let fair = best.nanoseconds * Double(settings.readersAtOnce)
-    let pace = pace(of: reader, now)
     return pace <= fair * settings.slowFactor ? 1 : fair / pace
   }
 

@@ -48,6 +48,8 @@ package struct UploadLedger: Sendable {
     var readCount: UInt64 = 0
     /// Whether it has said which shards it wants.
     var isNaming = false
+    /// Nanoseconds a shard in its former turn.
+    var formerPace: Double?
     /// Of `shards`, the first ones, that it has said it is reading.
     var begunCount = 0
     /// Shards that it has read after it had said so. Others it may only give back, since somebody
@@ -65,6 +67,8 @@ package struct UploadLedger: Sendable {
   private var grantCounts: [UInt32]
   var readers: [UInt64: Reader] = [:]
   private var peers: [Peer] = []
+  /// How fast those were that have no grants any more.
+  var paces = ReaderPaces()
   var queue: UploadQueue
   /// Of those who name shards.
   var namingQueue: UploadQueue
@@ -161,8 +165,9 @@ package struct UploadLedger: Sendable {
   private mutating func dropExpired(_ now: UInt64) {
     queue.dropExpired(now)
     namingQueue.dropExpired(now)
-    if readers.values.contains(where: { $0.expiry <= now }) {
-      readers = readers.filter { $0.value.expiry > now }
+    for (reader, entry) in readers where entry.expiry <= now {
+      rememberPace(of: reader, entry, now)
+      readers[reader] = nil
     }
   }
 
@@ -181,6 +186,7 @@ package struct UploadLedger: Sendable {
       if whole > 0 { measure(entry, request.reader, now) }
     }
     entry.begunCount = entry.shards.count
+    rememberPace(of: request.reader, entry, now)
     readers[request.reader] = entry.shards.isEmpty ? nil : entry
   }
 
@@ -192,6 +198,7 @@ package struct UploadLedger: Sendable {
     if isNaming { namingQueue.remove(request.reader) } else { queue.remove(request.reader) }
     var reader = readers[request.reader] ?? Reader(since: now, isNaming: isNaming)
     reader.isNaming = reader.isNaming && isNaming
+    if reader.shards.isEmpty { reader.formerPace = paces.pace(of: request.reader, now) }
     if let former, reader.shards.isEmpty, !isTurnOver(former, now) {
       (reader.since, reader.readCount, reader.wholeCount) = (
         former.since, former.readCount, former.wholeCount

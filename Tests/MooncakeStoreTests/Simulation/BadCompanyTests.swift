@@ -91,7 +91,7 @@ import Testing
     #expect(outcome.durations.values.max() ?? .max < 80 * Self.second, "nor do they starve")
   }
 
-  @Test(arguments: [(4, 4), (4, 16), (16, 16)], [0, 1, 5] as [UInt64])
+  @Test(arguments: [(4, 4), (4, 16), (16, 16)], [0, 1, 5, 10] as [UInt64])
   func fastOnesBehindSlowOnesTakeLittleLonger(counts: (slow: Int, fast: Int), lead: UInt64) {
     var alone = Scenario(receiverCount: counts.fast)
     (alone.shardCount, alone.redistributes) = (48, true)

@@ -318,6 +318,28 @@ import Testing
     #expect(answer.readerCount <= 5, "four, and one that tries")
   }
 
+  /// Who comes for another turn takes no more of a place than before, from the beginning.
+  @Test func whoWasSlowIsKnownForIt() {
+    var ledger = UploadLedger(shardCount: 100, seed: 1)
+    var (slow, fast) = (ShardSet(count: 100), ShardSet(count: 100))
+    let first = ledger.answer(request(2, limit: 1), available: full, now: 0).granted
+    for shard in first { slow.insert(shard) }
+    _ = ledger.answer(request(2, limit: 0, reading: first), available: full, now: second)
+    let start = 4 * second
+    let quick = ledger.answer(request(1, limit: 1), available: full, now: start).granted
+    for shard in quick { fast.insert(shard) }
+    _ = ledger.answer(
+      request(1, limit: 0, reading: quick), available: full, now: start + second / 100)
+    _ = ledger.answer(request(1, limit: 0, have: fast), available: full, now: start + second / 50)
+    let now = 5 * second
+    #expect(
+      ledger.answer(request(2, limit: 1, have: slow), available: full, now: now).state == .serving)
+    for reader in 11...14 as ClosedRange<UInt64> {
+      #expect(ledger.answer(request(reader), available: full, now: now).state == .serving)
+    }
+    #expect(ledger.answer(request(15), available: full, now: now).state == .busy)
+  }
+
   /// Slow ones take all places and try first; whoever comes later may try within a turn.
   @Test func oneMayTryInEachTurn() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
