@@ -101,7 +101,8 @@ package struct LogLimiter: Sendable {
   package mutating func reports(now: UInt64, isEnd: Bool = false) -> [String] {
     var lines: [String] = []
     for (kind, entry) in entries where entry.leftOutCount > 0 {
-      let age = now &- entry.leftOutSince
+      // Another thread may have read the clock later and come first.
+      let age = now > entry.leftOutSince ? now - entry.leftOutSince : 0
       if !isEnd && age < Self.reportInterval { continue }
       lines.append(
         "left out in \(age / 1_000_000) ms: \(entry.leftOutCount) lines like '\(entry.example)'")

@@ -49,6 +49,15 @@ import Testing
     #expect(admitted == LogLimiter.kindCapacity)
   }
 
+  /// A thread that read the clock before another noted its line.
+  @Test func whatStayedOutLaterIsNotOld() {
+    var limiter = LogLimiter()
+    for _ in 0...LogLimiter.kindCapacity { _ = limiter.admits(kind, "", now: second) }
+    #expect(limiter.reports(now: second - 1) == [])
+    let last = limiter.reports(now: second - 1, isEnd: true)
+    #expect(last.count == 1 && last.first?.hasPrefix("left out in 0 ms: 1 lines") == true)
+  }
+
   @Test func theNextLineTellsHowManyStayedOut() {
     var limiter = LogLimiter()
     for _ in 0..<LogLimiter.kindCapacity + 5 { _ = limiter.admits(kind, "", now: 0) }
