@@ -48,17 +48,27 @@ struct RefusedRegistrationTests {
     #expect(try peer.descriptor(of: segment).buffers.count == fitting)
   }
 
-  /// What a caller sees where the service answers that it is too much.
-  @Test func serviceTakesNoMore() throws {
+  /// An engine, and the metadata server that it publishes to.
+  private static func target(
+    _ change: (inout MetadataLimits) -> Void
+  ) throws -> (server: MetadataServer, engine: TransferEngine) {
     var limits = MetadataLimits()
-    limits.valueBytes = 64 << 10
+    change(&limits)
     let server = try MetadataServer(MetadataServer.Options(), limits)
-    defer { server.stop() }
     let engine = try makeEngine {
       $0.metadataURI = server.uri
       $0.name = "target"
     }
-    defer { engine.close() }
+    return (server, engine)
+  }
+
+  /// What a caller sees where the service answers that it is too much.
+  @Test func serviceTakesNoMore() throws {
+    let (server, engine) = try Self.target { $0.valueBytes = 64 << 10 }
+    defer {
+      engine.close()
+      server.stop()
+    }
     try register(engine, ranges(100))
     let more = ranges(2000).dropFirst(100)
     let begin = Clock.now()
@@ -76,15 +86,11 @@ struct RefusedRegistrationTests {
 
   /// A service that grants leases and takes no keys must not be left with a lease an attempt.
   @Test func attemptsThatFailUseOneLease() throws {
-    var limits = MetadataLimits()
-    limits.totalBytes = 16 << 10
-    let server = try MetadataServer(MetadataServer.Options(), limits)
-    defer { server.stop() }
-    let engine = try makeEngine {
-      $0.metadataURI = server.uri
-      $0.name = "target"
+    let (server, engine) = try Self.target { $0.totalBytes = 16 << 10 }
+    defer {
+      engine.close()
+      server.stop()
     }
-    defer { engine.close() }
     let client = try MetadataTestClient(to: server)
     for kind in ["ram", "rpc_meta"] {
       #expect(try client.ask("DELETE", "/metadata?key=mooncake/\(kind)/target").status == 200)

@@ -77,8 +77,12 @@ final class JournalFolder: Sendable {
   }
 
   /// A server that keeps its journal here.
-  func server(onDisk disk: MetadataJournal.Disk) throws -> MetadataServer {
-    try MetadataServer(serverOptions, MetadataLimits(), disk: disk)
+  func server(
+    onDisk disk: MetadataJournal.Disk, _ change: (inout MetadataLimits) -> Void = { _ in }
+  ) throws -> MetadataServer {
+    var limits = MetadataLimits()
+    change(&limits)
+    return try MetadataServer(serverOptions, limits, disk: disk)
   }
 
   /// A disk that takes its time.

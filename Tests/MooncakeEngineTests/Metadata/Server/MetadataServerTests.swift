@@ -203,12 +203,8 @@ struct MetadataServerTests {
   /// A connection that gives way after its request has come, but before it was read.
   @Test func whatIsNotAnsweredIsNotDone() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
-    var limits = MetadataLimits()
-    limits.connectionCount = 2
     let slowness = Slowness()
-    let server = try MetadataServer(options, limits, disk: slowness.disk)
+    let server = try folder.server(onDisk: slowness.disk) { $0.connectionCount = 2 }
     defer { server.stop() }
     let idle = try MetadataTestClient(to: server)
     #expect(try idle.ask("GET", "/metadata?key=a").status == 404)
@@ -229,12 +225,8 @@ struct MetadataServerTests {
   /// Who asks while the disk keeps the server from listening is not silent.
   @Test func whoAsksDuringAStallIsHeard() throws {
     let folder = JournalFolder()
-    var options = MetadataServer.Options()
-    options.directory = folder.path
-    var limits = MetadataLimits()
-    limits.requestMilliseconds = 600
     let slowness = Slowness()
-    let server = try MetadataServer(options, limits, disk: slowness.disk)
+    let server = try folder.server(onDisk: slowness.disk) { $0.requestMilliseconds = 600 }
     defer { server.stop() }
     let idle = try MetadataTestClient(to: server)
     #expect(try idle.ask("GET", "/metadata?key=a").status == 404)
