@@ -39,16 +39,30 @@ let package = Package(
     .systemLibrary(name: "CXXHash", path: "Sources/CXXHash"),
     .target(name: "MooncakeSystem", dependencies: ["CLinux"], swiftSettings: releaseFlags),
     .target(
+      name: "MooncakeBase", dependencies: ["MooncakeSystem", "CLinux", "CJSON"],
+      swiftSettings: releaseFlags),
+    .target(
+      name: "MooncakeMetadata",
+      dependencies: [
+        "MooncakeBase", "MooncakeSystem", "CLinux", "CCurl", "CHiredis", "CMicroHTTP",
+      ],
+      swiftSettings: releaseFlags),
+    .target(
       name: "MooncakeEngine",
-      dependencies: ["MooncakeSystem", "CLinux", "CJSON", "CCurl", "CHiredis", "CMicroHTTP"],
+      dependencies: ["MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
     .target(
       name: "MooncakeStore",
-      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CXXHash"],
+      dependencies: [
+        "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux", "CXXHash",
+      ],
       swiftSettings: releaseFlags),
     .target(
       name: "MooncakeABI",
-      dependencies: ["MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CMooncake"],
+      dependencies: [
+        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
+        "CMooncake",
+      ],
       swiftSettings: releaseFlags),
     // Linker settings spread to everything that depends on a target, so this one has no dependents.
     .target(
@@ -66,32 +80,51 @@ let package = Package(
     .executableTarget(
       name: "MooncakeCommand",
       dependencies: [
-        "MooncakeStore", "MooncakeEngine", "MooncakeSystem",
+        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
         .product(name: "Histogram", package: "hdrhistogram-swift"),
       ],
       path: "Sources/mooncake", swiftSettings: releaseFlags),
     .executableTarget(
-      name: "MooncakeTestPeer", dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux"],
+      name: "MooncakeTestPeer",
+      dependencies: ["MooncakeEngine", "MooncakeBase", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
     .target(
-      name: "SwarmSimulation", dependencies: ["MooncakeStore", "CLinux"],
+      name: "SwarmSimulation", dependencies: ["MooncakeStore", "MooncakeBase", "CLinux"],
       path: "Tests/SwarmSimulation",
       swiftSettings: releaseFlags),
     .executableTarget(
-      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore"],
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore", "MooncakeBase"],
       path: "benchmarks/simulation", swiftSettings: releaseFlags),
+    .target(
+      name: "MooncakeTestSupport", dependencies: ["MooncakeSystem", "CLinux"],
+      path: "Tests/Support", swiftSettings: releaseFlags),
     .testTarget(
-      name: "MooncakeSystemTests", dependencies: ["MooncakeSystem", "CLinux"],
+      name: "MooncakeSystemTests",
+      dependencies: ["MooncakeSystem", "CLinux", "MooncakeTestSupport"],
+      swiftSettings: releaseFlags),
+    .testTarget(
+      name: "MooncakeBaseTests",
+      dependencies: ["MooncakeBase", "MooncakeSystem", "CLinux", "MooncakeTestSupport"],
+      swiftSettings: releaseFlags),
+    .testTarget(
+      name: "MooncakeMetadataTests",
+      dependencies: [
+        "MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux", "MooncakeTestSupport",
+      ],
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeEngineTests",
-      dependencies: ["MooncakeEngine", "MooncakeSystem", "CLinux", "CJSON", "MooncakeTestPeer"],
+      dependencies: [
+        "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux",
+        "MooncakeTestSupport", "MooncakeTestPeer",
+      ],
       swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeStoreTests",
       dependencies: [
-        "MooncakeStore", "MooncakeEngine", "MooncakeSystem", "CXXHash", "SwarmSimulation",
+        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
+        "CXXHash", "SwarmSimulation", "MooncakeTestSupport",
       ],
       swiftSettings: releaseFlags),
   ]

@@ -1,6 +1,7 @@
 // The frame of every function of the two headers: find the engine, run, turn an error into a code
 // and the thread's message.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// Runs `body` and returns `MOONCAKE_OK` or the code of what it threw.

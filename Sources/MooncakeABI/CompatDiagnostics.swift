@@ -3,6 +3,7 @@
 // Section "Diagnostics" of transfer_engine_c.h, and what its "Engine" section says about topology
 // and the end of the process.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -3,6 +3,7 @@
 // Section "Engine" of transfer_engine_c.h: life cycle and transports.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -1,6 +1,7 @@
 // The frame of the functions of transfer_engine_c.h: its two error spaces and how the engine's
 // errors map to them.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

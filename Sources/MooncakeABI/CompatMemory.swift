@@ -2,6 +2,7 @@
 
 // Sections "Memory" and "Segments" of transfer_engine_c.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 private let bothRights: Access = [.remoteRead, .remoteWrite]

@@ -3,6 +3,7 @@
 // Sections "Transfers" and "Notifications" of transfer_engine_c.h.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import Synchronization
 

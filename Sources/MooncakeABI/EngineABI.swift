@@ -2,6 +2,7 @@
 
 // Section "Engine" of mooncake.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// Writes the defaults.

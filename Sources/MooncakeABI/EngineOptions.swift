@@ -1,5 +1,6 @@
 // The options of mooncake_engine_create().
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 extension mooncake_engine_options_t: SizedStruct {

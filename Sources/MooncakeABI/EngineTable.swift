@@ -1,6 +1,7 @@
 // Handles of engines. A handle looks like a pointer to C but is a number that this table decodes:
 // nothing a caller passes is ever dereferenced, and a stale handle is told apart from a live one.
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -1,5 +1,6 @@
 // The end of the process by SIGTERM or SIGINT, as enableGracefulShutdown() promises it.
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -3,6 +3,7 @@
 // ever dereferenced.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

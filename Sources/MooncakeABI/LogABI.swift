@@ -2,6 +2,7 @@
 
 // Section "Log" of mooncake.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// A callback of the host with the pointer that belongs to it.

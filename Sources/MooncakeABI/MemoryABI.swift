@@ -2,6 +2,7 @@
 
 // Section "Memory" of mooncake.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// How the engine takes lists of buffers; laid out as `mooncake_buffer_t` and `buffer_entry_t` are.

@@ -2,7 +2,9 @@
 
 // Section "Metadata server" of mooncake.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 extension MetadataServer: HandleObject {

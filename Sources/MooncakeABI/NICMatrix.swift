@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// Which NICs are near which memory: location -> preferred and available device names.

@@ -3,6 +3,7 @@
 // Section "Notifications" of mooncake.h.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 
 /// Delivers a notification to the owner of a segment.

@@ -2,6 +2,7 @@
 
 // Section "Segments" of mooncake.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// Finds a peer and fetches its descriptor.

@@ -4,6 +4,7 @@
 // any version of them, from the first on.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 
 /// A larger struct_size is a mistake rather than a later version.

@@ -2,6 +2,7 @@
 
 // Sections "Stores", "Deadline, cancel and progress" and "Results" of mooncake_store.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 

@@ -1,5 +1,6 @@
 // The sized structs and arrays that the store's functions take: checked before anything uses them.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 

@@ -2,6 +2,7 @@
 
 // Sections "Offering", "Getting" and "Looking" of mooncake_store.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 

@@ -2,6 +2,7 @@
 
 // Section "Watching" of mooncake_store.h.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 

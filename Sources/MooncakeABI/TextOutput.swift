@@ -1,5 +1,6 @@
 // How texts enter and leave: bounded, valid UTF-8, never beyond the caller's buffer.
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 
 /// Longest name, address, URI or location accepted, in bytes.

@@ -2,6 +2,7 @@
 
 // Section "Transfers" of mooncake.h. Submit, poll and wait allocate nothing unless they fail.
 import CMooncake
+import MooncakeBase
 import MooncakeEngine
 
 /// Creates a batch.

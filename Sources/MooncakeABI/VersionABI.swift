@@ -3,6 +3,7 @@
 // Section "Version and errors" of mooncake.h.
 import CMooncake
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 
 // Never written after this and never freed: callers keep it.

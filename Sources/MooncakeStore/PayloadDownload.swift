@@ -1,5 +1,7 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 

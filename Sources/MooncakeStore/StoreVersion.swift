@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// The version of what stores say to each other and write where others read it.

@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// Fetches a payload that the existing system registered: shards by their locations, without

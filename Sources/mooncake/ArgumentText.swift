@@ -1,6 +1,7 @@
 import ArgumentParser
 import Glibc
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 

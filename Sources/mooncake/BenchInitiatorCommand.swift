@@ -1,4 +1,5 @@
 import ArgumentParser
+import MooncakeBase
 import MooncakeEngine
 
 /// Reads and writes the buffer of a target and measures it.

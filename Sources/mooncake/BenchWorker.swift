@@ -1,5 +1,6 @@
 import Glibc
 import Histogram
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 

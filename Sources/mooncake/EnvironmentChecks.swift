@@ -1,5 +1,6 @@
 import Glibc
 import MooncakeEngine
+import MooncakeMetadata
 
 /// Environment variables of the existing system, as far as this library reads them.
 enum EnvironmentChecks {

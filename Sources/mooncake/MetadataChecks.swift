@@ -1,5 +1,7 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// Follows what an engine does with a metadata service: reach it, put, get, lease, and what others

@@ -1,6 +1,8 @@
 import ArgumentParser
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// Groups what works on metadata services.

@@ -1,6 +1,8 @@
 import ArgumentParser
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// The service and how long to wait for it; shared by the commands that ask one.

@@ -1,5 +1,6 @@
 import ArgumentParser
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -1,4 +1,5 @@
 import ArgumentParser
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem

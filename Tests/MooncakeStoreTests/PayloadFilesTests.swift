@@ -1,7 +1,9 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 @Suite struct PayloadFilesTests {
@@ -125,12 +127,7 @@ import Testing
         failure.withLock { $0 = error }
       }
     }
-    func eventually(_ condition: () -> Bool) {
-      let end = time(nil) + 30
-      while !condition() && time(nil) < end { usleep(5000) }
-      #expect(condition())
-    }
-    eventually { receiver.readers(of: "model")?.isComplete == true }
+    #expect(eventually(within: 30_000) { receiver.readers(of: "model")?.isComplete == true })
     let holding = try #require(receiver.readers(of: "model"))
     let request = ShardRequest(
       holding: holding.address.holding, version: version, reader: 7, own: nil,
@@ -138,7 +135,7 @@ import Testing
     #expect(holding.answer(request).granted.count == 1)
     try origin.remove("model")
     // It is being withdrawn.
-    eventually { receiver.readers(of: "model") == nil }
+    #expect(eventually(within: 30_000) { receiver.readers(of: "model") == nil })
     scratch.write("out/a", [9])
     flock(other, LOCK_UN)
     usleep(700_000)

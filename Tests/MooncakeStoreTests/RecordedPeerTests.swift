@@ -1,6 +1,9 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Stores of this release among those of others, which answer and ask as they were recorded.

@@ -1,7 +1,9 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

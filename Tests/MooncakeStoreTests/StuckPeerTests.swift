@@ -1,7 +1,9 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 
@@ -24,7 +26,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memory = Memory(Self.size, seed: 1)
     try store.register("m", [memory.buffer])
     peer.beginCopy()
@@ -46,7 +48,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memory = Memory(Self.size, seed: 2)
     try store.register("m", [memory.buffer])
     peer.beginCopy()
@@ -74,7 +76,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let (memory, other) = (Memory(Self.size, seed: 3), Memory(Self.size, seed: 4))
     try store.register("m", [memory.buffer])
     peer.beginCopy()
@@ -98,7 +100,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memory = Memory(Self.size, seed: 8)
     let parts = [(4096, 8192), (100_000, Self.size - 100_000)].map { offset, length in
       PayloadBuffer(address: memory.buffer.address + offset, length: UInt64(length))
@@ -119,7 +121,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let folder = ScratchDirectory()
     let paths = (0..<2).map { folder.write("f\($0)", [UInt8](repeating: UInt8($0), count: 5000)) }
     let (_, former) = try store.publish("m", files: [paths[0]])
@@ -140,7 +142,7 @@ import Testing
     let (origin, receiver) = (try Self.makeStore(cluster), try Self.makeStore(cluster))
     let model = Memory(Self.size, seed: 5)
     try origin.register("m", [model.buffer])
-    let peer = try StuckPeer(receiver.engine)
+    let peer = try StuckPeer(to: receiver.engine.descriptor(of: 0).sharedMemoryName)
     let buffer = try receiver.get("m").buffers[0]
     peer.beginCopy()
     let operation = StoreOperation(timeoutMilliseconds: 100)
@@ -158,7 +160,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let (store, other) = (try Self.makeStore(cluster), try Self.makeStore(cluster))
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memory = Memory(Self.size, seed: 6)
     try store.register("m", [memory.buffer])
     peer.beginCopy()
@@ -184,7 +186,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memory = Memory(Self.size, seed: 7)
     peer.beginCopy()
     var operation = StoreOperation(timeoutMilliseconds: 500)
@@ -200,7 +202,7 @@ import Testing
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
     let store = try Self.makeStore(cluster)
-    let peer = try StuckPeer(store.engine)
+    let peer = try StuckPeer(to: store.engine.descriptor(of: 0).sharedMemoryName)
     let memories = (0..<20).map { Memory(4096, seed: UInt64($0)) }
     for (index, memory) in memories.enumerated() {
       try store.register("m\(index)", [memory.buffer])

@@ -1,6 +1,7 @@
 import CLinux
 import Glibc
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 struct MemoryFileTests {

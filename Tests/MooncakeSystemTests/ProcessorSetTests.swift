@@ -1,6 +1,7 @@
 import CLinux
 import Glibc
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 struct ProcessorSetTests {
@@ -45,10 +46,4 @@ struct ProcessorSetTests {
     thread.join()
     #expect(seen.value == Int32(number))
   }
-}
-
-private final class Box<Value: Sendable>: @unchecked Sendable {
-  // Unchecked: read after the thread was joined.
-  var value: Value
-  init(_ value: Value) { self.value = value }
 }

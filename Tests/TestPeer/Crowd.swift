@@ -6,6 +6,7 @@
 //     prints the bytes that each has moved.
 
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

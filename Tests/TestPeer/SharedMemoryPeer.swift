@@ -16,6 +16,7 @@
 
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization

@@ -2,6 +2,7 @@
 // JSON, descriptors, answers and peer names. A trap, a sanitizer report or a broken round trip is
 // a finding.
 
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 

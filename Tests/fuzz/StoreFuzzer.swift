@@ -2,6 +2,7 @@
 // hold: manifests, lists of files, records, documents, questions and answers. Both sides of the
 // swarm act on what was read. A trap, a sanitizer report or a broken round trip is a finding.
 
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem

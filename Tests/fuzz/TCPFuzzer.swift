@@ -4,6 +4,7 @@
 
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 

@@ -1,3 +1,4 @@
+import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
@@ -10,10 +11,7 @@ package enum EngineGlobals {
 
   /// As `prepare` for who has asked `Fork.prepare` already.
   package static func use() {
-    SystemGlobals.use()
-    Log.prepare()
-    Base64.prepare()
-    Checksum.prepare()
+    MetadataGlobals.use()
     TCPTransport.prepare()
     _ = Notification.byteLimit
     _ = (TCPServerLoop.okFrame, TCPServerLoop.rejectedFrame, SharedMemoryPeer.View.empty)

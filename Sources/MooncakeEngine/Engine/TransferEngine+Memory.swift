@@ -1,5 +1,7 @@
 import CLinux
 import Glibc
+import MooncakeBase
+import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 

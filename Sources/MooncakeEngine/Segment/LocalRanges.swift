@@ -1,3 +1,4 @@
+import MooncakeBase
 import Synchronization
 
 /// The local side of requests. A range that touches registered memory must lie in it wholly, so

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeSystem
 import Synchronization
 

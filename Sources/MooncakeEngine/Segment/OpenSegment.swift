@@ -1,3 +1,5 @@
+import MooncakeBase
+import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 

@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeBase
 import MooncakeSystem
 import Synchronization
 

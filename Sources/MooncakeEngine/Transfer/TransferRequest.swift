@@ -1,3 +1,5 @@
+import MooncakeBase
+
 /// Direction of a transfer, seen from the initiator.
 public enum Opcode: Int32, Sendable {
   /// Fills local memory from the target.

@@ -1,3 +1,4 @@
+import MooncakeBase
 import Synchronization
 
 /// How a request or slice ended, packed into one word so that it can be published atomically.

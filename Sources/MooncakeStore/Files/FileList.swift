@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// The files that a payload consists of, as its manifest carries them. Those with bytes are its

@@ -1,4 +1,5 @@
 import CXXHash
+import MooncakeBase
 import MooncakeEngine
 
 /// XXH3-128 of some bytes: finds damage and mix-ups, not forgery.

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// What a payload is, fixed when it is registered: its layout, a digest for each shard, and what

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// Where the shards of a payload are: buffers are cut one after the other, none spans two, and the

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// One holding as its process publishes it: written by nobody else, and gone with its lease.

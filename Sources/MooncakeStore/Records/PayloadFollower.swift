@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// Tells what happens to payloads whose names have a prefix, so that what has been told is what a

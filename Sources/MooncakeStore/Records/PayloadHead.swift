@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// What stands under a payload's name: its present version, and somebody who has all of it.

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// What names of payloads may be. They are parts of keys in the metadata service.

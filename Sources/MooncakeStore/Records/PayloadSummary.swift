@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// What the metadata service tells of a version of a payload; the rest is in its manifest.

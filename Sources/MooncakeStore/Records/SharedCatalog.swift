@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// The documents that this store and the existing system's share in etcd: who has which payload.

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// What the existing system's store keeps of a payload, the whole of it in one value.

@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 
 extension StoreDirectory {
   /// Every payload whose name begins with `start`, in order of names. One that nobody stands for by

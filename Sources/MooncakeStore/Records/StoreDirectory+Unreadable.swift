@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 
 /// What stands in a metadata service and cannot be read here: it is malformed, or needs a later

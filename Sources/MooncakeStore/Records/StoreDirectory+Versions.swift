@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 
 /// What the records of its holders tell of one version of a payload.
 package struct HeldVersion: Sendable {

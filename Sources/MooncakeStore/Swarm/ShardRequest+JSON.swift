@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// Limits of what travels between holders; beyond them a message is refused.

@@ -1,7 +1,9 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Peers that are stopped, killed, silent or absent: every request ends by its deadline.

@@ -1,7 +1,9 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

@@ -1,6 +1,8 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

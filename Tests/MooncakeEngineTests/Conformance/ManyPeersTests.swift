@@ -1,3 +1,4 @@
+import MooncakeTestSupport
 import Testing
 
 /// One engine and 256 others: what they cost, and that all get their share.

@@ -1,6 +1,7 @@
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Requests that wait until a stopped peer says what it has registered since.

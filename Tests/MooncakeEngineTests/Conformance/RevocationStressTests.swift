@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

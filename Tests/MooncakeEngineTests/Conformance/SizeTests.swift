@@ -1,7 +1,9 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Every size arrives whole, in both directions, and nothing beside it changes.

@@ -1,5 +1,7 @@
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 
 /// A peer whose RPC daemon is real and whose data port does what a test says: each connection runs
@@ -106,75 +107,12 @@ final class FakePeer: @unchecked Sendable {
   }
 }
 
-/// A value that threads share.
-final class Box<Value: Sendable>: Sendable {
-  private let box: Lock<Value>
-
-  init(_ value: Value) { box = Lock(value) }
-
-  var value: Value {
-    get { box.withLock { $0 } }
-    set { box.withLock { $0 = newValue } }
-  }
-
-  func update(_ body: (inout Value) -> Void) { box.withLock { body(&$0) } }
-}
-
-/// One data connection of a fake peer, with blocking calls that end when the peer stops.
-final class FakeConnection: Sendable {
-  let index: Int
-  private let socket: Socket
-
-  init(_ socket: consuming Socket, index: Int) {
-    self.socket = socket
-    self.index = index
-  }
-
+/// What a data connection of a fake peer says and hears.
+extension FakeConnection {
   /// The next request; nil at the end of the stream.
   func header() -> TCPWire.Header? {
     guard let bytes = receive(TCPWire.headerBytes) else { return nil }
     return bytes.withUnsafeBytes { TCPWire.Header($0.baseAddress!) }
-  }
-
-  /// Whether more bytes arrive in the time.
-  func hasMore(within milliseconds: Int32) -> Bool {
-    var item = pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)
-    return poll(&item, 1, milliseconds) > 0
-  }
-
-  /// Exactly `count` bytes; nil when the stream ends before.
-  func receive(_ count: Int) -> [UInt8]? {
-    var bytes = [UInt8](repeating: 0, count: count)
-    var done = 0
-    while done < count {
-      let part = bytes.withUnsafeMutableBytes { bytes in
-        recv(socket.rawValue, bytes.baseAddress! + done, count - done, 0)
-      }
-      if part > 0 {
-        done += part
-      } else if part < 0 && (errno == EAGAIN || errno == EINTR) {
-        try? socket.wait(for: POLLIN, until: .never)
-      } else {
-        return nil
-      }
-    }
-    return bytes
-  }
-
-  /// Sends everything unless the connection breaks.
-  func send(_ bytes: [UInt8]) {
-    var done = 0
-    while done < bytes.count {
-      do throws(Errno) {
-        if let part = try socket.trySend(bytes, from: done) {
-          done += part
-        } else {
-          try socket.wait(for: POLLOUT, until: .never)
-        }
-      } catch {
-        return
-      }
-    }
   }
 
   func sendStatus(_ word: UInt64 = TCPWire.statusOK) { send(Self.frame(word)) }
@@ -191,21 +129,6 @@ final class FakeConnection: Sendable {
       send([UInt8](repeating: byte, count: count))
     }
     return true
-  }
-
-  /// Waits until the initiator has closed the connection.
-  func awaitClose() { while receive(65_536) != nil {} }
-
-  /// Closes both directions; the descriptor goes with the object.
-  func finish() { _ = shutdown(socket.rawValue, Int32(SHUT_RDWR)) }
-
-  /// Ends the connection as a process does that dies with input unread.
-  func reset() {
-    socket.resetOnClose()
-    // A connect to nowhere is the one way to reset without giving the descriptor back.
-    var address = sockaddr(
-      sa_family: sa_family_t(AF_UNSPEC), sa_data: (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
-    _ = connect(socket.rawValue, &address, socklen_t(MemoryLayout<sockaddr>.size))
   }
 
   static func frame(_ word: UInt64) -> [UInt8] {

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 
 /// A way to move bytes that the conformance suite runs over.

@@ -1,5 +1,6 @@
 import Glibc
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
 import Testing

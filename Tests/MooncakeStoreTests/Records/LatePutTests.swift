@@ -1,7 +1,9 @@
 import Glibc
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Puts that get no answer and take effect after what they put was taken back.

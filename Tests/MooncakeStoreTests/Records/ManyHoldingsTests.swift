@@ -2,6 +2,7 @@ import Glibc
 import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

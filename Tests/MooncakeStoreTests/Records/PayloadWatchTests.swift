@@ -1,8 +1,10 @@
 import CLinux
 import Glibc
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

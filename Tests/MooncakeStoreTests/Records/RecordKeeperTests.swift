@@ -1,7 +1,10 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

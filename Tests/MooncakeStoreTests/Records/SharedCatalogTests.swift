@@ -1,6 +1,8 @@
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 

@@ -1,8 +1,11 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
+import MooncakeTestSupport
 
 /// A real metadata service of a test, on loopback ports of its own, with a folder of its own.
 final class MetadataService: @unchecked Sendable {
@@ -146,16 +149,6 @@ final class MetadataService: @unchecked Sendable {
     let second = try Socket.listening(on: SocketAddress(numeric: "127.0.0.1", port: 0)!)
     return [try first.localAddress().port, try second.localAddress().port]
   }
-}
-
-/// Whether a condition comes true in time.
-func eventually(within milliseconds: UInt64 = 8000, _ condition: () -> Bool) -> Bool {
-  let deadline = Deadline.after(milliseconds: milliseconds)
-  while !condition() {
-    if deadline.hasPassed { return false }
-    usleep(2000)
-  }
-  return true
 }
 
 /// A call that a test makes: ten seconds.

@@ -1,4 +1,6 @@
+import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeStore
 import MooncakeSystem
 import Synchronization

@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 import MooncakeStore
 import Testing

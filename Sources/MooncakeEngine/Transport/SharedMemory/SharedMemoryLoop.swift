@@ -1,4 +1,5 @@
 import CLinux
+import MooncakeBase
 import MooncakeSystem
 import Synchronization
 

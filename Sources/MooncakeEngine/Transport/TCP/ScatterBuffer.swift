@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeSystem
 
 /// A receive buffer whose contents the kernel can scatter into registered memory.

@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeSystem
 import Synchronization
 

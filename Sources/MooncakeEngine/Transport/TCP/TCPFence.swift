@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeSystem
 
 /// A connection that was given up with unanswered writes on it.

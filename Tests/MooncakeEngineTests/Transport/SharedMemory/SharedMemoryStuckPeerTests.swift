@@ -1,38 +1,14 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Synchronization
 import Testing
 
 /// Peers of the same user that do not keep to the rules.
 struct SharedMemoryStuckPeerTests {
-  /// A peer with slots of its own, whose words it writes as it likes.
-  private final class Client {
-    private let socket: LocalSocket
-    private let slots: MemoryMapping
-
-    init(_ engine: TransferEngine) throws {
-      let socket = try LocalSocket.connected(to: engine.descriptor(of: 0).sharedMemoryName)
-      var item = pollfd(fd: socket.rawValue, events: Int16(POLLIN), revents: 0)
-      guard poll(&item, 1, 5000) > 0 else { throw Errno.timedOut }
-      var greeting = [UInt8](repeating: 0, count: 32)
-      let (_, descriptors) = try greeting.withUnsafeMutableBytes { try socket.receive($0) }
-      guard descriptors.count == 2 else { throw Errno(EPROTO) }
-      close(descriptors[0])
-      let file = try MemoryFile(
-        receiving: FileDescriptor(owning: descriptors[1]), byteCount: 4096)
-      slots = try file.map(writable: true)
-      self.socket = socket
-    }
-
-    /// The word of the second slot: a thread that copies, unguarded.
-    func claim(thread: Int32) {
-      (slots.address + 64).assumingMemoryBound(to: Atomic<UInt64>.self).pointee
-        .store(UInt64(UInt32(bitPattern: thread)), ordering: .sequentiallyConsistent)
-    }
-  }
-
   private static func makeImpatientEngine() throws -> TransferEngine {
     try makeEngine(.sharedMemory) { $0.defaultTimeoutMilliseconds = 300 }
   }
@@ -42,7 +18,7 @@ struct SharedMemoryStuckPeerTests {
   @Test func unregisterGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
-    let client = try Client(engine)
+    let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
     let memory = try RegisteredMemory(.ordinary, engine, 4096)
     let other = try RegisteredMemory(.ordinary, engine, 4096)
     client.claim(thread: linux_gettid())
@@ -67,7 +43,7 @@ struct SharedMemoryStuckPeerTests {
   @Test func freeGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
-    let client = try Client(engine)
+    let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
     let address = try engine.allocate(length: 4096, access: [.remoteRead, .remoteWrite])
     client.claim(thread: linux_gettid())
     func free() -> EngineError.Code? {
@@ -82,7 +58,7 @@ struct SharedMemoryStuckPeerTests {
   /// Nor is it by the end of the engine, which does not wait for ever either.
   @Test func closeGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
-    let client = try Client(engine)
+    let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
     let address = try engine.allocate(length: 4096, access: [.remoteRead, .remoteWrite])
     client.claim(thread: linux_gettid())
     let milliseconds = elapsedMilliseconds { engine.close() }
@@ -95,7 +71,7 @@ struct SharedMemoryStuckPeerTests {
   @Test func aThreadThatIsGone() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
-    let client = try Client(engine)
+    let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
     let memory = try RegisteredMemory(.ordinary, engine, 4096)
     let number = Atomic<Int32>(0)
     try onThreads(1) { _ in number.store(linux_gettid(), ordering: .sequentiallyConsistent) }

@@ -1,5 +1,7 @@
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Many peers with bulk for one loop, which is woken only when much of an answer has come.

@@ -1,6 +1,8 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Targets that answer wrongly, in each way the framing knows.

@@ -1,6 +1,8 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Writes that end early, before others to the same place, against a real peer that is stopped and

@@ -1,6 +1,8 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// Long queues on connections: what waits behind a full window or a suspect must still move, and

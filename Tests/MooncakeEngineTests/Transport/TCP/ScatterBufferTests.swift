@@ -2,6 +2,7 @@ import CLinux
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 struct ScatterBufferTests {

@@ -1,6 +1,7 @@
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
+import MooncakeTestSupport
 import Testing
 
 /// A write whose answer never came may still be stored: it is not sent again, and nothing is

@@ -1,4 +1,5 @@
 import MooncakeEngine
+import MooncakeTestSupport
 import Testing
 
 struct TCPWireTests {

@@ -1,0 +1,359 @@
+import MooncakeBase
+import MooncakeMetadata
+import MooncakeSystem
+import Synchronization
+
+/// Keeps what an engine publishes true: puts it, renews its lease, puts it again when the service
+/// has lost it, and removes it in the end. One thread, `mc-metadata`, which is the only one that
+/// waits for the service; it sleeps in between.
+package final class MetadataPublisher: Sendable {
+  /// Counts since the start, except `isReachable`.
+  package struct Counters: Sendable, Equatable {
+    package var publications: UInt64 = 0
+    package var renewals: UInt64 = 0
+    /// Publications of what had been lost.
+    package var repetitions: UInt64 = 0
+    package var failures: UInt64 = 0
+    package var isReachable = true
+    /// Whether the service answers but refuses what should be published.
+    package var isRefused = false
+  }
+
+  private let directory: MetadataDirectory
+  private let local: LocalSegment
+  private let routeKey: String
+  private let rpcAddress: HostPort
+  private let incarnation: String
+  /// Readable when the engine closes: ends a running call.
+  private let cancellation: Int32
+
+  /// Only of the thread, and of `start` and `stop` while there is none.
+  private struct Work: Sendable {
+    var lease: MetadataLease?
+    var routeVersions = MetadataVersion()
+    /// What has been put under it.
+    var entries: [MetadataEntry] = []
+    var next = Deadline.never
+    var backoffMilliseconds: UInt64 = 0
+    var isSuperseded = false
+  }
+
+  private struct State: Sendable {
+    var wanted: UInt64 = 0
+    var published: UInt64 = 0
+    /// Up to where an attempt has ended, well or not.
+    var attempted: UInt64 = 0
+    var isDown = false
+    /// How the last attempt ended, if the next would end alike.
+    var refusal: EngineError?
+    var isStopping = false
+    var counters = Counters()
+
+    /// Whether there are changes that must not wait for the next regular attempt.
+    var hasNews: Bool {
+      wanted > published && (!isDown || refusal != nil && wanted > attempted)
+    }
+  }
+
+  private let work = Lock(Work())
+  private let state = Lock(State())
+  private let doorbell = Futex()
+  private let progress = Futex()
+  private let thread = Lock<WorkerThread?>(nil)
+
+  private static let firstBackoffMilliseconds: UInt64 = 100
+  private static let maximumBackoffMilliseconds: UInt64 = 1000
+  private static let removalMilliseconds: UInt64 = 2000
+  /// How often a wait looks whether it is canceled.
+  private static let cancellationMilliseconds: UInt64 = 50
+
+  package init(
+    _ directory: MetadataDirectory, _ local: LocalSegment, rpcAddress: HostPort,
+    cancellation: Int32
+  ) {
+    self.directory = directory
+    self.local = local
+    self.cancellation = cancellation
+    incarnation = SegmentDescriptor.text(incarnation: local.descriptor.incarnation)
+    routeKey = directory.routeKey(local.name)
+    self.rpcAddress = rpcAddress
+  }
+
+  deinit { stop() }
+
+  package var counters: Counters { state.withLock { $0.counters } }
+
+  /// Publishes for the first time, replacing what a former process left, and starts the thread.
+  package func start(until deadline: Deadline) throws(EngineError) {
+    let call = MetadataCall(until: deadline, cancellation: cancellation)
+    do throws(EngineError) {
+      try work.withLock { work throws(EngineError) in
+        try publish(&work, isFirst: true, call)
+        // A user who may put but not renew would be gone with the first lease.
+        _ = try directory.store.renew(work.lease, work.entries, call)
+      }
+    } catch {
+      if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) {
+        remove(within: deadline.hasPassed ? Self.cancellationMilliseconds : nil)
+      }
+      throw error
+    }
+    do throws(Errno) {
+      let thread = try WorkerThread.start(name: "mc-metadata") { [unowned self] in run() }
+      self.thread.withLock { $0 = thread }
+    } catch {
+      remove()
+      throw EngineError(.system, "cannot start the thread for metadata: \(error)")
+    }
+  }
+
+  /// Publishes what has changed and waits until it is done or the call is over, unless the service
+  /// cannot be reached: then that happens when it is back. Throws if the service refuses it for
+  /// good; what it has stays there.
+  package func publishChanges(_ call: MetadataCall) throws(EngineError) {
+    let version = local.buffers.version
+    state.withLock { $0.wanted = max($0.wanted, version) }
+    ring()
+    while true {
+      let seen = progress.value
+      let (isOver, refusal): (Bool, EngineError?) = state.withLock { state in
+        if state.published >= version || state.isStopping { return (true, nil) }
+        if let refusal = state.refusal { return (state.attempted >= version, refusal) }
+        return (state.isDown, nil)
+      }
+      if isOver {
+        if let refusal { throw refusal }
+        return
+      }
+      if call.isOver { return }
+      // A futex cannot wait for a descriptor, too.
+      let tick =
+        call.cancellation < 0
+        ? Deadline.never : .after(milliseconds: Self.cancellationMilliseconds)
+      progress.wait(while: seen, until: min(call.deadline, tick))
+    }
+  }
+
+  /// Ends the thread and removes what was published. The descriptor `cancellation` must be readable
+  /// by now, so that a running call ends.
+  package func stop() {
+    let isFirst = state.withLock { state in
+      defer { state.isStopping = true }
+      return !state.isStopping
+    }
+    if !isFirst { return }
+    ring()
+    let running = thread.withLock { $0.take() }
+    running?.join()
+    progress.increment()
+    progress.wakeAll()
+    if running != nil { remove() }
+  }
+
+  private func ring() {
+    doorbell.increment()
+    doorbell.wakeAll()
+  }
+
+  private func remove(within milliseconds: UInt64? = nil) {
+    let isDown = state.withLock { $0.isDown }
+    let milliseconds = milliseconds ?? Self.removalMilliseconds / (isDown ? 4 : 1)
+    work.withLock { work in
+      do throws(EngineError) {
+        try directory.store.revoke(
+          work.lease, work.entries, MetadataCall(until: .after(milliseconds: milliseconds)))
+      } catch {
+        Log.warning("segment \(local.name) stays published until its lease ends: \(error.message)")
+      }
+    }
+  }
+
+  // MARK: Thread
+
+  private func run() {
+    while true {
+      let bell = doorbell.value
+      let (isStopping, hasNews) = state.withLock { ($0.isStopping, $0.hasNews) }
+      if isStopping { return }
+      let next = work.withLock { work in
+        if hasNews || work.next.hasPassed { step(&work) }
+        return work.next
+      }
+      let isIdle = state.withLock { !$0.hasNews }
+      if isIdle { doorbell.wait(while: bell, until: next) }
+    }
+  }
+
+  private func step(_ work: inout Work) {
+    let ttl = directory.settings.ttlMilliseconds
+    let call = MetadataCall(
+      until: .after(milliseconds: max(1000, ttl * 3 / 10)), cancellation: cancellation)
+    let version = local.buffers.version
+    do throws(EngineError) {
+      let isNews = state.withLock { $0.wanted > $0.published }
+      if !work.isSuperseded && !isNews && work.entries.count == 2 {
+        if try directory.store.renew(work.lease, work.entries, call) == .kept {
+          succeeded(&work) { $0.renewals &+= 1 }
+          return
+        }
+        // Somebody else's, or gone: the lease is of no use any more.
+        work.lease = nil
+        work.entries = []
+      }
+      try publish(&work, isFirst: false, call)
+    } catch {
+      // A service that refuses the news still keeps what it has.
+      if error.isRefusal, work.entries.count == 2 {
+        _ = try? directory.store.renew(work.lease, work.entries, call)
+      }
+      failed(&work, error, version)
+    }
+  }
+
+  private func publish(
+    _ work: inout Work, isFirst: Bool, _ call: MetadataCall
+  ) throws(EngineError) {
+    let isRepetition = !isFirst && work.entries.count < 2
+    if isFirst || isRepetition {
+      if try isForeign(&work, call) && !isFirst {
+        supersede(&work)
+        return
+      }
+    }
+    // Where there are no leases, what has been put stays.
+    if work.lease == nil && work.entries.isEmpty {
+      work.lease = try directory.store.grant(
+        ttlMilliseconds: directory.settings.ttlMilliseconds, call)
+    }
+    // In this order: whoever needs the version must find it in the text.
+    let version = local.buffers.version
+    let segment = MetadataEntry(
+      key: directory.segmentKey(local.name), value: directory.stored(local.json))
+    do throws(EngineError) {
+      if work.entries.isEmpty {
+        let text = MetadataDirectory.routeText(
+          rpcAddress, incarnation: local.descriptor.incarnation,
+          metadataVersion: work.routeVersions.next())
+        let route = MetadataEntry(key: routeKey, value: directory.stored(text))
+        try directory.store.put(route, lease: work.lease, call)
+        work.entries = [route]
+      }
+      try directory.store.put(segment, lease: work.lease, call)
+      work.entries = [work.entries[0], segment]
+    } catch {
+      if error.code == .notFound {
+        work.lease = nil
+        work.entries = []
+      }
+      throw error
+    }
+    work.isSuperseded = false
+    succeeded(&work) {
+      $0.publications &+= 1
+      if isRepetition { $0.repetitions &+= 1 }
+    }
+    advance(to: version)
+    if isRepetition { Log.info("segment \(local.name) is published again") }
+  }
+
+  /// Whether another process has put the keys: then they stay its own. What is put here next is
+  /// newer in any case, or those that know the other's would keep that.
+  private func isForeign(_ work: inout Work, _ call: MetadataCall) throws(EngineError) -> Bool {
+    let segmentKey = directory.segmentKey(local.name)
+    var isForeign = false
+    var latest: UInt64 = 0
+    for key in [routeKey, segmentKey] {
+      guard let text = try read(key, call) else { continue }
+      if !text.utf8.holds(incarnation) { isForeign = true }
+      let version = MetadataDirectory.metadataVersion(in: text)
+      if key == routeKey { work.routeVersions.pass(version) } else { latest = version }
+    }
+    local.renewText(after: latest)
+    return isForeign
+  }
+
+  /// What stands under a key; empty if it is no text.
+  private func read(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    do throws(EngineError) {
+      return try directory.store.get(key, call)
+    } catch {
+      if error.code == .protocolViolation { return "" }
+      throw error
+    }
+  }
+
+  private func supersede(_ work: inout Work) {
+    if !work.isSuperseded {
+      Log.error(
+        "segment \(local.name): another process has published this name in metadata "
+          + "\(directory.store.uri); peers find that one until it ends")
+    }
+    work.isSuperseded = true
+    succeeded(&work) { _ in }
+    advance(to: local.buffers.version)
+  }
+
+  private func advance(to version: UInt64) {
+    state.withLock {
+      $0.published = max($0.published, version)
+      $0.attempted = max($0.attempted, version)
+    }
+    progress.increment()
+    progress.wakeAll()
+  }
+
+  private func succeeded(_ work: inout Work, _ count: (inout Counters) -> Void) {
+    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
+    work.backoffMilliseconds = 0
+    let wasDown = state.withLock { state in
+      defer { state.isDown = false }
+      count(&state.counters)
+      state.refusal = nil
+      state.counters.isReachable = true
+      state.counters.isRefused = false
+      return state.isDown
+    }
+    if wasDown { Log.info("metadata \(directory.store.uri) can be reached again") }
+  }
+
+  private func failed(_ work: inout Work, _ error: EngineError, _ version: UInt64) {
+    // A lease that has ended is no failure of the service.
+    let isLost = error.code == .notFound && work.backoffMilliseconds == 0
+    work.backoffMilliseconds = min(
+      Self.maximumBackoffMilliseconds,
+      max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
+    // What is refused may be large, and will be refused again.
+    let pause =
+      error.isRefusal && work.entries.count == 2
+      ? directory.settings.ttlMilliseconds / 3 : work.backoffMilliseconds
+    work.next = .after(milliseconds: isLost ? 0 : pause)
+    let wasTold = state.withLock { state in
+      defer {
+        state.isDown = true
+        state.refusal = error.isRefusal ? error : nil
+        state.attempted = max(state.attempted, version)
+      }
+      state.counters.failures &+= 1
+      state.counters.isReachable = isLost || error.isRefusal
+      state.counters.isRefused = error.isRefusal
+      return state.isDown && (state.refusal != nil || !error.isRefusal)
+    }
+    progress.increment()
+    progress.wakeAll()
+    if wasTold || isLost || error.code == .canceled { return }
+    if error.isRefusal {
+      Log.error(
+        "segment \(local.name): \(error.message) (transfers go on; peers find what was published "
+          + "before, and no registration succeeds until the service takes it)")
+    } else {
+      Log.warning(
+        "segment \(local.name): \(error.message) (transfers go on; what this process publishes is "
+          + "published again as soon as the service can be reached)")
+    }
+  }
+}
+
+extension MetadataDirectory {
+  /// A text as the existing system stores it: with a line end, except behind HTTP.
+  func stored(_ text: String) -> String { store.uri.service == .http ? text : text + "\n" }
+}

@@ -1,0 +1,200 @@
+import CLinux
+import MooncakeBase
+import MooncakeSystem
+
+/// One request to a peer's RPC daemon, from the name to the answer, under one deadline.
+struct RPCCall {
+  let peer: HostPort
+  let type: RPCType
+  let deadline: Deadline
+  let settings: HandshakeSettings
+  /// A descriptor that becomes readable when the call is to be given up; -1 for none.
+  let cancellation: Int32
+
+  private static let chunkBytes = 64 << 10
+  private static let hint = "is the process running and is this its RPC port?"
+
+  func run(_ body: String) throws(EngineError) -> String {
+    // Peers serve one connection at a time, so it is closed as soon as this returns.
+    let socket = try connect()
+    try send(RPCMessage.encoded(type: type, body: body), on: socket)
+    return try text(of: try receive(from: socket))
+  }
+
+  /// The text of an answer.
+  func text(of message: RPCMessage) throws(EngineError) -> String {
+    if message.type != type || message.isOldProtocol {
+      throw failure(.protocolViolation, "it answered with a message of another type", Self.hint)
+    }
+    guard let text = String(validating: message.body, as: UTF8.self) else {
+      throw failure(.protocolViolation, "its answer is not UTF-8", Self.hint)
+    }
+    return text
+  }
+
+  // MARK: Phases
+
+  private func connect() throws(EngineError) -> Socket {
+    guard let port = peer.port, port != 0 else {
+      throw failure(.invalidArgument, "port 0 reaches nobody", "give the peer's RPC port")
+    }
+    let addresses: [SocketAddress]
+    do throws(ResolveError) {
+      addresses = try Resolver.resolve(
+        peer.host, port: port, deadline: deadline, cancellation: cancellation)
+    } catch {
+      if error.isCanceled { throw canceled }
+      throw failure(
+        error.isTimeout ? .timeout : .unresolved, "cannot resolve \(peer.host)",
+        "\(error); check the name and this machine's name service")
+    }
+    var last: EngineError?
+    for (index, address) in addresses.enumerated() {
+      do throws(EngineError) {
+        return try connect(
+          to: address, within: connectMilliseconds(addressCount: addresses.count - index))
+      } catch {
+        last = error
+        if deadline.hasPassed || error.code == .canceled { break }
+      }
+    }
+    throw last ?? failure(.unresolved, "the name has no address", "check the name")
+  }
+
+  /// How long one address may take, where so many are left to be tried: one that drops packets
+  /// leaves time for the others.
+  func connectMilliseconds(addressCount: Int) -> UInt64 {
+    let left = deadline.remainingNanoseconds / 1_000_000
+    return min(settings.connectTimeoutMilliseconds, left / UInt64(max(1, addressCount)) + 1)
+  }
+
+  private func connect(
+    to address: SocketAddress, within milliseconds: UInt64
+  ) throws(EngineError) -> Socket {
+    let ownLimit = Deadline.after(milliseconds: milliseconds)
+    do throws(Errno) {
+      let socket = try Socket(family: address.family)
+      try socket.startConnect(to: address)
+      try socket.wait(for: POLLOUT, until: min(deadline, ownLimit), cancellation: cancellation)
+      if let error = socket.takeError() { throw error }
+      // A port of the ephemeral range without a listener can connect to itself.
+      if try socket.localAddress() == address { throw .connectionRefused }
+      socket.setNoDelay()
+      return socket
+    } catch {
+      throw connectFailure(error, to: address, within: milliseconds)
+    }
+  }
+
+  func connectFailure(
+    _ error: Errno, to address: SocketAddress, within milliseconds: UInt64
+  ) -> EngineError {
+    // Numeric names need not be told twice.
+    let place = address.host == peer.host ? "" : " to \(address)"
+    switch error.rawValue {
+    case ECANCELED: return canceled
+    case ECONNREFUSED:
+      return failure(.unreachable, "connect\(place) refused", Self.hint)
+    case ETIMEDOUT where deadline.hasPassed:
+      return failure(
+        .timeout, "connect\(place) not answered before the deadline",
+        "is the host up, and does no firewall drop the packets?")
+    case ETIMEDOUT:
+      return failure(
+        .unreachable,
+        "connect\(place) not answered within \(milliseconds) ms",
+        "is the host up, and does no firewall drop the packets?")
+    case EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL:
+      return failure(.system, "cannot connect\(place)", "\(error); raise the limit")
+    default:
+      return failure(
+        .unreachable, "connect\(place) failed", "\(error); check the address and the network")
+    }
+  }
+
+  private func send(_ bytes: [UInt8], on socket: borrowing Socket) throws(EngineError) {
+    var sentByteCount = 0
+    do throws(Errno) {
+      while sentByteCount < bytes.count {
+        if let count = try socket.trySend(bytes, from: sentByteCount) {
+          sentByteCount += count
+        } else {
+          try socket.wait(for: POLLOUT, until: deadline, cancellation: cancellation)
+        }
+      }
+    } catch {
+      throw broken(error, "the request was sent")
+    }
+  }
+
+  private func receive(from socket: borrowing Socket) throws(EngineError) -> RPCMessage {
+    var parser = RPCMessageParser(limit: settings.maximumLength)
+    let chunk = UnsafeMutableRawBufferPointer.allocate(byteCount: Self.chunkBytes, alignment: 16)
+    defer { chunk.deallocate() }
+    while true {
+      let count: Int
+      do throws(Errno) {
+        guard let received = try socket.tryReceive(into: chunk) else {
+          try socket.wait(for: POLLIN, until: deadline, cancellation: cancellation)
+          continue
+        }
+        count = received
+      } catch {
+        throw broken(error, "the answer was awaited")
+      }
+      if count == 0 { throw closed(afterBytes: parser.receivedByteCount) }
+      // A peer that streams without pause must not outlast the deadline.
+      if deadline.hasPassed { throw broken(.timedOut, "the answer was received") }
+      let received = UnsafeRawBufferPointer(rebasing: chunk[..<count])
+      do throws(RPCMessageError) {
+        if let message = try parser.consume(received).message { return message }
+      } catch {
+        throw malformed(error)
+      }
+    }
+  }
+
+  // MARK: Errors
+
+  private var canceled: EngineError {
+    failure(
+      .canceled, "given up, as it was canceled or the engine destroyed",
+      "call again if it is still wanted")
+  }
+
+  func closed(afterBytes count: Int) -> EngineError {
+    failure(
+      .unreachable,
+      count == 0
+        ? "it closed the connection without an answer"
+        : "it closed the connection after \(count) bytes of its answer",
+      "it refused the request or is stopping; is this its RPC port?")
+  }
+
+  func malformed(_ error: RPCMessageError) -> EngineError {
+    failure(.protocolViolation, "it sent \(error)", remedy(for: error))
+  }
+
+  func broken(_ error: Errno, _ moment: String) -> EngineError {
+    if error.rawValue == ECANCELED { return canceled }
+    if error == .timedOut && deadline.hasPassed {
+      return failure(
+        .timeout, "the deadline passed while \(moment)",
+        "is the process stopped or overloaded, and is this its RPC port?")
+    }
+    return failure(.unreachable, "the connection broke while \(moment)", "\(error); \(Self.hint)")
+  }
+
+  private func remedy(for error: RPCMessageError) -> String {
+    if case .tooLong(let announced, _) = error, announced <= 128 << 20 {
+      return "raise MC_HANDSHAKE_MAX_LENGTH in this process"
+    }
+    return Self.hint
+  }
+
+  private func failure(
+    _ code: EngineError.Code, _ cause: String, _ remedy: String
+  ) -> EngineError {
+    EngineError(code, "peer \(peer): \(cause) (\(type) RPC): \(remedy)")
+  }
+}

@@ -1,0 +1,105 @@
+import MooncakeBase
+import MooncakeSystem
+
+/// Asks the RPC daemons of peers. Every call is one connection, blocks the caller and ends by its
+/// deadline.
+package enum RPCClient {
+  /// Sends a request and returns the text of the answer. A peer without a port is asked at the
+  /// default one.
+  package static func call(
+    _ peer: HostPort, type: RPCType, body: String, deadline: Deadline,
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+  ) throws(EngineError) -> String {
+    let target = HostPort(host: peer.host, port: peer.port ?? settings.defaultPort)
+    return try RPCCall(
+      peer: target, type: type, deadline: deadline, settings: settings, cancellation: cancellation
+    ).run(body)
+  }
+
+  /// Fetches the segment descriptor of the peer that `name` ("host:port") says. `own` is the
+  /// caller's descriptor, which the protocol makes the request.
+  package static func fetchDescriptor(
+    of name: String, own: String, deadline: Deadline,
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+  ) throws(EngineError) -> SegmentDescriptor {
+    let peer = try parse(name)
+    // Responders parse the request and then ignore it, so one too long for them may be left out.
+    let fits = !own.isEmpty && own.utf8.count < settings.maximumLength
+    let answer = try call(
+      peer, type: .metadata, body: fits ? own : "{}", deadline: deadline, settings: settings,
+      cancellation: cancellation)
+    do throws(EngineError) {
+      return try SegmentDescriptor(json: answer)
+    } catch {
+      throw EngineError(error.code, "peer \(peer): \(error.message) (metadata RPC)")
+    }
+  }
+
+  /// Delivers a notification; returns once the peer has taken it.
+  package static func notify(
+    _ name: String, _ notification: Notification, deadline: Deadline,
+    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+  ) throws(EngineError) {
+    let peer = try parse(name)
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("name", notification.name)
+    writer.member("notify_msg", notification.message)
+    writer.endObject()
+    let body = writer.text
+    if body.utf8.count >= settings.maximumLength {
+      throw EngineError(
+        .invalidArgument,
+        "peer \(peer): the notification takes \(body.utf8.count) bytes, more than the "
+          + "\(settings.maximumLength) of a message; send less or raise MC_HANDSHAKE_MAX_LENGTH "
+          + "on both sides")
+    }
+    let answer = try call(
+      peer, type: .notify, body: body, deadline: deadline, settings: settings,
+      cancellation: cancellation)
+    let document = try parse(answer, from: peer, type: .notify)
+    let (isTaken, reason) = document.read { value in
+      (value["notify_msg"]?.string.map { !$0.isEmpty } ?? false, value["mooncake_error"]?.string)
+    }
+    if isTaken { return }
+    if let reason {
+      throw EngineError(.full, "peer \(peer): notification refused (notify RPC): \(reason)")
+    }
+    throw EngineError(
+      .protocolViolation,
+      "peer \(peer): notification not accepted (notify RPC): the peer takes none")
+  }
+
+  /// Asks the peer for a sign of life.
+  package static func probe(
+    _ name: String, deadline: Deadline, settings: HandshakeSettings = .fromEnvironment(),
+    cancellation: Int32 = -1
+  ) throws(EngineError) {
+    let peer = try parse(name)
+    let answer = try call(
+      peer, type: .probe, body: "{}", deadline: deadline, settings: settings,
+      cancellation: cancellation)
+    _ = try parse(answer, from: peer, type: .probe)
+  }
+
+  private static func parse(_ name: String) throws(EngineError) -> HostPort {
+    do throws(HostPortError) {
+      return try HostPort(parsing: name)
+    } catch {
+      throw EngineError(
+        .invalidArgument,
+        "peer name \(String(reflecting: String(name.prefix(100)))) is no host:port: \(error)")
+    }
+  }
+
+  private static func parse(
+    _ answer: String, from peer: HostPort, type: RPCType
+  ) throws(EngineError) -> JSONDocument {
+    do throws(JSONError) {
+      return try JSONDocument(parsing: answer)
+    } catch {
+      throw EngineError(
+        .protocolViolation, "peer \(peer): the answer is no JSON (\(type) RPC): \(error)")
+    }
+  }
+}

@@ -1,0 +1,99 @@
+import MooncakeBase
+import MooncakeSystem
+import Synchronization
+
+/// What runs on top of an engine and is called by its like in other processes.
+package final class ServiceTable: Sendable {
+  /// Answers a call in JSON; nil if it is meant for another handler. Runs on the RPC daemon's
+  /// thread and must not wait.
+  package typealias Handler = @Sendable (JSONValue) -> String?
+
+  private struct State {
+    var handlers: [UInt64: Handler] = [:]
+    var next: UInt64 = 0
+  }
+  private let state = Lock(State())
+
+  /// Returns what `remove` takes.
+  package func add(_ handler: @escaping Handler) -> UInt64 {
+    state.withLock { state in
+      state.next += 1
+      state.handlers[state.next] = handler
+      return state.next
+    }
+  }
+
+  /// A call that runs on another thread may still end afterwards.
+  package func remove(_ token: UInt64) { state.withLock { $0.handlers[token] = nil } }
+
+  func answer(_ call: JSONValue) -> String? {
+    for handler in state.withLock({ Array($0.handlers.values) }) {
+      if let answer = handler(call) { return answer }
+    }
+    return nil
+  }
+}
+
+extension TransferEngine {
+  /// As below without waiting: `completion` is called once, by the deadline, on a thread that must
+  /// not be kept.
+  package func callService(
+    at address: String, _ body: String, until deadline: Deadline,
+    _ completion: @escaping RPCCaller.Completion
+  ) {
+    let peer: HostPort
+    do throws(EngineError) {
+      try checkOpen()
+      peer = try Self.parsePeer(address)
+    } catch {
+      return completion(.failure(error))
+    }
+    let port = peer.port ?? HandshakeSettings.fromEnvironment().defaultPort
+    let named = HostPort(host: peer.host, port: port)
+    if port == 0 {
+      return completion(
+        .failure(
+          EngineError(
+            .invalidArgument, "peer \(named): port 0 reaches nobody: give the peer's RPC port")))
+    }
+    if let numeric = SocketAddress(numeric: peer.host, port: port) {
+      return caller.call(named, at: [numeric], body, until: deadline, completion)
+    }
+    // A name takes time to resolve, and nothing else of it may keep a thread.
+    let isAccepted = workers.run { [self] in
+      do throws(ResolveError) {
+        let addresses = try Resolver.resolve(
+          peer.host, port: port, deadline: deadline,
+          cancellation: closeEvent.descriptor.rawValue)
+        caller.call(named, at: addresses[...], body, until: deadline, completion)
+      } catch {
+        completion(
+          .failure(
+            EngineError(
+              error.isCanceled ? .canceled : error.isTimeout ? .timeout : .unresolved,
+              "peer \(named): cannot resolve \(peer.host): \(error); check the name and this "
+                + "machine's name service")))
+      }
+    }
+    if !isAccepted {
+      completion(.failure(EngineError(.canceled, "asking a peer: the engine was destroyed")))
+    }
+  }
+
+  private static func parsePeer(_ address: String) throws(EngineError) -> HostPort {
+    do throws(HostPortError) { return try HostPort(parsing: address) } catch {
+      throw EngineError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
+    }
+  }
+
+  /// Calls the services of the process whose RPC daemon is at `address`, "host:port".
+  package func callService(
+    at address: String, _ body: String, until deadline: Deadline
+  ) throws(EngineError) -> String {
+    try checkOpen()
+    let peer = try Self.parsePeer(address)
+    return try RPCClient.call(
+      peer, type: .service, body: body, deadline: deadline,
+      cancellation: closeEvent.descriptor.rawValue)
+  }
+}

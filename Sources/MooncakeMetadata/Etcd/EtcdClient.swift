@@ -1,0 +1,198 @@
+import MooncakeBase
+import MooncakeSystem
+import Synchronization
+
+/// Asks the JSON gateway of an etcd cluster: endpoint by endpoint until one answers, with a token
+/// where there is a user.
+final class EtcdClient: Sendable {
+  let uri: MetadataURI
+  private let client: HTTPClient
+  private let user: String?
+  private let password: String
+  private let isSecure: Bool
+
+  private struct State: Sendable {
+    /// The endpoint that answered last.
+    var endpoint = 0
+    /// When, on `Clock`.
+    var answered: UInt64 = 0
+    var token: String?
+  }
+  private let state = Lock(State())
+
+  /// One endpoint may take so long while there are others.
+  private static let attemptMilliseconds: UInt64 = 5000
+
+  init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+    self.uri = uri
+    let tls = uri.tls.filled(from: settings)
+    client = try HTTPClient(tls: tls)
+    user = uri.user ?? settings.user
+    password = uri.password ?? settings.password ?? ""
+    isSecure = uri.isSecure || tls != TLSFiles()
+  }
+
+  /// Milliseconds since an endpoint has answered.
+  var silentMilliseconds: UInt64 {
+    let now = Clock.now()
+    return state.withLock { now > $0.answered ? (now - $0.answered) / 1_000_000 : 0 }
+  }
+
+  /// What a call is about.
+  struct Query {
+    var path: String
+    var body: String
+    var phase: String
+    /// Whether the answer may be long in coming, so that its lateness says nothing.
+    var isWatch = false
+    /// As in `HTTPRequest`.
+    var isOnce = false
+    var end: LineMark?
+  }
+
+  /// The answer's text. `isRepeated` is set if an attempt failed that may have taken effect all the
+  /// same.
+  func ask(
+    _ query: Query, _ call: MetadataCall, isRepeated: inout Bool
+  ) throws(EngineError) -> [UInt8] {
+    let count = uri.endpoints.count
+    let first = state.withLock { $0.endpoint }
+    var failures: [String] = []
+    var last: EngineError?
+    for step in 0..<count {
+      let index = (first + step) % count
+      let remaining = call.deadline.remainingNanoseconds / 1_000_000
+      let share = max(1, remaining / UInt64(count - step))
+      let attempt =
+        query.isWatch || step == count - 1
+        ? call : call.within(milliseconds: min(share, Self.attemptMilliseconds))
+      do throws(EngineError) {
+        let answer = try ask(query, at: uri.endpoints[index], attempt, isRepeated: &isRepeated)
+        state.withLock {
+          $0.endpoint = index
+          $0.answered = Clock.now()
+        }
+        return answer
+      } catch {
+        last = error
+        failures.append(error.message)
+        // What another endpoint would answer alike.
+        let isEndpoints = [.unreachable, .timeout, .unresolved, .accessDenied].contains(error.code)
+        if !isEndpoints || error.code == .accessDenied && !isCertificate(error) { break }
+        if call.deadline.hasPassed { break }
+      }
+    }
+    guard let last else { throw failure(.invalidArgument, query.phase, "no endpoint", "name one") }
+    if failures.count == 1 { throw last }
+    throw EngineError(last.code, failures.joined(separator: "; "))
+  }
+
+  /// A certificate belongs to one endpoint, a password to the cluster.
+  private func isCertificate(_ error: EngineError) -> Bool {
+    error.message.utf8.holds("certificate files")
+  }
+
+  private func ask(
+    _ query: Query, at endpoint: HostPort, _ call: MetadataCall, isRepeated: inout Bool
+  ) throws(EngineError) -> [UInt8] {
+    for isRetry in [false, true] {
+      let token = try token(at: endpoint, call, isStale: isRetry)
+      var isUnsent = false
+      let response: HTTPResponse
+      do throws(EngineError) {
+        response = try send(query, at: endpoint, token: token, call, isUnsent: &isUnsent)
+      } catch {
+        if !isUnsent { isRepeated = true }
+        throw error
+      }
+      if response.status == 200 { return response.body }
+      // A member that waited in vain for the others may see it done later.
+      if response.status >= 500 { isRepeated = true }
+      if user != nil && !isRetry && wantsLogin(response) { continue }
+      throw refusal(response, token, query.phase, endpoint)
+    }
+    throw failure(.unreachable, query.phase, "its tokens end at once", "check the clocks")
+  }
+
+  /// Whether a new token may help: the old one has ended, the cluster has restarted, its users have
+  /// been changed, or it has users only since then.
+  private func wantsLogin(_ response: HTTPResponse) -> Bool {
+    let reason = reason(response)
+    return response.status == 401 || EtcdRefusal.isStaleToken(reason)
+      || ["user name is empty", "unauthenticated", "Unauthenticated"].contains {
+        reason.utf8.holds($0)
+      }
+  }
+
+  private func token(
+    at endpoint: HostPort, _ call: MetadataCall, isStale: Bool
+  ) throws(EngineError) -> String? {
+    guard let user else { return nil }
+    if !isStale, let token = state.withLock({ $0.token }) { return token }
+    var writer = JSONWriter()
+    writer.beginObject()
+    writer.member("name", user)
+    writer.member("password", password)
+    writer.endObject()
+    let query = Query(path: "/v3/auth/authenticate", body: writer.text, phase: "authenticate")
+    var isUnsent = false
+    let response = try send(query, at: endpoint, token: nil, call, isUnsent: &isUnsent)
+    if response.status != 200 {
+      // A cluster without users needs no token.
+      if reason(response).utf8.holds("authentication is not enabled") { return nil }
+      throw refusal(response, nil, query.phase, endpoint)
+    }
+    let answer = try? JSONDocument(parsing: response.body)
+    guard let token = answer?.read({ $0["token"]?.string }) else {
+      throw failure(.protocolViolation, query.phase, "the answer has no token", "is this etcd?")
+    }
+    state.withLock { $0.token = token }
+    return token
+  }
+
+  private func send(
+    _ query: Query, at endpoint: HostPort, token: String?, _ call: MetadataCall,
+    isUnsent: inout Bool
+  ) throws(EngineError) -> HTTPResponse {
+    var request = HTTPRequest(
+      method: .post, server: endpoint, isSecure: isSecure, target: query.path,
+      body: Array(query.body.utf8), headers: ["Content-Type: application/json"])
+    if let token { request.headers.append("Authorization: \(token)") }
+    request.end = query.end
+    request.isOnce = query.isOnce
+    do throws(HTTPFailure) {
+      return try client.perform(request, call)
+    } catch {
+      isUnsent = error.isUnsent
+      throw failure(error.code, query.phase, "\(endpoint): \(error.cause)", error.remedy)
+    }
+  }
+
+  /// As the service gives it, secrets included.
+  private func reason(_ response: HTTPResponse) -> String {
+    let document = try? JSONDocument(parsing: response.body)
+    return document?.read { ($0["error"] ?? $0["message"])?.string }
+      ?? String(decoding: response.body.prefix(Self.quotedBytes), as: UTF8.self)
+  }
+
+  /// Bytes of an answer that are looked at for its reason.
+  private static let quotedBytes = 4096
+  private static let shownCount = 400
+
+  /// `token`: what was sent.
+  private func refusal(
+    _ response: HTTPResponse, _ token: String?, _ phase: String, _ endpoint: HostPort
+  ) -> EngineError {
+    let reason = reason(response)
+    let shown = ServiceSecrets(password, token).hidden(in: reason.utf8).prefix(Self.shownCount)
+    let cause = "\(endpoint) answers '\(shown)' (status \(response.status))"
+    let meaning = EtcdRefusal.meaning(response.status, reason)
+    return failure(meaning.code, phase, cause, meaning.remedy)
+  }
+
+  func failure(
+    _ code: EngineError.Code, _ phase: String, _ cause: String, _ remedy: String
+  ) -> EngineError {
+    EngineError(code, "metadata \(uri): \(phase): \(cause): \(remedy)")
+  }
+}

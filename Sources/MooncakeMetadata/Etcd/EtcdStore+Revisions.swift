@@ -1,0 +1,91 @@
+import MooncakeBase
+
+extension EtcdStore {
+  /// What stands under a key, and the revision that wrote it; nil if nothing does. What is not
+  /// UTF-8 is an error, unless any value will do.
+  package func getRevised(
+    _ key: String, isText: Bool = true, _ call: MetadataCall
+  ) throws(EngineError) -> (value: String, revision: UInt64)? {
+    let phase = "get '\(key)'"
+    return try ask("/v3/kv/range", phase, call) {
+      $0.member("key", encoded(key))
+    } answer: { value throws(EngineError) in
+      guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
+      let bytes = try bytes(found, "value", phase)
+      if !isText { return (String(decoding: bytes, as: UTF8.self), number(found["mod_revision"])) }
+      guard let text = String(validating: bytes, as: UTF8.self) else {
+        throw client.failure(
+          .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
+      }
+      return (text, number(found["mod_revision"]))
+    }
+  }
+
+  /// In one transaction for as many keys as etcd takes in one unless told otherwise.
+  package func values(
+    of keys: [String], _ call: MetadataCall
+  ) throws(EngineError) -> [String?] {
+    var values: [String?] = []
+    while values.count < keys.count {
+      let part = keys[values.count...].prefix(Self.transactionCount)
+      try ask("/v3/kv/txn", "get keys", call) { writer in
+        writer.name("success")
+        writer.beginArray()
+        for key in part {
+          writer.beginObject()
+          writer.name("request_range")
+          writer.beginObject()
+          writer.member("key", encoded(key))
+          writer.endObject()
+          writer.endObject()
+        }
+        writer.endArray()
+      } answer: { value throws(EngineError) in
+        let count = values.count
+        for response in value["responses"]?.elements ?? .none {
+          let found = response["response_range"]?["kvs"]?.elements.first { _ in true }
+          values.append(
+            try found.map { pair throws(EngineError) in
+              String(decoding: try bytes(pair, "value", "get keys"), as: UTF8.self)
+            })
+        }
+        if values.count != count + part.count { throw malformed("get keys") }
+      }
+    }
+    return values
+  }
+
+  /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
+  /// `revision`, 0 if it does not exist. Returns false, and changes nothing, otherwise.
+  package func replace(
+    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    let phase = "\(value == nil ? "delete" : "put") '\(key)' if unchanged"
+    var isRepeated = false
+    let isDone = try ask("/v3/kv/txn", phase, call, isRepeated: &isRepeated) { writer in
+      writer.name("compare")
+      writer.beginArray()
+      writer.beginObject()
+      writer.member("key", encoded(key))
+      writer.member("target", "MOD")
+      writer.member("mod_revision", String(revision))
+      writer.endObject()
+      writer.endArray()
+      writer.name("success")
+      writer.beginArray()
+      writer.beginObject()
+      writer.name(value == nil ? "request_delete_range" : "request_put")
+      writer.beginObject()
+      writer.member("key", encoded(key))
+      if let value { writer.member("value", encoded(value)) }
+      writer.endObject()
+      writer.endObject()
+      writer.endArray()
+    } answer: {
+      $0["succeeded"]?.isTrue ?? false
+    }
+    // The attempt that seemed to fail may be the one that took effect.
+    if isDone || !isRepeated { return isDone }
+    return try get(key, call) == value
+  }
+}

@@ -1,0 +1,51 @@
+import MooncakeBase
+
+/// The secret that an HTTP metadata server asks every client for, as Mooncake's servers and clients
+/// have it: `Authorization: Bearer TOKEN`. It is never part of a text that somebody reads.
+package struct MetadataToken: Sendable {
+  /// Where both sides find it.
+  package static let variable = "MC_METADATA_HTTP_TOKEN"
+
+  private let bytes: [UInt8]
+  private static let scheme = "bearer"
+  private static let maximumBytes = 4096
+
+  /// `source` says in errors where the text is from.
+  package init(_ text: String, from source: String) throws(EngineError) {
+    bytes = Array(text.utf8)
+    // What is sent as a header's value must read the same at the other end.
+    let isPlain = bytes.allSatisfy { $0 >= 0x20 && $0 < 0x7F }
+    if !isPlain || bytes.first == 0x20 || bytes.last == 0x20 {
+      throw EngineError(
+        .invalidArgument,
+        "\(source) has a character that is not printable ASCII, or a space at an end: correct it "
+          + "here and at the other side")
+    }
+    if bytes.isEmpty || bytes.count > Self.maximumBytes {
+      throw EngineError(
+        .invalidArgument, "\(source) is empty or longer than \(Self.maximumBytes) bytes")
+    }
+  }
+
+  /// The header that carries it.
+  var header: String { "Authorization: Bearer \(String(decoding: bytes, as: UTF8.self))" }
+
+  /// Whether the value of an authorization header holds the token. The time that this takes tells
+  /// nothing about the token.
+  package func isPresented(by value: some Collection<UInt8>) -> Bool {
+    let end = value.firstIndex(of: 0x20) ?? value.endIndex
+    guard value[..<end].lowercased(equals: Self.scheme) else { return false }
+    let given = Array(value[end...].drop { $0 == 0x20 })
+    var difference = given.count ^ bytes.count
+    for index in bytes.indices {
+      difference |= Int(bytes[index] ^ (index < given.count ? given[index] : 0))
+    }
+    return difference == 0
+  }
+}
+
+extension Collection<UInt8> {
+  fileprivate func lowercased(equals text: String) -> Bool {
+    elementsEqual(text.utf8) { ($0 >= 0x41 && $0 <= 0x5A ? $0 | 0x20 : $0) == $1 }
+  }
+}

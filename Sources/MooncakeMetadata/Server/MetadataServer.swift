@@ -1,0 +1,138 @@
+import CLinux
+import Glibc
+import MooncakeBase
+import MooncakeSystem
+import Synchronization
+
+/// An HTTP metadata server inside this process, on one thread, `mc-metaserver`. Serves every
+/// process that is given "http://host:port/metadata", those of the existing system too.
+public final class MetadataServer: Sendable {
+  public struct Options: Sendable {
+    /// Numeric address to listen on. Whoever reaches it, and has the token if there is one, may
+    /// read and change everything.
+    public var host = "127.0.0.1"
+    /// 0 lets the system choose.
+    public var port: UInt16 = 0
+    /// Where the contents are kept beyond the server's life; nil: nowhere.
+    public var directory: String?
+    /// Bytes of keys and values that the server takes.
+    public var maximumBytes = 1 << 30
+    /// What clients must present; nil: what `MC_METADATA_HTTP_TOKEN` says, nothing if that is not
+    /// set.
+    public var token: String?
+
+    public init() {}
+  }
+
+  /// Where it listens.
+  public let address: HostPort
+  private let loop: MetadataServerLoop
+  // Holds the thread until it has been joined.
+  private let thread: Lock<WorkerThread?>
+
+  /// Starts to serve; it listens when this returns.
+  public convenience init(_ options: Options = Options()) throws(EngineError) {
+    var limits = MetadataLimits()
+    guard (1 << 20...1 << 40).contains(options.maximumBytes) else {
+      throw EngineError(.invalidArgument, "metadata server: a limit of 1 MiB to 1 TiB, please")
+    }
+    limits.totalBytes = options.maximumBytes
+    try self.init(options, limits)
+  }
+
+  package init(
+    _ options: Options, _ limits: MetadataLimits, disk: MetadataJournal.Disk = .init()
+  ) throws(EngineError) {
+    MetadataGlobals.prepare()
+    guard let target = SocketAddress(numeric: options.host, port: options.port) else {
+      throw EngineError(
+        .invalidArgument,
+        "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is no "
+          + "numeric address: give one, such as 127.0.0.1 or 0.0.0.0")
+    }
+    let token = try Self.token(options)
+    if token == nil && !target.isLoopback {
+      Log.warning(
+        "metadata server: it listens on \(target.host) and asks for no token, so whoever reaches "
+          + "it may read and change everything: set \(MetadataToken.variable) here and at every "
+          + "client, or listen on 127.0.0.1")
+    }
+    var now = timespec()
+    clock_gettime(CLOCK_REALTIME, &now)
+    let revision = UInt64(max(0, now.tv_sec)) &* 1_000_000 &+ UInt64(now.tv_nsec / 1000)
+    var rules = MetadataRules(table: MetadataTable(revision: revision, limits: limits))
+    let journal = try Self.openJournal(options, disk, &rules)
+    let listener = try Self.listen(on: target)
+    address = try Self.address(of: listener)
+    let loop = try MetadataServerLoop(
+      listener: listener, rules: rules, journal: journal, token: token)
+    self.loop = loop
+    do throws(Errno) {
+      thread = Lock(try WorkerThread.start(name: "mc-metaserver") { loop.run() })
+    } catch {
+      throw EngineError(.system, "metadata server: cannot start a thread: \(error)")
+    }
+  }
+
+  private static func openJournal(
+    _ options: Options, _ disk: MetadataJournal.Disk, _ rules: inout MetadataRules
+  ) throws(EngineError) -> MetadataJournal? {
+    guard let directory = options.directory else { return nil }
+    rules.table.startRestore()
+    let journal = try MetadataJournal(directory: directory, disk: disk) { rules.replay($0) }
+    rules.table.finishRestore()
+    let (used, limit) = (rules.table.usedBytes, rules.table.limits.totalBytes)
+    if used <= limit { return journal }
+    let mebibytes = (used + (1 << 20) - 1) >> 20
+    throw EngineError(
+      .invalidArgument,
+      "metadata server: \(directory): what it keeps takes \(used) bytes, and the limit is "
+        + "\(limit): start with --memory \(mebibytes)MiB or more (maximum_bytes in C), or with "
+        + "another directory to start empty; nothing is lost")
+  }
+
+  private static func token(_ options: Options) throws(EngineError) -> MetadataToken? {
+    if let text = options.token {
+      return try MetadataToken(text, from: "metadata server: the token")
+    }
+    guard let text = Environment[MetadataToken.variable], !text.isEmpty else { return nil }
+    return try MetadataToken(text, from: "metadata server: \(MetadataToken.variable)")
+  }
+
+  private static func listen(on target: SocketAddress) throws(EngineError) -> Socket {
+    do throws(Errno) {
+      return try Socket.listening(on: target)
+    } catch {
+      throw EngineError(
+        error.rawValue == EADDRINUSE ? .addressInUse : .system,
+        "metadata server: listen on \(target): \(error)")
+    }
+  }
+
+  private static func address(of listener: borrowing Socket) throws(EngineError) -> HostPort {
+    do throws(Errno) {
+      let bound = try listener.localAddress()
+      return HostPort(host: bound.host, port: bound.port)
+    } catch {
+      throw EngineError(.system, "metadata server: \(error)")
+    }
+  }
+
+  deinit { stop() }
+
+  /// The URI under which this host's processes find it.
+  public var uri: String {
+    let isAny = SocketAddress(numeric: address.host, port: 0)?.isAny ?? false
+    let host = !isAny ? address.host : address.host == "::" ? "::1" : "127.0.0.1"
+    return "http://\(HostPort(host: host, port: address.port))/metadata"
+  }
+
+  /// Answers what waits, closes every connection and ends the thread; later calls do nothing.
+  public func stop() {
+    loop.requestStop()
+    thread.withLock { thread in
+      thread?.join()
+      thread = nil
+    }
+  }
+}

@@ -1,0 +1,125 @@
+import MooncakeBase
+import MooncakeMetadata
+import MooncakeSystem
+import MooncakeTestSupport
+import Synchronization
+import Testing
+
+/// Requests that take effect although their answer is lost: nobody is told that another did it.
+struct RepeatedRequestTests {
+  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 8000)) }
+
+  private func store(_ scheme: String, _ ports: UInt16...) throws -> any MetadataStore {
+    let hosts = ports.map { "127.0.0.1:\($0)" }.joined(separator: ",")
+    return try MetadataStores.open(MetadataURI(parsing: "\(scheme)://\(hosts)"))
+  }
+
+  private func code(_ body: () throws -> Void) -> EngineError.Code? {
+    do { try body() } catch { return (error as? EngineError)?.code }
+    return nil
+  }
+
+  private let entry = MetadataEntry(key: "k", value: "mine")
+
+  /// libcurl sends a request again by itself if a connection that it has kept ends unanswered.
+  @Test func conditionalRequestsOverHTTPAreSentOnce() throws {
+    let server = try ScriptedServer { request in
+      if request.text.hasPrefix("GET") {
+        return .http(200, #"{"revision":5,"more":0,"entries":[]}"#)
+      }
+      return .close
+    }
+    defer { server.stop() }
+    let store = try store("http", server.port)
+    _ = try store.list(prefix: "", from: nil, limit: 1, call)
+    #expect(code { _ = try store.putIfAbsent(entry, lease: nil, call) } == .unreachable)
+    #expect(server.requestCount("PUT ") == 1)
+    #expect(code { _ = try store.delete("k", call) } == .unreachable)
+    #expect(server.requestCount("DELETE ") == 1)
+    #expect(code { _ = try store.grant(ttlMilliseconds: 1000, call) } == .unreachable)
+    #expect(server.requestCount("POST ") == 1)
+  }
+
+  @Test func conditionalRequestsToEtcdAreSentOnce() throws {
+    let server = try ScriptedServer { request in
+      request.text.contains("/v3/kv/range") ? .http(200, #"{"header":{"revision":"5"}}"#) : .close
+    }
+    defer { server.stop() }
+    let store = try #require(try store("etcd", server.port) as? EtcdStore)
+    #expect(try store.get("k", call) == nil)
+    #expect(code { _ = try store.putIfAbsent(entry, lease: nil, call) } == .unreachable)
+    #expect(server.requestCount("/v3/kv/txn") == 1)
+    #expect(code { _ = try store.replace("k", writtenBy: 1, with: "x", call) } == .unreachable)
+    #expect(server.requestCount("/v3/kv/txn") == 2)
+    #expect(code { _ = try store.delete("k", call) } == .unreachable)
+    #expect(server.requestCount("/v3/kv/deleterange") == 1)
+  }
+
+  @Test func deletionsThatAnEndpointDidNotConfirmCount() throws {
+    let lossy = try ScriptedServer { _ in .close }
+    let empty = try ScriptedServer { _ in .http(200, #"{"header":{"revision":"5"}}"#) }
+    defer {
+      lossy.stop()
+      empty.stop()
+    }
+    #expect(try store("etcd", lossy.port, empty.port).delete("k", call))
+    // Who cannot be reached has deleted nothing.
+    #expect(try !store("etcd", 1, empty.port).delete("k", call))
+    #expect(try !store("etcd", empty.port).delete("k", call))
+    let failing = try ScriptedServer { _ in
+      .http(503, #"{"error":"etcdserver: request timed out"}"#)
+    }
+    defer { failing.stop() }
+    #expect(try store("etcd", failing.port, empty.port).delete("k", call))
+  }
+
+  /// A Redis whose connection 0 ends at `broken` after it was obeyed.
+  private func redis(_ broken: String, holding value: String) throws -> ScriptedServer {
+    try ScriptedServer { request in
+      func has(_ word: String) -> Bool { request.text.contains("\r\n\(word)\r\n") }
+      if has("HELLO") { return .text("-ERR unknown command 'HELLO'\r\n") }
+      if request.connection == 0 && has(broken) { return .close }
+      if has("SET") { return .text("$-1\r\n") }
+      if has("DEL") { return .text(":0\r\n") }
+      return .text("$\(value.utf8.count)\r\n\(value)\r\n")
+    }
+  }
+
+  @Test(arguments: [("mine", true), ("another's", false)])
+  func redisPutsOnce(value: String, isDone: Bool) throws {
+    let server = try redis("SET", holding: value)
+    defer { server.stop() }
+    let store = try store("redis", server.port)
+    #expect(try store.get("k", call) == value)
+    #expect(try store.putIfAbsent(entry, lease: nil, call) == isDone)
+    #expect(server.requestCount("NX") == 2)
+  }
+
+  @Test func redisDeletesOnce() throws {
+    let server = try redis("DEL", holding: "v")
+    defer { server.stop() }
+    let store = try store("redis", server.port)
+    #expect(try store.get("k", call) == "v")
+    #expect(try store.delete("k", call))
+    #expect(try !store.delete("k", call))
+  }
+
+  /// Nothing has been sent on a connection that ended while it was idle.
+  @Test func whatRedisHasClosedBeforeIsNoAttempt() throws {
+    let server = try ScriptedServer { request in
+      func has(_ word: String) -> Bool { request.text.contains("\r\n\(word)\r\n") }
+      if has("HELLO") { return .text("-ERR unknown command 'HELLO'\r\n") }
+      if has("SET") { return .text("$-1\r\n") }
+      if has("DEL") { return .text(":0\r\n") }
+      return .last("$4\r\nmine\r\n")
+    }
+    defer { server.stop() }
+    let store = try store("redis", server.port)
+    for _ in 0..<2 {
+      #expect(try store.get("k", call) == "mine")
+      sleepBriefly(nanoseconds: 50_000_000)
+      #expect(try !store.putIfAbsent(entry, lease: nil, call))
+      #expect(try !store.delete("k", call))
+    }
+  }
+}
