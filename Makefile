@@ -75,7 +75,7 @@ test: ## everything that CI runs
 	scripts/test
 
 test-program: ## the mooncake program and the examples
-	scripts/test-program
+	Tests/program/test_program.py
 
 test-install: ## make install into a scratch folder, and a program built against it
 	scripts/test-install

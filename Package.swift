@@ -20,7 +20,7 @@ let package = Package(
   products: [
     .library(name: "mooncake", type: .dynamic, targets: ["MooncakeLibrary"]),
     .library(name: "MooncakeEngine", targets: ["MooncakeEngine"]),
-    .library(name: "MooncakeStore", targets: ["MooncakeStore"]),
+    .library(name: "MooncakeP2P", targets: ["MooncakeP2P"]),
     .executable(name: "mooncake-cli", targets: ["MooncakeCommand"]),
   ],
   dependencies: [
@@ -52,7 +52,7 @@ let package = Package(
       dependencies: ["MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux"],
       swiftSettings: releaseFlags),
     .target(
-      name: "MooncakeStore",
+      name: "MooncakeP2P",
       dependencies: [
         "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux", "CXXHash",
       ],
@@ -60,7 +60,7 @@ let package = Package(
     .target(
       name: "MooncakeABI",
       dependencies: [
-        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
+        "MooncakeP2P", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
         "CMooncake",
       ],
       swiftSettings: releaseFlags),
@@ -80,7 +80,7 @@ let package = Package(
     .executableTarget(
       name: "MooncakeCommand",
       dependencies: [
-        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
+        "MooncakeP2P", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
         .product(name: "Histogram", package: "hdrhistogram-swift"),
       ],
@@ -90,11 +90,11 @@ let package = Package(
       dependencies: ["MooncakeEngine", "MooncakeBase", "MooncakeSystem", "CLinux"],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
     .target(
-      name: "SwarmSimulation", dependencies: ["MooncakeStore", "MooncakeBase", "CLinux"],
+      name: "SwarmSimulation", dependencies: ["MooncakeP2P", "MooncakeBase", "CLinux"],
       path: "Tests/SwarmSimulation",
       swiftSettings: releaseFlags),
     .executableTarget(
-      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeStore", "MooncakeBase"],
+      name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeP2P", "MooncakeBase"],
       path: "benchmarks/simulation", swiftSettings: releaseFlags),
     .target(
       name: "MooncakeTestSupport", dependencies: ["MooncakeSystem", "CLinux"],
@@ -121,9 +121,9 @@ let package = Package(
       ],
       swiftSettings: releaseFlags),
     .testTarget(
-      name: "MooncakeStoreTests",
+      name: "MooncakeP2PTests",
       dependencies: [
-        "MooncakeStore", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
+        "MooncakeP2P", "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem",
         "CXXHash", "SwarmSimulation", "MooncakeTestSupport",
       ],
       swiftSettings: releaseFlags),

@@ -1,4 +1,4 @@
-"""Turns benchmarks/store.json into store.md and plots/store.svg; called by scripts/store-lab."""
+"""Turns benchmarks/store.json into store.md and plots/store.svg; called by benchmarks/store-lab."""
 
 import statistics
 
@@ -121,7 +121,7 @@ def write(results, folder):
         "A virtual machine with "
         f"{first['processors']} cores of an {first['processor']}, Linux {first['kernel']}, nothing "
         "else running. Medians, with the lowest and highest of the repetitions. "
-        "`scripts/store-lab` measures; raw values with commit are in [store.json](store.json).",
+        "`benchmarks/store-lab` measures; raw values with commit are in [store.json](store.json).",
         "\n".join(["| | goal | reached |", "|---|---|---|"]
                   + [f"| {' | '.join(row)} |" for row in goal_rows(results)]),
     ]
@@ -147,7 +147,7 @@ def write(results, folder):
                   "From before a record is sent to etcd until `store watch --json` has written "
                   f"its line, {len(results['watch']['runs'])} records one after the other."]
     parts += ["## Again",
-              "```\nmake all\nscripts/store-lab                                   # everything, "
-              "15 minutes\nscripts/store-lab --receivers 8 --repetitions 1 swarm\n"
-              "scripts/store-lab --repetitions 7 loopback\n```"]
+              "```\nmake all\nbenchmarks/store-lab                                   # everything, "
+              "15 minutes\nbenchmarks/store-lab --receivers 8 --repetitions 1 swarm\n"
+              "benchmarks/store-lab --repetitions 7 loopback\n```"]
     (folder / "store.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

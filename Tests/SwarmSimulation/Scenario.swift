@@ -1,4 +1,4 @@
-import MooncakeStore
+import MooncakeP2P
 
 /// What is simulated. Times are nanoseconds from the publication.
 package struct Scenario: Sendable {

@@ -1,5 +1,5 @@
 import CLinux
-import MooncakeStore
+import MooncakeP2P
 
 /// A swarm on a virtual clock: node 0 is the origin, the others receive. Links, latencies and
 /// failures are modeled; who asks whom and who grants what is decided by the code of the store.

@@ -1,5 +1,5 @@
 /* Everything that mooncake.h can be given wrong: an error code and a message of its own each time,
- * and an engine that works as before. bad_input_compat.c does the same for the drop-in header. */
+ * and an engine that works as before. bad_input_dropin.c does the same for the drop-in header. */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <pthread.h>

@@ -1,5 +1,5 @@
 /* Two engines of one process live through everything mooncake.h offers: names, memory, segments,
- * batches completed in each of the four ways, notifications, rights. compat.c does the same for the
+ * batches completed in each of the four ways, notifications, rights. dropin.c does the same for the
  * drop-in header, in_flight.c for what has not finished. */
 #include <poll.h>
 #include <pthread.h>

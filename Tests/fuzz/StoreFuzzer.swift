@@ -4,7 +4,7 @@
 
 import MooncakeBase
 import MooncakeEngine
-import MooncakeStore
+import MooncakeP2P
 import MooncakeSystem
 
 private let shardCount = 77
@@ -56,8 +56,10 @@ private func readText(_ text: String) {
   if let head = try? PayloadHead(json: text) {
     if (try? PayloadHead(json: head.json)) != head { fatalError("a head changes: \(text)") }
   }
-  if let document = try? SharedDocument(json: text) {
-    if (try? SharedDocument(json: document.json)) == nil { fatalError("a document ends: \(text)") }
+  if let document = try? UpstreamDocument(json: text) {
+    if (try? UpstreamDocument(json: document.json)) == nil {
+      fatalError("a document ends: \(text)")
+    }
   }
   if let answer = try? ShardAnswer(json: text, shardCount: shardCount) { act(on: answer) }
   if let document = try? JSONDocument(parsing: text) {

@@ -1,5 +1,5 @@
 """Tests how the program ends when what it prints cannot be written, and the options that all
-commands share; scripts/test-program runs them."""
+commands share; Tests/program/test_program.py runs them."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""Tests `mooncake store` from outside; scripts/test-program runs them."""
+"""Tests `mooncake store` from outside; Tests/program/test_program.py runs them."""
 
 import json
 import os

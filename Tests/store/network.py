@@ -1,7 +1,7 @@
 """A network of the tests' own: a bridge, and nodes behind links of a limited rate.
 
 The process that makes it must be in a network namespace of its own (scripts/test-store and
-scripts/store-lab see to that); the bridge is there. Each node is another namespace, joined by a
+benchmarks/store-lab see to that); the bridge is there. Each node is another namespace, joined by a
 veth pair with HTB in both directions. The namespaces end with the processes that hold them, so
 nothing is left behind whatever happens. netem is not needed: few kernels of virtual machines have
 it.

@@ -1,5 +1,5 @@
 import Glibc
-import MooncakeStore
+import MooncakeP2P
 import SwarmSimulation
 
 // Simulates swarms and writes what came out as Markdown and JSON.

@@ -22,9 +22,9 @@ let package = Package(
       dependencies: [.product(name: "MooncakeEngine", package: "libmooncake"), "ModelTransfer"]),
     .executableTarget(
       name: "StorePublish",
-      dependencies: [.product(name: "MooncakeStore", package: "libmooncake"), "ModelTransfer"]),
+      dependencies: [.product(name: "MooncakeP2P", package: "libmooncake"), "ModelTransfer"]),
     .executableTarget(
       name: "StoreGet",
-      dependencies: [.product(name: "MooncakeStore", package: "libmooncake"), "ModelTransfer"]),
+      dependencies: [.product(name: "MooncakeP2P", package: "libmooncake"), "ModelTransfer"]),
   ]
 )

@@ -4,7 +4,7 @@
 //   StoreGet [--bind ADDRESS] METADATA_URI NAME FILE
 import ModelTransfer
 import MooncakeEngine
-import MooncakeStore
+import MooncakeP2P
 
 @main
 enum StoreGet {

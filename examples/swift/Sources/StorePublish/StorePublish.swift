@@ -4,7 +4,7 @@
 import Glibc
 import ModelTransfer
 import MooncakeEngine
-import MooncakeStore
+import MooncakeP2P
 
 @main
 enum StorePublish {

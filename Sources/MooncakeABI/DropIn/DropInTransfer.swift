@@ -1,0 +1,193 @@
+// swift-format-ignore-file: AlwaysUseLowerCamelCase
+
+// Sections "Transfers" and "Notifications" of transfer_engine_c.h.
+import CMooncake
+import Glibc
+import MooncakeBase
+import MooncakeEngine
+import Synchronization
+
+/// Creates a batch.
+@c @implementation
+package func allocateBatchID(_ engine: transfer_engine_t?, _ batch_size: Int) -> UInt64 {
+  dropInValue(engine) { record throws(EngineError) in
+    guard let capacity = Int(exactly: unsigned(batch_size)), capacity <= maximumBatchCapacity else {
+      throw EngineError(
+        .invalidArgument,
+        "batch_size is \(unsigned(batch_size)), more than \(maximumBatchCapacity)")
+    }
+    // The original allows a batch of nothing.
+    return try record.engine.createBatch(capacity: max(1, capacity))
+  } ?? INVALID_BATCH
+}
+
+/// Appends requests to a batch.
+@c @implementation
+package func submitTransfer(
+  _ engine: transfer_engine_t?, _ batch_id: UInt64,
+  _ entries: UnsafeMutablePointer<transfer_request>?, _ count: Int
+) -> Int32 {
+  dropInBatchCall(engine) { record throws(EngineError) in
+    try submit(record, batch_id, entries, count, nil)
+  }
+}
+
+/// As `submitTransfer` with a notification once everything is completed.
+@c @implementation
+package func submitTransferWithNotify(
+  _ engine: transfer_engine_t?, _ batch_id: UInt64,
+  _ entries: UnsafeMutablePointer<transfer_request>?, _ count: Int, _ notify_msg: notify_msg_t
+) -> Int32 {
+  dropInBatchCall(engine) { record throws(EngineError) in
+    if count == 0 {
+      throw EngineError(
+        .invalidArgument, "count is 0: the first entry says who gets the notification")
+    }
+    let notification = try makeNotification(notify_msg.name, notify_msg.msg)
+    try submit(record, batch_id, entries, count, notification)
+  }
+}
+
+@inline(__always)
+private func submit(
+  _ record: EngineRecord, _ batch: UInt64, _ entries: UnsafeMutablePointer<transfer_request>?,
+  _ count: Int, _ notification: Notification?
+) throws(EngineError) {
+  let count = try checkArray(
+    UnsafePointer(entries), unsigned(count), "entries", limit: maximumBatchCapacity)
+  if !record.dropIn.isTransportInstalled.load(ordering: .relaxed) {
+    throw EngineError(
+      .unsupported, "no transport is installed: call installTransport(engine, \"tcp\", NULL)")
+  }
+  try record.engine.submit(
+    batch, count: count, timeoutMilliseconds: 0, notification: notification
+  ) { index in
+    let entry = entries! + index
+    return RawRequest(
+      opcode: entry.pointee.opcode, segment: entry.pointee.target_id,
+      source: UInt64(UInt(bitPattern: entry.pointee.source)),
+      targetOffset: entry.pointee.target_offset, length: entry.pointee.length)
+  }
+}
+
+/// Reads the status of one request.
+@c @implementation
+package func getTransferStatus(
+  _ engine: transfer_engine_t?, _ batch_id: UInt64, _ task_id: Int,
+  _ status: UnsafeMutablePointer<transfer_status>?
+) -> Int32 {
+  // Programs look at the status without looking at the code, and must not find an old one there.
+  status?.pointee = transfer_status(status: STATUS_FAILED, transferred_bytes: 0)
+  return dropInBatchCall(engine) { record throws(EngineError) in
+    let output = try checkOutput(status, "status")
+    let seen = try record.engine.poll(batch_id, request: Int(clamping: unsigned(task_id)))
+    explain(seen.state, batch_id, record.engine, "getTransferStatus")
+    output.pointee = transfer_status(
+      status: dropInStatus(seen.state), transferred_bytes: seen.transferredBytes)
+  }
+}
+
+/// Programs know two ends; any other state they wait on for ever or take for a good one.
+@inline(__always)
+private func dropInStatus(_ state: TransferState) -> Int32 {
+  switch state {
+  case .waiting: STATUS_WAITING
+  case .completed: STATUS_COMPLETED
+  case .canceled, .timeout, .failed: STATUS_FAILED
+  }
+}
+
+/// Frees a batch.
+@c @implementation
+package func freeBatchID(_ engine: transfer_engine_t?, _ batch_id: UInt64) -> Int32 {
+  dropInBatchCall(engine) { record throws(EngineError) in
+    try record.engine.freeBatch(batch_id)
+  }
+}
+
+// MARK: - Notifications
+
+/// Takes all notifications received.
+@c @implementation
+package func getNotifsFromEngine(
+  _ engine: transfer_engine_t?, _ size: UnsafeMutablePointer<Int32>?
+) -> UnsafeMutablePointer<notify_msg_t>? {
+  size?.pointee = 0
+  return dropInValue(engine) { record throws(EngineError) in
+    let size = try checkOutput(size, "size")
+    var received: [Notification] = []
+    // Senders could otherwise keep this call going for as long as they send.
+    while received.count < 1 << 16, let next = record.engine.receiveNotification() {
+      received.append(next)
+    }
+    if received.isEmpty { return nil }
+    let array = try copyOut(received)
+    size.pointee = Int32(received.count)
+    return array
+  }
+}
+
+/// Frees what `getNotifsFromEngine` returned.
+@c @implementation
+package func freeNotifsMsgBuf(_ msg: UnsafeMutablePointer<notify_msg_t>?, _ size: Int32) -> Int32 {
+  guard let msg else { return 0 }
+  for index in 0..<Int(max(0, size)) {
+    free(msg[index].name)
+    free(msg[index].msg)
+  }
+  free(msg)
+  return 0
+}
+
+/// Delivers a notification to the owner of a segment.
+@c @implementation
+package func genNotifyInEngine(
+  _ engine: transfer_engine_t?, _ target_id: UInt64, _ notify_msg: notify_msg_t
+) -> Int32 {
+  dropInCall(engine) { record throws(EngineError) in
+    let notification = try makeNotification(notify_msg.name, notify_msg.msg)
+    guard let segment = Int32(exactly: target_id) else {
+      throw EngineError(.notFound, "segment \(target_id) is not open")
+    }
+    do throws(EngineError) {
+      try record.engine.notify(segment, notification)
+      return 0
+    } catch {
+      // To the original, an unknown id and a peer that does not take the message are failures of
+      // metadata.
+      switch error.code {
+      case .invalidHandle, .full: throw EngineError(.notFound, error.message)
+      default: throw error
+      }
+    }
+  }
+}
+
+private func copyOut(
+  _ notifications: [Notification]
+) throws(EngineError) -> UnsafeMutablePointer<notify_msg_t> {
+  let size = notifications.count * MemoryLayout<notify_msg_t>.stride
+  guard let block = malloc(size) else {
+    throw EngineError(.outOfMemory, "no memory for \(notifications.count) notifications: all lost")
+  }
+  let array = block.bindMemory(to: notify_msg_t.self, capacity: notifications.count)
+  for (index, notification) in notifications.enumerated() {
+    let name = copyOut(notification.name)
+    let message = copyOut(notification.message)
+    (array + index).initialize(to: notify_msg_t(name: name, msg: message))
+    if name == nil || message == nil {
+      _ = freeNotifsMsgBuf(array, Int32(index + 1))
+      throw EngineError(
+        .outOfMemory, "no memory for \(notifications.count) notifications: all lost")
+    }
+  }
+  return array
+}
+
+private func copyOut(_ text: String) -> UnsafeMutablePointer<CChar>? {
+  let size = text.utf8.count + 1
+  guard let block = malloc(size) else { return nil }
+  let copy = block.assumingMemoryBound(to: CChar.self)
+  writePrefix(of: text, copy, size)
+  return copy
+}

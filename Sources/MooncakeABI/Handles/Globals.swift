@@ -1,0 +1,23 @@
+import MooncakeEngine
+import MooncakeP2P
+import MooncakeSystem
+import Synchronization
+
+/// What the whole process shares.
+enum Globals {
+  private static let isPrepared = Atomic(false)
+
+  /// Uses each global once, in the first call of the library that needs any: see `Fork.prepare`.
+  @inline(__always)
+  static func prepare() {
+    Fork.prepare(isPrepared) {
+      EngineGlobals.use()
+      DigestStream.prepare()
+      EngineTable.prepare()
+      HandleTable.prepare()
+      ThreadState.prepare()
+      prepareVersion()
+      GracefulShutdown.prepare()
+    }
+  }
+}

@@ -1,0 +1,175 @@
+// swift-format-ignore-file: AlwaysUseLowerCamelCase
+
+// Sections "Stores", "Deadline, cancel and progress" and "Results" of mooncake_store.h.
+import CMooncake
+import MooncakeBase
+import MooncakeEngine
+import MooncakeP2P
+
+/// A store and whose engine it works on.
+final class StoreRecord: HandleObject {
+  static var noun: StaticString { "a store" }
+  static var capacity: Int { 1024 }
+
+  let store: P2PStore
+  /// An engine's handle.
+  let engine: UInt64
+  private let isOwnEngine: Bool
+
+  /// A store on an engine of the caller.
+  init(on engine: UInt64, _ options: P2PStore.Options) throws(EngineError) {
+    self.engine = engine
+    isOwnEngine = false
+    store = try EngineTable.shared.with(engine, .native) { record throws(EngineError) in
+      try P2PStore(record.engine, options)
+    }
+  }
+
+  /// A store with its own engine.
+  init(
+    _ engineOptions: TransferEngine.Options, _ options: P2PStore.Options
+  ) throws(EngineError) {
+    engine = try EngineTable.shared.insert(.native) { () throws(EngineError) in
+      try TransferEngine(engineOptions)
+    }
+    isOwnEngine = true
+    do throws(EngineError) {
+      store = try EngineTable.shared.with(engine, .native) { record throws(EngineError) in
+        try P2PStore(record.engine, options)
+      }
+    } catch {
+      try? EngineTable.shared.destroy(engine, .native)
+      throw error
+    }
+  }
+
+  func end() {
+    store.close()
+    // A caller that destroyed the borrowed engine has only hurried.
+    if isOwnEngine { try? EngineTable.shared.destroy(engine, .native) }
+  }
+}
+
+/// Writes the defaults.
+@c @implementation
+package func mooncake_store_options_init(
+  _ options: UnsafeMutablePointer<mooncake_store_options_t>?, _ struct_size: UInt32
+) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    var values = mooncake_store_options_t()
+    values.drain_ms = P2PStore.Options().drainMilliseconds
+    try values.write(to: options, "options", size: struct_size)
+  }
+}
+
+/// Creates a store on an engine or with its own.
+@c @implementation
+package func mooncake_store_create(
+  _ engine: OpaquePointer?, _ engine_options: UnsafePointer<mooncake_engine_options_t>?,
+  _ options: UnsafePointer<mooncake_store_options_t>?,
+  _ store: UnsafeMutablePointer<OpaquePointer?>?
+) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    let output = try checkOutput(store, "store")
+    try refuseInsideLogCallback()
+    if engine != nil && engine_options != nil {
+      throw EngineError(
+        .invalidArgument, "engine and engine_options are given: an engine has its options already")
+    }
+    let storeOptions = try readOptions(options)
+    let engineOptions = try readOptions(engine_options)
+    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+      if engine != nil { return try StoreRecord(on: number(of: engine), storeOptions) }
+      return try StoreRecord(engineOptions, storeOptions)
+    }
+  }
+}
+
+/// Ends a store.
+@c @implementation
+package func mooncake_store_destroy(_ store: OpaquePointer?) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    try refuseInsideCallback()
+    try HandleTable.shared.remove(store, StoreRecord.self) { $0.end() }
+  }
+}
+
+/// The engine that a store works on.
+@c @implementation
+package func mooncake_store_engine(
+  _ store: OpaquePointer?, _ engine: UnsafeMutablePointer<OpaquePointer?>?
+) -> Int32 {
+  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+    let output = try checkOutput(engine, "engine")
+    output.pointee = OpaquePointer(bitPattern: UInt(record.engine))
+  }
+}
+
+// MARK: - Operations
+
+extension Cancellation: HandleObject {
+  static var noun: StaticString { "a cancellation" }
+  static var capacity: Int { 65_536 }
+}
+
+/// Creates what ends operations.
+@c @implementation
+package func mooncake_cancellation_create(
+  _ cancellation: UnsafeMutablePointer<OpaquePointer?>?
+) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    let output = try checkOutput(cancellation, "cancellation")
+    try refuseInsideLogCallback()
+    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+      try Cancellation()
+    }
+  }
+}
+
+/// Ends the operations that were given it.
+@c @implementation
+package func mooncake_cancellation_cancel(_ cancellation: OpaquePointer?) -> Int32 {
+  nativeCall(cancellation, Cancellation.self) { cancellation throws(EngineError) in
+    cancellation.cancel()
+  }
+}
+
+/// Frees a cancellation.
+@c @implementation
+package func mooncake_cancellation_destroy(_ cancellation: OpaquePointer?) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    try HandleTable.shared.remove(cancellation, Cancellation.self) { _ in }
+  }
+}
+
+/// Writes the defaults.
+@c @implementation
+package func mooncake_store_operation_init(
+  _ operation: UnsafeMutablePointer<mooncake_store_operation_t>?, _ struct_size: UInt32
+) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    try mooncake_store_operation_t().write(to: operation, "operation", size: struct_size)
+  }
+}
+
+// MARK: - Results
+
+/// What a result holds.
+@c @implementation
+package func mooncake_store_result_read(
+  _ result: OpaquePointer?,
+  _ report: UnsafeMutablePointer<UnsafePointer<mooncake_store_report_t>?>?
+) -> Int32 {
+  nativeCall(result, StoreReport.self) { result throws(EngineError) in
+    let output = try checkOutput(report, "report")
+    output.pointee = result.contents
+  }
+}
+
+/// Frees a result.
+@c @implementation
+package func mooncake_store_result_free(_ result: OpaquePointer?) -> Int32 {
+  nativeCall { () throws(EngineError) in
+    try HandleTable.shared.remove(result, StoreReport.self) { _ in }
+  }
+}

@@ -1,0 +1,49 @@
+import CLinux
+import Glibc
+import MooncakeBase
+import MooncakeSystem
+import Synchronization
+
+extension TransferEngine: BatchAnnouncer {
+  package func announce(_ batch: Batch) {
+    let descriptor = engineEvent.load(ordering: .acquiring)
+    if descriptor < 0 { return }
+    var one: UInt64 = 1
+    _ = write(descriptor, &one, 8)
+  }
+
+  package func run(
+    _ callback: @escaping Batch.Callback, of batch: Batch, status: BatchStatus
+  ) {
+    let id = batch.id
+    if callbacks.run({ callback(id, status) }) { return }
+    Log.error("the callback of batch \(id) is not called: the engine was destroyed")
+  }
+
+  package func deliver(_ pending: Batch.PendingNotification, of batch: Batch) {
+    let token = deliveries.add(until: pending.deadline) {
+      batch.endNotification(
+        EngineError(
+          .timeout,
+          "the notification was not sent: the deadline passed while threads waited for other peers"
+        ))
+    }
+    let isRunning = workers.run { [self] in
+      // It may have waited for a thread until its deadline.
+      guard deliveries.take(token) else { return }
+      do throws(EngineError) {
+        let name = try segments.segment(pending.segment).name
+        let deadline = Deadline(nanoseconds: pending.deadline)
+        try RPCClient.notify(
+          rpcAddress(of: name, deadline: deadline), pending.notification, deadline: deadline,
+          cancellation: closeEvent.descriptor.rawValue)
+        batch.endNotification(nil)
+      } catch {
+        batch.endNotification(error)
+      }
+    }
+    if !isRunning && deliveries.take(token) {
+      batch.endNotification(EngineError(.canceled, "the engine was destroyed before it notified"))
+    }
+  }
+}

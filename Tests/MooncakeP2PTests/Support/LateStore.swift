@@ -1,0 +1,111 @@
+import MooncakeBase
+import MooncakeEngine
+import MooncakeMetadata
+import MooncakeP2P
+import MooncakeSystem
+
+/// A real service as a process sees it whose puts get no answer and take effect when the test says
+/// so, as in a service, or in one member of it, that stands still.
+final class LateStore: MetadataStore {
+  private enum Put: Sendable {
+    case always(MetadataEntry, MetadataLease?)
+    case ifAbsent(MetadataEntry, MetadataLease?)
+  }
+  private let store: any MetadataStore
+  private struct State {
+    /// Of keys with this in them.
+    var part: String?
+    var held: [Put] = []
+  }
+  private let state = Lock(State())
+
+  init(_ store: any MetadataStore) { self.store = store }
+
+  /// From now on puts of keys that contain `part` are kept back.
+  func hold(_ part: String) { state.withLock { $0.part = part } }
+
+  /// Puts take effect at once again, and those that were kept back do now. Returns how many did.
+  func deliver() -> Int {
+    let held = state.withLock { state in
+      defer { state = State() }
+      return state.held
+    }
+    return held.count { put in
+      switch put {
+      case .always(let entry, let lease):
+        (try? store.put(entry, lease: lease, testCall)) != nil
+      case .ifAbsent(let entry, let lease):
+        (try? store.putIfAbsent(entry, lease: lease, testCall)) == true
+      }
+    }
+  }
+
+  private func keepBack(_ key: String, _ put: Put) throws(EngineError) {
+    let isHeld = state.withLock { state in
+      guard let part = state.part, key.contains(part) else { return false }
+      state.held.append(put)
+      return true
+    }
+    if isHeld { throw EngineError(.timeout, "no answer") }
+  }
+
+  var uri: MetadataURI { store.uri }
+
+  func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+    try store.get(key, call)
+  }
+
+  func values(of keys: [String], _ call: MetadataCall) throws(EngineError) -> [String?] {
+    try store.values(of: keys, call)
+  }
+
+  func put(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) {
+    try keepBack(entry.key, .always(entry, lease))
+    try store.put(entry, lease: lease, call)
+  }
+
+  func putIfAbsent(
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+  ) throws(EngineError) -> Bool {
+    try keepBack(entry.key, .ifAbsent(entry, lease))
+    return try store.putIfAbsent(entry, lease: lease, call)
+  }
+
+  func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+    try store.delete(key, call)
+  }
+
+  func list(
+    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataPage {
+    try store.list(prefix: prefix, from: position, limit: limit, call)
+  }
+
+  func changes(
+    prefix: String, since revision: UInt64, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataChanges {
+    try store.changes(prefix: prefix, since: revision, call)
+  }
+
+  func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease? {
+    try store.grant(ttlMilliseconds: ttlMilliseconds, call)
+  }
+
+  func renew(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
+    _ call: MetadataCall
+  ) throws(EngineError) -> MetadataRenewal {
+    try store.renew(lease, entries, strays: &strays, call)
+  }
+
+  /// A directory would ask etcd itself, which this hides.
+  func revoke(
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+  ) throws(EngineError) {
+    if lease != nil { return try store.revoke(lease, entries, call) }
+    let directory = StoreDirectory(store, prefix: "mooncake/", ttlMilliseconds: 2000)
+    for entry in entries { try directory.delete(entry, call) }
+  }
+}
