@@ -153,7 +153,7 @@ class Coexistence(stores.StoreTest):
         source = self.file("large", 40 * MIB)
         origin = self.publish("ours/large", source, words=("--shard-size", "4KiB"))
         self.assertIsNone(self.document("ours/large"))
-        self.assertIn("the existing system's store does not see it", origin.log())
+        self.assertIn("Mooncake's store does not see it", origin.log())
         self.serve("ours/large")
         process = self.get("ours/large")
         process.finish()

@@ -1,6 +1,6 @@
 import MooncakeEngine
 
-/// What stands under a payload's name: its present version, and somebody who has all of it.
+/// The record under a payload's name: its current version, and a holder that has all of it.
 @dynamicMemberLookup
 package struct PayloadHead: Equatable, Sendable {
   package var summary: PayloadSummary
