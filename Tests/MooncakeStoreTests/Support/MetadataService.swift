@@ -4,7 +4,7 @@ import MooncakeEngine
 import MooncakeStore
 import MooncakeSystem
 
-/// A real metadata service of a test, on loopback ports of its own, with a folder of its own.
+/// A real metadata service for a test, with its own loopback ports and folder.
 final class MetadataService: @unchecked Sendable {
   // Unchecked: used by one test at a time.
   enum Kind: String, CaseIterable, Sendable {
@@ -96,7 +96,7 @@ final class MetadataService: @unchecked Sendable {
     if !isUp { throw StartError(reason: "\(kind.program) does not answer at \(uri)") }
   }
 
-  /// Ends it at once.
+  /// Kills it.
   func kill() {
     server?.stop()
     server = nil
@@ -112,7 +112,7 @@ final class MetadataService: @unchecked Sendable {
 
   func thaw() { if process != 0 { Glibc.kill(process, SIGCONT) } }
 
-  /// Loses everything and is back.
+  /// Loses all data and comes back.
   func restartEmpty() throws {
     kill()
     forget()
@@ -140,7 +140,7 @@ final class MetadataService: @unchecked Sendable {
     return process
   }
 
-  /// Ports that nobody used a moment ago.
+  /// Ports that were free a moment ago.
   private static func freePorts(_ count: Int) throws -> [UInt16] {
     let first = try Socket.listening(on: SocketAddress(numeric: "127.0.0.1", port: 0)!)
     let second = try Socket.listening(on: SocketAddress(numeric: "127.0.0.1", port: 0)!)
@@ -148,7 +148,7 @@ final class MetadataService: @unchecked Sendable {
   }
 }
 
-/// Whether a condition comes true in time.
+/// Whether a condition becomes true in time.
 func eventually(within milliseconds: UInt64 = 8000, _ condition: () -> Bool) -> Bool {
   let deadline = Deadline.after(milliseconds: milliseconds)
   while !condition() {
@@ -158,10 +158,10 @@ func eventually(within milliseconds: UInt64 = 8000, _ condition: () -> Bool) -> 
   return true
 }
 
-/// A call that a test makes: ten seconds.
+/// A deadline for calls of tests: ten seconds.
 var testCall: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
 
-/// A record of a payload of 100 bytes; its version is a number.
+/// A record of a payload of 100 bytes whose version is a number.
 func testRecord(
   _ name: String, version: UInt64 = 1, holding: UInt64 = .random(in: 1 ... .max),
   isOrigin: Bool = true, isComplete: Bool = true, published: UInt64? = nil

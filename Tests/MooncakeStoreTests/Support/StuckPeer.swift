@@ -4,8 +4,8 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// A process of this host, as an engine sees it, that can be in the middle of a copy for as long as
-/// a test likes.
+/// A process of this host, as an engine sees it, that can stay in the middle of a copy for as long
+/// as a test wants.
 final class StuckPeer {
   private let socket: LocalSocket
   private let slots: MemoryMapping
@@ -23,7 +23,7 @@ final class StuckPeer {
     self.socket = socket
   }
 
-  /// A thread copies from now on, unguarded.
+  /// From now on a thread is copying, unguarded.
   func beginCopy() { claim(linux_gettid()) }
 
   func endCopy() { claim(0) }
