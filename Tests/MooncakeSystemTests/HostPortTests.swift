@@ -89,7 +89,7 @@ struct HostPortTests {
   }
 }
 
-/// The same numbers on every run.
+/// The same numbers in every run.
 private struct Generator: RandomNumberGenerator {
   var state: UInt64
 

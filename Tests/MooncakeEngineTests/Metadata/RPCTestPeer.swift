@@ -3,7 +3,7 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 
-/// A raw connection for speaking the RPC wire badly, and bounded waits around it.
+/// A raw connection for sending malformed RPC messages, with bounded waits.
 struct RPCTestPeer: ~Copyable {
   let socket: Socket
 
@@ -11,7 +11,7 @@ struct RPCTestPeer: ~Copyable {
 
   func send(_ bytes: [UInt8]) throws { try socket.sendAll(bytes) }
 
-  /// Everything up to the end of the stream; a reset counts as its end.
+  /// Everything up to the end of the stream; a reset counts as the end.
   func receiveAll(within milliseconds: UInt64 = 5000) throws -> [UInt8] {
     let deadline = Deadline.after(milliseconds: milliseconds)
     var bytes: [UInt8] = []
@@ -40,7 +40,7 @@ struct RPCTestPeer: ~Copyable {
   }
 }
 
-/// Where the server listens, as a client names it.
+/// The server's address as a client names it.
 extension RPCServer {
   var name: String { address.description }
   var hostPort: HostPort { HostPort(host: address.host, port: address.port) }
@@ -75,7 +75,7 @@ func eventually(
   return true
 }
 
-/// Open descriptors of this process.
+/// The number of open descriptors of this process.
 func openDescriptorCount() -> Int {
   guard let directory = opendir("/proc/self/fd") else { return -1 }
   defer { closedir(directory) }

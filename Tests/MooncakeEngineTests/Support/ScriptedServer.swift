@@ -3,26 +3,26 @@ import Glibc
 import MooncakeSystem
 import Synchronization
 
-/// A server that answers each request as a test says. A request is whatever comes at once, or,
-/// where it looks like HTTP, a whole request of that.
+/// A server that answers each request as a test says. A request is whatever arrives at once, or one
+/// complete HTTP request.
 final class ScriptedServer: @unchecked Sendable {
   // Unchecked: the acceptor is written once before the object is shared.
   enum Reply {
     case text(String)
     case bytes([UInt8])
-    /// An answer of HTTP.
+    /// An HTTP answer.
     case http(Int, String)
-    /// Ends the connection without a word.
+    /// Closes the connection without an answer.
     case close
-    /// Answers, and ends the connection.
+    /// Answers, then closes the connection.
     case last(String)
-    /// Says nothing, and waits for the end of the connection.
+    /// Does not answer, and waits for the client to close.
     case silence
   }
 
   struct Request: Sendable {
     let text: String
-    /// Which connection it came on, counted from 0.
+    /// The number of its connection, counted from 0.
     let connection: Int
   }
 
@@ -46,7 +46,7 @@ final class ScriptedServer: @unchecked Sendable {
 
   deinit { stop() }
 
-  /// Every request so far.
+  /// All requests so far.
   var requests: [Request] { seen.withLock { $0 } }
 
   func requestCount(_ word: String) -> Int { requests.count { $0.text.contains(word) } }

@@ -1,4 +1,4 @@
-/// Numbers that a seed repeats.
+/// Random numbers that are reproducible by their seed.
 struct SeededRandom: RandomNumberGenerator {
   private var state: UInt64
 

@@ -1,7 +1,7 @@
 import MooncakeSystem
 import Synchronization
 
-/// Runs `body` on threads of their own, all at once, and waits for them.
+/// Runs `body` on several threads at once and waits for them.
 func onThreads(_ count: Int, _ body: @escaping @Sendable (Int) -> Void) throws {
   let threads = try (0..<count).map { index in
     try WorkerThread.start(name: "test\(index)") { body(index) }
@@ -9,7 +9,7 @@ func onThreads(_ count: Int, _ body: @escaping @Sendable (Int) -> Void) throws {
   for thread in threads { thread.join() }
 }
 
-/// Complaints of other threads: the testing library knows a test only by the thread that runs it.
+/// Failures on other threads: the testing library attributes them only on a test's own thread.
 final class Complaints: Sendable {
   private let texts = Lock<[String]>([])
 
@@ -24,7 +24,7 @@ final class Complaints: Sendable {
     if !condition { add(text()) }
   }
 
-  /// Complains if `body` throws.
+  /// Records a failure if `body` throws.
   func check(_ what: String, _ body: () throws -> Void) {
     do { try body() } catch { add("\(what): \(error)") }
   }

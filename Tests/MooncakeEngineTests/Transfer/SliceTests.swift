@@ -4,7 +4,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// Slices for queues alone: nothing of them but the links is ever used.
+/// Slices for testing queues: only their links are used.
 private final class SliceArray: @unchecked Sendable {
   // Unchecked: each slice is in one queue at a time.
   let pointer: SlicePointer

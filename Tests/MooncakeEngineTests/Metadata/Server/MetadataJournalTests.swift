@@ -4,7 +4,7 @@ import MooncakeSystem
 import Testing
 
 struct MetadataJournalTests {
-  /// A disk in trouble is not filled with copies of everything at every change.
+  /// On a failing disk, not every change writes another copy of everything.
   @Test func writingAnewIsTriedOnceASecond() throws {
     let folder = JournalFolder()
     let isBroken = Box(false)
@@ -65,7 +65,7 @@ struct MetadataJournalTests {
       folder.bytes = Array(whole[..<count])
       let found = try folder.read()
       #expect(found.count < Self.records.count && Self.records.starts(with: found))
-      // What was cut off does not come back, and what comes next is kept.
+      // What was cut off does not come back, and later changes are kept.
       try folder.write([.delete(key: "next")])
       #expect(try folder.read() == found + [.delete(key: "next")])
     }

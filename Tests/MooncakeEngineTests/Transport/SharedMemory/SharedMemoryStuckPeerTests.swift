@@ -5,9 +5,9 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// Peers of the same user that do not keep to the rules.
+/// Peers of the same user that break the rules.
 struct SharedMemoryStuckPeerTests {
-  /// A peer with slots of its own, whose words it writes as it likes.
+  /// A peer with slots whose words it writes directly.
   private final class Client {
     private let socket: LocalSocket
     private let slots: MemoryMapping
@@ -26,7 +26,7 @@ struct SharedMemoryStuckPeerTests {
       self.socket = socket
     }
 
-    /// The word of the second slot: a thread that copies, unguarded.
+    /// The second slot's word: a thread is copying, unguarded.
     func claim(thread: Int32) {
       (slots.address + 64).assumingMemoryBound(to: Atomic<UInt64>.self).pointee
         .store(UInt64(UInt32(bitPattern: thread)), ordering: .sequentiallyConsistent)
@@ -37,8 +37,8 @@ struct SharedMemoryStuckPeerTests {
     try makeEngine(.sharedMemory) { $0.defaultTimeoutMilliseconds = 300 }
   }
 
-  /// A copy that does not end keeps `unregister` for a bounded time, and the error says so. The
-  /// memory is offered to nobody meanwhile, and a later call ends it.
+  /// A copy that never ends blocks `unregister` for a bounded time, and the error says so.
+  /// Meanwhile the memory is offered to nobody, and a later call completes it.
   @Test func unregisterGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
@@ -51,7 +51,7 @@ struct SharedMemoryStuckPeerTests {
     }
     let first = elapsedMilliseconds { #expect(unregister(memory) == .busy) }
     #expect(first >= 300 && first < 3000, "\(first) ms")
-    // The next ones do not wait as long for a peer that was late.
+    // Later calls wait less for a peer that was late before.
     let second = elapsedMilliseconds {
       #expect(unregister(memory) == .busy)
       #expect(unregister(other) == .busy)
@@ -79,7 +79,7 @@ struct SharedMemoryStuckPeerTests {
     #expect(free() == nil && free() == .notRegistered)
   }
 
-  /// Nor is it by the end of the engine, which does not wait for ever either.
+  /// Closing the engine does not unmap it either, and does not wait forever.
   @Test func closeGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     let client = try Client(engine)
@@ -91,7 +91,7 @@ struct SharedMemoryStuckPeerTests {
     client.claim(thread: 0)
   }
 
-  /// A thread that has ended copies no more, whatever it has left behind.
+  /// A thread that has exited is not copying, whatever its slot says.
   @Test func aThreadThatIsGone() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
@@ -104,7 +104,7 @@ struct SharedMemoryStuckPeerTests {
     #expect(milliseconds < 250, "\(milliseconds) ms")
   }
 
-  /// An owner that offers without end is let go of.
+  /// An owner that sends offers without end is disconnected.
   @Test func offersWithoutEnd() throws {
     let engine = try makeEngine(.sharedMemory)
     defer { engine.close() }
