@@ -184,7 +184,7 @@ static void *watch_main(void *duration) {
   return NULL;
 }
 
-/* ---- Start and end ----------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void share_memory(uint64_t seed) {
   int file = memfd_create("soak", MFD_CLOEXEC);

@@ -227,7 +227,7 @@ void *guest_main(void *unused) {
   return NULL;
 }
 
-/* ---- Start and end ----------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void cause_fault(void) {
   int index = (int)below(PEERS);

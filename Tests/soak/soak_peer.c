@@ -201,7 +201,7 @@ static void *visitor_main(void *unused) {
   }
 }
 
-/* ---- Start and end ----------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void start_engine(uint32_t port) {
   mooncake_engine_options_t options;
