@@ -128,8 +128,8 @@ extension RecordKeeper {
     }
   }
 
-  /// The keys that belong to nothing held or being taken back here; heads of such names are left
-  /// out, because other processes see to them.
+  /// The keys that belong to nothing held or being taken back here. Heads of names held here are
+  /// left out, because other processes see to those.
   private func unknown(_ keys: [String]) -> [String] {
     state.withLock { state in
       var unknown = keys.filter { state.slots[$0] == nil }

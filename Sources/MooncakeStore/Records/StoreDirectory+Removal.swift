@@ -190,8 +190,8 @@ extension StoreDirectory {
     return removals
   }
 
-  /// Saves a listing, for which Redis walks through all of its keys. The mark is put before any
-  /// removal and stays: without it, there are no removals.
+  /// Whether a listing, for which Redis walks through all of its keys, can be skipped. The mark is
+  /// put before any removal and stays: without it, there are no removals.
   private func isListingSpared(_ call: MetadataCall) throws(EngineError) -> Bool {
     guard store is RedisStore else { return false }
     return try store.values(of: [removalMarkKey], call)[0] == nil
