@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Measures the library against every peer and the machine's limits, interleaved in one run.
+"""Measures the library, all peers and the machine's limits, interleaved in one run.
 
 Writes benchmarks/results.{md,json}, benchmarks/plots/ and the marked part of README.md; with
 --quick the same files under .build/bench/quick, and the tables to stdout. Installs what it needs in
-.build/bench and .stock, and says what it could not run. benchmarks/README.md tells how to read the
-results.
+.build/bench and .stock, and lists what it could not run. benchmarks/README.md explains the results.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import lab  # noqa: E402
 
 
 class Results:
-    """row -> contender -> quantity -> one value for each repetition; and why there is none."""
+    """row -> contender -> quantity -> a value for each repetition; and why there is none."""
 
     ATTEMPTS = 2  # of a contender that fails, in each row
 
@@ -61,7 +60,7 @@ class Results:
                 "operation": row.operation,
                 "block_bytes": row.block,
                 "contenders": self.values[index],
-                # Failures before or after which it worked are no news.
+                # Failures are not reported if it worked before or afterwards.
                 "failures": {
                     label: why
                     for label, why in self.failures[index].items()
@@ -77,7 +76,7 @@ def measure(rows, repetitions, seconds):
     for repetition in range(repetitions):
         for index, row in enumerate(rows):
             say(f"{repetition + 1} of {repetitions}: {plan.SECTIONS[row.section][0]}: {row.title}")
-            # The same contender must not always come first.
+            # So that the same contender does not always come first.
             labels = list(row.entries)
             for label in labels if repetition % 2 == 0 else reversed(labels):
                 results.measure(index, label, seconds)
@@ -100,7 +99,7 @@ def parse():
     arguments = parser.parse_args()
     arguments.repetitions = arguments.repetitions or (2 if arguments.quick else 5)
     arguments.seconds = arguments.seconds or (0.3 if arguments.quick else 0.6)
-    # Only a whole run may replace what the repository shows.
+    # Only a complete run may replace the published results.
     arguments.is_whole = not (arguments.quick or arguments.only or arguments.output)
     if not arguments.output:
         scratch_name = "quick" if arguments.quick else "part"
@@ -138,7 +137,7 @@ def write(arguments, result):
 
 def main():
     arguments = parse()
-    # Ends as Ctrl-C does, with every process that was started.
+    # Ends as on Ctrl-C, with every process that was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if not shutil.which("setpriv"):
         sys.exit("bench: setpriv not found; install util-linux")

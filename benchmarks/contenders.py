@@ -1,4 +1,4 @@
-"""The library itself and the physical bounds. Every measure() gives quantities by name."""
+"""The library and the physical bounds. Every measure() returns quantities by name."""
 
 import json
 import os
@@ -20,12 +20,12 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def leashed(command):
-    """The command, ended by the kernel when this process ends, however it does."""
+    """The command, killed by the kernel when this process ends for whatever reason."""
     return ["setpriv", "--pdeathsig", "KILL", "--", *(str(word) for word in command)]
 
 
 def clean_environment(**more):
-    """Without settings that would change what an engine or UCX does."""
+    """Without settings that would change the behavior of an engine or of UCX."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -35,14 +35,14 @@ def clean_environment(**more):
 
 
 def processor_seconds(pid):
-    """Of all threads of a process, ended ones too; in ticks of 10 ms as a rule."""
+    """Of all threads of a process, including ended ones; usually in ticks of 10 ms."""
     with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def children_seconds():
-    """Processor time of the processes that this one started and that have ended."""
+    """Processor time of this process's children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -99,8 +99,8 @@ class Ours:
 
     def initiate(self, target, seconds, protocol, *words):
         program, segments = target
-        # The first pass through shared memory maps its pages. Over TCP nothing of that kind is to
-        # be warmed up, and without it the target's processor time is that of what was measured.
+        # The first pass through shared memory maps its pages. TCP needs no such warm-up, and
+        # without it the target's processor time is only that of what is measured.
         warmup = "0" if protocol == "tcp" else "200ms"
         before = processor_seconds(program.process.pid)
         text = run(
@@ -127,11 +127,11 @@ class Ours:
         return values
 
     def peers(self, seconds, operation, count):
-        """Blocks spread over many engines, all at once, with as much memory together as one."""
+        """Blocks spread over many engines, all at once, with as much memory in total as one."""
         if "--engines" not in run([self.program, "bench", "target", "--help"], 20):
             raise Unavailable("this build's `bench target` has no --engines")
         target = self.target(
-            # A huge page for each at least, as the one has.
+            # At least a huge page for each, as the single one has.
             *("--engines", str(count), "--buffer-size", str(2 * BYTES // count))
         )
         return self.initiate(
@@ -189,7 +189,7 @@ class Iperf:
             wait_for_port(port)
             before = children_seconds()
             words = ["-c", "127.0.0.1", "-P", streams, "-l", "256K", "-J"]
-            # Whole seconds are what it takes.
+            # It only takes whole seconds.
             text = run(leashed([*common, *words, "-t", max(1, round(seconds))]), 60)
             server.process.wait(10)
             sums = json.loads(text)["end"]["sum_received"]
@@ -203,7 +203,7 @@ class Iperf:
 
 
 def wait_for_port(port, seconds=10):
-    """Until a process listens on a TCP port; connecting would disturb it."""
+    """Waits until a process listens on a TCP port, without connecting, which would disturb it."""
     wanted = f":{port:04X}"
 
     def listening():

@@ -1,5 +1,6 @@
-/* What an early end costs over TCP: how soon a canceled or late write ends, and how long a later
- * write takes that must wait for the fence, beside one that need not and one that nothing disturbs.
+/* The cost of ending early over TCP: how soon a canceled or late write ends, and how long a later
+ * write takes that must wait for the fence, compared with one that need not and with one that
+ * nothing disturbs.
  *
  *   fence [ROUNDS]      default 400; two processes of this machine, ordinary memory
  */

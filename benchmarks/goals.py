@@ -1,4 +1,4 @@
-"""What the library should reach, and whether a run has shown it."""
+"""What the library should reach, and whether a run has reached it."""
 
 import dataclasses
 import statistics
@@ -16,11 +16,11 @@ class Goal:
     wanted: str
     key: str
     ours: str
-    others: tuple  # empty: the figure itself counts
+    others: tuple  # empty: judges the figure itself
     factor: float
     quantity: str = RATE
-    # What must be at least the factor: rate: ours / other; gain: other / ours. Cost: ours / other,
-    # at most the factor.
+    # Rate: ours / other, gain: other / ours, both at least the factor. Cost: ours / other, at most
+    # the factor.
     sense: str = "rate"
 
     def compare(self, sides):
@@ -92,7 +92,7 @@ GOALS = (
 
 
 def judge(rows):
-    """For each goal what was reached, worst row first, and whether all rows met it."""
+    """For each goal the ratios reached, worst row first, and whether all rows met it."""
     lines = []
     run = {row["goal"] for row in rows}
     for goal in (goal for goal in GOALS if goal.key in run):

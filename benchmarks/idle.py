@@ -1,11 +1,11 @@
-"""What engines cost that have nothing to do, and waiters whose peer stands still.
+"""The cost of engines that have nothing to do, and of waiters whose peer is stopped.
 
   idle.py PROGRAM LIBRARY SECONDS idle|waiting
 
 A target (`mooncake bench target`) and an initiator (an engine in this process) move some data, so
-that threads and connections exist. Then both stay silent with the connections open, or the target
-is stopped while the initiator waits for one long read. Prints percent of a core as one line of
-JSON: idle, of the engine's threads of the busier end; waiting, of the whole initiator.
+that threads and connections exist. Then both stay silent with open connections, or the target is
+stopped while the initiator waits for one long read. Prints percent of a core as one line of JSON:
+for idle, of the engine's threads at the busier end; for waiting, of the whole initiator.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ ROUNDS = 2000
 
 
 def processor_seconds(pid, prefix=""):
-    """Of a process's threads with a name that begins so."""
+    """Of a process's threads whose names begin with that."""
     total = 0
     for thread in os.listdir(f"/proc/{pid}/task"):
         folder = f"/proc/{pid}/task/{thread}"

@@ -1,6 +1,6 @@
 """A peer with NIXL inside (UCX backend, ordinary memory); runs in the scratch environment.
 
-Prints one JSON line that tells its name and memory, then answers one JSON line for each on stdin:
+Prints one JSON line with its name and memory, then answers each JSON line on stdin with another:
 `meet` with the other's metadata, `measure`, `quit`. Transfers are prepared before the clock starts;
 what is measured is post and poll.
 """
@@ -23,7 +23,7 @@ from nixl_cu12 import nixl_agent, nixl_agent_config  # noqa: E402
 
 class Peer:
     def __init__(self, name):
-        # The initiator polls anyway; a thread that polls beside it halves its speed on two cores.
+        # The initiator polls anyway; a second polling thread halves its speed on two cores.
         progress = name == "target"
         self.agent = nixl_agent(name, nixl_agent_config(progress, backends=["UCX"]))
         self.memory = mmap.mmap(-1, BYTES)
@@ -48,7 +48,7 @@ class Peer:
         )
 
     def prepare(self, *work):
-        """Transfers through fresh addresses, at most as many as are made in reasonable time."""
+        """Transfers through fresh addresses, at most as many as can be made in reasonable time."""
         if self.prepared[0] == work:
             return self.prepared[1]
         for handle in self.prepared[1]:
@@ -101,7 +101,7 @@ def main():
         except Exception as error:
             say(ok=False, error=f"{type(error).__name__}: {error}")
     say(ok=True)
-    os._exit(0)  # the library crashes at times when the interpreter ends
+    os._exit(0)  # the library sometimes crashes when the interpreter ends
 
 
 main()

@@ -1,4 +1,4 @@
-"""Other engines: the stock Mooncake wheel, UCX and NIXL."""
+"""Other engines: the Mooncake wheel, UCX and NIXL."""
 
 import pathlib
 import re
@@ -24,8 +24,8 @@ INTEROP = PROJECT / "Tests" / "interop"
 
 
 class Pair:
-    """Two processes with an engine from Python. They are stopped whenever they are not measured,
-    since some poll without end, and started anew after a failure."""
+    """Two processes with an engine from Python. They are stopped while they are not measured, since
+    some poll without end, and restarted after a failure."""
 
     def __init__(self, label, command, variables, meet=False):
         self.label, self.command, self.variables, self.meet = label, command, variables, meet
@@ -76,7 +76,7 @@ class Pair:
         return self.use(action)
 
     def idle(self, seconds):
-        """Percent of a core that the busier end uses while nothing happens."""
+        """Percent of a core used by the busier end while nothing happens."""
 
         def action(initiator, target):
             time.sleep(0.2)
@@ -95,7 +95,7 @@ class Pair:
 
 
 class Stock:
-    """The original at its defaults: its own program, and its Python interface on touched memory."""
+    """Mooncake with its defaults: its own program, and its Python interface on touched memory."""
 
     def __init__(self, version):
         self.version = version
@@ -154,13 +154,13 @@ class Stock:
 
 
 class UCX:
-    """ucx_perftest: one buffer again and again, with as many operations under way as in a batch."""
+    """ucx_perftest: one buffer repeatedly, with as many operations in flight as in a batch."""
 
     TESTS = {"read": "ucp_get", "write": "ucp_put_bw"}
 
     def __init__(self, program, variables, version):
         self.program, self.variables, self.version = program, variables, version
-        self.microseconds = {}  # of one operation, as last seen
+        self.microseconds = {}  # of one operation, by the last measurement
 
     @classmethod
     def of_debian(cls):
@@ -169,7 +169,7 @@ class UCX:
     @classmethod
     def of_wheel(cls, python):
         folder = next(python.parent.parent.glob("lib/python3*/site-packages/libucx"))
-        # Else the loader takes a system's libucp.
+        # Otherwise the loader takes the system's libucp.
         paths = {"LD_LIBRARY_PATH": f"{folder}/lib", "UCX_MODULE_DIR": f"{folder}/lib/ucx"}
         version = wheel_version(python, "libucx-cu12")
         return cls(folder / "bin" / "ucx_perftest", paths, version)
@@ -181,7 +181,7 @@ class UCX:
             count = max(8, int(seconds * 1e6 / self.microseconds.get(key, guess)))
             values, each = self.run(*key, count, rank)
             self.microseconds[key] = each
-            if count * each > seconds * 5e5:  # else the guess was too low
+            if count * each > seconds * 5e5:  # otherwise the guess was too low
                 break
         return values
 
@@ -224,7 +224,7 @@ class UCX:
         return values, each
 
     def latency(self, seconds, block, protocol="tcp"):
-        """Its tests know one percentile a run."""
+        """Its tests report one percentile a run."""
         median = self.measure(seconds / 2, "read", block, 1, protocol, 50)
         tail = self.measure(seconds / 2, "read", block, 1, protocol, 99)
         return dict(median, p99_us=tail["p99_us"])
@@ -234,7 +234,7 @@ class UCX:
 
 
 class NIXL:
-    """Post and poll from Python, over TCP alone and as its UCX chooses by itself."""
+    """Post and poll from Python, over TCP only and as its UCX chooses by itself."""
 
     def __init__(self, python):
         self.version = wheel_version(python, "nixl-cu12")
@@ -258,7 +258,7 @@ class NIXL:
 
 
 def our_python(library):
-    """The library under the same Python loop as the stock wheel's, over TCP."""
+    """The library in the same Python loop as the Mooncake wheel, over TCP."""
     command = [sys.executable, "-B", INTEROP / "native_peer.py", library]
     settings = {"MOONCAKE_PEER_BYTES": str(BYTES), "MC_FORCE_TCP": "1"}
     return Pair("libmooncake", command, settings)

@@ -1,4 +1,4 @@
-"""Which contenders there are and what is measured of them."""
+"""The contenders, and what is measured of them."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import peers
 from contenders import BYTES, KIB, MIB, clean_environment, leashed
 from scratch import PROJECT, Unavailable, commit, run, say, wheels
 
-# Every contender's key, and what tables call it.
+# Every contender's key, and its name in tables.
 NAMES = {
     "ours": "libmooncake",
     "ours fixed": "libmooncake, one address",

@@ -1,4 +1,4 @@
-"""Plots as SVG. They bring their own light background, so that a dark page shows them as well."""
+"""Plots as SVG, with their own light background so that they can be read on a dark page."""
 
 import math
 import statistics
@@ -119,7 +119,7 @@ def best(sides, labels, quantity):
 
 
 def throughput(rows, path):
-    """Read and write side by side; of Mooncake whatever was best."""
+    """Read and write side by side; for Mooncake its best figure."""
     # Blocks of 1 MiB are measured twice; the larger batch belongs to the row of equal bytes.
     rows = [
         row
@@ -181,7 +181,7 @@ def latency(rows, path):
         for name, label in series.items():
             sides = found[section].get(label, {})
             points = [(i, sides[rank]) for i, rank in enumerate(ranks) if sides.get(rank)]
-            # UCX tells two percentiles, which are not neighbors here.
+            # UCX reports two percentiles, which are not adjacent here.
             if points:
                 data[name] = points
                 names[name] = name == "plain sockets"
@@ -222,7 +222,7 @@ def processor(rows, path):
     drawing = Drawing(940, 76 + 22 * len(bars))
     drawing.text(470, 30, "Processor seconds per GB, both ends, TCP, 16 MiB blocks", size=14,
                  weight="bold")  # fmt: skip
-    # A bar that is far longer than the others is cut.
+    # Cut off a bar that is far longer than the others.
     limit = min(max(v for _, _, v in bars), 4 * statistics.median(v for _, _, v in bars))
     y, last = 44, None
     for operation, name, value in bars:
@@ -240,7 +240,7 @@ def processor(rows, path):
 
 
 def draw(rows, folder):
-    """Writes what the rows suffice for; names and descriptions."""
+    """Writes the plots for which there are rows; names and descriptions."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = (
         ("throughput", "throughput over block size", throughput),

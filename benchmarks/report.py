@@ -9,7 +9,7 @@ from plan import NAMES, SECTIONS
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 ORDER = list(NAMES)
 
-# What is worth knowing beside a table.
+# Notes to go with the tables.
 REMARKS = {
     "bulk": """Blocks in order through 256 MiB of touched memory on both sides; the columns "one
 address" and UCX use one block again and again, which stays in the caches up to a few MiB. Plain
@@ -172,7 +172,7 @@ def short(result, plots):
 
 
 def replace_marked(text, inner):
-    """The text with what stands between the marks replaced."""
+    """The text with everything between the marks replaced."""
     pattern = re.compile(re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1]), re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"no {MARKS[0]} … {MARKS[1]} in README.md")

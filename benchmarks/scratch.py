@@ -1,4 +1,4 @@
-"""What the benchmark needs, in .build/bench of the checkout: programs, libraries, this machine."""
+"""What the benchmark needs in .build/bench of the checkout: programs, libraries, this machine."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import time
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 SCRATCH = PROJECT / ".build" / "bench"
-# numpy is the one thing that NIXL's interface imports.
+# NIXL's interface imports nothing but numpy.
 WHEELS = ("libucx-cu12==1.22.0", "nixl-cu12==1.5.1", "numpy")
 DEBIAN = {"ucx_perftest": "ucx-utils", "iperf3": "iperf3"}
 
@@ -25,7 +25,7 @@ def say(text):
 
 
 def run(command, seconds, **more):
-    """Runs a command to its end; its output. Fails with the last of what it said."""
+    """Runs a command to its end; returns its output. Fails with the last of what it printed."""
     try:
         done = subprocess.run(
             [str(word) for word in command],
@@ -57,7 +57,7 @@ def wheels():
     say("installing " + ", ".join(WHEELS))
     shutil.rmtree(folder, ignore_errors=True)
     run([sys.executable, "-m", "venv", folder], 120)
-    # Without dependencies: NIXL names a whole CUDA stack, which host memory does not need.
+    # Without dependencies: NIXL requires a whole CUDA stack, which host memory does not need.
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         run([*pip, *WHEELS], 900)
@@ -74,7 +74,7 @@ def wheel_version(python, name):
 
 
 def debian_program(name):
-    """The path of a program of Debian, installed if this user may."""
+    """The path of a Debian program, installed if this user may."""
     if not shutil.which(name):
         package = DEBIAN[name]
         if not shutil.which("apt-get"):
@@ -94,7 +94,7 @@ def debian_program(name):
 
 
 def debian_version(name):
-    """Of the package that brings a program; "unknown" if it came by other ways."""
+    """Version of the package that contains a program; "unknown" if it was installed otherwise."""
     try:
         return run(["dpkg-query", "-W", "-f", "${Version}", DEBIAN[name]], 20).strip()
     except Unavailable:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""How much holders that are stopped hold up gets, beside the same gets without them.
+"""How much stopped holders delay gets, compared with the same gets without them.
 
 usage: silent.py [--repetitions N] [FOLDER_OF_LIBRARY]
 
-On loopback with the built-in metadata server. Every holder is a process of its own, stopped by
+On loopback with the built-in metadata server. Every holder is a separate process, stopped by
 SIGSTOP after it has published its records, whose leases go on. Prints medians and ranges:
 
   one get with 15 stopped holders among its records: first byte, and all of it
@@ -33,7 +33,7 @@ def own_store(uri, name):
 
 
 def hold(uri, name, registers):
-    """Registers every name, or gets it, says so and waits."""
+    """Registers every name, or gets it, reports that and waits."""
     import store_lib
     store = own_store(uri, name)
     memories = [store_lib.Memory(SIZE) for _ in NAMES]
@@ -45,7 +45,7 @@ def hold(uri, name, registers):
 
 
 class Holders:
-    """The origin of all names and a number of replicas that are stopped."""
+    """The origin of all names, and a number of stopped replicas."""
 
     def __init__(self, uri, count):
         self.processes = []

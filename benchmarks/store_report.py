@@ -91,7 +91,7 @@ def loopback_table(part):
 
 
 def draw(part, path):
-    """Time and copies over the number of receivers."""
+    """Time and copies by number of receivers."""
     runs, size = part["runs"], part["size_bytes"]
     counts = sorted({run["receivers"] for run in runs if run["way"] == STORE})
     drawing = plots.Drawing(940, 380)

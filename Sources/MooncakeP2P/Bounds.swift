@@ -10,21 +10,21 @@ package final class Bounds {
   package let deadline: Deadline
   private let operation: StoreOperation
   private let what: String
-  /// Whether the store that runs it closes; the descriptor is readable by then.
+  /// Whether the store that runs the operation is closing; the descriptor is readable by then.
   private let isClosed: () -> Bool
   private let closing: Int32
-  /// Both descriptors as one, where there are two.
+  /// Waits on both descriptors, when there are two.
   private let ends: Ends?
   private var nextReport: UInt64 = 0
   /// Whether the progress callback has ended it.
   private var isGivenUp = false
-  /// What was told last.
+  /// The progress reported last.
   private var told: StoreProgress?
-  /// When what undoes an operation that is over must end.
+  /// Deadline for undoing an operation that is over.
   private var lastEnd: Deadline?
   private static let reportNanoseconds: UInt64 = 100_000_000
 
-  /// `what` begins the errors; an operation without a timeout gets the default, 0 for none.
+  /// `what` begins error messages. An operation without a timeout gets the default, 0 meaning none.
   package init(
     _ operation: StoreOperation, _ what: String, defaultMilliseconds: UInt64,
     closing: Int32 = -1, isClosed: @escaping () -> Bool
@@ -39,14 +39,15 @@ package final class Bounds {
     deadline = milliseconds == 0 ? .never : .after(milliseconds: milliseconds)
   }
 
-  /// Readable once the operation was canceled; -1 if it cannot be.
+  /// Becomes readable when the operation is canceled; -1 if it cannot be.
   private var canceled: Int32 { operation.cancellation?.event.descriptor.rawValue ?? -1 }
 
-  /// Becomes readable when the operation is to end, canceled or with its store; -1 if it cannot be
-  /// ended. Whoever keeps the number beyond the operation may mean another file.
+  /// Becomes readable when the operation is to end, because it was canceled or the store closes; -1
+  /// if nothing can end it. Do not keep the number beyond the operation: it may be reused for
+  /// another file.
   package var cancellation: Int32 {
     if let ends { return ends.epoll.rawValue }
-    // Without a descriptor for both a store that closes waits for the deadline of such a call.
+    // If there is no descriptor for both, a store that closes waits for such a call's deadline.
     return operation.cancellation == nil ? closing : canceled
   }
 
@@ -56,14 +57,14 @@ package final class Bounds {
       until: min(deadline, .after(milliseconds: 10_000)), cancellation: cancellation)
   }
 
-  /// A call that may as well be repeated later: two seconds at most.
+  /// A call that can just as well be repeated later: two seconds at most.
   package var shortCall: MetadataCall {
     MetadataCall(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
   }
 
-  /// A call that undoes or ends something: three seconds at most, and what is left of the
-  /// operation, but so much that a service that answers can be asked. Made anew for each step: what
-  /// comes once the operation is over is not canceled too, but all of that has little time.
+  /// A call that undoes or ends something: three seconds at most, within what is left of the
+  /// operation, but always long enough for one answer from a healthy service. Each step makes a new
+  /// one, so that cleaning up after a canceled operation is not canceled too, and still ends soon.
   package var lastCall: MetadataCall {
     if isOver || isClosed() {
       let end = lastEnd ?? .after(milliseconds: Self.lastMilliseconds)
@@ -75,15 +76,15 @@ package final class Bounds {
   }
   private static let lastMilliseconds: UInt64 = 50
 
-  /// A wait for peers that are in the middle of a copy of memory which is withdrawn: as long as the
-  /// operation may go on, at most so long, and a moment in any case.
+  /// A wait for peers that are copying memory which is being withdrawn: as long as the operation
+  /// may take, at most `limit`, but always a moment.
   package func release(withinMilliseconds limit: UInt64) -> MetadataCall {
     let moment = Deadline.after(milliseconds: Self.momentMilliseconds)
     if isOver || isClosed() { return MetadataCall(until: max(moment, lastCall.deadline)) }
     return MetadataCall(
       until: max(moment, min(deadline, .after(milliseconds: limit))), cancellation: cancellation)
   }
-  /// A copy that goes on ends in less.
+  /// Longer than a copy that makes progress takes.
   package static let momentMilliseconds: UInt64 = 15
 
   package var isCanceled: Bool { Waiting.isReadable(canceled) }
@@ -99,8 +100,8 @@ package final class Bounds {
     }
   }
 
-  /// Tells the caller how far it is: each new phase at once, else not too often; throws if it does
-  /// not want to go on.
+  /// Reports progress to the caller: a new phase at once, otherwise only now and then. Throws if
+  /// the caller cancels.
   package func report(
     _ phase: StoreProgress.Phase, isLast: Bool = false,
     _ progress: @autoclosure () -> StoreProgress
@@ -117,24 +118,24 @@ package final class Bounds {
     }
   }
 
-  /// Tells again what was told last, in a wait during which nothing changes.
+  /// Repeats the last report during a wait in which nothing changes.
   package func reportAgain() throws(EngineError) {
     let last = told ?? StoreProgress(.locating)
     try report(last.phase, last)
   }
 
-  /// Sleeps until the descriptor is readable, or until it is time to look whether to go on.
+  /// Sleeps until the descriptor is readable or it is time to check whether to go on.
   package func sleep(orReadable descriptor: Int32, until end: Deadline = .never) {
     var items = [
       pollfd(fd: descriptor, events: Int16(POLLIN), revents: 0),
       pollfd(fd: cancellation, events: Int16(POLLIN), revents: 0),
     ]
     let tick = min(min(deadline, end), .after(milliseconds: 100))
-    // An interruption is as good as a tick.
+    // An interruption just counts as a tick.
     _ = poll(&items, 2, tick.remainingMilliseconds)
   }
 
-  /// Runs what blocks on a worker, and waits for it likewise.
+  /// Runs blocking code on a worker and waits for it as `wait` does.
   package func run<Value: Sendable>(
     on workers: WorkerPool, _ phase: String,
     _ body: @escaping @Sendable () throws(EngineError) -> Value
@@ -153,36 +154,36 @@ package final class Bounds {
     }
   }
 
-  /// Waits for what `start` begins and what calls back, as long as the operation may go on. What is
-  /// left behind then must end by itself and touch nothing of the caller's; `abandon` gets a value
-  /// that comes too late for it.
+  /// Waits for what `start` begins until it calls back or the operation is over. What is left
+  /// behind then must end by itself and not touch the caller's memory; `abandon` gets a value that
+  /// arrives too late.
   package func wait<Value: Sendable>(
     _ phase: String, abandon: @escaping @Sendable (Value) -> Void = { _ in },
     _ start: (@escaping StoreService.Completion<Value>) -> Void
   ) throws(EngineError) -> Value {
-    let errand: Errand<Value>
-    do throws(Errno) { errand = try Errand(abandon) } catch {
+    let pending: PendingResult<Value>
+    do throws(Errno) { pending = try PendingResult(abandon) } catch {
       throw EngineError(.system, "\(what): making an event descriptor: \(error)")
     }
-    start { errand.end($0) }
+    start { pending.end($0) }
     while true {
-      if let result = errand.result { return try result.get() }
+      if let result = pending.result { return try result.get() }
       do throws(EngineError) {
         try check(phase)
         try reportAgain()
       } catch {
-        errand.leave()
+        pending.leave()
         throw error
       }
-      sleep(orReadable: errand.event.descriptor.rawValue)
+      sleep(orReadable: pending.event.descriptor.rawValue)
     }
   }
 }
 
-/// What ends an operation early: its cancellation, or that its store closes.
+/// Becomes readable when an operation must end early: it was canceled, or its store closes.
 private final class Ends: Sendable {
   let epoll: Epoll
-  /// Kept as long as its descriptor is waited for.
+  /// Keeps the descriptor open while it is polled.
   private let cancellation: Cancellation
 
   init(_ cancellation: Cancellation, _ closing: Int32) throws(Errno) {
@@ -193,8 +194,8 @@ private final class Ends: Sendable {
   }
 }
 
-/// What is done elsewhere for a waiting caller.
-private final class Errand<Result: Sendable>: Sendable {
+/// The result of work done elsewhere for a waiting caller.
+private final class PendingResult<Result: Sendable>: Sendable {
   let event: EventFD
   private let abandon: @Sendable (Result) -> Void
 
@@ -220,7 +221,7 @@ private final class Errand<Result: Sendable>: Sendable {
     event.signal()
   }
 
-  /// Nobody takes the result any more.
+  /// The caller has stopped waiting for the result.
   func leave() {
     let outcome = state.withLock { state in
       state.isLeft = true

@@ -4,14 +4,14 @@ import MooncakeMetadata
 import MooncakeSystem
 
 extension P2PStore {
-  /// What readers see of a payload that this store offers; tells what they have read.
+  /// What readers see of a payload that this store offers, and how much they have read.
   package func readers(of name: String) -> Holding? { catalog.holding(of: name) }
 
-  /// What this store has found in the metadata service and could not read, as texts for people.
+  /// Messages about entries of the metadata service that this store could not read.
   package var passedOver: [String] { directory.passedOver }
 
-  /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders.
-  /// Those of the existing system are among them where both share an etcd.
+  /// Payloads whose names begin with a prefix, in order, with sizes and numbers of holders. If
+  /// Mooncake's own store uses the same etcd, its payloads are included.
   public func list(
     prefix: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) -> [PayloadInfo] {
@@ -26,7 +26,7 @@ extension P2PStore {
     return (payloads + others).sorted { MetadataKey($0.name) < MetadataKey($1.name) }
   }
 
-  /// What is known of a payload, with the length of each buffer, and who offers it.
+  /// What is known of a payload, including the length of each buffer, and who offers it.
   public func describe(
     _ name: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) -> (info: PayloadInfo, holders: [PayloadHolder]) {
@@ -46,9 +46,9 @@ extension P2PStore {
     return (info, all.map(\.payloadHolder))
   }
 
-  /// Tells of payloads whose names begin with a prefix: first those that are there, then each that
-  /// appears, gets another version, or vanishes. The handler runs on a thread of the watch, and not
-  /// any more once the watch has been stopped or the store closed.
+  /// Reports payloads whose names begin with a prefix: first those that exist, then each one that
+  /// appears, gets another version, or vanishes. The handler runs on the watch's thread, and never
+  /// again once the watch has been stopped or the store closed.
   public func watch(
     prefix: String, _ handler: @escaping @Sendable (PayloadChange) -> Void
   ) throws(EngineError) -> PayloadWatch {

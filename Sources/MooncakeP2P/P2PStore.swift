@@ -11,9 +11,9 @@ import Synchronization
 /// each other. After `close` they throw.
 public final class P2PStore: Sendable {
   public struct Options: Sendable {
-    /// Where payloads are found; nil: the engine's metadata service.
+    /// Where payloads are looked up; nil: the engine's metadata service.
     public var metadataURI: String?
-    /// How long the end of a holding waits for readers.
+    /// How long ending a holding waits for readers.
     public var drainMilliseconds: UInt64 = 5000
 
     public init() {}
@@ -27,30 +27,30 @@ public final class P2PStore: Sendable {
   package let drainMilliseconds: UInt64
   let memory: MemoryTable
   let workers = WorkerPool(name: "mc-store-ask", threadLimit: 32)
-  /// For holdings whose name was removed: each may wait seconds for its readers, and neither gets
-  /// wait for it nor it for gets.
+  /// For holdings whose name was removed. Each may wait seconds for its readers; a pool of their
+  /// own keeps gets from waiting for them, and them for gets.
   private let removals = WorkerPool(name: "mc-store-drop", threadLimit: 8)
   private let kept = Lock<[MappedFile]>([])
   let catalog = Catalog()
   let watches = PayloadWatches()
-  /// Holdings that are being withdrawn since their name was removed.
+  /// Holdings being withdrawn because their name was removed.
   private let withdrawing = Lock<Set<UInt64>>([])
   private let ownsEngine: Bool
   private let service: UInt64
   private let isClosing = Atomic(false)
-  /// Readable once it closes: whoever waits for a service, or for a holder, ends that.
+  /// Readable once the store closes, which ends waits for services and holders.
   private let closing: EventFD
   /// 1 once it is closed.
   private let closed = Futex()
 
-  /// Uses an engine that stays the caller's and must be closed after the store.
+  /// Uses the caller's engine, which must be closed after the store.
   public convenience init(
     _ engine: TransferEngine, _ options: Options = Options()
   ) throws(EngineError) {
     try self.init(engine, options, ownsEngine: false)
   }
 
-  /// Makes an engine of its own.
+  /// Creates an engine of its own.
   public convenience init(
     engineOptions: TransferEngine.Options, _ options: Options = Options()
   ) throws(EngineError) {
@@ -75,7 +75,7 @@ public final class P2PStore: Sendable {
     do throws(Errno) { closing = try EventFD() } catch {
       throw EngineError(.system, "making an event descriptor for a store: \(error)")
     }
-    // What was removed by its name must be withdrawn, whatever the state of the host.
+    // A removed payload must be withdrawn even when the host has no thread to spare.
     try removals.reserve()
     do throws(EngineError) {
       try workers.reserve()
@@ -110,24 +110,24 @@ public final class P2PStore: Sendable {
   }
 
   /// Ends all watches, withdraws every payload, waiting for readers as long as the options say, and
-  /// frees what the store allocated. Idempotent; a second caller waits for the first, unless it is
-  /// the handler of a watch: that is what the first waits for.
+  /// frees what the store allocated. Idempotent. A second caller waits for the first, except in the
+  /// handler of a watch, because the first waits for that.
   public func close() {
     if isClosing.exchange(true, ordering: .acquiringAndReleasing) {
       if watches.isCurrent { return }
       while closed.value == 0 { closed.wait(while: 0, until: .never) }
-      // The first may be a handler, which still runs.
+      // The first caller may be a handler that is still running.
       watches.close()
       return
     }
-    // First this: what handlers call must not keep them.
+    // Before all else, so that calls made by handlers do not keep them running.
     catalog.refuse()
     closing.signal()
     watches.close()
     let deadline = Deadline.after(milliseconds: drainMilliseconds)
     let entries = catalog.close()
     for entry in entries { entry.holding?.stopGranting() }
-    // One time for all that the service is told.
+    // One deadline for all calls to the service.
     let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
     keeper.stop(until: call.deadline)
     for entry in entries where entry.holding != nil || entry.isShared {
@@ -144,32 +144,32 @@ public final class P2PStore: Sendable {
     engine.services.remove(service)
     removals.stop()
     workers.stop()
-    // Farewells free places at holders.
+    // The last messages to holders free places there.
     engine.caller.drain(until: .after(milliseconds: 500))
     if ownsEngine { engine.close() }
     closed.store(1)
     closed.wakeAll()
   }
 
-  /// Keeps files that peers may still read until that has ended for all.
+  /// Keeps files that peers may still read until the store has closed.
   func keep(_ files: [MappedFile]) { kept.withLock { $0 += files } }
 
-  /// What the metadata service gets to forget the payloads of a store that closes.
+  /// Time for the metadata service to delete the payloads of a store that closes.
   private static let closeMilliseconds: UInt64 = 2000
-  /// What it gets to forget their memory, and peers to end the copies that they have begun.
+  /// Time for it to delete their memory, and for peers to end the copies that they have begun.
   private static let releaseMilliseconds: UInt64 = 500
 
-  /// Lets readers of a holding finish until the deadline; it grants nothing any more.
+  /// Stops granting and lets readers of a holding finish until the deadline.
   func drain(_ entry: Catalog.Entry, until deadline: Deadline, _ bounds: Bounds?) {
     guard let holding = entry.holding, holding.drain(until: deadline, bounds) else { return }
     Log.warning(
-      "payload \(holding.name): readers were left when its memory was withdrawn; they go to other "
-        + "holders")
+      "payload \(holding.name): some readers had not finished when its memory was withdrawn; they "
+        + "go on with other holders")
   }
 
   /// Unregisters the memory of a payload, and frees it if it is the engine's. Throws BUSY if a peer
-  /// is in the middle of a copy when the call is over: then the entry says where, and doing it
-  /// again goes on.
+  /// is still in the middle of a copy when the call is over: the entry then names that memory, and
+  /// another call continues.
   func dissolve(
     _ entry: inout Catalog.Entry, _ call: MetadataCall
   ) throws(EngineError) {
@@ -178,7 +178,7 @@ public final class P2PStore: Sendable {
     entry.allocations = []
   }
 
-  /// Ends what peers may do with the memory of a payload; throws as `dissolve`.
+  /// Ends peers' access to the memory of a payload; throws as `dissolve`.
   private func revoke(_ entry: inout Catalog.Entry, _ call: MetadataCall) throws(EngineError) {
     let ranges = entry.layout?.ranges ?? []
     if let holding = entry.holding, holding.manifest.isWritable {
@@ -194,7 +194,7 @@ public final class P2PStore: Sendable {
     entry.ending = []
   }
 
-  /// Grants of a payload of this store that peers have neither given back nor let expire.
+  /// Grants for a payload of this store that are neither returned nor expired.
   package func grantCount(of name: String) -> Int { catalog.holding(of: name)?.grantCount ?? 0 }
 
   func bounds(
@@ -206,26 +206,26 @@ public final class P2PStore: Sendable {
     ) { [catalog] in catalog.isClosed }
   }
 
-  /// Somebody has removed the payload everywhere. The bytes stay where the caller expects them
-  /// until it ends its entry.
+  /// Somebody has removed the payload everywhere. The caller expects the bytes in place until it
+  /// ends its entry, so they stay.
   private func withdrawRemoved(_ record: HolderRecord) {
     let name = record.name
     let holding = record.holder.holding
-    // It is told again with each turn of the keeper until it is done.
+    // The keeper repeats this each round until it is done.
     if !withdrawing.withLock({ $0.insert(holding).inserted }) { return }
     let isTaken = removals.run { [self] in
       defer { withdrawing.withLock { _ = $0.remove(holding) } }
-      // The name may be another payload's by now.
+      // By now the name may belong to another payload.
       let taken = try? catalog.take(name, where: { $0.holding?.address == record.holder })
       guard var entry = taken else { return }
-      Log.warning("payload '\(name)': it was removed by its name; withdrawn here")
+      Log.warning("payload '\(name)': it was removed by its name and is withdrawn here")
       withdrawOffer(&entry)
       catalog.release(name, holding: entry)
     }
     if !isTaken { withdrawing.withLock { _ = $0.remove(holding) } }
   }
 
-  /// Memory that a peer does not let go of stays known by the entry, for the call that ends that.
+  /// Memory that a peer does not let go of stays in the entry, for the call that ends it.
   private func withdrawOffer(_ entry: inout Catalog.Entry) {
     if let holding = entry.holding {
       holding.stopGranting()
@@ -239,7 +239,7 @@ public final class P2PStore: Sendable {
     }
   }
 
-  /// What a store that closes tells the service itself.
+  /// Canceled when the store closes, because that tells the service itself.
   private var removalCall: MetadataCall {
     MetadataCall(
       until: .after(milliseconds: 3000), cancellation: closing.descriptor.rawValue)

@@ -2,13 +2,14 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// What stores of different processes say to each other.
+/// The messages between stores of different processes.
 package enum StoreService {
   package static let name = "store"
 
   package typealias Completion<Value> = @Sendable (Result<Value, EngineError>) -> Void
 
-  /// Asks a holder for leave to read; `completion` is called by the deadline and must not wait.
+  /// Asks a holder for permission to read; `completion` is called by the deadline and must not
+  /// wait.
   package static func ask(
     _ engine: TransferEngine, _ holder: HolderAddress, _ request: ShardRequest,
     until deadline: Deadline, _ completion: @escaping Completion<ShardAnswer>
@@ -25,7 +26,7 @@ package enum StoreService {
     }
   }
 
-  /// Tells a holder that nothing is read from it any more; nobody waits for its answer.
+  /// Tells a holder that nothing is read from it any more; does not wait for an answer.
   package static func tell(
     _ engine: TransferEngine, _ holder: HolderAddress, _ request: ShardRequest
   ) {
@@ -35,12 +36,12 @@ package enum StoreService {
   private static func answer(
     _ text: String, shardCount: Int
   ) throws(EngineError) -> ShardAnswer {
-    // Its process lives, but knows nothing of the holding any more.
+    // The holder's process lives, but its store is gone.
     if text == RPCAnswer.noService { return ShardAnswer(state: .gone) }
     return try ShardAnswer(json: text, shardCount: shardCount)
   }
 
-  /// Answers a call that is meant for one of these holdings; nil if it is not.
+  /// Answers a call that is meant for one of these holdings; nil if it is for none.
   package static func answer(
     _ call: JSONValue, holding find: (UInt64) -> Holding?
   ) -> String? {

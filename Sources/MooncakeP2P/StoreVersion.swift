@@ -1,19 +1,20 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// The version of what stores say to each other and write where others read it.
+/// The version of the messages and published records of the store.
 ///
 /// A message, a record or a list of files carries the lowest version that its reader must know;
-/// without one that is 1. What a reader may ignore is added as a new member, without a new version:
-/// members that are not known are ignored. What it must understand raises the version.
+/// without one, that is 1. A member that a reader may ignore is added without a new version,
+/// because unknown members are ignored. One that it must understand raises the version.
 package enum StoreVersion {
   package static let current: UInt64 = 1
   static let member = "store_version"
-  /// The member of a refusal that tells why as a word; its text is for people.
+  /// The member of a refusal that gives the reason as a keyword; its text is for people.
   static let reasonMember = "reason"
   private static let reason = "version"
 
-  /// Throws `unsupported`, which names both versions, if `value` needs a later one than is known.
+  /// Throws `unsupported`, naming both versions, if `value` needs a later version than this process
+  /// knows.
   static func check(_ value: JSONValue, _ what: String) throws(EngineError) {
     guard let number = value[member] else { return }
     guard let needed = number.unsigned else {
@@ -27,7 +28,7 @@ package enum StoreVersion {
     }
   }
 
-  /// Who wrote a record, as far as it says so in the way of this version.
+  /// Who wrote a record, if it says so in the form of this version.
   private static func author(of record: JSONValue) -> String {
     let written = [record["holder"], record["origin"]].lazy.compactMap { $0 }
       .compactMap { try? HolderAddress(parsing: $0) }.first
@@ -35,7 +36,7 @@ package enum StoreVersion {
     return printable(" (written by \(written.segment) at \(written.rpc))")
   }
 
-  /// What a holder answers to a question that needs a later version; nil if it does not.
+  /// A holder's answer to a question that needs a later version; nil if it does not.
   static func refusal(of question: JSONValue) -> String? {
     guard let number = question[member] else { return nil }
     guard let needed = number.unsigned else {
@@ -47,7 +48,7 @@ package enum StoreVersion {
         + "libmooncake there", reason: reason)
   }
 
-  /// The answer of a holder that does not do what it was asked for.
+  /// The answer of a holder that refuses a request.
   static func refusal(_ text: String, reason: String? = nil) -> String {
     var writer = JSONWriter()
     writer.beginObject()
@@ -58,7 +59,7 @@ package enum StoreVersion {
     return writer.text
   }
 
-  /// Throws what an answer that is a refusal says. The text is another process's.
+  /// Throws if an answer is a refusal. Its text comes from another process.
   static func checkAnswer(_ value: JSONValue) throws(EngineError) {
     try check(value, "its answer")
     guard let text = value["error"]?.string else { return }
@@ -75,6 +76,6 @@ package enum StoreVersion {
 }
 
 extension JSONWriter {
-  /// Says which version a reader must know.
+  /// Writes which version a reader must know.
   mutating func storeVersion() { member(StoreVersion.member, StoreVersion.current) }
 }

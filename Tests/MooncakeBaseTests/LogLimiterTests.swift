@@ -6,7 +6,7 @@ import Testing
   private let kind = LogLimiter.Kind("a", 1)
   private let other = LogLimiter.Kind("b", 2)
 
-  /// How many lines go out of those that come in the given time, 1000 a second.
+  /// How many lines are logged of 1000 a second in the given time.
   private func count(
     _ limiter: inout LogLimiter, _ kind: LogLimiter.Kind, seconds: UInt64,
     peer: (UInt64) -> String = { _ in "" }
@@ -49,7 +49,7 @@ import Testing
     #expect(admitted == LogLimiter.kindCapacity)
   }
 
-  /// A thread that read the clock before another noted its line.
+  /// A thread read the clock before another noted its line.
   @Test func whatStayedOutLaterIsNotOld() {
     var limiter = LogLimiter()
     for _ in 0...LogLimiter.kindCapacity { _ = limiter.admits(kind, "", now: second) }
@@ -96,7 +96,7 @@ import Testing
     #expect(PrintableText.make("a\nb\r\tc") == "a\\nb\\r\\tc")
     #expect(PrintableText.make("\u{1b}[31m\u{7f}\u{9b}0") == "\\u{1b}[31m\\u{7f}\\u{9b}0")
     #expect(PrintableText.make("\u{202e}gpj\u{2028}") == "\\u{202e}gpj\\u{2028}")
-    // A carriage return and a newline are one character to Swift.
+    // Swift sees a carriage return and a newline as one character.
     #expect(PrintableText.make("\r\n") == "\\r\\n")
   }
 

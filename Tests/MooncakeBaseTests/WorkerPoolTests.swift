@@ -17,7 +17,7 @@ struct WorkerPoolTests {
   @Test func jobsRunBesideEachOther() {
     let pool = WorkerPool(name: "test", threadLimit: 4)
     let arrived = Box(0)
-    // Each waits for all: fewer than four threads would never get through.
+    // Each waits for all, so fewer than four threads would hang.
     for _ in 0..<4 {
       #expect(
         pool.run {
@@ -62,7 +62,7 @@ struct WorkerPoolTests {
     #expect(done.value == 20)
   }
 
-  /// The reserved thread outlives the time after which the others leave, and takes jobs then.
+  /// The reserved thread does not time out like the others, and still takes jobs.
   @Test func aReservedThreadStays() throws {
     let pool = WorkerPool(name: "test", threadLimit: 3)
     try pool.reserve()
@@ -94,7 +94,7 @@ struct WorkerPoolTests {
     #expect(done.load(ordering: .relaxed) == 2000)
   }
 
-  /// The last owner may let go of the pool's user inside a job, and so stop the pool there.
+  /// The last owner may release the pool's user inside a job, which stops the pool there.
   @Test func stopFromAJob() {
     let pool = WorkerPool(name: "test", threadLimit: 2)
     let isDone = Box(false)

@@ -2,7 +2,7 @@ import MooncakeBase
 import MooncakeMetadata
 import Testing
 
-/// Overload and broken connections pass by themselves, so that they must not fail a registration.
+/// Overload and broken connections are temporary, so they must not fail a registration.
 struct PassingRefusalTests {
   @Test(
     arguments: [
@@ -11,7 +11,7 @@ struct PassingRefusalTests {
       (408, "", .unreachable),
       (425, "", .unreachable),
       (503, "etcdserver: no leader", .unreachable),
-      // A second time within a call, after a new token was asked for.
+      // The second time within a call, after a new token was requested.
       (401, "etcdserver: invalid auth token", .unreachable),
       (400, "etcdserver: revision of auth store is old", .unreachable),
       (429, "etcdserver: mvcc: database space exceeded", .full),

@@ -5,7 +5,8 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Requests that take effect although their answer is lost: nobody is told that another did it.
+/// Requests that take effect although their answer is lost: the caller must not be told that
+/// somebody else did it.
 struct RepeatedRequestTests {
   private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 8000)) }
 
@@ -21,7 +22,7 @@ struct RepeatedRequestTests {
 
   private let entry = MetadataEntry(key: "k", value: "mine")
 
-  /// libcurl sends a request again by itself if a connection that it has kept ends unanswered.
+  /// libcurl repeats a request by itself if a kept connection ends without an answer.
   @Test func conditionalRequestsOverHTTPAreSentOnce() throws {
     let server = try ScriptedServer { request in
       if request.text.hasPrefix("GET") {
@@ -63,7 +64,7 @@ struct RepeatedRequestTests {
       empty.stop()
     }
     #expect(try store("etcd", lossy.port, empty.port).delete("k", call))
-    // Who cannot be reached has deleted nothing.
+    // An unreachable server has deleted nothing.
     #expect(try !store("etcd", 1, empty.port).delete("k", call))
     #expect(try !store("etcd", empty.port).delete("k", call))
     let failing = try ScriptedServer { _ in
@@ -73,7 +74,7 @@ struct RepeatedRequestTests {
     #expect(try store("etcd", failing.port, empty.port).delete("k", call))
   }
 
-  /// A Redis whose connection 0 ends at `broken` after it was obeyed.
+  /// A Redis whose connection 0 ends at `broken` after executing it.
   private func redis(_ broken: String, holding value: String) throws -> ScriptedServer {
     try ScriptedServer { request in
       func has(_ word: String) -> Bool { request.text.contains("\r\n\(word)\r\n") }
@@ -104,7 +105,7 @@ struct RepeatedRequestTests {
     #expect(try !store.delete("k", call))
   }
 
-  /// Nothing has been sent on a connection that ended while it was idle.
+  /// A connection that ended while idle has sent nothing, so it does not count as an attempt.
   @Test func whatRedisHasClosedBeforeIsNoAttempt() throws {
     let server = try ScriptedServer { request in
       func has(_ word: String) -> Bool { request.text.contains("\r\n\(word)\r\n") }

@@ -5,7 +5,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Services that take a wait for changes and never answer it.
+/// Services that accept a wait for changes and never answer it.
 struct SilentServiceTests {
   private func call(_ milliseconds: UInt64) -> MetadataCall {
     MetadataCall(until: .after(milliseconds: milliseconds))
@@ -25,14 +25,14 @@ struct SilentServiceTests {
     defer { server.stop() }
     let watch = MetadataWatch(try store("http", server), prefix: "")
     #expect(try watch.next(call(5000)) == [.put(MetadataEntry(key: "a", value: "1"))])
-    // What is this short tells nothing.
+    // So short a wait proves nothing.
     #expect(try watch.next(call(200)) == [])
     let time = elapsedMilliseconds {
       #expect(throws: EngineError.self) { try watch.next(call(1000)) }
     }
     #expect((900...4000).contains(time), "it took \(time) ms")
     #expect(server.requestCount("limit=") == 1)
-    // It may have forgotten everything: all is compared.
+    // It may have lost everything, so everything is compared.
     _ = try? watch.next(call(1000))
     #expect(server.requestCount("limit=") == 2)
   }

@@ -5,7 +5,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// What bounds an operation and tells how far it is.
+/// Deadline, cancellation and progress of an operation.
 @Suite struct BoundsTests {
   private func bounds(_ operation: StoreOperation) -> Bounds {
     Bounds(operation, "testing", defaultMilliseconds: 0) { false }
@@ -21,7 +21,7 @@ import Testing
     let bounds = bounds(operation)
     let phases: [StoreProgress.Phase] = [.locating, .transferring, .publishing, .draining]
     for phase in phases {
-      // The pace holds within a phase.
+      // Within a phase, reports are rate-limited.
       for _ in 0..<5 { try bounds.report(phase, StoreProgress(phase)) }
       try bounds.reportAgain()
     }
@@ -31,7 +31,7 @@ import Testing
     #expect(told.withLock { $0 } == phases + [.draining])
   }
 
-  /// A shard may take seconds, on each of several threads.
+  /// Hashing a shard may take seconds, on each of several threads.
   @Test(arguments: [false, true])
   func hashingEndsInTheMiddleOfAShard(isCanceled: Bool) throws {
     let layout = try ShardLayout(bufferSizes: [1 << 40], shardBytes: 4 << 30)

@@ -7,7 +7,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// A metadata server and stores on it, all in this process.
+/// A metadata server and its stores, all in this process.
 struct Cluster {
   let server: MetadataServer
 
@@ -24,7 +24,7 @@ struct Cluster {
   }
 }
 
-/// Memory of a test, freed at its end.
+/// A test's memory, freed with the object.
 final class Memory: @unchecked Sendable {
   let bytes: UnsafeMutableRawBufferPointer
 
@@ -57,7 +57,7 @@ final class Memory: @unchecked Sendable {
   }
 }
 
-/// Expects a call to fail in a way.
+/// Expects a call to fail with a code.
 func expect(
   _ code: EngineError.Code, sourceLocation: SourceLocation = #_sourceLocation,
   _ body: () throws -> Void
@@ -101,7 +101,7 @@ func expect(
     #expect(holders.allSatisfy { $0.isComplete })
     #expect(try receiver.list(prefix: "model/").map(\.name) == ["model/a"])
 
-    // The replica alone is enough.
+    // The replica suffices.
     try origin.unregister("model/a")
     let third = try cluster.store(transports: transports)
     let whole = try third.get("model/a")
@@ -181,7 +181,7 @@ func expect(
     expect(.accessDenied) {
       try other.write("fixed", offset: 0, from: part.bytes.baseAddress!, length: 1)
     }
-    // A copy of what may change is nobody's source.
+    // A copy of a writable payload is not offered onward.
     let copy = Memory(500_000)
     #expect(try other.get("w", into: [copy.buffer]).isVerified == false)
     #expect(copy.holds(memory))
@@ -201,7 +201,7 @@ func expect(
     let result = try receiver.get("m", into: [memory.buffer])
     #expect(memory.holds(model) && result.isVerified)
     let bad = try #require(result.sources.first { $0.segment == corrupt.engine.name })
-    // What was asked of it before the first shard was seen to be wrong.
+    // Requests sent before the first shard was found to be corrupt.
     #expect((1...4).contains(bad.corruptShardCount))
     #expect(bad.byteCount == UInt64(bad.corruptShardCount) * 64 << 10)
     let good = try #require(result.sources.first { $0.isOrigin })

@@ -6,9 +6,9 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Stores of this release among those of others, which answer and ask as they were recorded.
+/// Stores of this release among recorded ones of other releases.
 @Suite struct RecordedPeerTests {
-  /// A cluster with a process of another release in it.
+  /// A cluster that includes a process of another release.
   private struct Neighborhood {
     let cluster: Cluster
     let holder: RecordedHolder
@@ -26,7 +26,7 @@ import Testing
         prefix: MetadataDirectory.prefix(cluster: ""), ttlMilliseconds: 10_000)
     }
 
-    /// Puts what it published, as if the other process had.
+    /// Puts the records that the other process had published.
     func publish(_ change: Change, head: Bool = true, record: Bool = true) throws {
       if record {
         let text = holder.own(recording.origin)
@@ -42,7 +42,7 @@ import Testing
     var headKey: String { directory.headKey("m") }
   }
 
-  /// Calls that find the payload by its name, each with what it needs.
+  /// Calls that look the payload up by name.
   private static let calls: [(name: String, body: @Sendable (P2PStore) throws -> Void)] = [
     ("get", { _ = try $0.get("m") }),
     (
@@ -64,7 +64,7 @@ import Testing
     ("describe", { _ = try $0.describe("m") }), ("remove", { try $0.remove("m") }),
   ]
 
-  /// What `body` throws must be refused, with some parts in its message.
+  /// Expects `body` to throw a refusal that contains some texts.
   private func refused(
     _ what: String, _ parts: [String], sourceLocation: SourceLocation = #_sourceLocation,
     _ body: () throws -> Void
@@ -85,7 +85,7 @@ import Testing
     }
   }
 
-  /// What a watch has told, such as "appeared m".
+  /// What a watch has reported, such as "appeared m".
   private final class Told: Sendable {
     private let lines = Lock<[String]>([])
     var all: [String] { lines.withLock { $0 } }
@@ -128,7 +128,7 @@ import Testing
     #expect(result.sources.map(\.segment) == [place.holder.engine.name])
     #expect(eventually { told.all == ["appeared m"] }, "\(told.all)")
 
-    // What came from another release goes on from here.
+    // The data from another release is offered onward here.
     place.holder.engine.close()
     let last = Memory(Recording.byteCount)
     let onward = try third.get("m", into: [last.buffer])
@@ -158,13 +158,13 @@ import Testing
         ]
       ) { try body(store) }
     }
-    // It stands as it did, and nothing of it is here.
+    // The record is unchanged, and nothing of the payload is held here.
     #expect(try place.directory.store.get(place.headKey, testCall)?.contains(":2,") == true)
     #expect(store.readers(of: "m") == nil)
     withExtendedLifetime(memory) {}
   }
 
-  /// Without a head, what the holders say counts: nobody can read that either.
+  /// Without a head, the holders' records count, and those are unreadable too.
   @Test(arguments: Recording.all)
   func newerHoldersWithoutAHeadAreNotNobody(_ recording: Recording) throws {
     let place = try Neighborhood(recording)
@@ -189,7 +189,7 @@ import Testing
     func complaints(of store: P2PStore) -> [String] {
       store.passedOver.filter { $0.contains("needs version 2") && $0.contains("written by") }
     }
-    // The head, and the record of the holder.
+    // One for the head, one for the holder's record.
     #expect(complaints(of: store).count == 2, "\(store.passedOver)")
 
     let other = try place.cluster.store()
@@ -197,10 +197,10 @@ import Testing
     let watch = try other.watch(prefix: "") { told.note($0) }
     #expect(eventually { complaints(of: other).contains { $0.contains(place.headKey) } })
     #expect(eventually { told.all == ["appeared n"] }, "\(told.all)")
-    // Once it is readable it is told.
+    // Once readable, it is reported.
     try place.publish(.grown)
     #expect(eventually { told.all == ["appeared n", "appeared m"] }, "\(told.all)")
-    // A later release takes the name over: it is gone for who cannot read that.
+    // A later release takes the name: readers of this release see it vanish.
     try place.publish(.newer)
     #expect(
       eventually(within: 20_000) { told.all == ["appeared n", "appeared m", "vanished m"] },
@@ -227,7 +227,7 @@ import Testing
     let (_, holders) = try receiver.describe("m")
     #expect(holders.map(\.segment) == [origin.engine.name])
 
-    // Once it is the only one, it is the reason.
+    // If it is the only one, it is the reason for the failure.
     try place.publish(.none, record: false)
     place.holder.engine.close()
     try origin.unregister("m")
@@ -253,7 +253,7 @@ import Testing
     }
     #expect(store.readers(of: "m") == nil)
     #expect(try store.list(prefix: "").map(\.name) == ["m"])
-    // Others that hold the same are enough.
+    // Other holders of the same version suffice.
     let other = try place.cluster.store()
     let model = Recording.payload()
     var options = RegisterOptions()
@@ -277,7 +277,7 @@ import Testing
     }
   }
 
-  /// What a holder of another release publishes is not found once that was removed there.
+  /// After its removal there, a holder of another release is no longer found.
   @Test(arguments: [Change.none, .grown])
   func theirRemovalsCountHere(_ change: Change) throws {
     let place = try Neighborhood(Recording.all[1])
@@ -294,7 +294,7 @@ import Testing
 
   // MARK: Their lists of files
 
-  /// A payload with a list of files of a later release goes on as bytes; only files are refused.
+  /// A later release's list of files: the payload's bytes can be fetched, only files are refused.
   @Test(arguments: [Change.grown, .newer])
   func listsOfFilesOfLaterReleases(_ change: Change) throws {
     let cluster = try Cluster()
@@ -329,7 +329,7 @@ import Testing
 
   // MARK: Their questions, our holder
 
-  /// A store that holds what the recorded one held, and questions put to it.
+  /// A store that holds what the recorded one held, and is asked recorded questions.
   private struct Asked {
     let cluster: Cluster
     let store: P2PStore
@@ -355,7 +355,7 @@ import Testing
     }
   }
 
-  /// Names of members, and the values of those that do not depend on where things are.
+  /// The names of members, with the values of those that do not depend on addresses.
   private func members(_ text: String) throws -> [String: String] {
     try JSONDocument(parsing: text).read { value throws(EngineError) in
       var members: [String: String] = [:]
@@ -383,7 +383,7 @@ import Testing
           #expect(answer[name] == value, "\(name) of \(answer) to \(exchange.question)")
         }
       }
-      // The last one took leave.
+      // The last question was the reader's goodbye.
       #expect(asked.holding.grantCount == 0)
     }
     let asked = try Asked(recording)
@@ -397,7 +397,7 @@ import Testing
     for exchange in recording.get + recording.read {
       let answer = try asked.answer(exchange.question, .newer)
       #expect(answer.contains(#""reason":"version","store_version":1"#), "\(answer)")
-      // What the newer one makes of the refusal is what this release makes of it.
+      // Our refusal, as read by this release.
       refused("the question", ["needs version 2", "this holder knows 1", "update libmooncake"]) {
         _ = try ShardAnswer(json: answer, shardCount: 4)
       }

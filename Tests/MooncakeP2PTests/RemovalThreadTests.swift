@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Testing
 
 @Suite struct RemovalThreadTests {
-  /// More names are removed than gets have threads, and each removal waits for a reader.
+  /// More names are removed than there are threads for gets, and each removal waits for a reader.
   @Test func removalsThatWaitForReadersHoldNoGetUp() throws {
     let cluster = try Cluster()
     let store = try cluster.store(drainMilliseconds: 6000)
@@ -24,7 +24,7 @@ import Testing
     }
     try other.register("other", [model.buffer])
     for name in names { try other.remove(name) }
-    // A name that is being withdrawn is a call's.
+    // A name that is being withdrawn is in use by a call.
     #expect(eventually { names.contains { store.readers(of: $0) == nil } })
     usleep(300_000)
     let copy = Memory(100_000)

@@ -4,7 +4,7 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// The end of a store while the metadata service stands still. Its header allows five seconds.
+/// Closing a store while the metadata service is frozen. The header allows five seconds.
 @Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
 struct StoreCloseTests {
   private func store(_ service: MetadataService) throws -> P2PStore {
@@ -22,7 +22,7 @@ struct StoreCloseTests {
     return (Clock.now() - begin) / 1_000_000
   }
 
-  /// Calls that ask the service return as canceled, whatever time they had.
+  /// Calls that ask the service end as canceled, whatever their timeout.
   @Test func callsThatWaitForTheServiceEndAtOnce() throws {
     let service = try MetadataService(.etcd)
     let store = try store(service)
@@ -57,8 +57,8 @@ struct StoreCloseTests {
     #expect(closing < 5000, "\(closing) ms")
   }
 
-  /// What a get asks the service ends with the get: neither its store waits for it, nor does it
-  /// look at a descriptor that may be another file's by then.
+  /// A get's request to the service ends with the get: the store does not wait for it, and it does
+  /// not poll a descriptor number that may be another file's by then.
   @Test func aLookForHoldersEndsWithItsGet() throws {
     let service = try MetadataService(.etcd)
     let (origin, receiver) = (try store(service), try store(service))
@@ -72,7 +72,7 @@ struct StoreCloseTests {
     operation.progress = { progress in
       if origin.engine.isClosing { return true }
       if progress.phase != .transferring {
-        // Longer than a report keeps away the next one.
+        // Longer than the interval between reports.
         usleep(150_000)
         return true
       }
@@ -86,7 +86,7 @@ struct StoreCloseTests {
     operation = StoreOperation()
     let closing = milliseconds { receiver.close() }
     service.thaw()
-    // The records are left to their lease: two seconds are spent on telling the service.
+    // The records are left to their lease; telling the service may take two seconds.
     #expect(closing < 2900, "\(closing) ms")
     origin.close()
   }

@@ -4,7 +4,7 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// Recorded texts of releases before and after this one, read here.
+/// Recorded texts of older and newer releases, read by this one.
 @Suite struct StoreVersionTests {
   /// What `body` throws.
   private func failure(_ body: () throws -> Void) -> EngineError? {
@@ -63,7 +63,7 @@ import Testing
     #expect(try FileList(parsing: manifest(text)).files == Recording.files)
   }
 
-  /// What a release publishes has the same version in every other one.
+  /// A payload published by one release has the same version in every other.
   @Test(arguments: Recording.all)
   func theSameBytesAreTheSameVersion(_ recording: Recording) throws {
     let cluster = try Cluster()
@@ -120,7 +120,7 @@ import Testing
     #expect(failure { _ = try Manifest(parsing: bytes) }?.code == .protocolViolation)
   }
 
-  /// The identity of what is published does not depend on the release.
+  /// The identity of a payload does not depend on the release.
   @Test func aListOfFilesSaysNoVersion() throws {
     #expect(
       String(decoding: try FileList([.init(path: "a", size: 1)]).json, as: UTF8.self)

@@ -72,7 +72,7 @@ struct EpollTests {
     first.signal()
     #expect(epoll.wait(into: events, timeoutMilliseconds: 1000) == 1)
     #expect(events[0].data.u64 == 1 << 40)
-    // Level-triggered: still there.
+    // Level-triggered: still reported.
     second.signal()
     #expect(epoll.wait(into: events, timeoutMilliseconds: 1000) == 2)
     #expect(Set(events.prefix(2).map(\.data.u64)) == [1 << 40, .max])

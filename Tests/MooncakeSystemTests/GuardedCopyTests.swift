@@ -7,7 +7,7 @@ import Testing
 
 /// Copies that a guard word and signals interrupt.
 struct GuardedCopyTests {
-  /// Sends a signal to the calling thread all the while `body` runs.
+  /// Keeps sending a signal to the calling thread while `body` runs.
   private static func underSignals(_ body: () throws -> Void) throws {
     signal(SIGURG) { _ in }
     let target = Box(pthread_self())
@@ -60,7 +60,7 @@ struct GuardedCopyTests {
     }
     try Self.underSignals {
       for count in 1...1500 { try #require(copies(count), "\(count) bytes") }
-      // On a busy machine it may take long until a signal comes in the middle of a copy.
+      // On a busy machine it may take long until a signal hits a copy.
       let deadline = Deadline.after(milliseconds: 60_000)
       var rounds = 0
       while rounds < 1500 || rseq != nil && interruptions < 10 && !deadline.hasPassed {

@@ -15,7 +15,7 @@ import Testing
           for round in 0..<rounds {
             total.lock.withLock { value in
               let before = value
-              // Others get to run, so that some find the lock held and sleep.
+              // Lets others run, so that some find the lock held and sleep.
               if round % 1000 == 0 { sched_yield() }
               value = before + 1
             }
@@ -54,7 +54,7 @@ import Testing
 }
 
 @Suite struct ForkTests {
-  /// A fork waits for who is inside, and who comes meanwhile waits for the fork.
+  /// A fork waits for threads that hold the lock; others wait for the fork.
   @Test func aForkComesBetween() throws {
     let isInside = Futex()
     let flag = Flag()
@@ -80,7 +80,7 @@ import Testing
 
   private final class Flag: Sendable { let value = Atomic<Bool>(false) }
 
-  /// The exit status of a child that runs `body`, and whether it ended by itself.
+  /// The exit status of a child that runs `body`, and whether it exited normally.
   private func forked(_ body: () -> Int32) -> (Int32, Bool) {
     typealias Fork = @convention(c) () -> pid_t
     let fork = unsafeBitCast(dlsym(nil, "fork"), to: Fork.self)

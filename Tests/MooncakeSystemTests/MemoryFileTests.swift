@@ -14,7 +14,7 @@ struct MemoryFileTests {
     #expect(other.address.load(as: UInt16.self) == 0x1122)
   }
 
-  /// A holder that took pages away would kill every other one that touches them.
+  /// Truncating the file would kill every other process that touches the lost pages.
   @Test func nobodyChangesTheSize() throws {
     let file = try MemoryFile(name: "test", byteCount: 8192)
     for size in [0, 4096, 16_384] {

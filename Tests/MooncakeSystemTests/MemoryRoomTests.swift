@@ -3,7 +3,7 @@ import MooncakeSystem
 import Testing
 
 @Suite struct MemoryRoomTests {
-  /// Files below a directory that stands for "/".
+  /// Files below a directory that stands in for "/".
   private static func room(_ files: [(String, String)]) -> MemoryRoom? {
     var template = Array("/tmp/mooncake-test-XXXXXX".utf8CString)
     guard mkdtemp(&template) != nil else { fatalError("no directory for a test") }

@@ -6,7 +6,7 @@ import Testing
 @Suite(.serialized) struct ResolverTests {
   @Test(arguments: ["127.0.0.1", "::1", "10.0.0.5"])
   func numericNeedsNoLookup(host: String) throws {
-    // A deadline that has passed shows that nothing was waited for.
+    // A passed deadline shows that nothing was waited for.
     let addresses = try Resolver.resolve(
       host, port: 7, deadline: Deadline(nanoseconds: 1))
     #expect(addresses.map(\.host) == [host])
@@ -33,7 +33,7 @@ import Testing
   @Test func hangingLookupEndsAtTheDeadlineAndItsSlotComesBack() throws {
     let gate = Gate()
     let start = Clock.now()
-    // More callers than slots: none waits longer than its deadline, no more threads than slots run.
+    // More callers than slots: none waits beyond its deadline, and no more threads than slots run.
     for _ in 0..<(Resolver.maximumLookups + 4) {
       do throws(ResolveError) {
         _ = try Resolver.resolve(

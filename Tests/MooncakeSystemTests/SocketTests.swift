@@ -26,7 +26,7 @@ struct SocketAddressTests {
     "", "localhost", "127.0.0", "256.0.0.1", "1.2.3.4:5", "[::1]", "::g", " 1.2.3.4",
   ])
   func notNumeric(_ host: String) {
-    // Some of these are addresses to the C library's old parser; none may be a name.
+    // The C library's old parser takes some of these for addresses; none may be accepted as a name.
     if let address = SocketAddress(numeric: host, port: 1) {
       #expect(address.family == AF_INET, "\(host) became \(address)")
     }
@@ -46,7 +46,7 @@ struct SocketTests {
       var size: Int32 = 0
       var length = socklen_t(MemoryLayout<Int32>.size)
       #expect(getsockopt(socket.rawValue, SOL_SOCKET, option, &size, &length) == 0)
-      // The kernel adds as much again for its own use.
+      // The kernel doubles it for its own use.
       #expect(size == 200_000)
     }
   }

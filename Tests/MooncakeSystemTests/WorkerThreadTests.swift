@@ -46,7 +46,7 @@ struct WorkerThreadTests {
     #expect(isCurrent.load(ordering: .relaxed) && !started.isCurrent)
   }
 
-  /// Who keeps its own thread, as most owners do, is freed all the same.
+  /// An owner that keeps its own thread, as most do, is freed all the same.
   @Test func whatItRunsIsLetGo() throws {
     final class Owner: Sendable { let thread = Lock<WorkerThread?>(nil) }
     weak var left: Owner?

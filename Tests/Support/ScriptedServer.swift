@@ -10,13 +10,13 @@ package final class ScriptedServer: @unchecked Sendable {
   package enum Reply {
     case text(String)
     case bytes([UInt8])
-    /// An answer of HTTP.
+    /// An HTTP answer.
     case http(Int, String)
-    /// Ends the connection without a word.
+    /// Closes the connection without an answer.
     case close
-    /// Answers, and ends the connection.
+    /// Answers, then closes the connection.
     case last(String)
-    /// Says nothing, and waits for the end of the connection.
+    /// Does not answer, and waits for the client to close.
     case silence
   }
 

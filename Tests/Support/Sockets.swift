@@ -1,7 +1,7 @@
 import Glibc
 import MooncakeSystem
 
-/// Sockets that tests use by hand, with bounded waits.
+/// Raw sockets for tests, with bounded waits.
 extension Socket {
   private static let patienceMilliseconds: UInt64 = 5000
 

@@ -1,4 +1,4 @@
-/// What happens when, earliest first; equal times in the order of their scheduling.
+/// Scheduled events, earliest first; equal times in the order of scheduling.
 struct EventQueue<Event> {
   private struct Entry {
     let time: UInt64

@@ -1,4 +1,4 @@
-/// Shards that one node reads from another, one after the other.
+/// The shards that one node reads from another, one after the other.
 final class Channel {
   let holder: Int
   let receiver: Int
@@ -7,9 +7,9 @@ final class Channel {
   var remainingBytes = 0.0
   var rate = 0.0
   var settled: UInt64 = 0
-  /// Arrived, not told to the plan.
+  /// Arrived, but not yet reported to the plan.
   var untoldBytes = 0.0
-  /// Tells valid events from those of a former rate.
+  /// Distinguishes current events from those scheduled for a former rate.
   var generation = 0
   var isFlowing = false
 
@@ -20,8 +20,8 @@ final class Channel {
 }
 
 /// Links: each node's capacity up and down, split evenly among its flowing channels. A flow gets
-/// the smaller of its two shares; what it leaves of the other stays unused, so results err on the
-/// slow side, or goes to the other flows there where that is asked for.
+/// the smaller of its two shares. What it leaves of the other share stays unused, so results err on
+/// the slow side, or goes to the other flows there if that is asked for.
 struct Network {
   private(set) var up: [[Channel]]
   private(set) var down: [[Channel]]
@@ -88,11 +88,11 @@ struct Network {
     capacity[channel.receiver] / Double(down[channel.receiver].count)
   }
 
-  /// What a flow gets at most at one of its ends.
+  /// The most that a flow gets at one of its ends.
   private func level(at node: Int, _ channels: [Channel], _ limit: (Channel) -> Double) -> Double {
     var level = capacity[node] / Double(channels.count)
     if !redistributes { return level }
-    // What flows with a smaller share at their other end leave is for the others.
+    // Shares that flows cannot use, because of their other end, go to the others.
     for _ in 0..<3 {
       let small = channels.map(limit).filter { $0 < level }
       if small.isEmpty || small.count == channels.count { break }

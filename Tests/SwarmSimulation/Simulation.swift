@@ -2,12 +2,12 @@ import CLinux
 import MooncakeP2P
 
 /// A swarm on a virtual clock: node 0 is the origin, the others receive. Links, latencies and
-/// failures are modeled; who asks whom and who grants what is decided by the code of the store.
+/// failures are modeled; the store's own code decides who asks whom and who grants what.
 package final class Simulation {
   private enum Event {
     case start(Int)
     case wake(Int)
-    /// Nobody waits for the answer of the last one that a holder hears.
+    /// Nobody waits for the answer to the last message that a holder gets.
     case askArrives(from: Int, to: Int, ShardRequest, deadline: UInt64, isLast: Bool)
     case answer(Int, from: Int, ShardAnswer)
     case askFails(Int, from: Int, isRefused: Bool)
@@ -23,7 +23,7 @@ package final class Simulation {
     var ledger: UploadLedger?
     var fault: Scenario.Fault?
     var isFinished = false
-    /// When the next answer's processing may begin.
+    /// When the processing of the next answer may begin.
     var freeTime: UInt64 = 0
     var wakeTime = UInt64.max
     var lastShard: UInt64?
@@ -121,7 +121,7 @@ package final class Simulation {
 
   // MARK: Receivers
 
-  /// Head, page of holders, lease, own record: four operations; a fifth tells completion.
+  /// Head, page of holders, lease, own record: four operations; a fifth reports completion.
   private func start(_ node: Int) {
     firstStart = min(firstStart, now)
     if nodes[node].hasEnded { return }
@@ -142,7 +142,7 @@ package final class Simulation {
     pump(node)
   }
 
-  /// A page of records at a random position; those of the dead are still among them.
+  /// A page of records from a random position; those of dead holders are still among them.
   private func addHolders(_ node: Int) {
     if registered.count <= 16 {
       for holder in registered { nodes[node].plan?.add(address(holder), isOrigin: false) }
@@ -167,7 +167,7 @@ package final class Simulation {
       unfinishedCount -= 1
       return
     }
-    // Being stuck is noticed at the latest by a look once a second.
+    // Being stuck is noticed at the latest by the check once a second.
     let time = min(max(now + 1, nodes[node].plan!.wakeTime), now + 1_000_000_000)
     if time == nodes[node].wakeTime { return }
     nodes[node].wakeTime = time
@@ -251,11 +251,11 @@ package final class Simulation {
     }
   }
 
-  /// A question by chance, or because it does not fit.
+  /// Lost by chance, or because it is too large.
   private func isLost(_ request: ShardRequest, _ from: Int, _ to: Int) -> Bool {
     if scenario.lostPerMille > 0, random.next() % 1000 < scenario.lostPerMille { return true }
     if !isNarrow(from, to) { return false }
-    // Base64 of a bit a shard, and what frames it.
+    // Base64 of one bit per shard, plus framing.
     return request.have.count / 6 + request.reading.count * 4 + 400 > Self.narrowBytes
   }
 
@@ -379,7 +379,7 @@ package final class Simulation {
 
   // MARK: Memory
 
-  /// What the heap loses when plans and ledgers go.
+  /// The heap memory freed when plans and ledgers are released.
   private func measureMemory() {
     func heapBytes() -> Int {
       let info = mallinfo2()

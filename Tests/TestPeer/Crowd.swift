@@ -69,7 +69,7 @@ final class Crowd: @unchecked Sendable {
     defer { engine.close() }
     let before = Footprint.now()
     while let line = readLine(), !line.isEmpty { try open(line) }
-    // What all peers share starts with the first: threads and their stacks.
+    // What all peers share, threads and stacks, is created with the first.
     for index in peers.indices { try submit(index, byteCount: 64) }
     while ended.withLock({ $0.count }) < peers.count { usleep(1000) }
     _ = finish(counting: false)
@@ -132,7 +132,7 @@ final class Crowd: @unchecked Sendable {
     }
   }
 
-  /// Takes the batches that have ended; returns their peers.
+  /// Collects the batches that have ended; returns their peers.
   private func finish(counting: Bool) -> [Int] {
     let done = ended.withLock { ended in
       defer { ended = [] }

@@ -3,21 +3,21 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Creates, connects, uses and destroys pairs of engines, and counts what the process holds.
+/// Creates, connects, uses and destroys pairs of engines, and counts the process's resources.
 struct EngineCycles {
   var count: Int
 
   struct Leak: Error { var what: String }
 
   func run() throws {
-    // The first cycles load libraries and start what stays for the process.
+    // The first cycles load libraries and start what stays for the life of the process.
     for _ in 0..<5 { try cycle() }
     let before = Footprint.now()
     for _ in 0..<count { try cycle() }
     let after = Footprint.now()
     try check("descriptors", before.descriptors, after.descriptors)
     try check("threads", before.threads, after.threads)
-    // Allocators keep some, sanitizers much; a leak of even 64 KiB a cycle is beyond this.
+    // Allocators keep some memory, sanitizers much; a leak of even 64 KiB a cycle exceeds this.
     if dlsym(nil, "__asan_init") == nil && dlsym(nil, "__tsan_init") == nil {
       try check(
         "resident KiB", before.residentKiB, after.residentKiB, slack: max(8192, count * 32))
@@ -50,7 +50,7 @@ struct EngineCycles {
     let status = try initiator.wait(batch, timeoutMilliseconds: 10_000)
     if status.state != .completed { throw Leak(what: "a transfer ended \(status.state)") }
     if target.receiveNotification() == nil { throw Leak(what: "a notification is missing") }
-    // Every other cycle leaves freeing to the engine's end.
+    // Every other cycle leaves freeing to the engine.
     if UInt(bitPattern: local) >> 12 & 1 == 0 {
       try initiator.freeBatch(batch)
       try initiator.closeSegment(segment)

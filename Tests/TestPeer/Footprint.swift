@@ -1,13 +1,13 @@
 import Glibc
 
-/// What this process holds.
+/// The resources of this process.
 struct Footprint {
   var descriptors: Int
   var threads: Int
   var residentKiB: Int
 
   static func now() -> Footprint {
-    // Threads vanish from the list a moment after they were joined.
+    // Joined threads leave the list a moment later.
     usleep(20_000)
     return Footprint(
       descriptors: entries("/proc/self/fd"), threads: entries("/proc/self/task"),

@@ -21,7 +21,7 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// What the flags ask of the process and of its memory.
+/// The flags for the process and its memory.
 private struct Setting {
   let isOrdinary: Bool
   let hasFew: Bool
@@ -34,7 +34,7 @@ private struct Setting {
     access = words.contains("readable") ? .remoteRead : [.remoteRead, .remoteWrite]
     if words.contains("nobody") && geteuid() == 0 {
       if setgid(65_534) != 0 || setuid(65_534) != 0 { fail("cannot give up root: \(errno)") }
-      // A change of user closes the process until it says otherwise.
+      // Changing users makes a process untraceable until it asks otherwise.
       _ = linux_set_dumpable(1)
     }
     if words.contains("closed") { _ = linux_set_dumpable(0) }
@@ -74,7 +74,7 @@ struct SharingPeer {
   }
 }
 
-/// Leaves the process so many free descriptors; those below the highest in use may be more.
+/// Leaves the process that many descriptor numbers, counted from the lowest free one.
 private func limitDescriptors(to count: UInt) {
   let free = dup(STDIN_FILENO)
   close(free)

@@ -1,5 +1,5 @@
-/* Everything that mooncake.h can be given wrong: an error code and a message of its own each time,
- * and an engine that works as before. bad_input_dropin.c does the same for the drop-in header. */
+/* Every kind of bad input to mooncake.h: each gives an error code and its own message, and the
+ * engine still works. bad_input_dropin.c does the same for the drop-in header. */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <pthread.h>
@@ -23,7 +23,7 @@ static char *long_text; /* LONG_LENGTH times 'a' */
 
 static char marker[512];
 
-/* Leaves a message that has nothing to do with the call to come, so that one that stays is seen. */
+/* Leaves a message unrelated to the next call, so that a stale one is noticed. */
 static void provoke(void) {
   CHECK_EQUAL(mooncake_log_set_level(77777), MOONCAKE_ERROR_INVALID_ARGUMENT);
   snprintf(marker, sizeof marker, "%s", mooncake_error_message());
@@ -110,18 +110,18 @@ static void bad_handles(void) {
                         (uintptr_t)zeros, (uintptr_t)noise, freed_address,
                         live + 1, live - 1, live + 8, live ^ ((uintptr_t)1 << 40)};
   for (size_t index = 0; index < sizeof values / sizeof values[0]; index += 1) {
-    /* The freed block may have become the engine itself. */
+    /* The freed block may now be the engine itself. */
     if (values[index] != live) try_handle((mooncake_engine_t *)values[index]);
   }
   REQUIRE_OK(mooncake_engine_destroy(engine));
   try_handle(engine);
-  /* Also after its place may have been taken by another. */
+  /* Even if its place may have been reused. */
   mooncake_engine_t *next = NULL;
   REQUIRE_OK(mooncake_engine_create(NULL, &next));
   if (next != engine) try_handle(engine);
   REQUIRE_OK(mooncake_engine_destroy(next));
 
-  /* An engine of the other header is not one of this. */
+  /* An engine of the other header is not valid here. */
   transfer_engine_t other =
       createTransferEngine("P2PHANDSHAKE", "127.0.0.1:0", "127.0.0.1", 0, 0);
   REQUIRE(other != NULL);
@@ -204,7 +204,7 @@ static void bad_options(void) {
   close(listener);
 }
 
-/* ---- Arguments, given to an engine that works ---- */
+/* ---- Arguments, with a working engine ---- */
 
 static void bad_outputs(mooncake_engine_t *engine) {
   uint64_t length = 0;
@@ -294,7 +294,7 @@ static void bad_segments(mooncake_engine_t *engine) {
   EXPECT(HANDLE, mooncake_segment_describe(engine, -5, text, sizeof text, NULL));
 }
 
-/* A peer that accepts and says nothing costs no more than the timeout. */
+/* A peer that accepts and never answers costs no more than the timeout. */
 static void silent_peer(mooncake_engine_t *engine) {
   mooncake_segment_t segment = 0;
   uint32_t port = 0;
@@ -308,7 +308,7 @@ static void silent_peer(mooncake_engine_t *engine) {
   close(listener);
 }
 
-/* A name nobody can resolve is given up on within the timeout, however slow the resolver is. */
+/* An unresolvable name fails within the timeout, however slow the resolver is. */
 static void unresolvable_peer(mooncake_engine_t *engine) {
   mooncake_segment_t segment = 0;
   double start = seconds_now();
@@ -342,7 +342,7 @@ static void bad_requests(mooncake_engine_t *engine, unsigned char *memory) {
   EXPECT_SUBMIT(range, target_offset, UINT64_MAX - 10);
   EXPECT_SUBMIT(range, length, UINT64_MAX);
   EXPECT_SUBMIT(range, length, UINT64_MAX - (uint64_t)(uintptr_t)memory);
-  /* Out of a registered buffer, and into one. */
+  /* Beyond a registered buffer, and into one. */
   EXPECT_SUBMIT(ONLY(NOT_REGISTERED), source, memory + LENGTH - 4095);
   EXPECT_SUBMIT(ONLY(NOT_REGISTERED), source, memory - 1);
 #undef EXPECT_SUBMIT
@@ -357,7 +357,7 @@ static void bad_requests(mooncake_engine_t *engine, unsigned char *memory) {
          mooncake_batch_submit_notify(engine, batch, requests, 1, 0, "a", long_text));
   EXPECT(INVALID, mooncake_transfer_sync(engine, NULL, 1, 1000));
   EXPECT(INVALID | ONLY(FULL), mooncake_transfer_sync(engine, requests, UINT64_MAX, 1000));
-  /* None of this has left a request behind. */
+  /* None of these calls has left a request behind. */
   REQUIRE_OK(mooncake_batch_poll(engine, batch, &status));
   CHECK_EQUAL(status.submitted_count, 0);
   REQUIRE_OK(mooncake_batch_free(engine, batch));

@@ -1,5 +1,5 @@
-/* Everything that transfer_engine_c.h can be given wrong: the code of the right error space, a
- * message each time, and an engine that works as before. */
+/* Every kind of bad input to transfer_engine_c.h: each gives a code of the right error space
+ * and a message, and the engine still works. */
 #include "mooncake.h"
 #include "transfer_engine_c.h"
 
@@ -10,7 +10,7 @@ enum { LENGTH = 64 << 10, LONG_LENGTH = 4 << 20 };
 static char *long_text; /* LONG_LENGTH times 'a' */
 static char marker[512];
 
-/* Leaves a message that has nothing to do with the call to come, so that one that stays is seen. */
+/* Leaves a message unrelated to the next call, so that a stale one is noticed. */
 static void provoke(void) {
   CHECK_EQUAL(mooncake_log_set_level(77777), MOONCAKE_ERROR_INVALID_ARGUMENT);
   snprintf(marker, sizeof marker, "%s", mooncake_error_message());
@@ -126,7 +126,7 @@ static void bad_handles(void) {
                         (uintptr_t)zeros, (uintptr_t)noise, freed_address,
                         live + 1, live - 1, live + 8, live ^ ((uintptr_t)1 << 40)};
   for (size_t index = 0; index < sizeof values / sizeof values[0]; index += 1) {
-    /* The freed block may have become the engine itself. */
+    /* The freed block may now be the engine itself. */
     if (values[index] != live) try_handle((transfer_engine_t)values[index]);
   }
   destroyTransferEngine(engine);
@@ -135,7 +135,7 @@ static void bad_handles(void) {
   if (next != engine) try_handle(engine);
   destroyTransferEngine(next);
 
-  /* An engine of the other header is not one of this, and a transport is no engine. */
+  /* An engine of the other header is not valid here, nor is a transport. */
   mooncake_engine_t *other = NULL;
   REQUIRE_OK(mooncake_engine_create(NULL, &other));
   try_handle((transfer_engine_t)other);
@@ -217,7 +217,7 @@ static void bad_segments(transfer_engine_t engine) {
   EXPECT(ERR_INVALID_ARGUMENT, getLocalIpAndPort(engine, text, 0));
   EXPECT(ERR_INVALID_ARGUMENT, showLinks(engine, NULL, 10, 0));
   EXPECT(ERR_INVALID_ARGUMENT, showLinks(engine, text, 0, 0));
-  /* A length that no buffer has: either is fine, as long as only the text is written. */
+  /* No buffer has that length: any code is fine, as long as only the text is written. */
   int code = getLocalIpAndPort(engine, text, SIZE_MAX);
   CHECK(code == 0 || code == ERR_INVALID_ARGUMENT);
 }
@@ -250,7 +250,7 @@ static void bad_requests(transfer_engine_t engine, unsigned char *memory) {
   EXPECT_SUBMIT(length, UINT64_MAX);
   EXPECT_SUBMIT(target_offset, UINT64_MAX - 10);
 #undef EXPECT_SUBMIT
-  /* Out of a registered buffer, and into one. */
+  /* Beyond a registered buffer, and into one. */
   requests[1] = good;
   requests[1].source = memory + LENGTH - 4095;
   EXPECT(3, submitTransfer(engine, batch, requests, 2));

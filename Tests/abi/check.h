@@ -1,4 +1,4 @@
-/* What the ABI programs share: checks that print where and what, and bounded waiting. */
+/* Helpers of the ABI programs: checks that print place and condition, and bounded waiting. */
 #ifndef ABI_CHECK_H
 #define ABI_CHECK_H
 
@@ -29,12 +29,12 @@ static inline int check_integers(long long actual, long long expected, const cha
   return actual == expected;
 }
 
-/* Counts a failure and goes on. */
+/* Counts a failure and continues. */
 #define CHECK(condition) check_that((condition) ? 1 : 0, #condition, __FILE__, __LINE__)
 #define CHECK_EQUAL(actual, expected) \
   check_integers((long long)(actual), (long long)(expected), #actual, __FILE__, __LINE__)
 
-/* Ends the program where going on would be pointless. */
+/* Ends the program if continuing would be pointless. */
 #define REQUIRE(condition) \
   do { \
     if (!CHECK(condition)) exit(1); \
@@ -75,7 +75,7 @@ static inline void sleep_milliseconds(long milliseconds) {
   nanosleep(&duration, NULL);
 }
 
-/* A pattern in which neither a shift nor a swapped block goes unseen. */
+/* A pattern that reveals shifted and swapped blocks. */
 static inline void fill_pattern(void *memory, uint64_t length, uint64_t seed) {
   unsigned char *bytes = (unsigned char *)memory;
   uint64_t state = seed * 2 + 1;
@@ -107,7 +107,7 @@ static inline int has_only(const void *memory, uint64_t length, unsigned char va
   return 1;
 }
 
-/* Page-aligned, zeroed memory that lives as long as the process. */
+/* Page-aligned, zeroed memory for the lifetime of the process. */
 static inline void *new_pages(uint64_t length) {
   void *memory = NULL;
   if (posix_memalign(&memory, 4096, length) != 0) {
@@ -118,8 +118,8 @@ static inline void *new_pages(uint64_t length) {
   return memory;
 }
 
-/* Number of entries of a folder such as /proc/self/fd. The folder's own descriptor counts alike
- * before and after. */
+/* Number of entries of a folder such as /proc/self/fd. The folder's own descriptor is always
+ * among them. */
 static inline int count_entries(const char *folder) {
   DIR *directory = opendir(folder);
   int count = 0;
@@ -132,8 +132,8 @@ static inline int count_entries(const char *folder) {
   return count;
 }
 
-/* Waits until the folder has count entries: a thread that has been joined stays listed for a
- * moment. Returns the last number seen. */
+/* Waits until the folder has count entries, because a joined thread stays listed for a moment.
+ * Returns the last number seen. */
 static inline int settle_entries(const char *folder, int count) {
   double end = seconds_now() + 3;
   int seen = count_entries(folder);

@@ -8,7 +8,7 @@ enum { WARM_UP_COUNT = 50, CYCLE_COUNT = 1000, LENGTH = 16 << 10, GROWTH_BYTES =
 
 static unsigned char *memory;
 
-/* One life, ended with a batch, a registration and an open segment left to destroy(). */
+/* One engine, ended by destroy() with a batch, a registration and an open segment left. */
 static void live_once(uint64_t index) {
   mooncake_engine_t *engine = NULL;
   mooncake_batch_t batch = 0;

@@ -1,6 +1,6 @@
-/* What a sandbox forbids: for each system call that the library makes, a process in which it fails
- * creates two engines and moves bytes between them. Where there is another way, they arrive; where
- * there is none, creating an engine fails with the name of the call. Nothing crashes or hangs. */
+/* Sandboxes: for each system call of the library, a process in which it fails creates two
+ * engines and moves bytes between them. If there is another way, the bytes arrive; if not,
+ * creating an engine fails with the name of the call. Nothing crashes or hangs. */
 #include <errno.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -17,7 +17,7 @@
 
 enum { LENGTH = 192 << 10, SMALL = 700, SMALL_COUNT = 40, CHILD_SECONDS = 60 };
 
-/* How a process may end. */
+/* The allowed exit statuses. */
 enum { MOVED = 0, REFUSED = 3 };
 
 enum { NEVER = 0, IN_CREATE = 1, LATER = 2 };
@@ -30,9 +30,9 @@ typedef struct denied {
 
 #define CALL(name, may_refuse) {SYS_##name, #name, may_refuse}
 
-/* Left out are futex, gettid, mmap, mprotect, read, write, close and the calls for signals, without
- * which locks, threads and memory do not work at all, and rseq: the C library ends a process whose
- * later threads may not do what its first one did. */
+/* Not included: futex, gettid, mmap, mprotect, read, write, close and the signal calls, without
+ * which locks, threads and memory do not work at all; and rseq, because the C library ends a
+ * process in which only later threads lack it. */
 static const denied_t denied_calls[] = {
   CALL(memfd_create, NEVER),
   CALL(ftruncate, NEVER),
@@ -105,7 +105,7 @@ static void deny(int number, int error) {
   REQUIRE(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
 }
 
-/* Ends the process where a call of the library fails: rightly so if it had no other way and says
+/* Ends the process if a call of the library fails: with REFUSED if it had no other way and says
  * why. */
 static void need(const denied_t *call, int32_t code, const char *what) {
   if (code == MOONCAKE_OK) return;
@@ -123,7 +123,7 @@ static void create(const denied_t *call, const char *transports, mooncake_engine
   options.transports = transports;
   if (mooncake_engine_create(&options, engine) == MOONCAKE_OK) return;
   const char *message = mooncake_error_message();
-  /* clone3 is pthread_create's own affair. */
+  /* pthread_create makes the clone3 call. */
   const char *name = strcmp(call->name, "clone3") == 0 ? "pthread_create" : call->name;
   if (call->may_refuse == IN_CREATE && strstr(message, name) == NULL) {
     fprintf(stderr, "%s: the error does not name it: %s\n", call->name, message);
@@ -133,8 +133,8 @@ static void create(const denied_t *call, const char *transports, mooncake_engine
   _exit(REFUSED);
 }
 
-/* One large block and many small ones, there and back, with the library's memory as target or the
- * caller's. */
+/* One large block and many small ones, there and back, with the library's or the caller's
+ * memory as the target. */
 static void move(const denied_t *call, mooncake_engine_t *from, mooncake_engine_t *to,
                  int is_allocated, uint64_t seed) {
   mooncake_transfer_request_t requests[1 + SMALL_COUNT];
@@ -206,7 +206,7 @@ static void check_call(const denied_t *call, int error, const char *transports) 
   CHECK(0);
 }
 
-/* A limit of file sizes counts for memory files: an error where they are made, never SIGXFSZ. */
+/* File size limits also apply to memory files: an error when they are made, never SIGXFSZ. */
 static void check_file_limit(void) {
   const denied_t nothing = {-1, "RLIMIT_FSIZE", NEVER};
   const struct rlimit former = {RLIM_INFINITY, RLIM_INFINITY};

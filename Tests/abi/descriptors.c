@@ -1,4 +1,4 @@
-/* A process that is out of descriptors is told that, and not that its peer is silent. */
+/* A process out of descriptors gets that error, not that its peer is silent. */
 #include <fcntl.h>
 #include <sys/resource.h>
 

@@ -1,11 +1,11 @@
-/* The library is loaded, used and given back by threads that come and go. */
+/* Short-lived threads load, use and unload the library. */
 #include <pthread.h>
 
 #include "loaded.h"
 
 static const char *library_path;
 
-/* Loads, works and gives back, all on one thread that then ends. */
+/* Loads, works and unloads, all on one thread that then ends. */
 static void *load_use_close(void *argument) {
   uint64_t seed = (uint64_t)(uintptr_t)argument;
   unsigned char *memory = NULL;
@@ -13,7 +13,7 @@ static void *load_use_close(void *argument) {
   mooncake_engine_t *engine = loaded_create(&library, &memory);
   loaded_round_trip(&library, engine, memory, seed);
   loaded_destroy(&library, engine, memory);
-  /* The failure leaves a message in this thread's storage, which has to outlive dlclose(). */
+  /* The failure leaves a message in this thread's storage, which must outlive dlclose(). */
   CHECK_EQUAL(library.mooncake_engine_destroy(engine), MOONCAKE_ERROR_INVALID_HANDLE);
   CHECK(library.mooncake_error_message()[0] != 0);
   CHECK(dlclose(library.handle) == 0);
@@ -26,7 +26,7 @@ typedef struct left_behind {
   unsigned char *memory;
 } left_behind_t;
 
-/* Loads, creates an engine and gives the library back while the engine lives. */
+/* Loads, creates an engine, and unloads the library while the engine lives. */
 static void *load_create_close(void *argument) {
   left_behind_t *left = (left_behind_t *)argument;
   left->library = load_library(library_path);

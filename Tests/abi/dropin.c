@@ -1,4 +1,4 @@
-/* The drop-in header as a program written for the original uses it: life cycle, return codes in
+/* The drop-in header as used by a program written for Mooncake: life cycle, return codes in
  * both error spaces, and where ours promises more. */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -110,7 +110,7 @@ static void write_and_read_back(const pair_t *pair) {
     CHECK_EQUAL(status.transferred_bytes, LENGTH / 4);
   }
   CHECK(has_pattern(pair->remote, LENGTH, 1));
-  /* Programs that look at the status alone must not find that of the task before. */
+  /* Programs that only look at the status must not see the previous task's. */
   CHECK_EQUAL(getTransferStatus(pair->initiator, batch, 4, &status), 1);
   CHECK_EQUAL(status.status, STATUS_FAILED);
   CHECK_EQUAL(status.transferred_bytes, 0);
@@ -120,7 +120,7 @@ static void write_and_read_back(const pair_t *pair) {
   CHECK_EQUAL(getTransferStatus(pair->initiator, batch, 0, &status), 1);
   CHECK_EQUAL(status.status, STATUS_FAILED);
 
-  /* Read back, and free without ever having polled. */
+  /* Reads back, and frees without ever having polled. */
   memset(pair->local, 0, LENGTH);
   requests[0] = make_request(pair, OPCODE_READ, 0, LENGTH);
   batch = allocateBatchID(pair->initiator, 1);
@@ -164,7 +164,7 @@ static void bad_targets(const pair_t *pair) {
   requests[1].target_id = 9999;
   CHECK_EQUAL(submitTransfer(pair->initiator, batch, requests, 2), 1);
   CHECK(mooncake_error_message()[0] != 0);
-  /* All or none: the good one was not added either. */
+  /* All or none: the valid one was not added either. */
   CHECK_EQUAL(getTransferStatus(pair->initiator, batch, 0, &status), 1);
 
   requests[0].target_offset = (uint64_t)(uintptr_t)foreign;
@@ -225,7 +225,7 @@ static void notify(const pair_t *pair) {
   CHECK(strcmp(received[1].name, name) == 0 && strcmp(received[1].msg, second) == 0);
   CHECK_EQUAL(freeNotifsMsgBuf(received, size), 0);
 
-  /* The promise that free(3) may end them as well. */
+  /* The messages may also be freed with free(3). */
   CHECK_EQUAL(genNotifyInEngine(pair->initiator, (uint64_t)pair->segment, message), 0);
   received = getNotifsFromEngine(pair->target, &size);
   REQUIRE_EQUAL(size, 1);
@@ -283,7 +283,7 @@ static void ports(void) {
   char first_name[64] = "";
   char second_name[64] = "";
   transfer_engine_t first = NULL;
-  /* Another process may take the port in between, so a second and third try are fair. */
+  /* Another process may take the port in between, hence up to three attempts. */
   for (int attempt = 0; attempt < 3 && strcmp(first_name, wanted) != 0; attempt += 1) {
     if (first != NULL) destroyTransferEngine(first);
     snprintf(wanted, sizeof wanted, "127.0.0.1:%d", free_port());
@@ -307,8 +307,8 @@ static void ports(void) {
   destroyTransferEngine(discovering);
 }
 
-/* A stopped peer: busy until the deadline of main()'s MC_TRANSFER_TIMEOUT, then FAILED, which is
- * all that programs know. */
+/* A stopped peer: waiting until the deadline by MC_TRANSFER_TIMEOUT of main(), then FAILED, the
+ * only failure that programs know. */
 static void stopped_peer(const pair_t *pair, const peer_t *peer) {
   transfer_request_t request = make_request(pair, OPCODE_READ, 0, LENGTH);
   transfer_status_t status;
@@ -336,7 +336,7 @@ static void stopped_peer(const pair_t *pair, const peer_t *peer) {
   CHECK_EQUAL(freeBatchID(pair->initiator, batch), 0);
 }
 
-/* Runs in a child: SIGTERM must end it in order although it only waits. */
+/* Runs in a child: SIGTERM must end it properly although it is only waiting. */
 static void graceful_child(void) {
   alarm(20);
   transfer_engine_t engine = create_engine("127.0.0.1:0");
@@ -360,7 +360,7 @@ static void shut_down_gracefully(void) {
 
 int main(int argument_count, char **arguments) {
   (void)argument_count;
-  /* The deadline comes from the environment, which must be there before the library is loaded. */
+  /* The deadline comes from the environment, which must be set before the library is loaded. */
   if (getenv("MC_TRANSFER_TIMEOUT") == NULL) {
     char seconds[8];
     snprintf(seconds, sizeof seconds, "%d", DEADLINE_SECONDS);

@@ -1,6 +1,6 @@
-/* The drop-in header with the eyes of a program that knows two ends of a transfer and looks at the
- * log alone: it always comes to an end, never takes missing data for success, and finds in the log
- * why a call failed. */
+/* The drop-in header for a program that knows two ends of a transfer and only reads the log:
+ * every transfer ends, missing data never counts as success, and the log says why a call
+ * failed. */
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -30,7 +30,7 @@ static void judge(int holds, int lines, const char *call, int line) {
   }
 }
 
-/* The condition on a failing call must hold and the log must say why. */
+/* The condition must hold for a failing call, and the log must say why. */
 #define FAILS(condition) \
   do { \
     int before_ = atomic_load(&line_count); \
@@ -38,7 +38,7 @@ static void judge(int holds, int lines, const char *call, int line) {
     judge(holds_, atomic_load(&line_count) - before_, #condition, __LINE__); \
   } while (0)
 
-/* Polls as programs do: without a look at the code, until one of the two ends they know. */
+/* Polls as programs do, ignoring the code, until one of the two ends that they know. */
 static int await_end(transfer_engine_t engine, batch_id_t batch, size_t task) {
   transfer_status_t status = {STATUS_WAITING, 0};
   double end = seconds_now() + WAIT_SECONDS;
@@ -100,7 +100,8 @@ static void failures_are_logged(void) {
   FAILS(freeBatchID(engine, INVALID_BATCH) == 1);
   FAILS(getNotifsFromEngine(engine, NULL) == NULL);
   FAILS(genNotifyInEngine(engine, 77, message) == ERR_METADATA);
-  /* From the middle of the buffer on over its end: named are the buffer, its end and the range. */
+  /* From the middle of the buffer beyond its end: the log names the buffer, its end and the
+   * range. */
   request.source = memory + 64;
   request.target_offset = (uint64_t)(uintptr_t)memory;
   request.length = 4096;
@@ -112,14 +113,14 @@ static void failures_are_logged(void) {
   FAILS(syncSegmentCache(engine) == ERR_INVALID_ARGUMENT);
   free(memory);
 
-  /* A program that repeats a bad call for ever does not fill the disk. */
+  /* A program that repeats a bad call forever does not fill the disk. */
   sleep_milliseconds(1100);
   int before = atomic_load(&line_count);
   for (int index = 0; index < 10000; index += 1) (void)freeBatchID(engine, 1);
   CHECK(atomic_load(&line_count) - before <= 100);
 }
 
-/* Calls that failed and whose result the program did not look at. */
+/* Failed calls whose result the program ignored. */
 static void nothing_is_taken_for_success(void) {
   unsigned char *memory = (unsigned char *)new_pages(4096);
   transfer_engine_t engine = create_engine();
@@ -132,7 +133,7 @@ static void nothing_is_taken_for_success(void) {
   batch_id_t batch = allocateBatchID(engine, 4);
   REQUIRE(batch != INVALID_BATCH);
   REQUIRE_EQUAL(submitTransfer(engine, batch, requests, 1), 0);
-  /* Refused as a whole: neither of its tasks exists. */
+  /* Refused as a whole: neither task exists. */
   CHECK_EQUAL(submitTransfer(engine, batch, requests, 2), 1);
   CHECK_EQUAL(await_end(engine, batch, 0), STATUS_COMPLETED);
   CHECK_EQUAL(await_end(engine, batch, 1), STATUS_FAILED);
@@ -157,7 +158,8 @@ static void *wait_for_end(void *argument) {
   return NULL;
 }
 
-/* Another thread destroys the engine while one polls a transfer that a stopped peer never ends. */
+/* A thread destroys the engine while another polls a transfer that a stopped peer never
+ * completes. */
 static void destroyed_meanwhile(const peer_t *peer) {
   unsigned char *memory = (unsigned char *)new_pages(LENGTH);
   waiter_t waiter = {create_engine(), 0, -1};

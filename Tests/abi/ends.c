@@ -1,7 +1,7 @@
-/* Who has seen the end of every request may free the batch at once, over memory and over TCP, by
- * either header, from the thread that submitted and from another.
+/* A caller that has seen every request end may free the batch at once: over shared memory and
+ * TCP, with either header, on the submitting thread and on another.
  *
- *   ends [BATCHES]    so many of each kind; prints how many were busy */
+ *   ends [BATCHES]    that many of each kind; prints how many were busy */
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -52,7 +52,8 @@ static void submit(const subject_t *self, uint64_t batch) {
   }
 }
 
-/* 1 once the request is COMPLETED. Before the submit there is none, which is no end either. */
+/* 1 once the request is COMPLETED. Before the submit it does not exist, which is not an end
+ * either. */
 static int is_completed(const subject_t *self, uint64_t batch, uint64_t index) {
   mooncake_transfer_status_t native;
   transfer_status_t dropin;
@@ -71,7 +72,8 @@ static int free_batch(const subject_t *self, uint64_t batch) {
                               : mooncake_batch_free(self->native, batch);
 }
 
-/* Polls until every request is COMPLETED and frees the batch; returns how often it was refused. */
+/* Polls until every request is COMPLETED and frees the batch; returns how often that was
+ * refused. */
 static uint64_t finish(const subject_t *self, uint64_t batch) {
   uint64_t refused = 0;
   for (uint64_t index = 0; index < REQUESTS; index += 1) {
@@ -94,7 +96,7 @@ static uint64_t alone(const subject_t *self, uint64_t count) {
   return refused;
 }
 
-/* Batches on their way from the thread that submits to the one that polls and frees. */
+/* Batches handed from the submitting thread to the one that polls and frees. */
 typedef struct handover {
   const subject_t *subject;
   uint64_t count;
@@ -125,7 +127,7 @@ static uint64_t by_two(const subject_t *subject, uint64_t count) {
     _Atomic uint64_t *place = &self.batches[index % RING];
     while (atomic_load(place) != 0) sched_yield();
     uint64_t batch = create_batch(subject);
-    /* The other polls from before the submit, so that it sees the end the moment it is there. */
+    /* The other one polls from before the submit, so that it sees the end at once. */
     atomic_store(place, batch);
     submit(subject, batch);
   }
@@ -138,7 +140,7 @@ static void measure(const char *header, const char *transport, subject_t *subjec
   subject->length = SMALL;
   uint64_t one = alone(subject, count);
   uint64_t two = by_two(subject, count);
-  /* What threads of the engine copy, on which nobody waits. */
+  /* Large enough to be copied by the engine's threads. */
   subject->length = LARGE;
   uint64_t large = alone(subject, count / 20);
   printf("%s, %s: busy in %llu batches: %llu, with another thread: %llu; large, in %llu: %llu "

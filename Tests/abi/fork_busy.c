@@ -1,6 +1,6 @@
-/* Children of a host whose threads are in the middle of everything: registering, moving memory,
- * logging, store handles, making engines. Each child makes an engine, uses it from several threads
- * and copies to a third process through shared memory; none may die, hang or see wrong bytes.
+/* Forks of a host whose threads are busy registering, moving memory, logging, using store
+ * handles and making engines. Each child makes an engine, uses it on several threads and copies
+ * to a third process through shared memory; none may die, hang or see wrong bytes.
  *
  * usage: fork_busy [SECONDS [SEED]]   (the default is short) */
 #include <pthread.h>
@@ -27,7 +27,7 @@ enum {
 
 static const uint32_t both = MOONCAKE_ACCESS_REMOTE_READ | MOONCAKE_ACCESS_REMOTE_WRITE;
 
-/* The third process: its buffer begins at `address`, a second one behind it comes and goes. */
+/* The third process: its buffer begins at `address`; a second one behind it comes and goes. */
 typedef struct third {
   pid_t pid;
   uint64_t address;
@@ -89,7 +89,7 @@ static void serve(int output) {
   REQUIRE(write(output, &self, sizeof self) == (ssize_t)sizeof self);
   unsigned char *other = (unsigned char *)new_pages(LENGTH);
   for (;;) {
-    /* Each end of a registration waits for the copies of every process. */
+    /* Each unregistration waits for the copies of every process. */
     REQUIRE_OK(mooncake_memory_register(engine, other, LENGTH, NULL, both));
     double start = seconds_now();
     REQUIRE_OK(mooncake_memory_unregister(engine, other));
@@ -116,7 +116,7 @@ static third_t start_third(void) {
   return third;
 }
 
-/* ---- What threads of the host and of its children do ---- */
+/* ---- Threads of the host and of its children ---- */
 
 static int goes_on(const worker_t *worker, int round) {
   if (worker->rounds == 0) atomic_store(&rounds[worker->seed], round);
@@ -145,7 +145,7 @@ static void use_batches(const worker_t *worker) {
   free(memory);
 }
 
-/* A request outside any buffer ends with a log line, a refused call with one when debugging. */
+/* A request outside any buffer is logged; a refused call only when debugging. */
 static void use_log(const worker_t *worker) {
   mooncake_batch_t batch = 0;
   mooncake_batch_status_t status;
@@ -205,7 +205,7 @@ static void child_main(const third_t *third, mooncake_engine_t *inherited, uint6
   CHECK_EQUAL(mooncake_engine_name(inherited, name, sizeof name, NULL),
               MOONCAKE_ERROR_INVALID_HANDLE);
   mooncake_engine_t *engine = new_engine();
-  /* Two of each kind that locks most, so that they meet; this thread is one of them. */
+  /* Two threads of each kind that lock most, so that they collide; this thread is one of them. */
   for (int index = 0; index < CHILD_THREADS; index += 1) {
     workers[index] = (worker_t){engine, third, (seed + (uint64_t)index / 2) % 4, CHILD_ROUNDS};
     REQUIRE(pthread_create(&threads[index], NULL, work, &workers[index]) == 0);

@@ -1,5 +1,5 @@
-/* Loads and uses the library where no Swift installation can be seen; scripts/test-abi hides it and
- * empties the environment. The process's own list of mappings proves that none was found. */
+/* Loads and uses the library where no Swift installation is visible; scripts/test-abi hides it
+ * and empties the environment. The process's list of mappings proves that none was used. */
 #include "loaded.h"
 
 static void require_no_swift_library(void) {
@@ -18,7 +18,7 @@ static void require_no_swift_library(void) {
 
 int main(int argument_count, char **arguments) {
   unsigned char *memory = NULL;
-  /* The path of the library, then a file of the toolchain that must not be there. */
+  /* The path of the library, then a toolchain file that must be invisible. */
   REQUIRE(argument_count == 3);
   REQUIRE(access(arguments[2], F_OK) != 0);
   loaded_t library = load_library(arguments[1]);

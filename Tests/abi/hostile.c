@@ -1,5 +1,5 @@
-/* Outsiders who send nonsense without end: what they make the host log and remember is bounded, and
- * others are served meanwhile.
+/* Outsiders that keep sending nonsense: what they make the host log and store is bounded, and
+ * others are still served.
  *
  * usage: hostile [SECONDS]   (of each flood; the default is short) */
 #include <arpa/inet.h>
@@ -69,9 +69,9 @@ static int connect_from(const char *own, uint16_t port, int flags) {
   return descriptor;
 }
 
-/* Both ports get what they must refuse, each time over a new connection. */
+/* Both ports get input that they must refuse, on a new connection each time. */
 static void flood_with_nonsense(void) {
-  /* Size, address and opcode of a read of memory that nobody registered. */
+  /* Size, address and opcode of a read of unregistered memory. */
   const uint64_t read_of_nothing[3] = {64, 64, 0x80};
   const char nonsense[] = "GET / HTTP/1.1\r\n\x1b[31mHost: a\r\n\r\n";
   double end = seconds_now() + flood_seconds;
@@ -95,7 +95,7 @@ static void flood_with_nonsense(void) {
   fflush(stdout);
 }
 
-/* A thousand requests of which everything but the last byte is there. */
+/* A thousand requests that lack only the last byte. */
 static void flood_with_requests(void) {
   static int sockets[CONNECTIONS];
   static size_t sent[CONNECTIONS];
@@ -125,7 +125,7 @@ static void flood_with_requests(void) {
   }
 }
 
-/* Each asks for the descriptor and takes none of the answer. */
+/* Each asks for the descriptor and never receives the answer. */
 static void flood_with_questions(void) {
   static int sockets[CONNECTIONS];
   const struct __attribute__((packed)) {
@@ -165,7 +165,7 @@ static void logged_lines(void) {
   while (is_running(attacker)) sleep_milliseconds(20);
 }
 
-/* Another address is served all the time, and memory stays bounded. */
+/* Another address is always served, and memory stays bounded. */
 static void held_memory(const char *name, void (*flood)(void)) {
   pid_t attacker = start(flood);
   long most = 0;

@@ -1,5 +1,5 @@
-/* What has not finished: cancel, deadline, a dead peer and destroy, each against a peer process
- * that is stopped. Terminal means terminal: afterwards nothing writes into the memory of a read. */
+/* Unfinished work: cancel, deadline, a dead peer and destroy, each with a stopped peer process.
+ * Terminal means terminal: afterwards nothing writes into the memory of a read. */
 #include "mooncake.h"
 
 #include "check.h"
@@ -30,7 +30,7 @@ static mooncake_batch_t submit_reads(const world_t *world, uint64_t timeout_ms) 
   return batch;
 }
 
-/* Waits at most seconds for every request to be terminal, which the batch status must then say. */
+/* Waits up to `seconds` until every request is terminal, as the batch status must then say. */
 static mooncake_batch_status_t await_end(const world_t *world, mooncake_batch_t batch,
                                          uint64_t seconds) {
   mooncake_batch_status_t status;
@@ -52,7 +52,7 @@ static void expect_each(const world_t *world, mooncake_batch_t batch, int32_t st
   }
 }
 
-/* Lets the peer go on and sees that what it still sends goes nowhere. */
+/* Resumes the peer and checks that nothing it still sends is stored. */
 static void expect_no_late_byte(const world_t *world) {
   memset(world->memory, 0x5A, LENGTH * COUNT);
   peer_continue(&world->peer);

@@ -1,5 +1,5 @@
-/* Layouts, constants and signatures, spelled out a second time: the compiler compares. Built on a
- * 64-bit machine, where the numbers are part of the ABI. */
+/* Layouts, constants and signatures, stated a second time for the compiler to compare. Built on
+ * a 64-bit machine, where the numbers are part of the ABI. */
 #include "mooncake.h"
 #include "transfer_engine_c.h"
 

@@ -1,6 +1,6 @@
-/* Two engines of one process live through everything mooncake.h offers: names, memory, segments,
- * batches completed in each of the four ways, notifications, rights. dropin.c does the same for the
- * drop-in header, in_flight.c for what has not finished. */
+/* Two engines of one process use everything in mooncake.h: names, memory, segments, batches
+ * completed in each of the four ways, notifications, rights. dropin.c does the same for the
+ * drop-in header, in_flight.c covers unfinished work. */
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -132,7 +132,7 @@ static void write_and_read_back(const pair_t *pair) {
   CHECK_EQUAL(mooncake_batch_poll(pair->initiator, batch, &status), MOONCAKE_ERROR_INVALID_HANDLE);
   CHECK_EQUAL(mooncake_batch_free(pair->initiator, batch), MOONCAKE_ERROR_INVALID_HANDLE);
 
-  /* Odd sizes at odd addresses, and one of nothing; neighbours stay as they were. */
+  /* Odd sizes at odd addresses, and an empty one; neighboring bytes do not change. */
   memset(pair->local, 0xAA, LENGTH);
   requests[0] = make_request(pair, MOONCAKE_OPCODE_READ, 4097, 12345);
   requests[1] = make_request(pair, MOONCAKE_OPCODE_READ, LENGTH - 1, 1);
@@ -182,7 +182,7 @@ static void wait_by_descriptor(const pair_t *pair) {
   REQUIRE_OK(mooncake_batch_event_fd(pair->initiator, batch, &batch_descriptor));
   REQUIRE(batch_descriptor >= 0 && engine_descriptor >= 0);
   for (uint64_t round = 0; round < 3; round += 1) {
-    /* The engine's descriptor may still tell of batches before this one. */
+    /* The engine's descriptor may still report earlier batches. */
     struct pollfd event = {engine_descriptor, POLLIN, 0};
     if (poll(&event, 1, 0) == 1) REQUIRE(read(engine_descriptor, &value, 8) == 8);
 
@@ -291,7 +291,7 @@ static void notify(const pair_t *pair) {
   mooncake_notification_free(NULL);
 }
 
-/* A transfer must fail with one of the codes that say "not allowed" and leave the target alone. */
+/* A transfer must fail with one of the "not allowed" codes and leave the target alone. */
 static void expect_refused(const pair_t *pair, int32_t opcode, unsigned char *target) {
   mooncake_transfer_request_t request = make_request(pair, opcode, 0, 4096);
   request.target_offset = (uint64_t)(uintptr_t)target;
@@ -356,12 +356,12 @@ static void batches_of_buffers(const pair_t *pair) {
   CHECK_EQUAL(mooncake_memory_register(pair->target, memory + 100, 8, NULL, 0),
               MOONCAKE_ERROR_OVERLAP);
   REQUIRE_OK(mooncake_memory_unregister(pair->target, addresses[2]));
-  /* All or none: the last one overlaps, so the third must not stay. */
+  /* All or none: the last one overlaps, so the third must not stay registered. */
   CHECK_EQUAL(mooncake_memory_register_batch(pair->target, buffers + 2, 2, NULL, 0),
               MOONCAKE_ERROR_OVERLAP);
   CHECK_EQUAL(mooncake_memory_unregister(pair->target, addresses[2]),
               MOONCAKE_ERROR_NOT_REGISTERED);
-  /* The first error is returned, and the rest is done nevertheless. */
+  /* Returns the first error, but does the rest nevertheless. */
   CHECK_EQUAL(mooncake_memory_unregister_batch(pair->target, addresses, 4),
               MOONCAKE_ERROR_NOT_REGISTERED);
   for (int index = 0; index < 4; index += 1) {

@@ -1,5 +1,5 @@
-/* The metadata server of mooncake.h: engines of one process find each other by name through it, it
- * keeps its contents over a restart, and no argument or handle ends the process. */
+/* The metadata server of mooncake.h: engines of one process find each other by name through it,
+ * its contents survive a restart, and no argument or handle crashes the process. */
 #include <arpa/inet.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -105,7 +105,7 @@ static void put(uint32_t port, const char *key, size_t length) {
   free(value);
 }
 
-/* A start that would lose what is kept is refused, and then nothing is lost. */
+/* A start that would lose contents is refused, and loses nothing. */
 static void smaller_limit(const char *directory) {
   mooncake_metadata_server_options_t options = defaults();
   mooncake_metadata_server_t *server = NULL;
@@ -162,7 +162,7 @@ static void bad_arguments(void) {
   CHECK_EQUAL(mooncake_metadata_server_port(foreign, &port), MOONCAKE_ERROR_INVALID_HANDLE);
 }
 
-/* A child has servers of its own and cannot use those of its parent, which does not notice. */
+/* A child can have its own servers but cannot use its parent's, and the parent does not notice. */
 static void forked(void) {
   mooncake_metadata_server_t *server = NULL;
   int status = 0;

@@ -1,5 +1,5 @@
-/* A second process with an engine of its own, which can be stopped and killed: the only peer that
- * surely does not answer. Start it before this process has engines. */
+/* A second process with its own engine, which can be stopped and killed: the only peer that
+ * certainly does not answer. Start it before this process has engines. */
 #ifndef ABI_PEER_H
 #define ABI_PEER_H
 
@@ -28,7 +28,7 @@ static inline void peer_serve(int output) {
   memset(&self, 0, sizeof self);
   fill_pattern(memory, PEER_LENGTH, PEER_SEED);
   REQUIRE_OK(mooncake_engine_options_init(&options, sizeof options));
-  /* Copies through shared memory do not need a peer that answers. */
+  /* Shared memory copies do not need the peer to answer. */
   options.transports = "tcp";
   REQUIRE_OK(mooncake_engine_create(&options, &engine));
   REQUIRE_OK(mooncake_memory_register(engine, memory, PEER_LENGTH, NULL,
@@ -59,7 +59,7 @@ static inline peer_t peer_start(void) {
   return peer;
 }
 
-/* Returns when the peer's threads do stand still. */
+/* Returns once all threads of the peer have stopped. */
 static inline void peer_stop(const peer_t *peer) {
   int status = 0;
   REQUIRE(kill(peer->pid, SIGSTOP) == 0);

@@ -1,5 +1,5 @@
-// A C++11 program with owners of its own: several threads submit to batches of their own at once,
-// and destructors run in any order.
+// A C++11 program with RAII owners: several threads submit to their own batches at once, and
+// destructors run in any order.
 #include "mooncake.h"
 
 #include <algorithm>
@@ -135,7 +135,7 @@ void move_all(const Engine& engine, int32_t opcode, mooncake_segment_t segment,
   require(status.transferred_bytes == kShare, "transferred_bytes");
 }
 
-// Writes this thread's share of the target, reads it back elsewhere and compares, again and again.
+// Repeatedly writes this thread's share of the target, reads it back elsewhere and compares.
 void work(const Engine& engine, mooncake_segment_t segment, uint64_t target, size_t number) {
   Buffer sent(engine, kShare, MOONCAKE_ACCESS_LOCAL);
   Buffer received(engine, kShare, MOONCAKE_ACCESS_LOCAL);
@@ -174,7 +174,7 @@ void run_threads() {
   }
 }
 
-// Owners that end after their engine, as happens with objects of static storage, get errors only.
+// Owners that outlive their engine, as static objects may, only get errors.
 void end_in_the_wrong_order() {
   std::unique_ptr<Engine> engine(new Engine);
   Buffer buffer(*engine, 4096, MOONCAKE_ACCESS_LOCAL);

@@ -1,5 +1,5 @@
-/* Standard streams that are closed, or whose reader is gone: the library takes none of the numbers
- * 0, 1 and 2 for itself, writes its log lines nowhere else, and raises no signal. */
+/* Standard streams that are closed, or whose reader is gone: the library never takes
+ * descriptors 0, 1 or 2 for itself, writes its log lines nowhere else, and raises no signal. */
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -37,7 +37,7 @@ static int32_t move(mooncake_engine_t *engine, mooncake_segment_t segment, void 
   return mooncake_transfer_sync(engine, &request, 1, 10000);
 }
 
-/* A standard stream is closed or the null device, whoever opened that. */
+/* A standard stream is closed or is the null device, whoever opened it. */
 static void check_standard(void) {
   struct stat null, now;
   REQUIRE(stat("/dev/null", &null) == 0);
@@ -100,7 +100,7 @@ static void broken_pipe(void) {
   }
 }
 
-/* A log file that may not grow any more. */
+/* A log file that has reached its size limit. */
 static void full_file(void) {
   char path[] = "/tmp/mooncake-log-XXXXXX";
   int file = mkstemp(path);
@@ -115,7 +115,7 @@ static void full_file(void) {
   REQUIRE_OK(mooncake_engine_destroy(engine));
 }
 
-/* Each in a process of its own, with the signals as a program finds them. */
+/* Each in its own process, with default signals. */
 static void run(const char *name, void (*body)(void)) {
   int status = 0;
   pid_t pid = fork();

@@ -1,5 +1,5 @@
-/* What the store's programs share: a metadata server in this process, stores on it, and reading
- * what calls have found. */
+/* Helpers of the store's programs: a metadata server in this process, stores that use it, and
+ * access to results. */
 #ifndef ABI_STORE_H
 #define ABI_STORE_H
 
@@ -28,7 +28,7 @@ static inline mooncake_engine_options_t store_engine_options(const char *name) {
   return options;
 }
 
-/* A store with an engine of its own. */
+/* A store with its own engine. */
 static inline mooncake_store_t *create_store(const char *name) {
   mooncake_engine_options_t engine_options = store_engine_options(name);
   mooncake_store_t *store = NULL;
@@ -100,7 +100,7 @@ static inline uint64_t settle_holders(mooncake_store_t *store, const char *name,
   return seen;
 }
 
-/* ---- A holder in a process of its own, which can be stopped and killed ---- */
+/* ---- A holder in its own process, which can be stopped and killed ---- */
 
 #define CHILD_PAYLOAD "of the child"
 #define CHILD_SEGMENT "the child's segment"
@@ -149,7 +149,7 @@ static inline void child_publish(const store_child_t *child) {
   REQUIRE(read(child->output, &ready, 1) == 1);
 }
 
-/* Returns when its threads do stand still. */
+/* Returns once all of its threads have stopped. */
 static inline void child_stop(const store_child_t *child) {
   int status = 0;
   REQUIRE(kill(child->pid, SIGSTOP) == 0);

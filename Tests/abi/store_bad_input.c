@@ -1,5 +1,5 @@
-/* Everything that the store's functions can be given wrong: an error code and a message each time,
- * never a crash, and a store that works as before. */
+/* Every kind of bad input to the store's functions: an error code and a message each time,
+ * never a crash, and the store still works. */
 #include "store.h"
 
 enum { LENGTH = 256 << 10 };
@@ -92,7 +92,7 @@ static void bad_handles(void) {
     try_store((mooncake_store_t *)foreign[index]);
     try_others(foreign[index]);
   }
-  /* A store is none of the others, nor an engine. */
+  /* A store's handle is neither an engine's nor one of the others. */
   try_others(store);
   REQUIRE_OK(mooncake_store_engine(store, &engine));
   try_store((mooncake_store_t *)engine);
@@ -192,7 +192,7 @@ static void bad_operations(void) {
     how.shard_bytes = counts[index];
     if (index == 3) buffer.length = LENGTH;
     int32_t code = mooncake_store_register(store, "a", &buffer, 1, &how, NULL, NULL);
-    /* One huge shard is as well what the caller has asked for. */
+    /* The caller may well have wanted one huge shard. */
     if (index == 3 && code == MOONCAKE_OK) {
       REQUIRE_OK(mooncake_store_unregister(store, "a", NULL));
     } else {
@@ -247,7 +247,7 @@ static void bad_names(void) {
   try_name(text, INVALID);
   memset(text, 'a', sizeof text - 1);
   try_name(text, INVALID);
-  /* Each byte alone and within: a name with it either works everywhere or is refused everywhere. */
+  /* Each byte alone and inside a name, which is then either accepted or refused everywhere. */
   for (int byte = 1; byte < 256; byte += 1) {
     char name[4] = {'x', (char)byte, 'y', 0};
     mooncake_buffer_t buffer = {other, LENGTH};
@@ -291,7 +291,7 @@ static void bad_buffers(void) {
     EXPECT(INVALID, mooncake_store_register(store, "a", two, 2, NULL, NULL, &result));
     EXPECT(INVALID, mooncake_store_get(store, "good", two, 2, NULL, NULL, &result));
   }
-  /* Lengths that only together are too much. */
+  /* Lengths that are too much only together. */
   mooncake_buffer_t sum[8];
   for (int index = 0; index < 8; index += 1) sum[index] = wrong[6];
   EXPECT(INVALID, mooncake_store_register(store, "a", sum, 8, NULL, NULL, &result));
@@ -305,7 +305,7 @@ static void bad_buffers(void) {
   unsigned full = INVALID | ONLY(FULL);
   EXPECT(full, mooncake_store_register(store, "a", many, 65537, NULL, NULL, &result));
   EXPECT(full, mooncake_store_register(store, "a", many, UINT64_MAX, NULL, NULL, &result));
-  /* The same bytes twice, and others' bytes with other borders. */
+  /* The same bytes twice, and registered bytes with other boundaries. */
   mooncake_buffer_t twice[2] = {{other, LENGTH / 2}, {other + LENGTH / 2 - 1, LENGTH / 2}};
   mooncake_buffer_t same[2] = {{other, LENGTH / 2}, {other, LENGTH / 2}};
   mooncake_buffer_t taken = {memory + 1, LENGTH - 1};
@@ -331,7 +331,7 @@ static int32_t refuse(const mooncake_store_progress_t *progress, void *context) 
   return 1;
 }
 
-/* A progress callback may call the library, but not end what it is called for. */
+/* A progress callback may call the library, but not end what it was called for. */
 static int32_t call_back(const mooncake_store_progress_t *progress, void *context) {
   mooncake_engine_t *engine = NULL;
   (void)progress;
@@ -372,7 +372,7 @@ static void ended_early(void) {
   EXPECT(canceled, mooncake_store_get(receiver, "good", NULL, 0, NULL, &operation, &result));
   CHECK(count == 1);
   CHECK(result == NULL);
-  /* Nothing is left of any of them. */
+  /* None of them has left anything. */
   CHECK_EQUAL(count_payloads(store, "a"), 0);
   CHECK_EQUAL(settle_holders(store, "good", 1), 1);
   CHECK_EQUAL(mooncake_store_delete_replica(receiver, "good", NULL), MOONCAKE_ERROR_NOT_HELD);
@@ -462,7 +462,7 @@ int main(void) {
   ended_early();
   watches();
   from_log();
-  /* What was there all the time is as it was. */
+  /* What was there all the time is unchanged. */
   mooncake_store_t *receiver = create_store("last receiver");
   mooncake_buffer_t place = {other, LENGTH};
   memset(other, 0, LENGTH);

@@ -1,5 +1,5 @@
 /* Everything the store does, through its C interface: three stores of one process and one of a
- * process that is killed. Afterwards no descriptor and no thread is left. */
+ * process that is killed. Afterwards no descriptor or thread is left. */
 #include <ctype.h>
 
 #include "store.h"
@@ -250,7 +250,7 @@ static void wrong_sizes(mooncake_store_t *store, unsigned char *memory) {
   CHECK_EQUAL(mooncake_store_delete_replica(store, "models/a", NULL), MOONCAKE_ERROR_NOT_HELD);
 }
 
-/* Repeats what ends a payload while the store itself works on it. */
+/* Repeats a call that ends a payload while the store itself is using it. */
 static int32_t settle_end(int32_t (*end_payload)(mooncake_store_t *, const char *,
                                                  const mooncake_store_operation_t *),
                           mooncake_store_t *store, const char *name) {
@@ -262,7 +262,7 @@ static int32_t settle_end(int32_t (*end_payload)(mooncake_store_t *, const char 
   return code;
 }
 
-/* The name is taken away by a store that has nothing of it. */
+/* A store that holds nothing of a payload removes its name. */
 static void removed(mooncake_store_t *a, mooncake_store_t *b, mooncake_store_t *c,
                     unsigned char *memory) {
   mooncake_buffer_t buffer = {memory, MIB};
@@ -277,10 +277,10 @@ static void removed(mooncake_store_t *a, mooncake_store_t *b, mooncake_store_t *
   REQUIRE_OK(mooncake_store_remove(c, "gone", NULL));
   CHECK_EQUAL(settle_holders(c, "gone", 0), 0);
   CHECK_EQUAL(count_payloads(c, "gone"), 0);
-  /* The bytes stay until their holder gives them up. */
+  /* The bytes stay until their holder ends the replica. */
   CHECK(memcmp(replica, memory, MIB) == 0);
   REQUIRE_OK(mooncake_store_result_free(result));
-  /* Until the store has withdrawn it by itself, that is BUSY. */
+  /* BUSY until the store has withdrawn it by itself. */
   REQUIRE_EQUAL(settle_end(mooncake_store_delete_replica, b, "gone"), MOONCAKE_OK);
   REQUIRE_EQUAL(settle_end(mooncake_store_unregister, a, "gone"), MOONCAKE_OK);
   CHECK_EQUAL(mooncake_store_remove(c, "gone", NULL), MOONCAKE_ERROR_NOT_FOUND);
@@ -299,7 +299,7 @@ static void killed(mooncake_store_t *store, const store_child_t *child) {
   CHECK_EQUAL(mooncake_store_get(store, CHILD_PAYLOAD, NULL, 0, NULL, &operation, &result),
               MOONCAKE_ERROR_NO_HOLDER);
   CHECK(seconds_now() - start < 14);
-  /* Who was tried. */
+  /* The message names the holders that were tried. */
   CHECK(strstr(mooncake_error_message(), CHILD_SEGMENT) != NULL);
 }
 
@@ -310,7 +310,7 @@ int main(void) {
   changes_t changes = {.mutex = PTHREAD_MUTEX_INITIALIZER};
   char version[33];
   char next[33];
-  /* What is set up once a process counts in neither number. */
+  /* Resources set up once per process are not counted. */
   start_store_server();
   REQUIRE_OK(mooncake_store_destroy(create_store("first")));
   REQUIRE_OK(mooncake_metadata_server_stop(store_server));
@@ -341,7 +341,7 @@ int main(void) {
   ranges(c, memory);
   written(a, b);
 
-  /* Another content under the same name. */
+  /* Other content under the same name. */
   REQUIRE_OK(mooncake_store_delete_replica(c, "models/a", NULL));
   REQUIRE_OK(mooncake_store_unregister(a, "models/a", NULL));
   CHECK(has_both(copy, copy + FIRST + 4096, SEED));
@@ -376,7 +376,7 @@ int main(void) {
   CHECK_EQUAL(mooncake_store_destroy(c), MOONCAKE_ERROR_INVALID_HANDLE);
   REQUIRE_OK(mooncake_engine_destroy(engine));
   REQUIRE_OK(mooncake_metadata_server_stop(store_server));
-  /* Without the two ends of pipes to the child. */
+  /* Without the two pipe ends to the child. */
   CHECK_EQUAL(settle_entries("/proc/self/fd", descriptors - 2), descriptors - 2);
   CHECK_EQUAL(settle_entries("/proc/self/task", threads), threads);
   free(memory);

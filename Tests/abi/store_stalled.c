@@ -1,10 +1,10 @@
-/* The only holder stands still: deadline, cancel, progress callback and the end of the store each
- * end what waits for it, soon, and nothing touches the caller's memory afterwards. */
+/* The only holder is stopped: deadline, cancel, progress callback and closing the store each
+ * soon end what waits for it, and nothing touches the caller's memory afterwards. */
 #include "store.h"
 
 enum { LENGTH = CHILD_LENGTH };
 
-/* Seconds: one question to a holder takes 2 at most. */
+/* Seconds; a question to a holder takes at most 2. */
 static const double LIMIT = 1.5;
 
 static unsigned char *memory;
@@ -68,7 +68,7 @@ static void try_all(mooncake_store_t *store, int is_read) {
   REQUIRE(pthread_create(&call.thread, NULL, run, &call) == 0);
   sleep_milliseconds(200);
   REQUIRE_OK(mooncake_cancellation_cancel(cancellation));
-  /* A call that has begun keeps what it was given. */
+  /* A running call keeps what it was given. */
   REQUIRE_OK(mooncake_cancellation_destroy(cancellation));
   REQUIRE(pthread_join(call.thread, NULL) == 0);
   check_end(&call, MOONCAKE_ERROR_CANCELED, "the cancel");
@@ -89,7 +89,7 @@ static void try_all(mooncake_store_t *store, int is_read) {
   REQUIRE_OK(mooncake_store_destroy(store));
   double seconds = seconds_now() - start;
   CHECK(seconds < 5);
-  /* From here on the memory is ours alone. */
+  /* From here on nobody else uses the memory. */
   memset(memory, 0x33, LENGTH);
   REQUIRE(pthread_join(call.thread, NULL) == 0);
   CHECK(call.code == MOONCAKE_ERROR_CANCELED || call.code == MOONCAKE_ERROR_INVALID_HANDLE);
@@ -107,7 +107,7 @@ int main(void) {
   child_publish(&child);
   mooncake_store_t *own = create_store("own engine");
   options = store_engine_options("given engine");
-  /* Copies through shared memory do not need a holder that runs. */
+  /* Shared memory copies do not need the holder to run. */
   options.transports = "tcp";
   REQUIRE_OK(mooncake_engine_create(&options, &engine));
   REQUIRE_OK(mooncake_store_create(engine, NULL, NULL, &on_engine));

@@ -40,7 +40,7 @@ static void note(int kind, int32_t code, int line) {
 static void check_got(mooncake_store_result_t *result) {
   const mooncake_store_report_t *report = report_of(result);
   CHECK(report->payload_count == 1 && report->buffer_count == 1 && report->is_verified == 1);
-  /* The replica's memory itself may be deleted by another thread. */
+  /* Another thread may delete the replica's memory. */
   CHECK_EQUAL(report->buffers[0].length, LENGTH);
   REQUIRE_OK(mooncake_store_result_free(result));
 }
@@ -88,16 +88,16 @@ static void *use(void *argument) {
         code = mooncake_store_get(store, "shared", &buffer, 1, NULL, &operation, NULL);
         note(0, code, __LINE__);
         if (code == MOONCAKE_OK) {
-          /* Nobody touches it once it is given up; another thread may have been faster. */
+          /* Nobody touches it once it is deleted; another thread may have been faster. */
           note(1, mooncake_store_delete_replica(store, "shared", NULL), __LINE__);
         }
     }
   }
-  /* memory is freed after the stores: one of them may hold it. */
+  /* `memory` is freed after the stores, which may still hold it. */
   return memory;
 }
 
-/* Destroys and replaces stores, each time one of them also from two threads at once. */
+/* Destroys and replaces stores; one of them each time by two threads at once. */
 static void *end_one(void *argument) {
   int32_t code = mooncake_store_destroy((mooncake_store_t *)argument);
   CHECK(code == MOONCAKE_OK || code == MOONCAKE_ERROR_INVALID_HANDLE);

@@ -1,5 +1,5 @@
-/* A watch's callback and the memory that belongs to it: once a store or a watch has been destroyed,
- * no callback runs and none begins, however slow it is and however much happens meanwhile. */
+/* A watch's callback and its memory: once a store or a watch has been destroyed, no callback is
+ * running and none starts, however slow it is and however much happens meanwhile. */
 #include "store.h"
 
 enum { LENGTH = 4096, ROUNDS = 6 };
@@ -8,7 +8,7 @@ static unsigned char *memory;
 static mooncake_store_t *publisher;
 static int is_over;
 
-/* What a callback may use until the end of its watch or store. */
+/* What a callback may use until its watch or store ends. */
 typedef struct context {
   mooncake_store_t *store;
   mooncake_store_watch_t *watch;
@@ -47,7 +47,7 @@ static void note(int32_t kind, const mooncake_payload_info_t *payload, void *arg
   store_value(&context->is_running, 0);
 }
 
-/* Makes something happen all the time. */
+/* Keeps making changes. */
 static void *publish(void *argument) {
   mooncake_buffer_t buffer = {memory, LENGTH};
   (void)argument;
@@ -78,7 +78,7 @@ static void check_silence(context_t *context) {
   CHECK_EQUAL(load(&context->wrong), 0);
 }
 
-/* The store ends while a callback is in the middle; the watch's handle stays to be ended. */
+/* The store ends during a callback; the watch's handle must still be ended. */
 static void store_ends(int slow_milliseconds, int calls_store) {
   context_t context = {.slow_milliseconds = slow_milliseconds, .calls_store = calls_store};
   begin(&context, "watching");
@@ -105,7 +105,7 @@ static void *destroy_store(void *argument) {
   return NULL;
 }
 
-/* Two threads end the same callbacks: each returns only once there are none. */
+/* Two threads end the same watch: each returns only once no callback is running. */
 static void both_end(void) {
   context_t context = {.slow_milliseconds = 100};
   pthread_t thread;
@@ -119,7 +119,7 @@ static void both_end(void) {
   CHECK_EQUAL(load(&context.wrong), 0);
 }
 
-/* What would wait for itself is refused, and everything goes on. */
+/* A call that would wait for itself is refused, and everything goes on. */
 static void ended_from_inside(void) {
   context_t context = {0};
   context.store = create_store("watching");

@@ -1,5 +1,5 @@
-/* Every name of exports.map is there under its version when the library is loaded by dlopen, and
- * nothing of its inside is. exported_names.h is written by scripts/test-abi. */
+/* dlopen finds every name of exports.map with its version, and no internal name.
+ * exported_names.h is written by scripts/test-abi. */
 #include <dlfcn.h>
 
 #include "check.h"

@@ -1,5 +1,5 @@
-/* Threads that cannot be started: who could be told is told when something is set up, and what was
- * set up is never lost. The library's calls of pthread_create() come to the one below. */
+/* Threads that cannot be started: set-up reports it, and nothing that was set up is lost. The
+ * library's calls of pthread_create() reach the one below. */
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
@@ -45,7 +45,7 @@ static void count_call(mooncake_batch_t batch, const mooncake_batch_status_t *st
   atomic_fetch_add((atomic_int *)context, 1);
 }
 
-/* Set-up fails where its thread cannot be had. */
+/* Set-up fails if its thread cannot be started. */
 static void setting_up(void) {
   mooncake_engine_t *engine = NULL;
   mooncake_segment_t segment = -1;
@@ -87,7 +87,8 @@ static void callbacks(const world_t *world) {
   atomic_store(&refuses_threads, 0);
 }
 
-/* Ranges that the peer has not registered make a worker ask it again, and notifications go out. */
+/* Ranges that the peer has not registered make a worker ask it again, and notifications are
+ * sent. */
 static void recovery_and_notifications(const world_t *world) {
   mooncake_transfer_request_t good = make_read(world, 0, 64);
   mooncake_transfer_request_t bad = make_read(world, PEER_LENGTH, 64);
@@ -112,7 +113,7 @@ static void recovery_and_notifications(const world_t *world) {
     mooncake_notification_free(received);
   }
   CHECK_EQUAL(mooncake_batch_free(world->engine, batch), MOONCAKE_OK);
-  /* What threads of the engine would copy, the caller does. */
+  /* Copies that the engine's threads would make are made by the caller. */
   good = make_read(world, 0, LENGTH);
   good.length = LENGTH;
   REQUIRE_OK(mooncake_transfer_sync(world->engine, &good, 1, 5000));

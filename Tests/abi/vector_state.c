@@ -1,5 +1,5 @@
 /* Guarded copies leave no wide vector register in use: on some processors a thread's later SSE
- * instructions are slow while the upper halves hold anything. */
+ * instructions are slow while the upper halves are not zero. */
 #include "../../Sources/CLinux/guarded_copy.h"
 
 #include "check.h"
@@ -9,7 +9,7 @@ enum { LENGTH = 1 << 20 };
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* Whether the processor tells which parts of its state are in use. */
+/* Whether the processor reports which parts of its state are in use. */
 static int tells_use(void) {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return 0;
@@ -38,7 +38,7 @@ int main(void) {
     return 0;
   }
   fill_pattern(source, LENGTH, 3);
-  /* One that goes through, one that a changed guard stops. */
+  /* One that succeeds, and one stopped by a changed guard. */
   for (uint64_t expected = 1; expected <= 2; expected += 1) {
     long left = LENGTH;
     long result;

@@ -16,8 +16,8 @@ public func initialize(
   return 0
 }
 
-/// A first byte from 0x80 on makes every other byte a word of `vocabulary`. Below, the rest are
-/// bytes from the wire, and the first says in pieces of how many they arrive.
+/// With a first byte from 0x80 on, every other byte is a word of `vocabulary`. Below, the rest are
+/// bytes from the wire, and the first gives the size of the pieces in which they arrive.
 @c(LLVMFuzzerTestOneInput)
 public func testOneInput(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
   guard let data, size > 0 else { return 0 }
@@ -34,7 +34,7 @@ public func testOneInput(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
     answer(message)
     readDescriptor(message.body)
   }
-  // Also without a frame around it, so that mutations reach the texts sooner.
+  // Also without a frame, so that mutations reach the texts sooner.
   readDescriptor(Array(bytes))
   readName(Array(bytes.prefix(2 * HostPort.maximumBytes)))
   return 0
@@ -94,7 +94,7 @@ private func readDescriptor(_ body: [UInt8]) {
   else { return }
   for buffer in descriptor.buffers {
     precondition(buffer.address != 0 && buffer.length != 0, "an empty buffer")
-    // No precondition: the optimizer drops one that only looks at an overflow flag.
+    // Not a precondition: the optimizer drops one that only looks at an overflow flag.
     if buffer.address.addingReportingOverflow(buffer.length).overflow {
       fatalError("a buffer that wraps")
     }
@@ -102,7 +102,7 @@ private func readDescriptor(_ body: [UInt8]) {
   guard let again = try? SegmentDescriptor(json: descriptor.json()) else {
     fatalError("a descriptor that does not parse back")
   }
-  // Several protocols come back as the one that counts.
+  // Of several protocols, only the used one comes back.
   descriptor.protocolName = again.protocolName
   precondition(again == descriptor, "a descriptor that changed on the way")
 }

@@ -1,6 +1,6 @@
-// Feeds arbitrary bytes to everything of the store that reads what peers and metadata services
-// hold: manifests, lists of files, records, documents, questions and answers. Both sides of the
-// swarm act on what was read. A trap, a sanitizer report or a broken round trip is a finding.
+// Feeds arbitrary bytes to the store's readers of data from peers and metadata services: manifests,
+// lists of files, records, documents, questions and answers. Both sides of the swarm act on the
+// result. A trap, a sanitizer report or a broken round trip is a finding.
 
 import MooncakeBase
 import MooncakeEngine
@@ -17,7 +17,8 @@ public func initialize(
   return 0
 }
 
-/// The first byte says what the rest is; texts consist of words of `vocabulary` from 0x80 on.
+/// The first byte selects the kind of input; in texts, bytes from 0x80 on are words of
+/// `vocabulary`.
 @c(LLVMFuzzerTestOneInput)
 public func testOneInput(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
   guard let data, size > 0 else { return 0 }
@@ -68,7 +69,7 @@ private func readText(_ text: String) {
   }
 }
 
-/// A holder that has every other shard.
+/// A holder with every other shard.
 private func act(on request: ShardRequest) {
   var available = ShardSet(count: shardCount)
   for shard in stride(from: 0, to: shardCount, by: 2) { available.insert(shard) }
@@ -83,7 +84,7 @@ private func act(on request: ShardRequest) {
   }
 }
 
-/// A receiver that asked one holder.
+/// A receiver that has asked one holder.
 private func act(on answer: ShardAnswer) {
   let holder = HolderAddress(holding: 1, rpc: "h:1", segment: "h:1")
   var plan = DownloadPlan(

@@ -1,6 +1,6 @@
 // Feeds streams of requests to the data port of a running engine and compares its answers with a
-// model's. A byte outside the registered buffers that changes, another answer, a connection that
-// does not end, or an engine that stops to serve is a finding.
+// model's. It is a finding if a byte outside the registered buffers changes, an answer differs, a
+// connection does not end, or the engine stops serving.
 
 import CLinux
 import Glibc
@@ -26,8 +26,8 @@ public func testOneInput(_ data: UnsafePointer<UInt8>?, _ size: Int) -> CInt {
 // The fuzzer calls from one thread.
 nonisolated(unsafe) private let target = FuzzTarget()
 
-/// One engine for the whole run. Its memory: guard, a buffer for everything, guard, a buffer only
-/// to read, guard, a buffer only to write, guard.
+/// One engine for the whole run. Its memory: guard, a buffer for everything, guard, a read-only
+/// buffer, guard, a write-only buffer, guard.
 private final class FuzzTarget {
   private static let part = 8192
   private static let guardByte: UInt8 = 0xC3
@@ -71,7 +71,7 @@ private final class FuzzTarget {
     if runCount % 64 == 0 { checkService() }
   }
 
-  /// What a server that takes one request after the other says to a stream.
+  /// The answers of a server that handles one request after the other.
   private func expectation(_ stream: [UInt8]) -> [Answer] {
     var answers: [Answer] = []
     var position = 0
@@ -92,7 +92,7 @@ private final class FuzzTarget {
     return answers
   }
 
-  /// The part that holds the whole range and grants the request.
+  /// The buffer that contains the whole range and grants the request.
   private func part(for header: TCPWire.Header) -> Int? {
     let base = UInt64(UInt(bitPattern: memory.address))
     let length = UInt64(Self.part)
@@ -119,7 +119,7 @@ private final class FuzzTarget {
         precondition(frame.starts(with: rest.prefix(8)), "another status")
         rest = rest.dropFirst(8)
       case .data(let part, let count):
-        // What the other buffers hold depends on when later requests of the stream are stored.
+        // The contents of other buffers depend on when later requests of the stream are stored.
         if part == 3 {
           precondition(rest.prefix(count).allSatisfy { $0 == Self.readOnlyByte }, "other data")
         }
@@ -132,7 +132,7 @@ private final class FuzzTarget {
     precondition(isReset || bytes.count == byteCount, "the answer is cut off")
   }
 
-  /// Whether a good request is answered well.
+  /// Checks that a valid request still works.
   private func checkService() {
     var request = [UInt8](repeating: 0, count: TCPWire.headerBytes)
     let place = UInt64(UInt(bitPattern: memory.address + 3 * Self.part))
@@ -164,7 +164,7 @@ private final class FuzzTarget {
 
   private func connect(_ deadline: Deadline) throws(Errno) -> Socket {
     let socket = try Socket(family: address.family)
-    // Another source address each time: closed connections keep their ports for a minute.
+    // A new source address each time: closed connections keep their ports for a minute.
     let host = "127.\(runCount >> 16 & 0x7F | 0x80).\(runCount >> 8 & 0xFF).\(runCount & 0xFF)"
     if let source = SocketAddress(numeric: host, port: 0) {
       _ = source.withPointer { bind(socket.rawValue, $0, $1) }
@@ -184,14 +184,14 @@ private final class FuzzTarget {
       if let count = try socket.trySend(bytes, from: sent) {
         sent += count
       } else {
-        // The server takes more only once its answers are taken.
+        // The server takes more only once its answers have been received.
         try socket.wait(for: POLLIN | POLLOUT, until: deadline)
         guard try receive(from: socket, &answer) else { return }
       }
     }
   }
 
-  /// Takes what is there; false at the end of the stream.
+  /// Receives what is there; false at the end of the stream.
   private func receive(
     from socket: borrowing Socket, _ answer: inout [UInt8]
   ) throws(Errno) -> Bool {
@@ -205,8 +205,8 @@ private final class FuzzTarget {
     }
   }
 
-  /// Makes requests out of the input, so that mutations move within and around the buffers: a byte
-  /// of kind, then what the kind needs. The first byte of all cuts the stream into pieces.
+  /// Makes requests from the input, so that mutations move within and around the buffers: a kind
+  /// byte, then what the kind needs. The very first byte splits the stream into pieces.
   private static func stream(from input: UnsafeRawBufferPointer, base: UInt64) -> [[UInt8]] {
     var reader = ByteReader(input)
     let cut = Int(reader.next())
@@ -217,11 +217,11 @@ private final class FuzzTarget {
       let kind = reader.next()
       switch kind & 3 {
       case 0:
-        // A request somewhere in the memory, with a small size.
+        // A small request somewhere in the memory.
         let address = base &+ UInt64(reader.next(2))
         stream += header(UInt64(reader.next(2)), address, reader.next())
       case 1:
-        // Numbers of every size.
+        // Numbers of all magnitudes.
         let size = UInt64(reader.next(4)) &* UInt64(1) << UInt64(kind >> 3 & 31)
         let address =
           base &+ UInt64(bitPattern: Int64(Int32(bitPattern: reader.next(4)))) << UInt64(kind >> 5)
@@ -250,11 +250,11 @@ private final class FuzzTarget {
   }
 }
 
-/// A piece of what a server answers.
+/// A part of a server's answer.
 private enum Answer {
   case status(UInt64)
   case data(part: Int, Int)
-  /// The connection ends here without a word.
+  /// The connection ends here without an answer.
   case reset
 
   var byteCount: Int {
@@ -266,7 +266,7 @@ private enum Answer {
   }
 }
 
-/// Little-endian numbers off the input; zeros once it is used up.
+/// Reads little-endian numbers from the input; zeros at its end.
 private struct ByteReader {
   private let bytes: UnsafeRawBufferPointer
   private var position = 0

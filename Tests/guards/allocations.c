@@ -1,5 +1,5 @@
-/* Counts the allocations of a process that has this preloaded. The C library makes them; its own
- * names for them stay callable. */
+/* Counts the allocations of a process that preloads this. The C library makes them under its
+ * own names for these functions. */
 #include <errno.h>
 #include <stdatomic.h>
 #include <stddef.h>

@@ -14,8 +14,9 @@
 #include "../abi/peer.h"
 
 #ifdef __x86_64__
-/* Valgrind 3.19 lacks pidfd_open, without which the library shares no memory. The library's calls
- * of syscall() come here; under valgrind, a process gets a descriptor that never tells its end. */
+/* Valgrind 3.19 lacks pidfd_open, without which the library shares no memory. This replaces
+ * syscall() for the library; under valgrind, it returns a descriptor that never reports the end
+ * of a process. */
 long syscall(long number, ...) {
   va_list list;
   va_start(list, number);
@@ -54,7 +55,7 @@ static mooncake_engine_t *new_engine(const char *transports) {
   options.transports = transports;
   options.io_threads = 1;
   options.connections_per_peer = 1;
-  /* Spinning is no work: threads that find nothing to do sleep at once. */
+  /* Spinning is not work: idle threads sleep at once. */
   options.spin_us = 1;
   REQUIRE_OK(mooncake_engine_create(&options, &engine));
   return engine;
@@ -65,7 +66,7 @@ static uint64_t allocation_count(void) {
   return count ? count() : 0;
 }
 
-/* Called once before what is measured and once after it. */
+/* Called once before and once after the measured part. */
 static void measure(const char *role) {
   static int begun;
   static uint64_t before;
@@ -129,7 +130,7 @@ static void prepare(initiator_t *self, const char *transports, const char *opera
   }
 }
 
-/* Both ends at once. */
+/* Measures both ends. */
 static void measure_both(int output, int input) {
   char byte = 0;
   REQUIRE(write(output, &byte, 1) == 1 && read(input, &byte, 1) == 1);

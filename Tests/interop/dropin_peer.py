@@ -68,7 +68,7 @@ class DropInEngine:
         return code, text
 
     def wait(self, batch, count, timeout):
-        """Polls task after task, as programs of this interface do."""
+        """Polls task after task, as programs with this interface do."""
         end = time.monotonic() + timeout
         status = lib.TransferStatus()
         failed, text = 0, ""

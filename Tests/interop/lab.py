@@ -3,8 +3,8 @@
 Settings come from the environment, which scripts/test-interop fills:
   MOONCAKE_LIBRARY              path of libmooncake.so
   MOONCAKE_CLI                  path of the mooncake program; absent: its tests are skipped
-  MOONCAKE_STOCK_VERSIONS       comma list of original releases, default RELEASES
-  MOONCAKE_INTEROP_SELF_CHECK   if set, an original takes the library's place: shows that the tests
+  MOONCAKE_STOCK_VERSIONS       comma list of Mooncake releases, default RELEASES
+  MOONCAKE_INTEROP_SELF_CHECK   if set, Mooncake takes the library's place: shows that the tests
                                 themselves work
 """
 
@@ -25,12 +25,12 @@ import weakref
 
 HERE = pathlib.Path(__file__).resolve().parent
 SCRIPTS = HERE.parent.parent / "scripts"
-# One of each behavior on the wire: v1 framing with a connection per request, v2 framing, v2 framing
-# with kept connections.
+# One of each kind of wire behavior: v1 framing with a connection per request, v2 framing, v2
+# framing with kept connections.
 RELEASES = ("0.3.9", "0.3.12.post1", "0.3.13.post1")
-# With metadata_version in what it publishes, and tokens for HTTP metadata servers.
+# Publishes metadata_version, and has tokens for HTTP metadata servers.
 NEWEST = "0.3.14"
-# 0.3.13 does not get on with releases that close after each request; this one does with all.
+# 0.3.13 does not work with releases that close after each request; this one works with all.
 SELF_CHECK_RELEASE = "0.3.12.post1"
 SELF_CHECK = bool(os.environ.get("MOONCAKE_INTEROP_SELF_CHECK"))
 APIS = ("stock",) if SELF_CHECK else ("native", "dropin")
@@ -45,7 +45,7 @@ def releases():
 
 
 def need_newest():
-    """Skips a test that only 0.3.14 makes sense for where the caller has chosen other releases."""
+    """Skips a test that needs 0.3.14 if the caller has chosen other releases."""
     chosen = os.environ.get("MOONCAKE_STOCK_VERSIONS")
     if chosen and NEWEST not in chosen.split(","):
         raise unittest.SkipTest(f"MOONCAKE_STOCK_VERSIONS does not name {NEWEST}")
@@ -75,7 +75,7 @@ def stock_environment(version):
 
 
 def stock_bench(version):
-    """The original's benchmark program inside its wheel."""
+    """Mooncake's benchmark program inside its wheel."""
     (path,) = stock_environment(version).glob(
         "lib/python3*/site-packages/mooncake/transfer_engine_bench"
     )
@@ -83,7 +83,7 @@ def stock_bench(version):
 
 
 def stock_variables(**extra):
-    """Keeps the original on loopback and its waits short."""
+    """Keeps Mooncake on loopback and its waits short."""
     variables = dict(os.environ)
     for name in list(variables):
         if name.startswith("MC_"):
@@ -102,7 +102,7 @@ def stock_variables(**extra):
 
 
 def port_range(first, last):
-    """Variables that make an original take its ports from a range; releases differ in spelling."""
+    """Variables that make Mooncake choose its ports from a range; releases differ in spelling."""
     return {
         "MC_MIN_PRC_PORT": str(first),
         "MC_MAX_PRC_PORT": str(last),
@@ -112,7 +112,7 @@ def port_range(first, last):
 
 
 def free_ports(count):
-    """The first of count neighboring ports that are free now, outside of the ephemeral range."""
+    """The first of count adjacent ports that are free now, outside the ephemeral range."""
     for _ in range(200):
         first = random.randrange(20000, 30000)
         sockets = []
@@ -131,7 +131,7 @@ def free_ports(count):
 
 
 def end_process(process, seconds=10):
-    """Ends one process by its pid, kindly first."""
+    """Ends one process by its pid, first with SIGTERM."""
     if process.poll() is None:
         process.send_signal(signal.SIGCONT)
         process.terminate()
@@ -143,17 +143,17 @@ def end_process(process, seconds=10):
 
 
 def written(file):
-    """What a process has written; its offset, which it shares with us, stays where it is."""
+    """What a process has written; does not move the offset, which the process shares."""
     length = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), length, 0).decode(errors="replace")
 
 
 class PeerError(AssertionError):
-    """A peer did not do what it was asked; the text carries its log."""
+    """A peer did not do what it was asked; the text includes its log."""
 
 
 class PeerProcess:
-    """One engine in a process of its own, obeying JSON lines (see peer_commands.py)."""
+    """One engine in its own process, controlled by JSON lines (see peer_commands.py)."""
 
     def __init__(self, label, command, variables=None):
         self.label = label
@@ -209,7 +209,7 @@ class PeerProcess:
         return json.loads(line)
 
     def send(self, what, /, **arguments):
-        """Asks without waiting for the answer, which receive() then gives."""
+        """Sends a command without waiting for the answer, which receive() returns later."""
         try:
             self.process.stdin.write(json.dumps({"do": what, **arguments}).encode() + b"\n")
             self.process.stdin.flush()
@@ -227,20 +227,20 @@ class PeerProcess:
         return self.process.poll() is None
 
     def kill(self):
-        """Ends it without notice; returns when it is gone."""
+        """Kills it; returns when it is gone."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
         self.close()
 
     def stop(self):
-        """Freezes it: its ports stay open, nobody answers."""
+        """Freezes it: its ports stay open, but it does not answer."""
         self.process.send_signal(signal.SIGSTOP)
         if not wait_until(self.is_stopped, 10, pause=0.005):
             self.fail("did not stop")
 
     def is_stopped(self):
-        """Whether every thread has come to a halt, which takes a while on a busy machine."""
+        """Whether every thread has stopped, which takes a while on a busy machine."""
         for status in pathlib.Path(f"/proc/{self.pid}/task").glob("*/stat"):
             # The command name before the state may contain anything but ends with the last ")".
             if status.read_text().rpartition(")")[2].split()[0] not in "Tt":
@@ -251,7 +251,7 @@ class PeerProcess:
         self.process.send_signal(signal.SIGCONT)
 
     def quit(self):
-        """Ends it in order; anything else than exit code 0 is a failure."""
+        """Ends it properly; any exit code but 0 is a failure."""
         try:
             if self.process.poll() is None:
                 self.send("quit")
@@ -269,7 +269,7 @@ class PeerProcess:
 
 
 class Program:
-    """A program that runs in the background with its output in a file."""
+    """A program that runs in the background, with its output in a file."""
 
     def __init__(self, command, variables=None):
         self.output = tempfile.TemporaryFile(prefix="program-")
@@ -285,7 +285,7 @@ class Program:
         return written(self.output)
 
     def find(self, pattern, seconds=20):
-        """The first match in its output; an error when none comes."""
+        """The first match in its output; fails if none comes."""
         found = wait_until(
             lambda: re.search(pattern, self.text()) or self.process.poll() is not None, seconds
         )
@@ -304,14 +304,14 @@ class Program:
 def start_stock(version, **variables):
     python = stock_environment(version) / "bin" / "python"
     return PeerProcess(
-        f"original {version}",
+        f"Mooncake {version}",
         [str(python), str(HERE / "stock_peer.py")],
         stock_variables(**variables),
     )
 
 
 def start_ours(api, **variables):
-    """The engine under test behind one of its interfaces."""
+    """The engine under test, through one of its interfaces."""
     if api == "stock":
         return start_stock(SELF_CHECK_RELEASE, **variables)
     return PeerProcess(
@@ -322,7 +322,7 @@ def start_ours(api, **variables):
 
 
 class PairTest(unittest.TestCase):
-    """Tests of one original release against one interface of the library; both stay up."""
+    """Tests of one release of Mooncake against one interface of the library; both stay up."""
 
     version = None
     api = None
@@ -336,7 +336,7 @@ class PairTest(unittest.TestCase):
 
     def needs_ours(self):
         if SELF_CHECK:
-            self.skipTest("self-check: the original does not promise this")
+            self.skipTest("self-check: Mooncake does not promise this")
 
     def succeed(self, actor, what, /, **arguments):
         answer = actor.ask(what, **arguments)
@@ -350,7 +350,7 @@ def all_pairs():
 
 
 def for_each_pair(namespace, mixin, pairs=None):
-    """Defines a mixin's tests once for each release and interface; it is no TestCase itself."""
+    """Defines a mixin's tests for each release and interface; it is not a TestCase itself."""
     for version, api in all_pairs() if pairs is None else pairs:
         suffix = f"{version.replace('.', '_')}_{api}"
         name = f"{mixin.__name__}_{suffix}"
@@ -362,7 +362,7 @@ def for_each_pair(namespace, mixin, pairs=None):
 
 
 def wait_until(condition, seconds, pause=0.02):
-    """Polls until condition() is true; returns its value, false when time is up."""
+    """Polls until condition() is true; returns its value, false when the time is up."""
     end = time.monotonic() + seconds
     while True:
         value = condition()

@@ -1,6 +1,6 @@
 """Minimal ctypes declarations of both headers, only as far as the interop tests need them.
 
-Kept apart from the Python binding on purpose: a mistake there must not hide one here.
+Deliberately separate from the Python binding: a mistake there must not hide one here.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """What every peer process of the interop tests does, whatever engine is inside.
 
-A peer owns one registered buffer between two guard zones. It prints one JSON line that tells its
-segment name and buffer, then answers one JSON line for each JSON line on stdin until "quit" or end
-of input. The engine adapters (stock_peer.py, native_peer.py, dropin_peer.py) supply:
+A peer owns one registered buffer between two guard zones. It prints one JSON line with its segment
+name and buffer, then answers each JSON line on stdin with one of its own until "quit" or the end of
+input. The engine adapters (stock_peer.py, native_peer.py, dropin_peer.py) supply:
 
   segment                          name under which peers open it
   register(address, length), unregister(address)
@@ -33,7 +33,7 @@ LENGTH = int(os.environ.get("MOONCAKE_PEER_BYTES", 66 << 20))
 
 
 def pattern(seed, length):
-    """Bytes that differ with every seed and position."""
+    """Bytes that differ with seed and position."""
     return random.Random(seed).randbytes(length)
 
 
@@ -42,7 +42,7 @@ def digest(data):
 
 
 def private_stdout():
-    """A stream for the answers; whatever an engine prints on stdout goes to stderr instead."""
+    """A stream for the answers; what an engine prints to stdout goes to stderr instead."""
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return stream
@@ -75,7 +75,7 @@ class Memory:
 
 
 def measure(transfer, seconds, length, count):
-    """Calls transfer(index), which moves `length` bytes in `count` blocks, until time is up."""
+    """Calls transfer(index), which moves `length` bytes in `count` blocks, until the time is up."""
     samples = []
     begin = now = time.perf_counter()
     while now < begin + seconds:
@@ -127,7 +127,7 @@ class Peer:
         return {"code": code, "text": text, "seconds": time.monotonic() - begin}
 
     def do_flood(self, peer, operation, remote, length, count, seconds, timeout):
-        """Repeats a batch of transfers of the same memory until one fails or time is up."""
+        """Repeats a batch of transfers of the same memory until one fails or the time is up."""
         pieces = [(self.memory.address, remote, length)] * count
         begin = time.monotonic()
         rounds, code, text = 0, 0, ""

@@ -1,8 +1,8 @@
-"""An original engine restarts under the same name while a peer holds its old descriptor.
+"""A Mooncake engine restarts under the same name while a peer holds its old descriptor.
 
-Arguments: VERSION API. A process of its own because it moves to an empty network namespace, where
-it can keep closed connections from blocking the port of the restarted engine for a minute. Where
-that is not allowed it waits for that minute.
+Arguments: VERSION API. It runs in its own process because it moves to an empty network namespace,
+where it can keep closed connections from blocking the port of the restarted engine for a minute. If
+that is not permitted, it waits for that minute.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ SIZE = 1 << 20
 
 
 def isolate():
-    """Moves to a network namespace with a loopback that forgets closed connections at once."""
+    """Moves to a network namespace whose loopback forgets closed connections at once."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0 and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
         return False
@@ -40,13 +40,13 @@ def isolate():
 
 
 def start_named(version, port, neighbor):
-    """Starts an original at the port. It draws its two ports, so it may take a few attempts."""
+    """Starts Mooncake at the port. Its two ports are random, so this may take several attempts."""
     for _ in range(30):
         stock = lab.start_stock(version, **lab.port_range(min(port, neighbor), max(port, neighbor)))
         if stock.segment == f"127.0.0.1:{port}":
             return stock
         stock.kill()
-    sys.exit(f"no original came up at port {port}")
+    sys.exit(f"Mooncake did not come up at port {port}")
 
 
 def check(ours, stock, seed, what):
@@ -74,15 +74,15 @@ def check(ours, stock, seed, what):
 
 
 def run(version, api):
-    # Environments must exist before the network is gone.
+    # The environment must be made before the network is gone.
     lab.stock_environment(version)
     if api == "stock":
         lab.stock_environment(lab.SELF_CHECK_RELEASE)
     isolated = isolate()
     port = lab.free_ports(5) + 2
-    # Of the originals only one that caches nothing finds a restarted peer again.
+    # Mooncake finds a restarted peer again only if it caches nothing.
     ours = lab.start_ours(api, **({"MC_DISABLE_METACACHE": "1"} if api == "stock" else {}))
-    # Another neighbor each time, so that the data port differs, too.
+    # A different neighbor each time, so that the data port differs too.
     for life, neighbor in enumerate((port - 1, port + 1, port - 1)):
         stock = start_named(version, port, neighbor)
         check(ours, stock, f"life {life}", ("first life", "second life", "third life")[life])

@@ -1,4 +1,4 @@
-"""A peer with the original engine inside; runs in the virtual environment of scripts/stock-env.
+"""A peer with Mooncake's engine inside; runs in the virtual environment of scripts/stock-env.
 
 Environment: MOONCAKE_PEER_METADATA, the URI of a metadata service, and MOONCAKE_PEER_NAME.
 """
@@ -19,7 +19,7 @@ class StockEngine:
         name = os.environ.get("MOONCAKE_PEER_NAME")
         # get_rpc_port() of an engine that failed to initialize ends the process.
         if self.engine.initialize(name or "127.0.0.1", service, "tcp", "") != 0:
-            sys.exit("the original engine did not initialize")
+            sys.exit("Mooncake's engine did not initialize")
         self.segment = name or f"127.0.0.1:{self.engine.get_rpc_port()}"
 
     def register(self, address, length):
@@ -40,10 +40,10 @@ class StockEngine:
         else:
             many = getattr(self.engine, f"batch_transfer_sync_{operation}")
             code = many(peer, *(list(column) for column in zip(*pieces)))
-        return code, "" if code == 0 else "the original engine gives no reason"
+        return code, "" if code == 0 else "Mooncake's engine gives no reason"
 
     def notify(self, peer, name, message):
-        return -1, "the original Python interface notifies only with a transfer"
+        return -1, "Mooncake's Python interface notifies only with a transfer"
 
     def notifications(self):
         return [(each.name, each.msg) for each in self.engine.get_notifies()]
@@ -58,7 +58,7 @@ class StockEngine:
         return self.engine.get_first_buffer_address(peer)
 
     def reopen(self, peer):
-        return -1, "the original Python interface cannot reopen"
+        return -1, "Mooncake's Python interface cannot reopen"
 
     def close(self):
         pass
@@ -66,6 +66,6 @@ class StockEngine:
 
 if __name__ == "__main__":
     peer_commands.serve(StockEngine)
-    # Teardown of the original's threads at interpreter exit is not what is tested here.
+    # Skips the end of Mooncake's threads at interpreter exit, which is not tested here.
     sys.stderr.flush()
     os._exit(0)

@@ -1,8 +1,8 @@
-"""Notifications and probes between the library and the original."""
+"""Notifications and probes between the library and Mooncake."""
 
 import lab
 
-# What JSON has to escape, what UTF-8 has to encode, and more than one socket buffer.
+# Text that JSON must escape, text that UTF-8 must encode, and more than a socket buffer holds.
 TEXTS = (
     ("layer 0", "done"),
     ('na"me', 'back\\slash "quotes"\nline\ttab'),
@@ -72,8 +72,8 @@ class Control:
             self.skipTest("transfer_engine_c.h has no probe")
         answer = self.ours.ask("probe", peer=self.stock.segment)
         if self.version == "0.3.9":
-            # It closes on the unknown message: whatever is said of it, it is said at once, and the
-            # peer goes on.
+            # Mooncake closes the connection on the unknown message. Whatever the result, it comes
+            # at once, and the peer still works.
             self.assertLess(answer["seconds"], 10, answer)
             self.succeed(
                 self.ours,

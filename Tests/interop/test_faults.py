@@ -1,4 +1,4 @@
-"""Peers that die, freeze or come back: every transfer ends, in time and with a reason."""
+"""Peers that die, freeze or come back: every transfer ends in time, and with a reason."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import unittest
 
 import lab
 
-# Faults do not depend on the interface as much as on the release.
+# Faults depend more on the release than on the interface.
 PAIRS = [pair for pair in lab.all_pairs() if pair[1] == lab.APIS[0]]
 if "dropin" in lab.APIS:
     PAIRS.append((lab.releases()[-1], "dropin"))
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 class Faults:
-    """Each test has its own pair, since each breaks it."""
+    """Each test breaks its pair, so each has its own."""
 
     def setUp(self):
         self.stock = lab.start_stock(self.version)
@@ -50,7 +50,7 @@ class Faults:
         self.assertNotEqual(answer["text"], "", answer)
         self.assertGreaterEqual(answer["rounds"], 1)
         self.assertLess(answer["ended"] - killed, DEADLINE + MARGIN, answer)
-        # The next one meets nobody and says so.
+        # The next one reaches nobody and says so.
         begin = time.monotonic()
         answer = self.ours.ask(
             "transfer",
@@ -75,16 +75,16 @@ class Faults:
         self.stock.stop()
         answer = self.ours.ask("transfer", timeout=DEADLINE, **transfer)
         if not (self.version == "0.3.9" and operation == "write"):
-            # With v1 framing a write may end when it has left for the kernel of the frozen peer.
+            # With v1 framing a write may end once the frozen peer's kernel has it.
             self.assertNotEqual(answer["code"], 0, answer)
         self.assertLess(answer["seconds"], DEADLINE + MARGIN, answer)
-        # Terminal means terminal: what the peer still sends must not land.
+        # Terminal means terminal: what the peer sends later must not be stored.
         self.ours.ask("fill", offset=0, length=4 * MIB, seed="reused")
         before = self.ours.ask("digest", offset=0, length=4 * MIB)["digest"]
         self.stock.resume()
         time.sleep(1)
         after = self.ours.ask("digest", offset=0, length=4 * MIB)["digest"]
-        if not lab.SELF_CHECK:  # the original does let it land
+        if not lab.SELF_CHECK:  # Mooncake does let it land
             self.assertEqual(after, before)
         if operation == "write":
             self.ours.ask("fill", offset=0, length=4 * MIB, seed="newer")
@@ -93,7 +93,7 @@ class Faults:
         )
         self.assertTrue(again, "no transfer succeeds after the peer has woken")
         if operation == "write" and not lab.SELF_CHECK:
-            # What the frozen peer had received must not be stored over what came later.
+            # What the frozen peer had received must not overwrite later data.
             self.check_stays()
 
     def check_stays(self):
@@ -104,9 +104,9 @@ class Faults:
             self.assertEqual(stored, expected, f"{pause} s after the write")
 
     def test_overwriting_what_timed_out(self):
-        """Short deadlines and freezes at random: what a completed write has stored stays."""
+        """Short deadlines and random freezes: what a completed write has stored stays."""
         if lab.SELF_CHECK:
-            self.skipTest("the original promises no order here")
+            self.skipTest("Mooncake promises no order here")
         pieces = [[0, self.stock.address, 4 * MIB]]
         transfer = {"peer": self.stock.segment, "operation": "write", "pieces": pieces}
         self.assertEqual(self.ours.ask("transfer", **transfer)["code"], 0)
@@ -132,7 +132,7 @@ class Faults:
         self.check_frozen("write")
 
     def test_ours_ends_under_load(self):
-        """Destroying an engine that a peer is using ends in order, and the peer learns of it."""
+        """An engine that is destroyed while a peer uses it ends properly, and the peer notices."""
         self.stock.send(
             "flood",
             peer=self.ours.segment,
@@ -151,7 +151,7 @@ class Faults:
 
 
 class Restarts(unittest.TestCase):
-    """A peer that comes back under its name, at other ports and addresses, is found again."""
+    """A peer that returns under its name, with other ports and addresses, is found again."""
 
     def test_stock_restarts(self):
         for version, api in PAIRS:
@@ -172,5 +172,5 @@ class Restarts(unittest.TestCase):
 lab.for_each_pair(globals(), Faults, PAIRS)
 for name in list(globals()):
     if name.startswith("Faults_"):
-        # The pair of the class, which tests elsewhere share, is not wanted here.
+        # Not the pair of the class, which is shared between tests elsewhere.
         globals()[name].setUpClass = classmethod(lambda cls: None)

@@ -1,4 +1,4 @@
-"""The original's benchmark program and ours, each against the other side's target."""
+"""Mooncake's benchmark program and ours, each against the other's target."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def common_arguments(mode):
 
 
 def run_stock_initiator(version, segment, operation, block_size=4096, batch_size=128):
-    """Runs the original's initiator for a second; returns its batch count."""
+    """Runs Mooncake's initiator for a second; returns its batch count."""
     done = subprocess.run(
         [
             lab.stock_bench(version),

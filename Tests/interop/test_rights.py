@@ -1,4 +1,4 @@
-"""What lies outside of a registered buffer is neither read nor written, by either side."""
+"""Memory outside a registered buffer is neither read nor written, by either side."""
 
 import time
 import unittest
@@ -8,7 +8,7 @@ from peer_commands import GUARD
 
 
 def outside(target):
-    """Ranges that are not wholly inside the target's buffer: what, address, length."""
+    """Ranges not entirely inside the target's buffer: what, address, length."""
     begin, end = target.address, target.address + target.length
     return (
         ("just before", begin - 16, 16),
@@ -40,7 +40,7 @@ class Rights:
                 if must_fail:
                     self.assertNotEqual(answer["code"], 0, f"{operation} was not refused")
                 self.assertLess(answer["seconds"], 4, answer)
-                if names_peer and what != "wraps around":  # that one is no peer's affair
+                if names_peer and what != "wraps around":  # this one involves no peer
                     self.assertIn(target.segment, answer["text"])
                 self.check_still_served(initiator, target)
         time.sleep(0.3)  # for a write whose initiator does not wait for the outcome
@@ -48,8 +48,8 @@ class Rights:
         self.assertEqual(target.ask("digest")["digest"], before, "bytes of the buffer changed")
 
     def check_still_served(self, initiator, target):
-        """Refusing one transfer leaves the way open for the next."""
-        # Once each of its four connections has met a refusal, 0.3.13 fails everything for a second.
+        """After a refused transfer, the next one works."""
+        # Once each of its four connections has had a refusal, 0.3.13 fails everything for a second.
         patience = 4 if initiator is self.stock or lab.SELF_CHECK else 0
         piece = [2 << 20, target.address, 4096]
         served = lab.wait_until(
@@ -75,7 +75,7 @@ class Rights:
             self.skipTest("self-check: neither side of this pair checks addresses")
 
     def test_ours_cannot_write_outside_stock(self):
-        """0.3.9 to 0.3.11 check nothing, so it is the initiator that has to."""
+        """0.3.9 to 0.3.11 check nothing, so the initiator has to."""
         self.needs_checking_initiator()
         self.check_refused(self.ours, self.stock, "write", True, not lab.SELF_CHECK)
 
@@ -84,7 +84,7 @@ class Rights:
         self.check_refused(self.ours, self.stock, "read", True, not lab.SELF_CHECK)
 
     def test_one_bad_request_of_a_batch(self):
-        """The bad one fails the batch; the good ones' bytes arrive and nothing else does."""
+        """The bad one fails the batch; the good ones' bytes arrive, and nothing else does."""
         self.needs_ours()
         count, size = 32, 4096
         self.ours.ask("fill", offset=0, length=count * size, seed="partly")
@@ -99,7 +99,7 @@ class Rights:
 
 
 class Revoked(unittest.TestCase):
-    """A peer that still holds the old descriptor is told no once a buffer is unregistered."""
+    """A peer with an outdated descriptor is refused once a buffer is unregistered."""
 
     def check(self, version, api):
         stock = lab.start_stock(version)
@@ -112,7 +112,7 @@ class Revoked(unittest.TestCase):
         for operation in ("read", "write"):
             answer = stock.ask("transfer", operation=operation, **transfer)
             self.assertEqual(answer["code"], 0, answer)
-        # A v1 write may still be on its way when it is reported.
+        # A v1 write may be reported while it is still on its way.
         time.sleep(0.3)
         self.assertEqual(ours.ask("unregister")["code"], 0)
         before = ours.ask("digest", offset=0, length=1 << 20)["digest"]

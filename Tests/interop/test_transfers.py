@@ -1,4 +1,4 @@
-"""Both directions of reads and writes between the library and the original, byte for byte."""
+"""Reads and writes in both directions between the library and Mooncake, byte for byte."""
 
 import lab
 from peer_commands import digest, pattern
@@ -27,7 +27,7 @@ class Transfers:
         moved = pattern(f"source {size}", size)
         expected = before[:EDGE] + moved + before[EDGE + size :]
         window = {"offset": offsets[sink.pid] - EDGE, "length": len(before)}
-        # A release with v1 framing reports a write when it has left, not when it has arrived.
+        # A release with v1 framing reports a write once it was sent, not once it has arrived.
         arrived = lab.wait_until(
             lambda: sink.ask("digest", **window)["digest"] == digest(expected), 5
         )

@@ -8,9 +8,9 @@ from typing import Callable, Optional
 import mooncake_lib
 import store_lib as lib
 
-# Milliseconds: of what takes a timeout, and of the engine's calls that take none.
+# Milliseconds: for calls with a timeout, and for calls of the engine without one.
 TIMEOUT, DEFAULT = 400, 600
-# So long that only the cancel ends a call.
+# So long that only a cancel ends a call.
 PATIENCE = 10_000
 LATENESS, CANCEL_LATENESS, DESTROY_LIMIT = 0.1, 0.2, 5.0
 TEXT = 1 << 16
@@ -22,10 +22,10 @@ def nothing(bench):
 
 @dataclasses.dataclass
 class Row:
-    """One call: what comes before the freeze, the call, what undoes it after the thaw.
+    """One call: preparation before the freeze, the call, and what undoes it after the thaw.
 
-    The name is the function's, then what is special. A call takes a bench, one with a cancel an
-    operation, too, and returns a code, which must be `code`, or `canceled` after a cancel.
+    The name is the function's, followed by the special case. A call takes a bench, and an operation
+    if it can be canceled. It returns a code, which must be `code`, or `canceled` after a cancel.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Row:
     limit: float = TIMEOUT / 1000 + LATENESS
     # None: it takes no operation.
     canceled: Optional[int] = None
-    # The service freezes when the call comes to it; None: before the call.
+    # The phase of the call in which the service freezes; None: before the call.
     phase: Optional[int] = None
-    # At the last byte of the phase, not at its beginning.
+    # At the last byte of the phase instead of at its start.
     is_done: bool = False
-    # It may be over before the cancel comes: nothing that it does then asks the service.
+    # It may end before the cancel comes: what it does then does not ask the service.
     ends_first: bool = False
-    # Names of the services that can do it; None: all.
+    # The services that support it; None: all.
     kinds: Optional[tuple] = None
 
     @property
@@ -51,7 +51,7 @@ class Row:
         return self.name.split(",")[0]
 
 
-# By their nature these wait for nobody: the metadata service, a peer or another call.
+# These inherently wait for nobody: not the metadata service, a peer or another call.
 NEVER_WAIT = {
     "a constant of the library": (
         "mooncake_version", "mooncake_version_number", "mooncake_error_name"),
@@ -107,7 +107,7 @@ def operation_rows():
          lambda b, op: register(b, op, writable=True), after=drop, phase=lib.PHASE_PUBLISHING)
     both("register, a new version", register, after=drop,
          before=lambda b: lib.check(lib.register(b.store, b"mine", b.other)))
-    # What they withdraw is withdrawn in any case; the service is told later.
+    # They withdraw in any case and tell the service later.
     add("unregister", lambda b, op: lib.unregister(b.store, b"mine", op), lib.OK, lib.OK,
         before=lambda b: lib.check(register(b)))
     add("delete_replica", lambda b, op: lib.delete(b.store, b"there", op), lib.OK, lib.OK,
@@ -120,14 +120,14 @@ def operation_rows():
     both("get, frozen before bytes arrive",
          lambda b, op: lib.get(b.store, b"there", b.fetched, op), after=forget,
          phase=lib.PHASE_TRANSFERRING)
-    # That the payload is here is told to others later.
+    # The holding is published later.
     add("get, frozen when all bytes are there",
         lambda b, op: lib.get(b.store, b"there", b.fetched, op), lib.OK, lib.OK, after=forget,
         phase=lib.PHASE_TRANSFERRING, is_done=True)
     add("get, receive only, frozen when all bytes are there",
         lambda b, op: lib.get(b.store, b"there", b.fetched, op, receive_only=True), lib.OK, lib.OK,
         after=forget, phase=lib.PHASE_TRANSFERRING, is_done=True, ends_first=True)
-    # Where Mooncake's Go store has a document of it, which is etcd.
+    # Only etcd holds documents of Mooncake's Go store.
     both("get, without digests", lambda b, op: lib.get(b.store, b"foreign", b.fetched, op),
          after=lambda b: lib.delete(b.store, b"foreign"), kinds=("Etcd",))
     both("get, without digests, frozen before bytes arrive",
@@ -145,7 +145,7 @@ def operation_rows():
 
 
 def create_store(bench):
-    """A store with an engine of its own."""
+    """A store with its own engine."""
     store = c_void_p()
     options = lib.engine_options(bench.service.uri, "own", DEFAULT)
     code = lib.library.mooncake_store_create(None, byref(options), None, byref(store))
@@ -222,7 +222,7 @@ def end_batch(bench):
 
 
 def submit(bench, is_known=False, timeout=TIMEOUT, notify=False):
-    """Reads what the peer has, or what it has not and is asked about."""
+    """Reads from registered or unregistered memory of the peer; the latter makes it ask."""
     library, request = lib.library, byref(bench.request(is_known))
     if notify:
         return library.mooncake_batch_submit_notify(
@@ -286,7 +286,7 @@ def engine_rows():
         Row("mooncake_batch_wait, bounded",
             lambda b: submit(b, timeout=PATIENCE) or wait(b, TIMEOUT), lib.TIMEOUT,
             before=running, after=end_batch),
-        # The peer's address is asked for, to notify it.
+        # The peer's address is looked up to notify it.
         Row("mooncake_batch_wait, with a notification",
             lambda b: submit_and_wait(b, is_known=True, notify=True), lib.TIMEOUT, before=running,
             after=end_batch),
@@ -296,7 +296,7 @@ def engine_rows():
     ]
 
 
-# ---- Calls that do not wait, though their objects' other calls do -------------------------------
+# ---- Calls that do not wait, though other calls on their objects do ------------------------------
 
 def text_of(function, *arguments):
     length = c_uint64()
@@ -331,7 +331,7 @@ def ignore(batch, status, context):
 
 
 def quick_rows():
-    """In the order in which they are made, while the service is frozen throughout."""
+    """In the order of the calls; the service is frozen throughout."""
     library = lib.library
     status, one, number = mooncake_lib.BatchStatus(), lib.RequestStatus(), c_int32()
     rows = [
@@ -372,7 +372,7 @@ def quick_rows():
         Row("mooncake_store_watch_destroy, at once",
             lambda b: library.mooncake_store_watch_destroy(b.watch), lib.OK),
         Row("mooncake_store_watch_create, again", lambda b: lib.watch(b.second, b.watch), lib.OK),
-        # It asks the service by now.
+        # By now it is asking the service.
         Row("mooncake_store_watch_destroy", lambda b: (
             b.pause(), library.mooncake_store_watch_destroy(b.watch))[1], lib.OK,
             limit=0.2 + LATENESS),
@@ -386,13 +386,13 @@ def quick_rows():
 
 
 def holding(bench):
-    """Something to withdraw."""
+    """Registers something to withdraw."""
     lib.check(register(bench))
     lib.check(lib.get(bench.store, b"there", bench.fetched))
 
 
 def last_rows():
-    """The end of what the others work with."""
+    """Ends the objects that the others use."""
     library = lib.library
     return [
         Row("mooncake_store_destroy", lambda b: library.mooncake_store_destroy(b.store), lib.OK,

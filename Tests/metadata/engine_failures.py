@@ -19,7 +19,7 @@ URIS = (
 
 
 def tally():
-    """Open descriptors, threads."""
+    """The numbers of open descriptors and threads."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 

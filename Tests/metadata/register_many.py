@@ -1,6 +1,6 @@
 """An engine that registers more than its metadata service takes. Arguments: LIBRARY URI.
 
-Prints a JSON line each: what a batch of many buffers gave, what a batch of few gave after it, and
+Prints one JSON line each: the result for a batch of many buffers, for a later batch of few, and
 what a peer sees. Obeys "again" and "quit" on stdin.
 """
 

@@ -1,12 +1,12 @@
-"""Planted secrets: the forms in which they are given, and how they are found in texts again."""
+"""Planted secrets: the forms in which they are given, and how they are found in texts."""
 
 import base64
 import urllib.parse
 
-# Neither half may appear anywhere, whatever is encoded between them.
+# Neither half may appear anywhere, however the text around it is encoded.
 LEFT, RIGHT = "Wq8zK4", "vT5nR2"
 SECRET = LEFT + RIGHT
-# Has to be encoded in a URI, in JSON and in an argument of Redis.
+# Must be encoded in a URI, in JSON and in an argument of Redis.
 SPECIAL = LEFT + '@:/%"\\ é' + RIGHT
 QUOTED = urllib.parse.quote(SPECIAL, safe="")
 
@@ -14,7 +14,7 @@ VARIABLES = {
     "MC_METADATA_USERNAME": "user",
     **{name: SECRET for name in (
         "MC_METADATA_PASSWORD", "MC_REDIS_PASSWORD", "MC_METADATA_HTTP_TOKEN",
-        # Misspelled, or of other programs.
+        # Misspelled, or belonging to other programs.
         "MC_METADATA_PASSWRD", "MC_HTTP_TOKEN_VALUE", "MC_API_KEY")},
 }
 SPECIAL_VARIABLES = dict(
@@ -22,7 +22,7 @@ SPECIAL_VARIABLES = dict(
 
 
 def _base64_traces(text):
-    """The digits that a text has in Base64 whatever stands before and behind it."""
+    """The digits that a text always has in Base64, whatever precedes and follows it."""
     for shift in range(3):
         encoded = base64.b64encode(b"x" * shift + text.encode() + b"xx").decode()
         yield encoded[-(-shift * 8 // 6):(shift + len(text)) * 8 // 6]
@@ -32,7 +32,7 @@ TRACES = [LEFT, RIGHT, *_base64_traces(LEFT), *_base64_traces(RIGHT)]
 
 
 def found_in(text):
-    """The first line that holds a part of a secret; none if there is none."""
+    """The first line that contains part of a secret; None if there is none."""
     for line in text.splitlines():
         if any(trace in line for trace in TRACES):
             return line[:600]
@@ -40,8 +40,7 @@ def found_in(text):
 
 
 def uris(port):
-    """URIs with secrets, whose service, if there is one, is at a port; each with what messages
-    show of it."""
+    """URIs with secrets, each with the form that messages show; `port` of an existing service."""
     host = f"127.0.0.1:{port}"
     return [
         (f"etcd://user:{SECRET}@{host}", f"etcd://user:***@{host}"),
@@ -86,5 +85,5 @@ def uris(port):
     ]
 
 
-# Those of `uris` that each reach another kind of service.
+# Those of `uris` that reach different kinds of services.
 REACHING = (0, 1, 3, 4, 5, 6)

@@ -1,4 +1,4 @@
-"""Real metadata services for the tests, each on loopback ports of its own.
+"""Real metadata services for the tests, each on its own loopback ports.
 
 A service has uri, start(), kill(), stop() and resume() (SIGSTOP, SIGCONT), restart(empty), end().
 """
@@ -32,7 +32,7 @@ def port_is_open(port, host=LOOPBACK):
 
 
 class Service:
-    """One process, or several, with a folder of their own."""
+    """One process, or several, with their own folder."""
 
     def __init__(self, host=LOOPBACK):
         self.host = host
@@ -66,7 +66,7 @@ class Service:
         self.process.wait(10)
 
     def stop(self):
-        """Returns when it stands still: a thread of it may answer for a moment after the signal."""
+        """Returns once it has stopped: a thread may still answer for a moment after the signal."""
         self.process.send_signal(signal.SIGSTOP)
         lab.wait_until(self.is_stopped, 5, pause=0.001)
 
@@ -96,7 +96,7 @@ class Service:
 
 
 class Etcd(Service):
-    """One member of etcd; with tls, certificates are made and asked for."""
+    """A single etcd member; with tls, certificates are made and required."""
 
     has_leases = True
 
@@ -132,7 +132,7 @@ class Etcd(Service):
         shutil.rmtree(self.folder / "data")
 
     def with_users(self, password="secret"):
-        """Makes root, and mooncake with the right to the keys; both have the password."""
+        """Makes root, and mooncake with rights to the keys; both have the password."""
         for words in (("user", "add", f"root:{password}"), ("role", "add", "root"),
                       ("user", "grant-role", "root", "root"),
                       ("user", "add", f"mooncake:{password}"),
@@ -250,7 +250,7 @@ class Ours(Service):
 
 
 class OursWithToken(Ours):
-    """mooncake metadata serve that asks for a token, from a file if there is one."""
+    """mooncake metadata serve that requires a token, from a file if given."""
 
     TOKEN = "open-s3same"
 
@@ -270,7 +270,7 @@ class OursWithToken(Ours):
 
 
 class StockHTTPWithToken(Service):
-    """The original's HTTP metadata server in Python, of the first release that asks for a token."""
+    """Mooncake's HTTP metadata server in Python, from the first release that requires a token."""
 
     TOKEN = "open-s3same"
 
@@ -288,7 +288,7 @@ class StockHTTPWithToken(Service):
 
 
 class StockHTTP(Service):
-    """The HTTP metadata server inside the original's master: no leases, no listing."""
+    """The HTTP metadata server inside Mooncake's master: no leases, no listing."""
 
     has_leases = False
 
@@ -315,8 +315,8 @@ class StockHTTP(Service):
 
 
 def make_certificates(folder):
-    """ca, server, one for another host, client, one without a common name, and a client and an
-    authority that nobody knows."""
+    """ca, server, one for another host, client, one without a common name, and an unknown client
+    and authority."""
 
     def openssl(*words):
         subprocess.run(
@@ -382,7 +382,7 @@ def start_stock(version, uri, name, **variables):
 
 
 def doctor(uri, **variables):
-    """The findings about a service, by name: (level, all text)."""
+    """The doctor's findings about a service, by name: (level, all text)."""
     done = subprocess.run(
         [cli(), "doctor", "--json", "--metadata", uri], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=60, env=dict(os.environ, **variables))
@@ -394,7 +394,7 @@ def doctor(uri, **variables):
 
 
 class Listener:
-    """A server on loopback; each connection is served by a thread of its own."""
+    """A server on loopback with a thread per connection."""
 
     def __init__(self):
         self.listener = socket.create_server((LOOPBACK, 0))
@@ -421,7 +421,7 @@ class Listener:
 
 
 class Proxy(Listener):
-    """Passes bytes on after a delay."""
+    """Forwards bytes after a delay."""
 
     def __init__(self, target, delay):
         self.target = target
@@ -447,7 +447,7 @@ class Proxy(Listener):
 
 
 class Impostor(Listener):
-    """A server that answers whatever is sent with the same bytes, or never."""
+    """A server that answers any request with the same bytes, or never."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -482,7 +482,7 @@ class Raw:
 
 
 def plant(uri, key, value):
-    """Puts bytes that no engine would."""
+    """Puts bytes that no engine would write."""
     service = urllib.parse.urlsplit(uri)
     if service.scheme == "http":
         raw = Raw(uri)

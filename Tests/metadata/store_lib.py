@@ -44,8 +44,8 @@ class Operation(Structure):
         return operation
 
     def at_phase(self, phase, action, is_done=False):
-        """Calls action once, when the operation tells of a phase, or of its last byte; then it has
-        reached it."""
+        """Calls action once, when the operation reports a phase, or the last byte of it; then
+        has_reached is true."""
         self.has_reached = False
 
         @ProgressCallback
@@ -57,7 +57,7 @@ class Operation(Structure):
             return 0
 
         self.progress = progress
-        # Else it ends with this function.
+        # Otherwise it ends with this function.
         self.callback = progress
 
 
@@ -82,7 +82,7 @@ class MetadataServerOptions(Structure):
 
 
 class Buffers(Structure):
-    """What a call that lists buffers needs."""
+    """The arguments of a call that lists buffers."""
 
     _fields_ = [("list", mooncake_lib.RemoteBuffer * 64), ("count", c_uint64)]
 

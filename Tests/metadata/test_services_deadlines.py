@@ -1,8 +1,8 @@
-"""Every call returns in time while its metadata service stands still.
+"""Every call returns in time while its metadata service is frozen.
 
-A frozen service takes connections and requests and answers nothing, so that only deadlines and
+A frozen service accepts connections and requests but never answers, so that only deadlines and
 cancellations end a call. Each row of a table (deadline_rows.py) is one call; the service is thawed
-between two. Each function of both headers is in a row, or is known to wait for nobody.
+between rows. Each function of both headers is in a row, or is known to wait for nobody.
 """
 
 import concurrent.futures
@@ -23,15 +23,15 @@ import store_lib as lib
 HEADERS = pathlib.Path(__file__).resolve().parent.parent.parent / "include"
 KINDS = (services.Etcd, services.Redis, services.Ours)
 SIZE = 300_000
-# The lease is long, so that nothing but the calls themselves bounds their waits.
+# The lease is long, so that only the calls themselves bound their waits.
 TTL = 20
-# How much a machine that wakes threads late may add to a limit, in seconds, and how often a call is
-# made anew that took longer while the machine was that late.
+# How many seconds a machine that wakes threads late may add to a limit, and how often a call is
+# repeated if it took too long while the machine was that late.
 LARGEST_SLACK, ATTEMPTS = 0.15, 6
 
 
 class Heartbeat:
-    """How late this machine wakes a thread, in the worst case since `reset`."""
+    """How late this machine wakes a thread: the worst case since `reset`."""
 
     def __init__(self):
         self.worst = 0.0
@@ -56,14 +56,14 @@ class Heartbeat:
 
 
 class Bench:
-    """Two stores that share a service: the peer offers, the other's calls are timed."""
+    """Two stores that share a service: the peer offers, and the other's calls are timed."""
 
     def __init__(self, service, label):
         self.heartbeat = Heartbeat()
         self.service = service
         self.label = label
         self.failures = []
-        # An etcd that listens may still elect itself.
+        # An etcd that listens may still be electing itself.
         services.command("list", self.service.uri, "mooncake/")
         self.engine = lib.engine(self.service.uri, "caller", table.DEFAULT)
         self.store = lib.store(self.engine)
@@ -75,7 +75,7 @@ class Bench:
         half = SIZE // 2
         self.pair = (lib.Buffer * 2)(
             (self.mine.address, half), (self.mine.address + half, half))
-        # What calls put their results into.
+        # Where calls put their results.
         self.segment, self.batch = ctypes.c_int32(), ctypes.c_uint64()
         self.allocated, self.server = ctypes.c_void_p(), ctypes.c_void_p()
         self.second, self.watch = ctypes.c_void_p(), ctypes.c_void_p()
@@ -86,7 +86,7 @@ class Bench:
             self.plant()
 
     def plant(self):
-        """A payload as Mooncake's Go store writes it, in the memory of the peer."""
+        """A payload as Mooncake's Go store registers it, in the memory of the peer."""
         text = services.command("get", self.service.uri, "mooncake/checkpoint/there")
         services.command("put", self.service.uri, "mooncake/checkpoint/foreign", "-",
                          text=text.replace('"there"', '"foreign"'))
@@ -100,7 +100,7 @@ class Bench:
         self.service.end()
 
     def request(self, is_known):
-        """A read from the peer, of what it has registered or of what it has not."""
+        """A read from the peer, of registered or unregistered memory."""
         offset = self.there.address + (0 if is_known else 1 << 40)
         return mooncake_lib.MooncakeRequest(
             mooncake_lib.READ, self.segment.value, self.bytes.address, offset, self.bytes.count)
@@ -134,9 +134,9 @@ class Bench:
         self.failures.append(f"{self.label}: {what}")
 
     def measure(self, name, limit, call, expected, begin=None):
-        """Runs a call that must return a code within a time, counted from `begin` if that is given.
+        """Runs a call that must return a code within a time, counted from `begin` if given.
 
-        Returns whether it is to be made anew, because the machine was too slow to tell.
+        Returns whether to repeat it because the machine was too slow to tell.
         """
         self.heartbeat.reset()
         start = time.monotonic()
@@ -145,7 +145,7 @@ class Bench:
         message = lib.message() if code else ""
         seconds = end - (begin() if begin else start)
         if code != expected:
-            # It may have had no time for what it does at last.
+            # It may not have had time for its last step.
             if code == lib.TIMEOUT and self.heartbeat.is_disturbed:
                 return True
             self.fail(f"{name} returned {code}, not {expected} ({message})")
@@ -159,7 +159,7 @@ class Bench:
         for _ in range(ATTEMPTS):
             if not once():
                 return
-        self.fail(f"{name}: the machine wakes threads so late that nothing can be said of it")
+        self.fail(f"{name}: the machine wakes threads too late to judge it")
 
     def run(self):
         kind = type(self.service).__name__
@@ -175,12 +175,12 @@ class Bench:
         self.together(table.last_rows(), table.holding)
 
     def together(self, rows, before=table.nothing):
-        """Calls that follow each other while the service is frozen."""
+        """Consecutive calls while the service is frozen."""
         self.recover()
         before(self)
         self.service.stop()
         for row in rows:
-            # What is over cannot be tried again.
+            # A finished object cannot be used again.
             if self.measure(row.name, row.limit, lambda: row.call(self), row.code):
                 print(f"{self.label}: {row.name}: the machine was too busy to tell")
         self.service.resume()
@@ -249,7 +249,7 @@ class Bench:
 
 
 def functions():
-    """What the headers declare."""
+    """The functions that the headers declare."""
     found = set()
     for header in ("mooncake.h", "mooncake_store.h"):
         text = (HEADERS / header).read_text()
@@ -288,13 +288,13 @@ class Deadlines(unittest.TestCase):
         self.assertEqual(failures, [], "\n".join(failures))
 
     def test_what_was_withdrawn_meanwhile_vanishes(self):
-        """A record whose deletion the frozen service did not answer goes when it is back."""
+        """A record whose deletion the frozen service did not answer goes once it is back."""
         os.environ["MC_METADATA_TTL"] = str(TTL)
 
         def check(kind):
             bench = Bench(kind(), kind.__name__)
             try:
-                # The lease that its record hangs on is kept by another one.
+                # Another client keeps the lease of its record alive.
                 lib.check(lib.register(bench.store, b"other", bench.other))
                 lib.check(lib.register(bench.store, b"mine", bench.mine))
                 bench.service.stop()

@@ -57,13 +57,13 @@ class Peers(FaultTest):
         actor = self.peer(service, "actor")
         target = self.peer(service, "target")
         self.moves(actor, target)
-        # Comes back at once, while its former self is still published.
+        # Comes back at once, while the records of its predecessor are still there.
         target.kill()
         target = self.peer(service, "target")
         begin = time.monotonic()
         self.moves(actor, target)
         self.assertLess(time.monotonic() - begin, 2)
-        # Longer than the lease of the former self: that takes nothing with it.
+        # Longer than its predecessor's lease, which must not take anything with it.
         time.sleep(TTL + 0.5)
         self.assertEqual(self.names(service).count("target"), 2)
         target.kill()
@@ -72,7 +72,7 @@ class Peers(FaultTest):
         self.assertTrue(gone, f"keys stay after {time.monotonic() - killed} s")
         answer = self.transfer(actor, target, 3.0)
         self.assertNotEqual(answer["code"], 0)
-        # Comes back after everything of it is gone.
+        # Comes back after all its records are gone.
         target = self.peer(service, "target")
         self.moves(actor, target)
         target.quit()
@@ -91,7 +91,8 @@ class Peers(FaultTest):
         self.moves(actor, target)
 
     def test_superseded_while_frozen(self):
-        """Who wakes after another has taken the name leaves it alone, and gets it back later."""
+        """A process that resumes after another has taken its name leaves that alone, and gets the
+        name back later."""
         service = self.start(services.Etcd)
         actor, old = self.peer(service, "actor"), self.peer(service, "target")
         old.stop()
@@ -148,7 +149,7 @@ class Peers(FaultTest):
 
 class Services(FaultTest):
     def check_outage(self, service, interrupt, restore, seconds=1.5 * TTL):
-        """Transfers between known peers never fail; publications are repeated."""
+        """Transfers between known peers never fail; publishing is retried."""
         actor = self.peer(service, "actor")
         target = self.peer(service, "target")
         self.moves(actor, target)
@@ -157,8 +158,8 @@ class Services(FaultTest):
         interrupt()
         answer = actor.receive(60)
         self.assertEqual(answer["code"], 0, f"{answer}\n{actor.log_tail()}")
-        # Registrations do not wait for a service that is known to be away, and peers that know
-        # each other find out about them without it.
+        # Registrations do not wait for a service known to be away, and peers that know each other
+        # notice them without it.
         begin = time.monotonic()
         self.assertEqual(target.ask("unregister")["code"], 0)
         self.assertLess(time.monotonic() - begin, 5)
@@ -198,7 +199,7 @@ class Services(FaultTest):
         self.assertTrue(lab.wait_until(lambda: services.command(
             "get", service.uri, "mooncake/ram/target", status=None).startswith("{"), TTL + 2))
         target.kill()
-        # Without leases a killed process stays, and its successor gets in all the same.
+        # Without leases a killed process's records stay, and its successor replaces them.
         target = self.peer(service, "target")
         self.moves(self.peer(service, "actor"), target)
         target.quit()
@@ -233,10 +234,10 @@ class Services(FaultTest):
         self.assertEqual(status, 507, text)
         self.assertIn(b"the journal cannot be written: File too large", text)
         self.assertEqual(put("mooncake/still-full")[0], 507)
-        # What was refused meanwhile stands in memory, so the next record that gets in keeps it.
+        # What was refused meanwhile is in memory, so the next record that is written keeps it.
         resource.prlimit(service.process.pid, limit, limits)
         self.assertEqual(put("mooncake/after")[0], 200)
-        # It was added to the file, which did not have to be written anew.
+        # It was appended to the file, which did not have to be rewritten.
         self.assertEqual(journal.stat().st_ino, number)
         service.restart(empty=False)
         self.assertEqual(services.keys(service.uri), [
@@ -248,7 +249,7 @@ class Services(FaultTest):
         self.addCleanup(raw.close)
         number = (service.folder / "data" / "journal").stat().st_ino
         (service.folder / "data").rename(service.folder / "moved")
-        # Mostly history, so that it is written anew.
+        # Mostly history, so that it is rewritten.
         for _ in range(8):
             self.assertEqual(raw.ask("PUT", {"key": "mooncake/k"}, b"v" * (1 << 20))[0], 200)
         journal = service.folder / "moved" / "journal"
@@ -268,7 +269,7 @@ class Services(FaultTest):
         self.moves(late, target)
         time.sleep(TTL + 1)
         self.assertEqual(len(self.names(service)), 6)
-        # Without a majority nothing is lost but the service.
+        # Without a majority, only the service is unavailable; nothing is lost.
         service.members[1].kill()
         service.members[1].wait(10)
         self.moves(actor, target)
@@ -355,7 +356,7 @@ class Access(FaultTest):
         text = services.command("get", f"etcd://user:right@{address}", "foreign", status=1)
         self.assertIn("permission denied", text)
         time.sleep(TTL + 1)
-        # A restart of the service forgets the tokens.
+        # A restarted service has forgotten the tokens.
         service.restart(empty=False)
         time.sleep(TTL + 1)
         found = services.command("list", f"etcd://user:right@{address}").split()
@@ -370,7 +371,7 @@ class Access(FaultTest):
         address = f"etcd://127.0.0.1:{service.port}"
         self.refused(f"{address}?ca={folder}/other.pem&cert={folder}/client.pem"
                      f"&key={folder}/client.key", address, "certificate")
-        # With TLS 1.3 the service refuses a client only after the client has begun to talk.
+        # With TLS 1.3 the service refuses a client only after the client has started to send.
         self.refused(f"{address}?ca={folder}/ca.pem&cert={folder}/foreign.pem"
                      f"&key={folder}/foreign.key", address)
         self.refused(f"{address}?ca={folder}/ca.pem", address)
@@ -386,11 +387,11 @@ class Access(FaultTest):
         service = self.start(services.Etcd, True, certificate="elsewhere")
         address = f"127.0.0.1:{service.port}"
         self.refused(service.uri, address, "certificate")
-        # What is checked is what the URI names.
+        # The name checked is the one in the URI.
         self.refused(service.uri.replace("127.0.0.1", "localhost"), "certificate")
 
     def test_tls_connections_that_the_service_has_closed(self):
-        """A host that leaves SIGPIPE as it is survives; libcurl from 7.87 on raises none itself."""
+        """A host that does not ignore SIGPIPE survives; libcurl from 7.87 on raises none itself."""
         service = self.start(services.Etcd, True)
         script = (
             "import ctypes, signal, sys\n"
@@ -418,7 +419,7 @@ class Access(FaultTest):
         self.assertEqual(ask(), "-13\n")
         for _ in range(2):
             service.restart(empty=False)
-            # An etcd that listens may still elect itself.
+            # An etcd that listens may still be electing itself.
             self.assertTrue(lab.wait_until(lambda: ask() == "-13\n", 30, pause=0.2))
         caller.communicate(timeout=20)
         self.assertEqual(caller.returncode, 0)

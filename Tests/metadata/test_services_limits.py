@@ -151,7 +151,7 @@ class Addresses(unittest.TestCase):
         ):
             self.check(uri, word)
         self.check("http://a b/", "space", named="a b")
-        # What stands there may be a secret.
+        # The text may contain a secret.
         self.check("etcd://%zz@h", "percent", named="etcd://***@h")
         self.check("etcd://host?bad=1", "unknown", named="etcd://host?bad=***")
         self.check("etcd://" + "x" * 5000, "longer", named="etcd://x")
@@ -206,7 +206,7 @@ class Addresses(unittest.TestCase):
 
 class Full(unittest.TestCase):
     def test_refused_news_leave_the_old(self):
-        """A service without room for the news keeps the lease on what it has."""
+        """A service without room for changes keeps the lease on what it has."""
         service = services.Ours(False, "--memory", "1MiB")
         self.addCleanup(service.end)
         raw = services.Raw(service.uri)
@@ -237,7 +237,7 @@ class Full(unittest.TestCase):
 
 
     def test_failing_publications_take_one_lease(self):
-        """Who is refused again and again does not use up the leases of others."""
+        """A client that is refused again and again does not use up other clients' leases."""
         service = services.Ours(False, "--memory", "1MiB")
         self.addCleanup(service.end)
         raw = services.Raw(service.uri)
@@ -256,14 +256,14 @@ class Full(unittest.TestCase):
         while time.monotonic() < end:
             most = max(most, json.loads(raw.ask("GET", {}, path="/health")[1])["leases"])
             time.sleep(0.05)
-        # The former one may not have ended yet.
+        # The previous one may not have ended yet.
         self.assertIn(most, (1, 2))
         self.assertIn("status 507", peer.log_tail())
         peer.quit()
 
 
 class Server(unittest.TestCase):
-    """What our server does with what it should not get."""
+    """How our server handles requests that it should not get."""
 
     def setUp(self):
         self.service = services.Ours(False, "--memory", "40MiB")
@@ -315,7 +315,7 @@ class Server(unittest.TestCase):
         self.assertEqual(self.ask("PUT", {"key": "c"}, b"x" * (16 << 20))[0], 507)
         self.assertEqual(self.ask("DELETE", {"key": "a"})[0], 200)
         self.assertEqual(self.ask("PUT", {"key": "c"}, b"x" * (16 << 20))[0], 200)
-        # Utf-8 of several bytes, every one of them encoded.
+        # UTF-8 of several bytes, each of them encoded.
         self.assertEqual(self.ask("PUT", {"key": "\u20ac" * 600}, b"y")[0], 200)
         self.assertEqual(self.ask("GET", {"key": "\u20ac" * 600}), (200, b"y"))
 

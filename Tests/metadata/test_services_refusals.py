@@ -1,4 +1,4 @@
-"""Services that answer but refuse: who hears of it, when, and whether the text says what to do."""
+"""Services that answer but refuse: who learns of it, when, and whether the text says what to do."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ class RefusalTest(unittest.TestCase):
         return peer
 
     def refused(self, uri, *words, **variables):
-        """An engine is not created, and says why."""
+        """The engine is not created, and says why."""
         with self.assertRaises(lab.PeerError) as raised:
             services.start_peer(uri, "target", **variables).kill()
         for word in words:
@@ -48,7 +48,7 @@ class RefusalTest(unittest.TestCase):
 
 
 class Tokens(RefusalTest):
-    """Bearer tokens of HTTP servers, ours and the original's, with clients of both kinds."""
+    """Bearer tokens of HTTP servers, ours and Mooncake's, with clients of both kinds."""
 
     KINDS = (services.OursWithToken, services.StockHTTPWithToken)
 
@@ -221,7 +221,7 @@ class Etcd(RefusalTest):
                 services.command(
                     "put", service.uri, f"mooncake/large{index:02}", "-", "--timeout", "25s",
                     text="x" * 1_000_000)
-            except Exception as error:  # Or the thread would end unseen.
+            except Exception as error:  # Otherwise the thread would end silently.
                 errors.append(error)
 
         threads = [threading.Thread(target=put_large, args=(index,)) for index in range(12)]
@@ -235,7 +235,7 @@ class Etcd(RefusalTest):
 
 
 def put(uri, key):
-    """Whether it is there; a cluster that has just lost its leader may take some seconds."""
+    """Whether it is there; a cluster that has just lost its leader may need some seconds."""
     try:
         services.command("put", uri, key, "2", seconds=20)
     except AssertionError:
@@ -244,7 +244,7 @@ def put(uri, key):
 
 
 class JWTEtcd(services.Etcd):
-    """With tokens that hold the revision of the users."""
+    """With tokens that contain the revision of the users."""
 
     def __init__(self):
         super().__init__(False, *JWT)
@@ -264,7 +264,7 @@ class JWTEtcd(services.Etcd):
 class Redis(RefusalTest):
     def test_failover_behind_one_address(self):
         old, new = self.start(services.Redis), self.start(services.Redis)
-        # Connections made before stay where they are.
+        # Existing connections stay where they are.
         forwarder = services.Proxy(old.port, 0)
         self.addCleanup(forwarder.end)
         uri = f"redis://127.0.0.1:{forwarder.port}/1"
@@ -340,10 +340,10 @@ class Redis(RefusalTest):
 
 
 class Passing(unittest.TestCase):
-    """What breaks on the way is not taken for a refusal."""
+    """Connections that break are not taken for a refusal."""
 
     def failure(self, end):
-        """What a get says if the service ends the connection after the client's hello."""
+        """The error of a get if the service closes the connection after the client's hello."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             def serve():
                 server.settimeout(20)
@@ -396,13 +396,13 @@ class Advice(RefusalTest):
                 ["sh", "-c", 'mooncake() { "$CLI" "$@"; }; ' + command], timeout=30,
                 env=dict(os.environ, CLI=services.cli()), stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True)
-            # One key may be named by two findings.
+            # Two findings may name the same key.
             self.assertIn(done.returncode, (0, 1), f"{command}: {done.stdout}")
         self.assertEqual(services.keys(service.uri), [])
 
 
 class Interfaces(unittest.TestCase):
-    """Which address peers are told where every interface is listened on."""
+    """The address that peers are told when listening on every interface."""
 
     LINE = "listening on every interface"
     SCRIPT = """

@@ -1,8 +1,8 @@
 """No password, token or key is ever printed: not in an error, a log line, a report or a name.
 
-Secrets are planted in URIs, well-formed and not, in the environment and in files; then commands and
-calls run, and everything that they and the servers say is searched. Each has to say what it is
-about, too: one that printed nothing would prove nothing.
+Secrets are planted in URIs, well-formed and not, in the environment and in files. Then commands and
+calls run, and everything that they and the servers print is searched. Each must also say what it is
+about, because one that printed nothing would prove nothing.
 """
 
 import concurrent.futures
@@ -66,7 +66,7 @@ class Secrets(unittest.TestCase):
         self.folder = pathlib.Path(folder.name)
 
     def faults(self, what, text, needed):
-        """What is wrong with a text: a secret in it, or not a word of what it is about."""
+        """What is wrong with a text: it has a secret, or does not mention its subject."""
         line = planted.found_in(text)
         if line:
             return [f"{what} tells a secret:\n    {line}"]
@@ -79,8 +79,8 @@ class Secrets(unittest.TestCase):
     # Commands
 
     def run_program(self, words, variables, needed):
-        """All that a command says. One that goes on is ended some time after it has said what is
-        needed."""
+        """The output of a command. One that keeps running is ended some time after it has printed
+        what is needed."""
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 [services.cli(), *words], stdin=subprocess.DEVNULL, stdout=output,
@@ -101,7 +101,7 @@ class Secrets(unittest.TestCase):
             return text()
 
     def search(self, rows):
-        """A row is words, variables, and what its text must hold."""
+        """A row: words, variables, and what its output must contain."""
         def check(row):
             words, variables, needed = row
             return self.faults(
@@ -164,7 +164,7 @@ class Secrets(unittest.TestCase):
         self.search(rows)
 
     def test_files(self):
-        """Files that hold a secret and are no good."""
+        """Files that hold a secret and are invalid."""
         key = self.folder / "client.key"
         key.write_text(f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----\n")
         rows = []
@@ -182,7 +182,7 @@ class Secrets(unittest.TestCase):
     # Real services
 
     def test_services_that_refuse(self):
-        """The words of real services, about wrong and right secrets, and those of our server."""
+        """The messages of real services about wrong and right secrets, and those of our server."""
         redis = services.Redis(SECRET + "right")
         etcd = services.Etcd()
         file = self.folder / "token"
@@ -205,13 +205,13 @@ class Secrets(unittest.TestCase):
                                  [host] if "right" not in wrong or words[0] == "doctor" else []))
         self.search(rows)
         for service in ours:
-            # It has been asked by all of them.
+            # By now all of them have asked it.
             self.no_faults(self.faults("our server", service.log_text(), [service.uri]))
 
     # Names of processes
 
     def names(self, pid):
-        """What everybody can read of a process."""
+        """What everybody can read about a process."""
         found = []
         base = pathlib.Path(f"/proc/{pid}")
         for file in (base / "cmdline", base / "comm", base / "status", *base.glob("task/*/comm")):
@@ -244,7 +244,7 @@ class Secrets(unittest.TestCase):
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     env=environment(**variables))
                 self.addCleanup(lab.end_process, process)
-                # An argument is overwritten as soon as the program has read it.
+                # The program overwrites an argument as soon as it has read it.
                 needed = [words[0], words[1]] + ([shown] if not variables else [])
                 lab.wait_until(
                     lambda: not self.faults("it", self.names(process.pid), needed), 10)
@@ -254,7 +254,7 @@ class Secrets(unittest.TestCase):
                 lab.end_process(process)
 
     def test_examples_of_the_documentation(self):
-        """None shows a secret among the arguments of a command."""
+        """No secret shows among the arguments of a command."""
         count = 0
         for path in PROJECT.glob("**/*.md"):
             if ".build" in path.parts:
@@ -327,7 +327,7 @@ class Secrets(unittest.TestCase):
         return text.value.decode(errors="replace")
 
     def describe(self, uri, said):
-        """What an engine that a service has let in tells of itself and of a peer."""
+        """What an engine accepted by a service reports about itself and a peer."""
         library = lib.library
         engines = [lib.engine(uri, name, 3000) for name in ("secret-a", "secret-b")]
         text = ctypes.create_string_buffer(1 << 16)

@@ -1,4 +1,4 @@
-"""Our server among slow clients, out of descriptors, and started on what it cannot take."""
+"""Our server with slow clients, out of descriptors, and started on files that it cannot use."""
 
 import http.client
 import os
@@ -12,7 +12,7 @@ import unittest
 import services
 
 SLOW_CLIENTS = 2100
-# What stands in a journal behind each commit.
+# The mark in a journal after each commit.
 MARK = 38
 
 
@@ -28,7 +28,7 @@ def lowest_free_descriptor(pid):
 
 
 class SlowClients:
-    """Connections that send a byte every now and then, and come again when they are closed."""
+    """Connections that send a byte now and then, and reconnect when closed."""
 
     def __init__(self, port, count):
         self.port = port
@@ -78,7 +78,7 @@ class Overload(unittest.TestCase):
         self.addCleanup(self.service.end)
 
     def request(self, method, target, body=b"", host="127.0.0.1"):
-        """One request over a new connection; returns the status and how long it took."""
+        """One request on a new connection; returns the status and how long it took."""
         begin = time.monotonic()
         with socket.create_connection(("127.0.0.1", self.service.port), 10, (host, 0)) as one:
             one.sendall(b"%s %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%s" % (
@@ -87,7 +87,7 @@ class Overload(unittest.TestCase):
         return int(answer.split()[1]), time.monotonic() - begin
 
     def ask_again(self, client):
-        """As clients of HTTP do it: a connection that was closed while idle is no error."""
+        """As HTTP clients do: a connection that was closed while idle is not an error."""
         try:
             return client.ask("GET", {"key": "kept"})
         except (http.client.RemoteDisconnected, ConnectionError):
@@ -107,7 +107,7 @@ class Overload(unittest.TestCase):
                     status, seconds = self.request(*words, host=host)
                     self.assertEqual(status, 200)
                     worst = max(worst, seconds)
-            # Who has been served before is served again.
+            # A client that was served before is served again.
             begin = time.monotonic()
             self.assertEqual(self.ask_again(kept), (200, b"v"))
             worst = max(worst, time.monotonic() - begin)
@@ -117,7 +117,7 @@ class Overload(unittest.TestCase):
         self.assertIn("closing the one that is silent longest", self.service.text())
 
     def test_out_of_descriptors(self):
-        """No descriptor is left and no connection is there that could give its own."""
+        """No descriptor is left, and no connection could give up its own."""
         pid = self.service.process.pid
         self.assertEqual(self.request(b"GET", b"/health")[0], 200)
         time.sleep(0.2)
@@ -143,7 +143,7 @@ class Overload(unittest.TestCase):
         self.assertLess(time.monotonic() - begin, 2)
 
     def test_fewer_descriptors_than_connections(self):
-        """Slow clients that hold every descriptor give theirs to others."""
+        """Slow clients that hold every descriptor give them up to others."""
         pid = self.service.process.pid
         hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(
@@ -196,7 +196,7 @@ class Start(unittest.TestCase):
         for word in (str(self.journal), f"of {len(whole)}", "checksum", "move the file away"):
             self.assertIn(word, text)
         self.assertEqual(self.journal.read_bytes(), bytes(damaged))
-        # Without the mark behind it the last put may be what a loss of power left of it.
+        # Without a mark after it, the last put may be the remains of a power loss.
         unmarked = bytearray(whole[:-MARK])
         unmarked[-50] ^= 4
         for left in (whole[:-MARK - 1], bytes(unmarked)):
@@ -204,7 +204,7 @@ class Start(unittest.TestCase):
             self.service.start()
             self.assertEqual(len(services.keys(self.service.uri)), 19)
             self.assertIn("cut off", self.service.text())
-            # It ends with the mark behind the commit before.
+            # It ends with the mark of the previous commit.
             kept = self.journal.stat().st_size
             self.assertIn(
                 f"the last {len(left) - kept} bytes, from byte {kept} on,", self.service.text())

@@ -1,4 +1,4 @@
-"""Processes of the original and ours find each other through the same services."""
+"""Processes of Mooncake and ours find each other through the same services."""
 
 import json
 import unittest
@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 class Meeting(unittest.TestCase):
-    """Both directions, both our interfaces, every service that the original's build supports."""
+    """Both directions, both our interfaces, every service that Mooncake's build supports."""
 
     def move(self, actor, target, what):
         for operation in ("write", "read"):
@@ -56,7 +56,7 @@ class Meeting(unittest.TestCase):
         self.check_service(services.StockHTTP(), [(lab.releases()[-1], api) for api in lab.APIS])
 
     def test_redis(self):
-        """The released builds lack Redis: their keys and texts are carried over as they are."""
+        """Mooncake's released builds lack Redis: its keys and texts are copied there unchanged."""
         redis, http = services.Redis(), services.Ours()
         self.addCleanup(redis.end)
         self.addCleanup(http.end)
@@ -108,7 +108,7 @@ class Meeting(unittest.TestCase):
             log = stock.log_tail(10_000)
             self.assertNotIn("Rejecting", log)
             self.assertIn("metadata version: 1", log)
-            # And what it publishes is news to us.
+            # And what it publishes counts as new here.
             ours = services.start_peer(service.uri, "other")
             self.addCleanup(ours.kill)
             for change, code in (("unregister", False), ("register", True)) * 2:
@@ -121,7 +121,7 @@ class Meeting(unittest.TestCase):
             ours.quit()
 
     def test_stock_restarts_under_its_name(self):
-        """Our server lets it in, and a peer with the old descriptor goes on."""
+        """Our server accepts it, and a peer with the old descriptor still works."""
         service = services.Ours()
         self.addCleanup(service.end)
         ours = services.start_peer(service.uri, "ours")

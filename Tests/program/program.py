@@ -1,4 +1,4 @@
-"""What tests of the mooncake program share."""
+"""Helpers of the tests of the mooncake program."""
 
 import os
 import pathlib

@@ -1,5 +1,5 @@
-"""Tests how the program ends when what it prints cannot be written, and the options that all
-commands share; Tests/program/test_program.py runs them."""
+"""Tests how the program ends when its output cannot be written, and the options that all commands
+share; Tests/program/test_program.py runs them."""
 
 import http.server
 import json
@@ -22,7 +22,7 @@ def start_server(add_cleanup):
         env=clean_environment())
     add_cleanup(server.communicate)
     add_cleanup(server.terminate)
-    # A stopped one would not take the other.
+    # A stopped one would ignore the other signal.
     add_cleanup(server.send_signal, signal.SIGCONT)
     return server, server.stdout.readline().strip()
 
@@ -50,7 +50,7 @@ class Output(unittest.TestCase):
             with open("/dev/full", "wb") as full:
                 process = self.start(*words, stdout=full)
             errors = process.communicate(timeout=LIMIT_SECONDS)[1]
-            # `store list` prints its titles, and doctor's own findings may be worth a 1, too.
+            # `store list` prints its header, and doctor's own findings may give a 1 too.
             self.assertEqual(process.returncode, 1, f"{words}: {errors}")
             self.assertIn("writing to stdout: No space left on device", errors, words)
 
@@ -108,7 +108,7 @@ class Output(unittest.TestCase):
         self.assertIn("writing to stdout", errors)
 
     def test_closed_descriptors(self):
-        """Nothing of the program gets the number of stdout."""
+        """No file of the program gets the descriptor number of stdout."""
         done = subprocess.run(
             ["sh", "-c", 'exec "$0" metadata list >&- <&-', PROGRAM], stderr=subprocess.PIPE,
             text=True, timeout=LIMIT_SECONDS, env=clean_environment(MC_METADATA_SERVER=self.uri))
@@ -161,7 +161,7 @@ class Options(unittest.TestCase):
 
 
 class SlowService(http.server.BaseHTTPRequestHandler):
-    """Takes three seconds for a listing, and has no news."""
+    """Takes three seconds for a listing, and never has changes."""
 
     protocol_version = "HTTP/1.1"
 
@@ -178,7 +178,7 @@ class SlowService(http.server.BaseHTTPRequestHandler):
         try:
             self.wfile.write(text)
         except OSError:
-            pass  # Who asked has given up.
+            pass  # The client has given up.
 
     def log_message(self, *_):
         pass
@@ -198,7 +198,7 @@ class Watch(unittest.TestCase):
         return stream.readline() if select.select([stream], [], [], 20)[0] else ""
 
     def end(self, process):
-        """Asks it to end; returns how it did, and after what time."""
+        """Asks it to end; returns its exit status and the time that took."""
         begin = time.monotonic()
         process.terminate()
         process.communicate(timeout=LIMIT_SECONDS)

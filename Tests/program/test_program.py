@@ -326,7 +326,7 @@ class Doctor(unittest.TestCase):
 
 
 class SharedMemoryBoundaries(unittest.TestCase):
-    """Peers on this host that memory must not reach, or not by every means: TCP serves them."""
+    """Peers on this host that shared memory cannot reach, or not in every way: TCP serves them."""
 
     def pattern_read(self, server):
         done = mooncake(
@@ -379,7 +379,7 @@ class Examples(unittest.TestCase):
         cls.folder = pathlib.Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.folder)
         cls.model = cls.folder / "model"
-        # Not a whole number of requests, pages or words.
+        # Not a multiple of requests, pages or words.
         cls.model.write_bytes(os.urandom((33 << 20) + 4097))
         cls.info = cls.folder / "info"
 

@@ -40,7 +40,7 @@ class Store(unittest.TestCase):
         return mooncake("store", *words, MC_METADATA_SERVER=self.uri)
 
     def start(self, *words, ready=True):
-        """A command that stays; if `ready`, once it has printed its first line."""
+        """A command that keeps running; if `ready`, waits for its first line."""
         process = subprocess.Popen(
             [PROGRAM, "store", *words, "--metadata", self.uri, "--json"], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env=clean_environment())
@@ -50,7 +50,7 @@ class Store(unittest.TestCase):
         return process
 
     def ended(self, process, number=None):
-        """Its exit status, its further objects and what it said."""
+        """Its exit status, its remaining objects and its messages."""
         if number:
             process.send_signal(number)
         output, errors = process.communicate(timeout=LIMIT_SECONDS)
@@ -113,14 +113,14 @@ class Store(unittest.TestCase):
         self.assertEqual(self.store("stat", "t/whole").returncode, 3)
 
     def test_what_carried_the_bytes(self):
-        """Two of the same host read memory; what they read is told."""
+        """Two on the same host share memory, and what they read is counted."""
         for variables, over_tcp in (({}, False), ({"MC_FORCE_TCP": "1"}, True)):
             name = f"t/carried-{over_tcp}"
             holder = self.start("publish", self.folder / "blob", "--name", name)
             for _ in range(2):
                 done = mooncake("store", "get", name, "--metadata", self.uri, **variables)
                 self.assertEqual(done.returncode, 0, done.stderr)
-            # The last words of a reader are sent after it has all.
+            # A reader's last message is sent after it has everything.
             time.sleep(0.2)
             _, more, _ = self.ended(holder, signal.SIGTERM)
             if over_tcp:
@@ -163,7 +163,7 @@ class Store(unittest.TestCase):
         self.assertIn("removed by its name", errors)
 
     def test_watch_ends_with_a_reader_that_hangs_up(self):
-        """Of a socket or a terminal that is no error of stdout, but its end."""
+        """For a socket or a terminal, that is not an error of stdout, but its end."""
         for pair in (socket.socketpair, os.openpty):
             ours, theirs = (end if isinstance(end, int) else end.detach() for end in pair())
             watch = subprocess.Popen(
@@ -187,7 +187,7 @@ class Store(unittest.TestCase):
         self.addCleanup(watch.kill)
         os.close(theirs)
         time.sleep(0.5)
-        # What it has to write when it goes on fails.
+        # What it has to write when it resumes fails.
         watch.send_signal(signal.SIGSTOP)
         holder = self.start("publish", self.folder / "blob", "--name", "t/late")
         os.close(ours)
@@ -228,7 +228,7 @@ class Store(unittest.TestCase):
     # Files where others may write
 
     def together(self, *commands):
-        """Runs commands at once; their exit codes and what they said."""
+        """Runs commands at once; their exit codes and messages."""
         running = [
             subprocess.Popen(
                 [PROGRAM, "store", *words, "--metadata", self.uri], stdout=subprocess.DEVNULL,
@@ -371,7 +371,7 @@ class Store(unittest.TestCase):
         self.addCleanup(group.rmdir)
         if not (group / "memory.max").exists():
             self.skipTest("no control group of memory can be made")
-        # Swap is room, too.
+        # Swap counts as room too.
         if not (group / "memory.swap.max").exists():
             self.skipTest("no control group can limit swap, which is room beyond its memory")
         (group / "memory.max").write_text(str(48 << 20))

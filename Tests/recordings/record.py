@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Records what the stores of a build say to each other and write into a metadata service.
+"""Records the messages between stores of a build and their entries in a metadata service.
 
     Tests/recordings/record.py BUILD NAME
 
@@ -25,7 +25,7 @@ os.environ["MOONCAKE_LIBRARY"] = str(BUILD / "libmooncake.so")
 os.environ["MOONCAKE_CLI"] = str(BUILD / "mooncake-cli")
 for name in [name for name in os.environ if name.startswith("MC_")]:
     del os.environ[name]
-# Records are changed for the relay, and must not be put again while a question is recorded.
+# The relay changes records, and they must not be put again while a question is being recorded.
 os.environ["MC_METADATA_TTL"] = "60"
 sys.path[:0] = [str(HERE.parent / folder) for folder in ("metadata", "interop")]
 
@@ -58,7 +58,7 @@ def receive_message(connection):
 
 
 def ask(rpc, kind, text):
-    """One question on the RPC port; returns the text of the answer."""
+    """One question to the RPC port; returns the text of the answer."""
     host, port = rpc.rsplit(":", 1)
     with socket.create_connection((host.strip("[]"), int(port)), SECONDS) as connection:
         body = text.encode()
@@ -67,7 +67,7 @@ def ask(rpc, kind, text):
 
 
 def read_memory(rpc, address, length):
-    """Bytes of a process, over its data port."""
+    """Bytes of a process, through its data port."""
     descriptor = json.loads(ask(rpc, METADATA, "{}"))
     place = (descriptor["tcp_data_host"], descriptor["tcp_data_port"])
     with socket.create_connection(place, SECONDS) as connection:
@@ -76,7 +76,7 @@ def read_memory(rpc, address, length):
 
 
 class Relay(services.Listener):
-    """Stands before a holder's RPC port and notes questions and answers."""
+    """Relays a holder's RPC port and records questions and answers."""
 
     def __init__(self, target):
         self.target = target
@@ -106,7 +106,7 @@ class Relay(services.Listener):
 
 
 class Records:
-    """The store's part of a metadata server."""
+    """The part of a metadata server that the store needs."""
 
     def __init__(self, uri):
         self.raw = services.Raw(uri)
@@ -121,7 +121,7 @@ class Records:
         return found
 
     def lead(self, old, new):
-        """Whoever looks for a holder finds another address."""
+        """Clients that look for a holder find the relay's address."""
         for key, value in self.all().items():
             if old in value:
                 status, text = self.raw.ask("PUT", {"key": key}, value.replace(old, new).encode())
@@ -149,7 +149,7 @@ def register(store, memory):
 
 
 def record_memory(uri, records):
-    """A payload in memory: got, read in part, and removed."""
+    """A payload in memory: fetched, read in part, and removed."""
     stores = [lib.store(lib.engine(uri, name, 5000)) for name in ("origin", "receiver")]
     origin, receiver = stores
     memory, copy = lib.Memory(SIZE), lib.Memory(SIZE)
@@ -162,7 +162,7 @@ def record_memory(uri, records):
     records.lead(holder["rpc"], f"127.0.0.1:{relay.port}")
     lib.check(lib.get(receiver, b"m", copy))
     assert copy.bytes.raw == memory.bytes.raw
-    # Leave is taken without waiting for the answer.
+    # The goodbye is sent without waiting for an answer.
     assert lab.wait_until(
         lambda: any('"limit":0' in each["question"] for each in relay.exchanges), SECONDS)
     recording["get"] = relay.take()
@@ -185,7 +185,7 @@ def record_memory(uri, records):
 
 
 def record_files(uri, records, folder):
-    """A directory that is published."""
+    """A published directory."""
     for name, data in FILES.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

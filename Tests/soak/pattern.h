@@ -1,4 +1,4 @@
-/* Bytes that are known from a key and their offset, and numbers from a seed. */
+/* Bytes computed from a key and their offset, and random numbers from a seed. */
 #ifndef SOAK_PATTERN_H
 #define SOAK_PATTERN_H
 
@@ -54,7 +54,7 @@ static inline uint64_t pattern_check(const unsigned char *memory, uint64_t key, 
   return length;
 }
 
-/* A generator of numbers; its state is a seed. */
+/* A random number generator; its state is a seed. */
 static inline uint64_t random_next(uint64_t *state) {
   *state += 0x9E3779B97F4A7C15u;
   return pattern_mix(*state);
@@ -65,7 +65,7 @@ static inline uint64_t random_below(uint64_t *state, uint64_t bound) {
   return random_next(state) % bound;
 }
 
-/* From 1 up to limit, each order of magnitude alike; now and then exactly the limit. */
+/* From 1 to limit, all orders of magnitude equally often; now and then exactly the limit. */
 static inline uint64_t random_length(uint64_t *state, uint64_t limit) {
   unsigned bits = 0;
   while (bits < 63 && limit >> bits > 1) bits += 1;

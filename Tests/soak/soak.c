@@ -1,8 +1,8 @@
 /* usage: soak [--duration SECONDS] [--seed NUMBER] [--hold]
  *
- * Runs everything for a time, tells every ten seconds how it goes, and at the end looks for what
- * was left behind. Exit status 1 for anything that should not have happened. --hold keeps the
- * process for a debugger then. */
+ * Runs everything for a time, reports progress every ten seconds, and at the end looks for
+ * leaks. Exit status 1 for anything that should not have happened; with --hold the process then
+ * waits for a debugger. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -13,7 +13,7 @@
 
 enum { LOG_LINES = 40, LOG_BYTES = 400, PROGRESS_SECONDS = 10, HANG_SECONDS = 120 };
 
-/* What engines may keep: caches, thread stacks, the allocator's slack. A sanitizer keeps more. */
+/* What engines may keep: caches, thread stacks, allocator slack. A sanitizer keeps more. */
 #ifdef __SANITIZE_ADDRESS__
 #define HEAP_GROWTH_LIMIT (1 << 30)
 #else
@@ -30,7 +30,7 @@ static pthread_mutex_t failure_lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- Failures ----------------------------------------------------------------------------- */
 
-/* The library's lines are kept, and shown only with a failure. */
+/* The library's log lines are kept, and shown only with a failure. */
 static void keep_log(int32_t level, const char *message, void *context) {
   (void)context;
   snprintf(log_line[log_count % LOG_LINES], LOG_BYTES, "%.3f level %d: %s",
@@ -79,7 +79,7 @@ unsigned char *soak_map(uint64_t place, uint64_t length, unsigned char byte) {
     fprintf(stderr, "soak: mmap: %s\n", strerror(errno));
     exit(1);
   }
-  /* Whole huge pages would count as more than was asked for. */
+  /* Whole huge pages would count more than was requested. */
   madvise(memory, length, MADV_NOHUGEPAGE);
   memset(memory, byte, length);
   soak_count_own(length, 1);
@@ -105,7 +105,7 @@ static int64_t status_bytes(const char *name) {
   return kilobytes * 1024;
 }
 
-/* Private memory that nobody asked for: what engines and stacks hold. Momentarily more, while
+/* Private memory not allocated by the soak: engines and stacks. Higher for a moment while
  * memory is being filled. */
 static int64_t heap_bytes(void) { return status_bytes("RssAnon") - atomic_load(&soak.own_bytes); }
 
@@ -136,7 +136,7 @@ static void print_progress(const char *title) {
   fflush(stdout);
 }
 
-/* The lowest heap of the second quarter against that of the last: what grows meanwhile, leaks. */
+/* Compares the lowest heap of the second quarter with that of the last: growth is a leak. */
 typedef struct growth {
   int64_t early, late;
 } growth_t;
@@ -184,7 +184,7 @@ static void *watch_main(void *duration) {
   return NULL;
 }
 
-/* ---- Beginning and end -------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void share_memory(uint64_t seed) {
   int file = memfd_create("soak", MFD_CLOEXEC);
@@ -216,7 +216,7 @@ static void check_leak(const char *folder, int before, const char *what) {
   if (after != before) soak_fail("LEAK: %d %s before, %d after", before, what, after);
 }
 
-/* One engine's life, so that what the library keeps for the process is there from the start. */
+/* One engine's life, so that what the library keeps for the process exists from the start. */
 static void warm_up(void) {
   mooncake_engine_t *engine = NULL;
   REQUIRE_OK(mooncake_engine_create(NULL, &engine));

@@ -1,6 +1,6 @@
-/* The soak: one initiator process that must survive, peers that are stopped, killed and started
- * again. Each worker of the initiator owns a region of each peer, cut into cells, and knows what
- * they hold; each peer owns one region of the initiator. */
+/* The soak: one initiator process that must survive, and peers that are stopped, killed and
+ * restarted. Each worker of the initiator owns a region of each peer, divided into cells, and
+ * knows their contents; each peer owns one region of the initiator. */
 #ifndef SOAK_H
 #define SOAK_H
 
@@ -29,7 +29,7 @@ enum {
 
 #define VISIT_BYTES (4u << 20) /* of the initiator, for each peer */
 
-/* How a region is cut, and how many requests a batch has at most. */
+/* How a region is divided, and how many requests a batch has at most. */
 typedef struct shape {
   uint64_t cell_bytes;
   uint32_t cell_count;
@@ -60,7 +60,7 @@ typedef struct shared {
   } visit[PEERS];
 } shared_t;
 
-/* Of a peer; the initiator keeps them taken. */
+/* A peer's descriptors; the initiator keeps the numbers occupied. */
 enum { SHARED_DESCRIPTOR = 3, CONTROL_DESCRIPTOR = 4 };
 
 /* The first message of a peer. */
@@ -81,7 +81,7 @@ typedef struct peer_reply {
   uint64_t notification_count; /* of this worker, received by this process */
 } peer_reply_t;
 
-/* What a cell holds at first. Both sides know. */
+/* The initial contents of a cell, known to both sides. */
 static inline uint64_t initial_key(const shared_t *shared, int peer, uint64_t generation,
                                    int region, uint64_t renewal, uint32_t cell) {
   uint64_t key = shared->seed;
@@ -90,7 +90,7 @@ static inline uint64_t initial_key(const shared_t *shared, int peer, uint64_t ge
   return key;
 }
 
-/* Both kinds of peers' transports: the last one leaves shared memory out. */
+/* The transports of the peers: the last one leaves out shared memory. */
 static inline const char *peer_transports(int peer) {
   return peer == PEERS - 1 ? "tcp" : "shm,tcp";
 }
@@ -117,7 +117,7 @@ typedef struct counters {
   _Atomic uint64_t kills, stops, revocations;
 } counters_t;
 
-/* Whose steps are watched. */
+/* Whose steps are watched for hangs. */
 enum { GUEST_STEPS = WORKERS, FAULT_STEPS, STEPPERS };
 
 typedef struct soak {
@@ -134,7 +134,7 @@ typedef struct soak {
 
 extern soak_t soak;
 
-/* Notes what went wrong, with seed and time, and ends the soak. */
+/* Logs what went wrong, with seed and time, and ends the soak. */
 void soak_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Fails unless the call gives MOONCAKE_OK. */
@@ -144,7 +144,7 @@ int soak_expect(int32_t code, const char *what, const char *file, int line);
 void *worker_main(void *index);
 void *guest_main(void *unused);
 
-/* All by one thread, whose end is the peers' end. */
+/* All on one thread, with which the peers end. */
 void faults_start(void);
 void faults_run(void);
 void faults_end(void);
@@ -152,7 +152,7 @@ void faults_end(void);
 /* Adds to own_bytes, in pages; sign is 1 or -1. */
 void soak_count_own(uint64_t length, int sign);
 
-/* Private pages outside malloc, all of them filled with byte: at place, or anywhere if it is 0. */
+/* Private pages outside malloc, filled with byte: at place, or anywhere if it is 0. */
 unsigned char *soak_map(uint64_t place, uint64_t length, unsigned char byte);
 void soak_unmap(unsigned char *memory, uint64_t length);
 
@@ -162,14 +162,14 @@ static inline uint64_t nanoseconds_now(void) {
   return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* Whether the peer was dead at any time since start. That it was stopped excuses nothing: it is
- * not for as long as any timeout. */
+/* Whether the peer was dead at any time since start. Having been stopped is no excuse: that
+ * never lasts as long as a timeout. */
 static inline int was_dead(const peer_t *peer, uint64_t start) {
   return atomic_load(&peer->death_end) >= start;
 }
 
-/* Whether it came back so shortly before that requests may have been sent to the former process:
- * those end as unreachable rather than being repeated into the new one. */
+/* Whether it came back so recently that requests may have gone to the former process: those end
+ * as unreachable instead of being repeated to the new one. */
 static inline int is_just_back(const peer_t *peer, uint64_t start) {
   uint64_t end = atomic_load(&peer->death_end); /* beyond every time while it is dead */
   return end < start && start - end < NOTICE_SECONDS * 1000000000ull;

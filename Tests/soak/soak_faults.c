@@ -1,5 +1,4 @@
-/* What befalls the peers and the engines: kills, stops, revoked memory, engines destroyed in
- * mid-transfer. */
+/* The faults: peers killed and stopped, memory revoked, engines destroyed in mid-transfer. */
 #include <errno.h>
 #include <signal.h>
 #include <spawn.h>
@@ -12,8 +11,8 @@
 extern char **environ;
 
 static uint64_t random_state;
-/* The initiator's memory that a peer visits: allocated by the engine, or registered, which has two
- * places for each peer in turn, so that a late visitor harms nobody else. */
+/* The initiator's memory that a peer visits: allocated by the engine, or registered at one of
+ * two alternating places per peer, so that a late visitor harms nobody else. */
 #define VISITED 0x300000000000u
 static unsigned char *visited[PEERS];
 
@@ -38,8 +37,8 @@ static void grant(int index) {
   atomic_fetch_add(&soak.shared->visit[index].epoch, 1);
 }
 
-/* Returns memory that nobody may write any more. Keep it until the next is granted, which thereby
- * has another address. */
+/* Returns memory that nobody may write any more. Keep it until the next grant, so that that
+ * gets another address. */
 static unsigned char *take_back(int index) {
   unsigned char *memory = visited[index];
   double start = seconds_now();
@@ -110,7 +109,7 @@ static void kill_peer(int index, int and_restart) {
   close(peer->control);
   peer->control = -1;
   pthread_mutex_unlock(&peer->lock);
-  /* What the dead process has sent may still arrive: its successor visits other memory. */
+  /* Data sent by the dead process may still arrive: its successor visits other memory. */
   unsigned char *memory = take_back(index);
   sleep_milliseconds((long)random_length(&random_state, 1000));
   if (and_restart) grant(index);
@@ -121,7 +120,7 @@ static void kill_peer(int index, int and_restart) {
   atomic_fetch_add(&soak.count.kills, 1);
 }
 
-/* Half of the stopped ones find their visit ended when they go on. */
+/* Half of the stopped peers find their visit ended when they resume. */
 static void stop_peer(int index) {
   peer_t *peer = &soak.peer[index];
   int revokes = below(2) == 0;
@@ -147,7 +146,7 @@ static void revoke_visit(int index) {
   check_revoked(index, memory);
 }
 
-/* A peer ends by itself only if it has found something wrong. */
+/* A peer exits by itself only if it has found something wrong. */
 static void check_alive(void) {
   for (int index = 0; index < PEERS; index += 1) {
     int status = 0;
@@ -173,7 +172,8 @@ static void end_peer(int index) {
 
 enum { GUEST_REQUESTS = 16, GUEST_BYTES = 512 << 10 };
 
-/* An engine that reads from a peer and is destroyed, half of the time before it has ended. */
+/* An engine that reads from a peer and is destroyed, half of the time before the read has
+ * ended. */
 static void be_guest(int index, unsigned char *memory, uint64_t *random) {
   mooncake_transfer_request_t requests[GUEST_REQUESTS];
   mooncake_engine_options_t options;
@@ -227,7 +227,7 @@ void *guest_main(void *unused) {
   return NULL;
 }
 
-/* ---- Life --------------------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void cause_fault(void) {
   int index = (int)below(PEERS);

@@ -1,6 +1,6 @@
-/* A peer: serves one region for each worker, renews them on command, takes notifications, and
- * itself writes to and reads from the initiator. Ends with status 0 on command, 3 on what it finds
- * wrong. */
+/* A peer: serves one region per worker, renews them on command, receives notifications, and
+ * itself writes to and reads from the initiator. Exits with status 0 on command, 3 if it finds
+ * something wrong. */
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -9,11 +9,11 @@
 
 #include "soak.h"
 
-/* The last places of a region that are kept: what still arrives for them must do no harm. */
+/* A region's last places are kept: what still arrives for them must do no harm. */
 enum { RETIRED_COUNT = 2, PLACE_COUNT = 8, MARGIN_BYTES = 4096 };
 
-/* Every peer has its regions at the same addresses, so that only its identity tells a restarted
- * one from its predecessor. The odd end is there to be unaligned. */
+/* Every peer has its regions at the same addresses, so only its identity distinguishes a
+ * restarted one from its predecessor. The odd end makes them unaligned. */
 #define PLACES 0x200000000000u
 #define PLACE_BYTES (128u << 20)
 #define MISALIGNMENT 13u
@@ -50,7 +50,7 @@ static uint64_t block_bytes(int region) { return region_bytes(region) + 2 * MARG
 
 static unsigned char *inner(unsigned char *block) { return block + MARGIN_BYTES + MISALIGNMENT; }
 
-/* One peer's memory belongs to the engine, so that others map it; of the rest they copy. */
+/* One peer's memory belongs to the engine, so others map it; that of the rest is copied. */
 static int is_allocated(void) { return self.index == 1; }
 
 static unsigned char *new_block(int number, uint64_t renewal) {
@@ -90,7 +90,7 @@ static void check_margins(const unsigned char *block, int number) {
   }
 }
 
-/* After its unregister a block is zero and must stay so. */
+/* Once unregistered, a block is zeroed and must stay so. */
 static void retire_block(unsigned char *block, int number) {
   region_t *region = &self.region[number];
   if (!is_allocated()) {
@@ -114,7 +114,7 @@ static void retire_block(unsigned char *block, int number) {
   }
 }
 
-/* The successor is there before the region goes. */
+/* The successor is registered before the region goes. */
 static void renew(int number) {
   region_t *region = &self.region[number];
   unsigned char *former = region->block;
@@ -186,7 +186,7 @@ static void *visitor_main(void *unused) {
       code = visit(segment, MOONCAKE_OPCODE_READ, memory, address, length);
     }
     if (epoch % 2 != 0 || atomic_load(epochs) != epoch) {
-      /* Other memory may have got the address by now, but none that may be written. */
+      /* Other memory may have this address by now, but none that may be written. */
       if (code != MOONCAKE_OK && code != MOONCAKE_ERROR_NOT_REGISTERED &&
           code != MOONCAKE_ERROR_ACCESS_DENIED && code != MOONCAKE_ERROR_UNREACHABLE) {
         give_up("a transfer to a revoked region", -1, code);
@@ -201,7 +201,7 @@ static void *visitor_main(void *unused) {
   }
 }
 
-/* ---- Life --------------------------------------------------------------------------------- */
+/* ---- Start and end ------------------------------------------------------------------------ */
 
 static void start_engine(uint32_t port) {
   mooncake_engine_options_t options;

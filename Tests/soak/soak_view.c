@@ -1,4 +1,4 @@
-/* What a worker has: local memory that comes and goes, and views of the peers, which come and go
+/* A worker's local memory, which comes and goes, and its views of the peers, which come and go
  * by themselves. */
 #include <sys/socket.h>
 
@@ -32,7 +32,7 @@ static uint64_t arena_bytes(const worker_t *worker) {
   return slot_stride(worker) * worker->shape.request_limit;
 }
 
-/* Whether what its engine allocates is no shared memory. */
+/* Whether memory allocated by its engine is private rather than shared. */
 static int is_private(const worker_t *worker) { return worker->index % ENGINES == 1; }
 
 void create_arena(worker_t *worker, arena_t *arena) {
@@ -50,7 +50,7 @@ void create_arena(worker_t *worker, arena_t *arena) {
   }
   arena->memory = soak_map(0, length, 0);
   if (arena->kind == REGISTERED) {
-    /* No right to write: a late visitor may still hold this address from earlier. */
+    /* Not writable: a late visitor may still hold this address from earlier. */
     SOAK_OK(mooncake_memory_register(worker->engine, arena->memory, length, "cpu:0",
                                      (uint32_t)below(worker, MOONCAKE_ACCESS_REMOTE_WRITE)));
   }
@@ -97,7 +97,7 @@ static void reset_cells(worker_t *worker, view_t *view) {
   view->has_retired = 0;
 }
 
-/* Until the region is renewed, nothing is known of it. */
+/* Until the region is renewed, its contents are unknown. */
 static void forget_cells(worker_t *worker, view_t *view) {
   for (uint32_t index = 0; index < worker->shape.cell_count; index += 1) {
     view->cells[index] = (cell_t){.is_retired = 1};
@@ -110,7 +110,7 @@ void detach(worker_t *worker, view_t *view) {
   view->is_open = 0;
 }
 
-/* Judges a blocking call to a peer; returns whether it succeeded. */
+/* Checks the result of a blocking call to a peer; returns whether it succeeded. */
 static int check_call(worker_t *worker, int peer, int32_t code, uint64_t start,
                       const char *what) {
   double took = (double)(nanoseconds_now() - start) / 1e9;
@@ -120,7 +120,8 @@ static int check_call(worker_t *worker, int peer, int32_t code, uint64_t start,
   return 0;
 }
 
-/* Opens what serves now. What is known of a process stays known while it is the same. */
+/* Opens the segment that is served now. What is known of a process is kept while it is the same
+ * one. */
 static int open_segment(worker_t *worker, int index) {
   view_t *view = &worker->view[index];
   peer_t *peer = &soak.peer[index];
@@ -148,7 +149,7 @@ static int open_segment(worker_t *worker, int index) {
   return 1;
 }
 
-/* Exchanges the region for one at another address, which nothing sent earlier can reach. */
+/* Replaces the region by one at another address, which nothing sent earlier can reach. */
 static void renew_region(worker_t *worker, view_t *view) {
   peer_t *peer = &soak.peer[peer_index(worker, view)];
   peer_command_t command = {COMMAND_RENEW, worker->index};
@@ -185,7 +186,7 @@ int attach(worker_t *worker, int index) {
   return 1;
 }
 
-/* Half of the time the last open is closed first, so that connections end. */
+/* Half of the time the last handle is closed first, so that connections end. */
 void reopen(worker_t *worker, int index) {
   if (below(worker, 2) == 0) detach(worker, &worker->view[index]);
   open_segment(worker, index);

@@ -1,5 +1,5 @@
-/* A worker: one batch after the other with its own cells of every peer, in every way that the API
- * has, and the verdict on each request. */
+/* A worker: one batch after another on its own cells of every peer, in every way that the API
+ * offers, and a check of each request's result. */
 #include <poll.h>
 
 #include "worker.h"
@@ -56,8 +56,8 @@ static void plan(worker_t *worker, arena_t *arena) {
   worker->timeout_ms = worker->is_short ? 1 + below(worker, 40) : TRANSFER_MS;
 }
 
-/* Connections that the engine has given up. What they carried was sent again, so that it may
- * arrive twice. */
+/* Connections that the engine has given up. Their requests were repeated, so data may arrive
+ * twice. */
 static uint64_t disconnect_count(worker_t *worker) {
   SOAK_OK(mooncake_engine_metrics(worker->engine, worker->metrics, METRICS_BYTES, NULL));
   const char *line = strstr(worker->metrics, "\nmooncake_disconnects_total{");
@@ -125,7 +125,7 @@ static void submit(worker_t *worker, mooncake_batch_t batch) {
   }
 }
 
-/* Whether a request may have ended so. */
+/* Whether a request may have ended like this. */
 static int is_expected(const worker_t *worker, const job_t *job,
                        const mooncake_transfer_status_t *status) {
   int is_gone = atomic_load(&job->peer->generation) != job->view->generation;
@@ -159,7 +159,7 @@ static void count_end(const mooncake_transfer_request_t *request, int32_t state)
   }
 }
 
-/* Checks the local memory of one request and notes what its cell holds now. */
+/* Checks the local memory of a request and records what its cell holds now. */
 static void settle(worker_t *worker, uint32_t index, slot_t *slot, int is_completed,
                    int may_repeat) {
   const job_t *job = &worker->job[index];
@@ -220,7 +220,7 @@ static void judge(worker_t *worker, arena_t *arena, mooncake_batch_t batch,
   }
 }
 
-/* A notification that was lost with its peer fails the batch alone. */
+/* If only a notification is lost with its peer, the batch fails and nothing else. */
 static void judge_notification(worker_t *worker, const mooncake_batch_status_t *status) {
   view_t *view = worker->job[0].view;
   int index = peer_index(worker, view);
@@ -272,7 +272,7 @@ static void transfer(worker_t *worker) {
   judge(worker, arena, batch, &status, disconnects);
   judge_notification(worker, &status);
   SOAK_OK(mooncake_batch_free(worker->engine, batch));
-  /* Time for what is late to arrive where it must not. */
+  /* Time for late data to arrive where it must not. */
   if (status.state != MOONCAKE_STATE_COMPLETED && below(worker, 8) == 0) {
     sleep_milliseconds((long)random_length(&worker->random, 500));
   }

@@ -1,4 +1,4 @@
-/* A worker's state: its local memory, and what it knows of the peers. */
+/* A worker's state: its local memory, and its knowledge of the peers. */
 #ifndef SOAK_WORKER_H
 #define SOAK_WORKER_H
 
@@ -30,7 +30,7 @@ typedef struct view {
 
 typedef enum arena_kind { PLAIN, REGISTERED, ALLOCATED, ARENA_KINDS } arena_kind_t;
 
-/* Local memory of a request, which after the request's end holds the pattern of key. */
+/* Local memory of a request; holds the pattern of key after the request has ended. */
 typedef struct slot {
   unsigned char *memory;
   uint64_t key, offset, length;
@@ -43,7 +43,7 @@ typedef struct arena {
   slot_t slot[REQUEST_LIMIT];
 } arena_t;
 
-/* What a batch does; parallel to its requests. */
+/* The work of a batch; parallel to its requests. */
 typedef struct job {
   view_t *view;
   peer_t *peer;
@@ -63,7 +63,7 @@ typedef struct worker {
   uint32_t count;
   job_t job[REQUEST_LIMIT];
   mooncake_transfer_request_t request[REQUEST_LIMIT];
-  /* Of the present batch. */
+  /* Of the current batch. */
   way_t way;
   int is_canceled, is_short;
   uint64_t start, timeout_ms;
@@ -82,7 +82,7 @@ static inline uint64_t slot_stride(const worker_t *worker) {
   return worker->shape.cell_bytes + 4 * GUARD_BYTES;
 }
 
-/* Calls to a peer may fail while it is dead, and then only so. */
+/* Calls to a peer may fail only while it is dead, and then only with these codes. */
 static inline int is_excused(int32_t code) {
   return code == MOONCAKE_ERROR_UNREACHABLE || code == MOONCAKE_ERROR_TIMEOUT ||
          code == MOONCAKE_ERROR_NOT_FOUND;
@@ -92,13 +92,13 @@ void worker_fail(const worker_t *worker, int peer, const char *what);
 void check_bytes(const worker_t *worker, const unsigned char *memory, uint64_t key, uint64_t offset,
                  uint64_t length, const char *what);
 
-/* The memory of the last batch that used the arena must be as that left it. */
+/* The memory of the last batch that used the arena must be unchanged since. */
 void check_arena(worker_t *worker, arena_t *arena);
 void create_arena(worker_t *worker, arena_t *arena);
 void destroy_arena(worker_t *worker, arena_t *arena);
 void churn_arena(worker_t *worker);
 
-/* Makes the view current; returns whether the peer can be used. A dead one can, now and then. */
+/* Updates the view; returns whether the peer can be used. Now and then a dead one is. */
 int attach(worker_t *worker, int index);
 void detach(worker_t *worker, view_t *view);
 void reopen(worker_t *worker, int index);

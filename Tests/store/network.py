@@ -1,10 +1,10 @@
-"""A network of the tests' own: a bridge, and nodes behind links of a limited rate.
+"""A network for tests: a bridge, and nodes behind rate-limited links.
 
-The process that makes it must be in a network namespace of its own (scripts/test-store and
-benchmarks/store-lab see to that); the bridge is there. Each node is another namespace, joined by a
+The process that makes it must be in its own network namespace (scripts/test-store and
+benchmarks/store-lab see to that), where the bridge is. Each node is another namespace, joined by a
 veth pair with HTB in both directions. The namespaces end with the processes that hold them, so
-nothing is left behind whatever happens. netem is not needed: few kernels of virtual machines have
-it.
+nothing is left behind whatever happens. netem is not needed, because few kernels of virtual
+machines have it.
 """
 
 import os
@@ -17,7 +17,7 @@ OWN_ADDRESS = "10.98.0.254"
 
 
 def is_private():
-    """Whether this process may do as it likes with its network."""
+    """Whether this process may configure its network."""
     return os.environ.get("MOONCAKE_STORE_LAB") == "1"
 
 
@@ -35,7 +35,7 @@ class Node:
     def __init__(self, index):
         self.port = f"port{index}"
         self.address = f"10.98.0.{index + 1}"
-        # Ends with its input, thus with us at the latest.
+        # Ends with its input, so with this process at the latest.
         self.keeper = subprocess.Popen(
             ["unshare", "--net", "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE)
@@ -48,14 +48,14 @@ class Node:
         self.run("ip", "link", "set", "eth0", "up")
 
     def command(self, words):
-        """The same command inside of the node, with the process id that it is started with."""
+        """The same command inside the node, which keeps the process id of its start."""
         return ["nsenter", f"--net=/proc/{self.keeper.pid}/ns/net", *words]
 
     def run(self, *words):
         return run(*self.command(words))
 
     def limit(self, megabits):
-        """Bits a second of the link, each way; as a switch does, it buffers 50 ms."""
+        """Bits a second of the link, each way; like a switch, it buffers 50 ms."""
         queue = max(64_000, int(megabits * 1e6 / 8 * 0.05))
         for prefix, device in (((), self.port), (self.command(()), "eth0")):
             # HTB itself cannot be changed, and there may be none yet.
@@ -70,14 +70,14 @@ class Node:
                 "limit", str(queue))
 
     def plug(self, is_plugged):
-        """Connects or cuts the link, without either end being told."""
-        # The end inside stays up: a cut in the middle of the network.
+        """Connects or cuts the link without notice to either end."""
+        # The inner end stays up, like a cut in the middle of the network.
         words = ("master", BRIDGE) if is_plugged else ("nomaster",)
         run("ip", "link", "set", self.port, *words)
 
     def narrow(self, is_narrow):
-        """Packets of more than 1,000 bytes vanish on its link, without either end being told."""
-        # What is handed over in one piece for many packets would pass.
+        """Drops packets of more than 1,000 bytes on its link, without notice to either end."""
+        # Segmentation offload would pass many packets as one piece.
         self.run("ip", "link", "set", "dev", "eth0", "gso_max_segs", "1" if is_narrow else "65535")
         run("ip", "link", "set", self.port, "mtu", "1000" if is_narrow else "1500")
 
@@ -92,7 +92,7 @@ class Node:
         raise RuntimeError(f"no {self.port}")
 
     def end(self):
-        # The kernel takes its time to end what is in a namespace; the name must be free now.
+        # The kernel ends what is in a namespace later, but the name must be free now.
         run("ip", "link", "del", self.port)
         self.keeper.stdin.close()
         self.keeper.wait(10)
@@ -100,14 +100,14 @@ class Node:
 
 
 class Network:
-    """Nodes with equal links; whoever made it is at OWN_ADDRESS, unlimited."""
+    """Nodes with equal links; the process that made it is at OWN_ADDRESS, unlimited."""
 
     def __init__(self, count, megabits):
         if not is_private():
             raise RuntimeError("not in a network namespace of its own")
         run("ip", "link", "set", "lo", "up")
         subprocess.run(["ip", "link", "del", BRIDGE], stderr=subprocess.DEVNULL, check=False)
-        # Nothing is learned by waiting: ports forward at once.
+        # No learning delay: ports forward at once.
         run("ip", "link", "add", BRIDGE, "type", "bridge", "stp_state", "0", "forward_delay", "0")
         run("ip", "addr", "add", f"{OWN_ADDRESS}/24", "dev", BRIDGE)
         run("ip", "link", "set", BRIDGE, "up")
@@ -122,7 +122,7 @@ class Network:
 
 
 class FlowMeter:
-    """Samples how many bytes a node receives: 100 times a second."""
+    """Samples how many bytes a node receives, 100 times a second."""
 
     INTERVAL = 0.01
 
@@ -146,7 +146,7 @@ class FlowMeter:
         return self.samples[-1][1] - self.samples[0][1] if self.samples else 0
 
     def longest_silence(self, begin, end, bytes_per_second):
-        """Seconds of the longest stretch in which less than a tenth of the rate came in."""
+        """Length in seconds of the longest stretch below a tenth of the rate."""
         points = [(at, count) for at, count in self.samples if begin <= at <= end]
         longest = since = 0.0
         if points:

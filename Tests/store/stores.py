@@ -19,7 +19,7 @@ MIB = 1 << 20
 KINDS = (services.Etcd, services.Redis, services.Ours)
 # Exit codes.
 OK, FAILURE, NOT_FOUND, MISMATCH, INTERRUPTED = 0, 1, 3, 4, 130
-# What is hidden while a get is under way.
+# Hidden while a get is in progress.
 HIDDEN = ".mooncake-get-"
 
 
@@ -50,7 +50,7 @@ class StoreProcess:
         return lab.written(self.errors)
 
     def lines(self):
-        """The JSON objects that are complete by now."""
+        """The complete JSON objects so far."""
         text = lab.written(self.output)
         return [json.loads(line) for line in text.splitlines(keepends=True)
                 if line.endswith("\n") and line.startswith("{")]
@@ -61,7 +61,7 @@ class StoreProcess:
                 + f"\n{lab.written(self.output)[-1500:]}\n{self.log()[-2500:]}")
 
     def wait_for(self, condition, seconds):
-        """Until condition(self) is true; an error when it ends or time is up before."""
+        """Waits until condition(self) is true; fails if it ends first or the time is up."""
         def is_over():
             return condition(self) or self.process.poll() is not None
         lab.wait_until(is_over, seconds, pause=0.005)
@@ -111,14 +111,14 @@ def sha256(path):
 
 
 def digests(folder):
-    """Digest by relative path of every file below, hidden ones too."""
+    """Digest by relative path of every file below, including hidden ones."""
     folder = pathlib.Path(folder)
     return {str(path.relative_to(folder)): sha256(path)
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def remains(folder):
-    """What a get has left unfinished."""
+    """What an unfinished get has left."""
     return [str(path) for path in pathlib.Path(folder).rglob(HIDDEN + "*")]
 
 
@@ -127,7 +127,7 @@ def bytes_from(result, is_origin):
 
 
 class StoreTest(unittest.TestCase):
-    """Ends what it starts; fails if something is left in the service or in a folder."""
+    """Ends what it starts; fails if anything is left in the service or in a folder."""
 
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="store-"))
@@ -174,31 +174,31 @@ class StoreTest(unittest.TestCase):
         return process
 
     def serve(self, name, *words, **arguments):
-        """A process that has it all and stays."""
+        """A process that has all of it and stays."""
         process = self.start("serve", name, *words, **arguments)
         process.result = process.line()
         return process
 
     def check_bytes(self, process, *paths):
-        """What a get has written is these files, complete."""
+        """Checks that a get has written exactly these files, complete."""
         found = sorted(digests(process.folder).values())
         self.assertEqual(found, sorted(sha256(path) for path in paths), process.describe())
         self.assertEqual(remains(process.folder), [])
 
     def nothing_is_left(self):
-        """Ends all holders; whatever they told the service must go with them."""
+        """Ends all holders; their records must go with them."""
         for process in self.processes:
             lab.end_process(process.process)
         self.assertEqual(self.keys(), [], "in the metadata service")
 
     def keys(self):
-        """All but what remembers for a while that a name was removed."""
+        """All keys except those that remember for a while that a name was removed."""
         return [key for key in services.keys(self.service.uri)
                 if not key.startswith("mooncake/store/removed/")]
 
 
 class NetworkTest(StoreTest):
-    """On a network of its own."""
+    """On its own network."""
 
     NODES, MEGABITS = 5, 200
 
@@ -216,7 +216,7 @@ class NetworkTest(StoreTest):
         return super().start_service(kind, host=network.OWN_ADDRESS, **arguments)
 
     def wait_for_bytes(self, node, count, seconds=20):
-        """Until the node has received so many more bytes: now the transfer is under way."""
+        """Waits until the node has received that many more bytes: the transfer is in progress."""
         before = node.counters()[0]
         self.assertTrue(
             lab.wait_until(lambda: node.counters()[0] - before >= count, seconds, pause=0.002),

@@ -1,5 +1,5 @@
-"""Both stores in one etcd. The existing one's side is played from its documented schema: documents
-under mooncake/checkpoint/, and an engine of an original release that serves and reads the memory.
+"""Both stores in one etcd. Mooncake's is simulated by its documented schema: documents under
+mooncake/checkpoint/, and an engine of a Mooncake release that serves and reads the memory.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Coexistence(stores.StoreTest):
         return json.loads(text) if text else None
 
     def register_as_existing_store(self, peer, name, sizes, shard):
-        """What its Register writes for buffers that lie one behind the other."""
+        """What its Register writes for buffers that lie one after another."""
         shards, address = [], peer.address
         for size in sizes:
             for offset in range(0, size, shard):
@@ -81,7 +81,7 @@ class Coexistence(stores.StoreTest):
         self.assertEqual(list(process.folder.rglob("*")), [])
 
     def read_as_existing_store(self, reader, document, place):
-        """What its GetReplica does: every shard from one of its locations."""
+        """What its GetReplica does: reads every shard from one of its locations."""
         offset = 0
         for shard in document["shards"]:
             location = shard[place][-1]
@@ -104,7 +104,7 @@ class Coexistence(stores.StoreTest):
         reader = self.stock("inferencer")
         self.assertEqual(self.read_as_existing_store(reader, document, "gold"),
                          stores.sha256(source))
-        # A completed replica of ours is listed, and is read, too.
+        # A completed replica of ours is listed and read too.
         replica = self.serve("ours/a")
         self.assertTrue(lab.wait_until(
             lambda: self.document("ours/a")["shards"][0]["replica_list"], 5), replica.describe())
@@ -119,7 +119,7 @@ class Coexistence(stores.StoreTest):
         self.run_store("get", "ours/a", "--to", str(self.folder / "x"), code=NOT_FOUND)
 
     def test_a_replica_of_theirs_survives_ours(self):
-        """Only own entries are taken out of the document."""
+        """Only our own entries are removed from the document."""
         source = self.file("model", 2 * MIB)
         origin = self.publish("ours/b", source, words=("--shard-size", "1MiB"))
         peer = self.stock("other")
@@ -153,7 +153,7 @@ class Coexistence(stores.StoreTest):
         source = self.file("large", 40 * MIB)
         origin = self.publish("ours/large", source, words=("--shard-size", "4KiB"))
         self.assertIsNone(self.document("ours/large"))
-        self.assertIn("the existing system's store does not see it", origin.log())
+        self.assertIn("Mooncake's store does not see it", origin.log())
         self.serve("ours/large")
         process = self.get("ours/large")
         process.finish()

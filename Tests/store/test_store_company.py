@@ -1,5 +1,5 @@
-"""Gets beside holders and receivers that fail without an end: they stay silent, send nothing, or
-are so slow that they could keep everybody else waiting."""
+"""Gets with holders and receivers that fail without ending: they stay silent, send nothing, or are
+so slow that everybody else might wait for them."""
 
 import signal
 import time
@@ -34,7 +34,7 @@ class CompanyTest(stores.NetworkTest):
 
 
 class Narrow(CompanyTest):
-    """Grants arrive, shards do not."""
+    """Grants arrive, but shards do not."""
 
     def test_the_only_holder(self):
         process = self.begin(self.nodes[1], 0.3)
@@ -59,7 +59,7 @@ class Silent(CompanyTest):
         replicas = [self.serve("m", node=node) for node in self.nodes[1:5]]
         for replica in replicas:
             replica.signal(signal.SIGSTOP)
-        # Their records stand as long as their leases.
+        # Their records stay as long as their leases.
         process = self.get("m", node=self.nodes[5])
         result = process.finish()
         self.check_bytes(process, self.source)
@@ -67,14 +67,14 @@ class Silent(CompanyTest):
               flush=True)
         for replica in replicas:
             replica.kill()
-        # Alone 1.1 s; each of the silent ones would be waited for two seconds.
+        # Alone 1.1 s; waiting for a silent one takes two seconds each.
         self.assertLess(result["seconds"], 2.5, process.describe())
 
 
 class SlowFirst(CompanyTest):
     def fetch(self, nodes):
-        """Seconds until all of these have it. Their processes end later: when they do, slow ones
-        may still read from them."""
+        """Seconds until all of these have it. Their processes end later, because slow ones may
+        still be reading from them."""
         gets = [self.get("m", node=node) for node in nodes]
         seconds = [process.finish(seconds=60)["seconds"] for process in gets]
         for process in gets:

@@ -1,7 +1,7 @@
 """Holders, origins, links and services fail in the middle of a transfer.
 
-Links of a limited rate make "the middle" long enough to act in it. What is printed as
-`measured ...` goes to the report of scripts/test-store.
+Rate-limited links make the middle long enough to act in it. Lines printed as `measured ...` go to
+the report of scripts/test-store.
 """
 
 import signal
@@ -16,7 +16,7 @@ from stores import FAILURE, INTERRUPTED, MIB, NOT_FOUND, OK
 
 SIZE = 24 * MIB
 SHARD = ("--shard-size", "1MiB")
-# The promise: how long a get may stand still when a holder is lost.
+# The promise: how long a get may receive nothing after a holder is lost.
 GAP_SECONDS = 1.0
 
 
@@ -38,7 +38,7 @@ class FaultTest(stores.NetworkTest):
         process.finish()
         self.check_bytes(process, self.source)
         self.assertTrue(result["verified"], result)
-        # The end of the last shards is no standing still, nor is the renaming.
+        # Neither the end of the last shards nor the renaming counts as a standstill.
         gap = meter.longest_silence(lost_at, ended - 0.05, self.rate)
         print(f"measured {what}: {gap:.3f} s without data, {result['seconds']:.2f} s in all",
               flush=True)
@@ -96,7 +96,7 @@ class Holders(FaultTest):
         for process in gets:
             process.finish()
             self.check_bytes(process, self.source)
-        # The origin's records have expired; the replica's tell of the payload.
+        # The origin's records have expired; the replica's still lead to the payload.
         time.sleep(services.TTL * 2)
         late = self.get("m", node=self.nodes[4])
         result = late.finish()
@@ -114,12 +114,12 @@ class Holders(FaultTest):
         self.assertEqual(list(process.folder.rglob("*")), [])
 
     def test_lease_expires_while_transferring(self):
-        # Without a document of the existing store, which hangs on no lease.
+        # Without a document of Mooncake's store, which is on no lease.
         self.start_service(services.Ours)
         origin = self.publish("m", self.source, words=SHARD, node=self.nodes[0])
         process = self.begin(node=self.nodes[1])
         origin.signal(signal.SIGSTOP)
-        # It is listed no more, but whoever reads from it waits.
+        # It is no longer listed, but its readers wait for it.
         self.assertTrue(
             lab.wait_until(lambda: not self.run_store("list").lines(), services.TTL + 3, 0.2))
         self.assertIsNone(process.process.poll(), process.describe())
@@ -174,7 +174,7 @@ class Metadata(FaultTest):
         self.service.restart(empty)
         process.finish()
         self.check_bytes(process, self.source)
-        # The holder says again what an empty service has lost.
+        # The holder puts back what an emptied service has lost.
         self.assertTrue(
             lab.wait_until(lambda: self.run_store("list").lines(), 15, 0.2), origin.describe())
         later = self.get("m", node=self.nodes[2])
@@ -232,13 +232,13 @@ class Versions(FaultTest):
         seconds = time.monotonic() - lost_at
         self.check_bytes(process, self.other)
         print(f"measured version lost, with the next one there: {seconds:.2f} s", flush=True)
-        # Ten and more, if it waited for the lost holder to come back.
+        # Ten seconds and more if it waited for the lost holder to come back.
         self.assertLess(seconds, 8, process.describe())
 
     def test_removed_while_it_is_fetched(self):
-        """The holder withdraws: the get gets no more of it, and ends without a file."""
+        """The holder withdraws: the get receives no more, and ends without a file."""
         self.start_service()
-        # Its holder learns of the removal long before the get could have all of it.
+        # Its holder learns of the removal long before the get could have everything.
         source = self.file("long", 5 * SIZE)
         origin = self.publish("m", source, words=SHARD, node=self.nodes[0])
         process = self.get("m", node=self.nodes[2])

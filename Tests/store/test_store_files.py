@@ -183,14 +183,14 @@ class Wrong(stores.StoreTest):
 
 
 class Changing(stores.StoreTest):
-    """A published file is mapped: what somebody does to it meanwhile must never pass as good."""
+    """A published file is mapped: changing it meanwhile must never go unnoticed."""
 
     def check_changed(self, holder):
         """The get fails and leaves nothing; the holder notices and says why it ends."""
         process = self.get("m", "--timeout", "15")
         process.finish((MISMATCH, FAILURE, NOT_FOUND))
         self.assertEqual(list(process.folder.rglob("*")), [], process.describe())
-        # A page that is no longer there must not end it by a signal.
+        # A missing page must not end it by a signal.
         holder.finish(MISMATCH, 20)
         self.assertIn("has changed", holder.log())
         self.assertEqual(self.keys(), [])
@@ -234,10 +234,10 @@ class Changing(stores.StoreTest):
             is_over.set()
             thread.join()
         if process.lines():
-            # Published before anything could be noticed: then the digests must notice.
+            # Published before anything could be noticed: then the digests must reveal it.
             get = self.get("m", "--timeout", "15")
             get.process.wait(40)
-            self.assertNotEqual(get.process.returncode, OK, "bytes that were never one state")
+            self.assertNotEqual(get.process.returncode, OK, "bytes of two different states")
         else:
             self.assertEqual(process.process.returncode, MISMATCH, process.describe())
             self.assertIn("chang", process.log())
@@ -272,7 +272,7 @@ class Republishing(stores.StoreTest):
         for turn in range(1, 10):
             time.sleep(0.3)
             holders.append(self.publish("m", contents[turn % 3], words=shard))
-            # Gone while it is fetched: who follows goes on with the new one.
+            # Replaced while it is fetched: a get that follows versions continues with the new one.
             holders.pop(0).signal(signal.SIGTERM if turn % 2 else signal.SIGKILL)
         is_over.set()
         for thread in threads:

@@ -66,9 +66,9 @@ class Corrupted(stores.StoreTest):
             self.assertTrue(result["verified"])
             bad = [each for each in result["sources"] if not each["origin"]]
             corrupted += sum(each["corrupt_shards"] for each in bad)
-            # It is left at once, not asked for all that it has.
+            # It is dropped at once, instead of being asked for all it has.
             self.assertLess(sum(each["corrupt_shards"] for each in bad), self.shards / 4, result)
-        self.assertGreater(corrupted, 0, "the corrupted holder was never read: prove nothing")
+        self.assertGreater(corrupted, 0, "the corrupted holder was never read: nothing is proven")
 
     def test_only_a_corrupted_replica_is_left(self):
         self.plant()
@@ -81,7 +81,7 @@ class Corrupted(stores.StoreTest):
 
 
 def hostile_texts(good):
-    """What might stand where a JSON object like `good` belongs."""
+    """Texts that might be found in place of a JSON object like `good`."""
     yield from ("", " ", "nonsense", "{", "[]", "null", "{}", "0", '"text"', "[" * 20_000,
                 '{"a":' * 20_000, "\ufeff{}", '{"name":"\\ud800"}', "\\", "é" * 100_000,
                 good[:-1], good + good, good.replace('"', "'"))
@@ -95,10 +95,10 @@ def hostile_texts(good):
 
 
 class Hostile(stores.StoreTest):
-    """Somebody with access to the service writes what he likes; nobody ends by a signal."""
+    """Arbitrary texts written by an attacker with access: no process ends by a signal."""
 
     def limited(self, *words):
-        """Runs a command with little memory and time."""
+        """Runs a command with limited memory and time."""
         return subprocess.run(
             [services.cli(), "store", *words, "--metadata", self.service.uri, "--json",
              "--timeout", "2"],
@@ -107,7 +107,7 @@ class Hostile(stores.StoreTest):
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)))
 
     def try_text(self, number, key, text, old_name, name):
-        """Plants a text under another name's key, so that all are tried side by side."""
+        """Plants each text under another name's key, so that all are tried at once."""
         services.plant(self.service.uri, key.replace(old_name, name),
                        text.replace(old_name, name).encode("utf-8", "replace"))
         folder = self.folder / f"hostile-{number}"
@@ -153,7 +153,7 @@ class Hostile(stores.StoreTest):
             problems = [problem for each in found for problem in each]
         print(f"measured {len(tries)} hostile texts under {len(keys)} keys", flush=True)
         self.assertEqual(problems[:12], [], f"{len(problems)} in all")
-        # The listing of everything passes over them, and what is good stays good.
+        # The listing skips them, and good payloads stay listed.
         listed = self.run_store("list").lines()
         self.assertIn("planted", [each["name"] for each in listed])
         process = self.get("planted")
@@ -182,7 +182,7 @@ class Hostile(stores.StoreTest):
         self.assertIn(watch.process.returncode, (OK, stores.INTERRUPTED), watch.describe())
 
     def test_holders_that_are_not_there(self):
-        """Records of processes that have never been: the get goes to the one that is."""
+        """Records of processes that never existed: the get uses the one that does."""
         self.start_service()
         source = self.file("model", 4 * MIB)
         self.publish("m", source)
@@ -192,7 +192,7 @@ class Hostile(stores.StoreTest):
         port = lab.free_ports(1)
         for number in range(40):
             holding = f"{number + 1:016x}"
-            # Nobody, a net that answers nothing, an odd port, no address at all.
+            # Nobody listening, a network without answers, an odd port, no address at all.
             rpc = (f"127.0.0.1:{port}", "192.0.2.1:9", "127.0.0.1:0", "?")[number % 4]
             fake = {**record, "holding": holding, "rpc": rpc, "segment": rpc}
             services.plant(self.service.uri, f"{folder}/{holding}", json.dumps(fake).encode())

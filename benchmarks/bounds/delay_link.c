@@ -1,11 +1,11 @@
-/* A link with a delay and a rate between two network namespaces, for kernels without netem.
+/* A link with delay and rate limit between two network namespaces, for kernels without netem.
  *
  *   delay_link NAMESPACE_A NAMESPACE_B DELAY_US BITS_PER_SECOND
  *
- * Makes the device "link0" in both (named as under /run/netns), prints "ready" once they can be
- * given addresses, and carries packets until it is ended. Each way a packet leaves when those
- * before it have, at the given rate, and arrives DELAY_US later; what would wait longer than
- * QUEUE_US for its turn is dropped, as a switch does. Needs CAP_NET_ADMIN and /dev/net/tun.
+ * Makes the device "link0" in both (named as under /run/netns), prints "ready" once addresses can
+ * be assigned, and carries packets until it is killed. In each direction, packets leave one after
+ * the other at the given rate and arrive DELAY_US later; a packet that would be queued for more
+ * than QUEUE_US is dropped, as by a switch. Needs CAP_NET_ADMIN and /dev/net/tun.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -66,7 +66,7 @@ static int make_device(const char *namespace) {
   return device;
 }
 
-/* Takes what the device has sent. */
+/* Reads what the device has sent. */
 static void accept_packets(lane_t *lane) {
   while (lane->tail - lane->head < RING) {
     int slot = (int)(lane->tail % RING);

@@ -112,7 +112,7 @@ typedef struct {
 static void *run_lane(void *argument) {
   lane_t *lane = argument;
   size_t offset = 0;
-  /* A look at the clock for each MiB: it costs about as much as copying 1 KiB. */
+  /* One look at the clock per MiB: it costs about as much as copying 1 KiB. */
   size_t pause = lane->block < (1 << 20) ? (1 << 20) / lane->block : 1;
   while (now() < lane->end) {
     for (size_t count = 0; count < pause; count += 1) {
@@ -132,8 +132,8 @@ static void *run_lane(void *argument) {
   return NULL;
 }
 
-/* A process that owns touched memory (the descriptor's, or private); ends with this one. `memory`
- * is its address there. */
+/* A process that owns touched memory (the descriptor's, or private) and ends with this one.
+ * `memory` is its address there. */
 static pid_t start_owner(int descriptor, size_t bytes, char **memory) {
   int ready[2];
   char *address = NULL;
@@ -221,7 +221,7 @@ static void relax(void) {
 #endif
 }
 
-/* Two processes wait for each other's word, each on a cache line of its own. */
+/* Two processes wait for each other's word, each on its own cache line. */
 static int pingpong(double seconds) {
   struct {
     _Alignas(128) _Atomic uint64_t ping;

@@ -1,4 +1,4 @@
-/* A verified get of the store beside the engine's plain read of the same bytes, in turns, over TCP
+/* Alternates verified gets of the store with plain reads by the engine of the same bytes, over TCP
  * into the caller's memory, which has been touched before.
  *
  *   store_get [SHARD_KIB [REPETITIONS]]      one GiB; shards as the store chooses unless given
@@ -37,7 +37,7 @@ static mooncake_engine_t *create_engine(const char *uri) {
   return engine;
 }
 
-/* The origin: says where it is known and stays until its input ends. */
+/* The origin: prints its segment and stays until its input ends. */
 static void serve(uint64_t shard_bytes, int output, int input) {
   mooncake_metadata_server_t *server;
   mooncake_store_t *store;

@@ -48,7 +48,7 @@ static char *touched(size_t bytes) {
 
 static void tune(int descriptor, int buffer) {
   int one = 1;
-  /* The best that there is inside one host: the system's may pace as for a network. */
+  /* The fastest within a host: the system's default may pace as for a network. */
   setsockopt(descriptor, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
   setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
   setsockopt(descriptor, SOL_SOCKET, SO_ZEROCOPY, &one, sizeof one);
@@ -89,7 +89,7 @@ typedef struct {
 
 static int send_flags = MSG_NOSIGNAL;
 
-/* Takes what the kernel says of memory that it has sent from. */
+/* Reads the kernel's notices about memory that it has finished sending from. */
 static void take_notices(int descriptor) {
   char control[128];
   struct msghdr message = {.msg_control = control, .msg_controllen = sizeof control};
@@ -145,7 +145,7 @@ static pid_t fork_bound(void) {
   return child;
 }
 
-/* Waits until the other side of a connection is here, too. */
+/* Waits until the other end of a connection has arrived here too. */
 static void meet(int descriptor) {
   char byte = 0;
   if (send(descriptor, &byte, 1, MSG_NOSIGNAL) != 1) die("send");
@@ -158,7 +158,7 @@ typedef struct {
   double cpu;
 } moved_t;
 
-/* One thread for each connection. Memory is touched before both sides meet and the clock starts. */
+/* One thread per connection. Memory is touched before both sides meet and the clock starts. */
 static moved_t run_lanes(void *(*body)(void *), const int *descriptors, int count, size_t total,
                          size_t chunk, double seconds) {
   pthread_t threads[CONNECTION_LIMIT];
@@ -255,7 +255,7 @@ static void lay_out(struct iovec *vectors, char *memory, char *frames, size_t bl
   }
 }
 
-/* A request of `blocks` headers is answered by as many frames and scattered blocks. */
+/* A request of `blocks` headers is answered by that many frames and scattered blocks. */
 static void gathered(size_t block, int blocks, double seconds) {
   int left, right;
   size_t total = 256u << 20;

@@ -2,7 +2,7 @@ import Glibc
 import MooncakeP2P
 import SwarmSimulation
 
-// Simulates swarms and writes what came out as Markdown and JSON.
+// Simulates swarms and writes the results as Markdown and JSON.
 //
 // usage: swarm-simulation [FOLDER]     writes FOLDER/swarm.md and FOLDER/swarm.json
 

@@ -2,8 +2,8 @@ import CLinux
 import Glibc
 import MooncakeSystem
 
-/// A directory that is open. What is in it is reached by its name there, never by a path, and links
-/// are not followed: whoever else may write into a directory cannot lead a call elsewhere.
+/// An open directory. Its entries are reached by name within it, never by a path, and links are not
+/// followed, so other users who can write into a directory cannot redirect a call elsewhere.
 final class Directory: Sendable {
   /// For messages.
   let path: FilePath
@@ -16,7 +16,7 @@ final class Directory: Sendable {
 
   var number: Int32 { descriptor.rawValue }
 
-  /// Nobody reaches anything beyond this directory by a path.
+  /// Only names: a path could lead out of this directory.
   private static func isName(_ name: String) -> Bool {
     !name.isEmpty && name.utf8.allSatisfy { $0 != UInt8(ascii: "/") }
   }
@@ -25,7 +25,7 @@ final class Directory: Sendable {
     if !isName(name) { throw Errno(EINVAL) }
   }
 
-  /// What stands under a name; nil if nothing does.
+  /// The status of a name; nil if nothing has it.
   func status(of name: String) throws(Errno) -> stat? {
     try Self.check(name)
     var status = stat()
@@ -52,7 +52,7 @@ final class Directory: Sendable {
       opening: { openat(number, name, flags | O_NOFOLLOW | O_CLOEXEC, mode) })
   }
 
-  /// Returns false if something of that name is there.
+  /// Returns false if something already has that name.
   func makeDirectory(_ name: String, mode: mode_t = 0o777) throws(Errno) -> Bool {
     try Self.check(name)
     if mkdirat(number, name, mode) == 0 { return true }
@@ -61,7 +61,7 @@ final class Directory: Sendable {
     throw error
   }
 
-  /// Removes a name that is not a directory's.
+  /// Removes a name that is not a directory.
   @discardableResult
   func remove(_ name: String) -> Bool { Self.isName(name) && unlinkat(number, name, 0) == 0 }
 
@@ -71,7 +71,7 @@ final class Directory: Sendable {
     Self.isName(name) && unlinkat(number, name, AT_REMOVEDIR) == 0
   }
 
-  /// Moves what has a name here to a name elsewhere; `flags` are those of renameat2.
+  /// Moves a name from here to a name elsewhere; `flags` are those of renameat2.
   func move(
     _ name: String, to other: Directory, _ otherName: String, flags: Int = 0
   ) throws(Errno) {
@@ -84,9 +84,9 @@ final class Directory: Sendable {
     if result != 0 { throw Errno.current }
   }
 
-  /// Names of what is in it, without those that are not UTF-8.
+  /// The names in it, without those that are not UTF-8.
   func names() -> [String] {
-    // A descriptor of its own: reading moves a position that copies would share.
+    // A separate descriptor: reading moves a position that duplicates share.
     let copy = openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
     if copy < 0 { return [] }
     guard let stream = fdopendir(copy) else {
@@ -103,7 +103,7 @@ final class Directory: Sendable {
     return names
   }
 
-  /// Whether nothing is in it, under whatever name.
+  /// Whether it has no entries, not even ones with odd names.
   func isEmpty() throws(Errno) -> Bool {
     let copy = openat(number, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
     if copy < 0 { throw Errno.current }
@@ -124,9 +124,9 @@ final class Directory: Sendable {
     }
   }
 
-  /// Removes all that is in it except one name; what is on another device stays.
+  /// Removes everything in it except one name; what is on another device stays.
   func clear(except kept: String? = nil, depth: Int = 0) {
-    // What is made here is less deep.
+    // Directories made here are never that deep.
     guard depth < 80, let device = try? status().st_dev else { return }
     for name in names() where name != kept {
       if remove(name) { continue }
@@ -140,13 +140,13 @@ final class Directory: Sendable {
 }
 
 extension Directory {
-  /// A directory that was made here, and in what.
+  /// A directory made here, and its parent.
   struct Made {
     let parent: Directory
     let name: FilePath
     let number: UInt64
 
-    /// Removes it if it is still that one, and empty.
+    /// Removes it if it is still the same one and empty.
     func remove() {
       var status = stat()
       let isThere = name.withCString { fstatat(parent.number, $0, &status, AT_SYMLINK_NOFOLLOW) }
@@ -155,7 +155,8 @@ extension Directory {
     }
   }
 
-  /// Opens the directory that the caller named, links and all, and makes what is missing of it.
+  /// Opens the directory that the caller named, following links, and makes missing parts of the
+  /// path.
   static func open(
     _ path: FilePath, _ made: inout [Made]
   ) throws(Errno) -> Directory {

@@ -4,15 +4,15 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Goes through the directories of a payload's files below one directory. Those of the last path
-/// stay open, and links are not followed.
+/// Walks through the directories of a payload's files below one directory. Those on the current
+/// path stay open, and links are not followed.
 struct DirectoryWalk {
   let root: Directory
   private var inner: [(name: Substring, directory: Directory)] = []
 
   init(_ root: Directory) { self.root = root }
 
-  /// Root and the directories of the last path, outermost first.
+  /// The root and the directories on the current path, outermost first.
   var chain: [Directory] { [root] + inner.map(\.directory) }
 
   /// The last part of a path.
@@ -21,8 +21,8 @@ struct DirectoryWalk {
       ?? path
   }
 
-  /// Opens the directory of a path; `makes`: those that are missing are made. Else the innermost
-  /// that is there is open then. Returns how many are not there.
+  /// Opens the directory of a path and returns how many of its parts are missing. `makes`: missing
+  /// ones are made. Otherwise the innermost existing one is opened.
   mutating func open(directoryOf path: String, makes: Bool) throws(EngineError) -> Int {
     // By bytes: "/" and a combining mark after it are one character.
     let parts = path.utf8.split(separator: UInt8(ascii: "/")).dropLast().map { Substring($0) }
@@ -39,7 +39,7 @@ struct DirectoryWalk {
     return 0
   }
 
-  /// The innermost directory that is open.
+  /// The innermost open directory.
   var current: Directory { inner.last?.directory ?? root }
 
   private func enter(_ name: String, makes: Bool) throws(EngineError) -> Directory? {
@@ -57,7 +57,7 @@ struct DirectoryWalk {
           "\(path) is a link; files are not written through links: name the directory that it "
             + "leads to, or remove it")
       case .some(let kind) where kind != S_IFDIR:
-        throw EngineError(.exists, "\(path) is a file, the payload has a directory there")
+        throw EngineError(.exists, "\(path) is a file, but the payload has a directory there")
       default:
         throw FileFailure.error(path, error, makes ? "making the directory" : "opening it")
       }

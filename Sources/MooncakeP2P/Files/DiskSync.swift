@@ -1,7 +1,7 @@
 import Glibc
 import MooncakeSystem
 
-/// Brings what a descriptor leads to onto the disk.
+/// Writes to disk what a descriptor refers to.
 package struct DiskSync: Sendable {
   private let body: @Sendable (Int32) -> Int32
 
@@ -14,9 +14,9 @@ package struct DiskSync: Sendable {
     _ = try retryingInterrupts { body(number) }
   }
 
-  /// Of a directory, the names in it.
+  /// For a directory: the names in it.
   func callAsFunction(_ directory: Directory) throws(Errno) {
-    // It may be open for passing through only.
+    // It may be open only for path lookups (O_PATH).
     let copy = try directory.file(".", flags: O_RDONLY | O_DIRECTORY)
     try self(copy.rawValue)
   }

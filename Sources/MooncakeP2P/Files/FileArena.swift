@@ -5,14 +5,14 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Files in memory one after the other, in one range of addresses: peers see one buffer, however
-/// many files there are. Ends with the last reference.
+/// Files mapped one after the other in one range of addresses, so that peers see one buffer,
+/// however many files there are. The mappings end with the last reference.
 final class FileArena: Sendable {
   private let range: MemoryMapping?
   private let places: [Int]
   private let byteCount: UInt64
 
-  /// Reserves addresses for files of these sizes; `what` begins errors.
+  /// Reserves addresses for files of these sizes; `what` begins error messages.
   init(sizes: [UInt64], _ what: String) throws(EngineError) {
     guard let places = FilePlaces(sizes: sizes, mappingLimit: Self.freeMappings()) else {
       throw EngineError(.full, "\(what): the files are larger than any memory")
@@ -30,7 +30,7 @@ final class FileArena: Sendable {
     }
   }
 
-  /// Maps the file of an index over its place.
+  /// Maps a file at its place in the range.
   func map(
     _ index: Int, _ file: borrowing FileDescriptor, _ size: UInt64, _ path: FilePath,
     writable: Bool
@@ -57,17 +57,17 @@ final class FileArena: Sendable {
     }
   }
 
-  /// All of it.
+  /// The whole range.
   var buffer: PayloadBuffer? {
     start.map { PayloadBuffer(address: $0, length: byteCount) }
   }
 
-  /// Lets the bytes stay for good: somebody may still read them.
+  /// Leaks the mappings: somebody may still read them.
   func keep() { _ = Unmanaged.passRetained(self) }
 
   // MARK: The number of mappings
 
-  /// Refuses what the system would, before anything is read.
+  /// Refuses, before anything is read, more mappings than the system would allow.
   private static func checkMapCount(
     _ count: Int, _ fileCount: Int, _ what: String
   ) throws(EngineError) {
@@ -81,14 +81,14 @@ final class FileArena: Sendable {
         + "\(max(needed, count + count / 4) * 2)`, or pack the files into fewer")
   }
 
-  /// How many more the process may have.
+  /// How many more mappings the process may have.
   private static func freeMappings() -> Int {
     mappingLimit().map { $0 - mappingCount() - spareMappings } ?? .max
   }
 
   private static func mappingLimit() -> Int? { number("/proc/sys/vm/max_map_count") }
 
-  /// For what else the process may map.
+  /// Left for the rest of the process.
   private static let spareMappings = 512
 
   private static func mappingCount() -> Int {
@@ -111,17 +111,17 @@ final class FileArena: Sendable {
   }
 }
 
-/// Where files lie one after the other, and how many mappings that takes.
+/// The places of files laid out one after the other, and the number of mappings that takes.
 package struct FilePlaces {
   package private(set) var offsets: [Int] = []
   package private(set) var byteCount = 0
-  /// Of the files that are not empty and of the holes between them.
+  /// Mappings for the files that are not empty and for the holes between them.
   package private(set) var mappingCount = 0
 
   private static let hugePageBytes = 2 << 20
 
-  /// Huge pages fit where a file begins at one; it does unless the holes that this leaves would be
-  /// mappings too many. nil: the files are larger than any memory.
+  /// Lets large files begin at a huge page, unless the holes that this leaves would be too many
+  /// mappings. nil: the files are larger than any memory.
   package init?(sizes: [UInt64], mappingLimit: Int) {
     guard let aligned = Self(sizes, aligns: true) else { return nil }
     if aligned.mappingCount <= mappingLimit {

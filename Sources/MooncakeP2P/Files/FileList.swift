@@ -1,8 +1,8 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// The files that a payload consists of, as its manifest carries them. Those with bytes are its
-/// buffers, in the same order.
+/// The files that a payload consists of, as carried in its manifest. Those that are not empty are
+/// its buffers, in the same order.
 package struct FileList: Equatable, Sendable {
   package struct File: Equatable, Sendable {
     /// Below the directory that was published, parts separated by "/".
@@ -24,7 +24,7 @@ package struct FileList: Equatable, Sendable {
 
   package let files: [File]
 
-  /// Checks files found here.
+  /// Checks a list of local files.
   package init(_ files: [File]) throws(EngineError) {
     if let problem = Self.problem(with: files) {
       throw EngineError(.invalidArgument, "these files cannot be a payload: \(problem)")
@@ -32,7 +32,7 @@ package struct FileList: Equatable, Sendable {
     self.files = files
   }
 
-  /// Reads the list of a peer's manifest, which may be anything.
+  /// Reads the list from a peer's manifest, which may contain anything.
   package init(parsing manifest: Manifest) throws(EngineError) {
     let document: JSONDocument
     do throws(JSONError) { document = try JSONDocument(parsing: manifest.attributes) } catch {
@@ -47,8 +47,8 @@ package struct FileList: Equatable, Sendable {
     self.files = files
   }
 
-  /// The list as a manifest's attributes. It says no version as long as that is 1: another text
-  /// would be another version of the payload.
+  /// The list as the attributes of a manifest. It states no version while that is 1, because a
+  /// different text would be a different version of the payload.
   package var json: [UInt8] {
     var writer = JSONWriter()
     writer.beginObject()
@@ -92,9 +92,9 @@ package struct FileList: Equatable, Sendable {
   }
 
   private static func problem(with files: [File]) -> String? {
-    if files.isEmpty { return "there is none" }
+    if files.isEmpty { return "the list is empty" }
     if files.count > maximumFileCount {
-      return "they are \(files.count), more than \(maximumFileCount)"
+      return "\(files.count) files, more than \(maximumFileCount)"
     }
     for file in files {
       if let problem = problem(with: file.path) { return problem }
@@ -103,8 +103,8 @@ package struct FileList: Equatable, Sendable {
   }
 
   private static func conflict(among files: [File]) -> String? {
-    // As bytes: two spellings of one letter are equal strings, but different files. Where the
-    // smallest byte ends a part, a directory comes right before what is in it.
+    // Compared by bytes: two spellings of one letter are equal strings but different files. With
+    // "/" as the smallest byte, a directory comes right before its contents.
     let keys = files.map { file in file.path.utf8.map { $0 == UInt8(ascii: "/") ? 0 : $0 } }
       .sorted { $0.lexicographicallyPrecedes($1) }
     var directoryCount = 0
@@ -112,12 +112,12 @@ package struct FileList: Equatable, Sendable {
     for key in keys {
       let common = zip(former, key).prefix { $0 == $1 }.count
       if common == former.count && !former.isEmpty {
-        if common == key.count { return "'\(path(key))' is there twice" }
+        if common == key.count { return "'\(path(key))' is listed twice" }
         if key[common] == 0 { return "'\(path(former))' is a file and a directory" }
       }
       directoryCount += key[common...].count { $0 == 0 }
       if directoryCount > maximumFileCount {
-        return "they are in more than \(maximumFileCount) directories"
+        return "the files are in more than \(maximumFileCount) directories"
       }
       former = key
     }
@@ -128,9 +128,9 @@ package struct FileList: Equatable, Sendable {
     String(decoding: key.map { $0 == 0 ? UInt8(ascii: "/") : $0 }, as: UTF8.self)
   }
 
-  /// Why a path would leave the directory or confuse who reads it.
+  /// Why a path is refused: it would leave the directory or mislead a reader.
   private static func problem(with path: String) -> String? {
-    // A hostile path is not repeated whole, nor with what would control a terminal.
+    // Never repeats a long hostile path, or one that could control a terminal.
     let shown = String(
       decoding: path.utf8.prefix(100).map { isControl($0) ? UInt8(ascii: "?") : $0 },
       as: UTF8.self)
@@ -147,7 +147,7 @@ package struct FileList: Equatable, Sendable {
         return "the path '\(shown)' has a part '.' or '..'"
       }
       if StagingArea.isStaging(Substring(part)) {
-        return "a name in '\(shown)' begins with \(StagingArea.prefix), which is for gets"
+        return "a name in '\(shown)' begins with \(StagingArea.prefix), which is reserved for gets"
       }
       if part.count > maximumPartBytes { return "a name in '\(shown)' is too long" }
     }

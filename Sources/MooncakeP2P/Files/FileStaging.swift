@@ -4,21 +4,21 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Files on their way: in a hidden directory where they are to be, complete in size, mapped, and
-/// put in their places together when every byte is there. What was made is removed on any failure,
-/// and nothing else ever is (docs/store-files.md, "How files arrive").
+/// Files while they arrive: mapped at full size in a hidden directory next to their places, and all
+/// moved there together once every byte is there. A failure removes what was made, and nothing else
+/// is ever removed (docs/store-files.md, "How files arrive").
 package final class FileStaging {
   private let path: FilePath
   private let replacesFiles: Bool
-  /// Whether the file system is asked to exchange files in one step.
+  /// Whether the file system is asked to exchange two files in one step.
   private let exchanges: Bool
   /// The payload's name.
   private let payload: String
   private let sync: DiskSync
-  /// The name of the file that a payload without a list becomes.
+  /// The file name for a payload without a list of files.
   private let nameWithoutList: String
   private var target: Directory?
-  /// Directories that were not there before, outermost first.
+  /// Directories that this made, outermost first.
   private var made: [Directory.Made] = []
   private var area: StagingArea?
   private var list: FileList?
@@ -41,8 +41,8 @@ package final class FileStaging {
 
   deinit { discard() }
 
-  /// Makes room for the files of a payload and returns their memory, and the range that all of it
-  /// lies in. Again for another version.
+  /// Makes room for the files of a payload; returns their memory and the range that contains all of
+  /// it. Called again for another version.
   package func place(
     _ manifest: Manifest
   ) throws(EngineError) -> (buffers: [PayloadBuffer], range: PayloadBuffer?) {
@@ -69,8 +69,8 @@ package final class FileStaging {
     }
   }
 
-  /// Puts the files in their places; `syncs`: they survive a loss of power from then on. After a
-  /// failure their memory stays until `discard`.
+  /// Moves the files to their places; `syncs`: they then survive a loss of power. After a failure
+  /// their memory stays until `discard`.
   package func commit(
     syncs: Bool, _ bounds: Bounds? = nil
   ) throws(EngineError) -> [MappedFile] {
@@ -78,7 +78,7 @@ package final class FileStaging {
     if syncs { try syncFiles(list, area) }
     let lock = try SwitchLock.take(area.target, bounds)
     StagingArea.removeLeftovers(in: area.target, holdsSwitch: true)
-    // What has come into their way meanwhile is seen here.
+    // Notices anything that has been put in their places meanwhile.
     let entries = try entries(list, area)
     var result: [MappedFile] = []
     var change = FileSwitch(area, entries, exchanges: exchanges, sync)
@@ -89,14 +89,14 @@ package final class FileStaging {
           received: path.appending(file.path), status, isExecutable: file.isExecutable,
           in: arena, index: result.count))
     }
-    // They stay from here on.
+    // From here on they stay.
     made = []
     _ = consume lock
     discard()
     return result
   }
 
-  /// Removes everything that has not been put in its place.
+  /// Removes everything that has not been moved to its place.
   package func discard() {
     list = nil
     arena = nil
@@ -107,7 +107,7 @@ package final class FileStaging {
     made = []
   }
 
-  /// Somebody may still read the memory: its addresses are not used again.
+  /// Somebody may still read the memory, so its addresses must not be reused.
   func keepMemory() { arena?.keep() }
 
   // MARK: Before the first byte
@@ -136,7 +136,7 @@ package final class FileStaging {
           self.target = target
           return target
         } catch {
-          // Another get may be removing what it has made of the path.
+          // Another get may be removing the directories that it made on this path.
           attempts += 1
           if error.rawValue != ENOENT || attempts == 100 { throw error }
         }
@@ -149,7 +149,7 @@ package final class FileStaging {
     }
   }
 
-  /// Finds out whether all files can be put into their places.
+  /// Checks whether all files can be put in their places.
   private func check(_ list: FileList, _ target: Directory) throws(EngineError) {
     var walk = DirectoryWalk(target)
     var seen: Set<UInt64> = []
@@ -165,7 +165,7 @@ package final class FileStaging {
       guard let present = try existing(file, parent) else { continue }
       let place = parent.path.appending(DirectoryWalk.name(of: file.path))
       if present.st_dev != device { throw Self.isElsewhere(place) }
-      // With this bit, only the owner of a file or of the directory may remove the file's name.
+      // With this bit set, only the owner of a file or of the directory may remove its name.
       let user = geteuid()
       if directory.st_mode & S_ISVTX != 0 && user != 0 && present.st_uid != user
         && directory.st_uid != user
@@ -197,7 +197,7 @@ package final class FileStaging {
     EngineError(.exists, "\(path) exists: ask to replace files, or choose another directory")
   }
 
-  /// What is in the place of a file and may be replaced.
+  /// The existing file that may be replaced, if there is one.
   private func existing(
     _ file: FileList.File, _ parent: Directory
   ) throws(EngineError) -> stat? {
@@ -209,7 +209,7 @@ package final class FileStaging {
     }
     guard let status else { return nil }
     if status.st_mode & S_IFMT == S_IFDIR {
-      throw EngineError(.exists, "\(place) is a directory, the payload has a file there")
+      throw EngineError(.exists, "\(place) is a directory, but the payload has a file there")
     }
     if !replacesFiles { throw Self.isInTheWay(place) }
     return status
@@ -221,7 +221,7 @@ package final class FileStaging {
     }
   }
 
-  /// Files of some file systems are memory.
+  /// On some file systems, files are memory.
   private func checkMemory(_ list: FileList, _ target: Directory) throws(EngineError) {
     if linux_is_memory_system(target.number) == 0 { return }
     try MemoryRoom.check(list.files.reduce(0) { $0 &+ $1.size }, "\(path), which is in memory")
@@ -235,10 +235,10 @@ package final class FileStaging {
         self.area = area
         return area
       }
-      // Another get had made the directory, failed, and removed it.
+      // Another get made the directory, failed, and removed it.
       _ = try open()
     }
-    throw EngineError(.busy, "\(path): it is removed again and again")
+    throw EngineError(.busy, "\(path): other programs keep removing it")
   }
 
   private func makeFiles(
@@ -261,7 +261,7 @@ package final class FileStaging {
       guard let size = off_t(exactly: file.size) else {
         throw EngineError(.full, "\(place): \(file.size) bytes are more than a file can have")
       }
-      // A disk that is full says so here, not by a signal when the last page is written.
+      // A full disk is reported here, instead of by a signal when the last page is written.
       let number = descriptor.rawValue
       let error = withoutWriteSignals {
         var error: Int32
@@ -288,7 +288,7 @@ package final class FileStaging {
 
   // MARK: At the end
 
-  /// What is to be done: the files as they are, and what is in their places now.
+  /// What is to be moved: the files as they are, and what is in their places now.
   private func entries(
     _ list: FileList, _ area: StagingArea
   ) throws(EngineError) -> [FileSwitch.Entry] {

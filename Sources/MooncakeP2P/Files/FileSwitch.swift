@@ -4,21 +4,21 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Puts the files of a staging area into their places, all or none. What it is about to do stands
-/// in the file `switch` of the area first, so that the next get can undo what a killed one began.
-/// Files are recognized by their inode numbers, so undoing may begin anywhere and be repeated.
+/// Moves the files of a staging area to their places, all or none. It first writes its plan to the
+/// file `switch` in the area, so that the next get can undo what a killed one began. Files are
+/// identified by inode number, so undoing can start from any state and be repeated.
 struct FileSwitch {
-  /// A file and what is in its place.
+  /// A file and what it replaces.
   struct Entry: Equatable {
     var path: String
     /// The complete file.
     var new: Identity
-    /// Number of the file that it replaces; 0: none.
+    /// Inode number of the file that it replaces; 0: none.
     var old: UInt64
-    /// Directories of the path that are there already.
+    /// How many directories of the path already exist.
     var depth: Int
   }
-  /// Tells whether a file is still the one that was put there.
+  /// Tells whether a file is still the one that was put in place.
   struct Identity: Equatable {
     var number: UInt64
     var seconds: Int
@@ -58,8 +58,9 @@ struct FileSwitch {
     staged = DirectoryWalk(area.new)
   }
 
-  /// Does it, or throws with everything as it was; `syncs`: it survives a loss of power, with what
-  /// is new in `others`. Calls `placed` with the state of each file in its place.
+  /// Makes the switch, or throws and leaves everything as it was. `syncs`: it survives a loss of
+  /// power, and so do the new directories in `others`. Calls `placed` with the state of each file
+  /// in its place.
   mutating func run(
     syncs: Bool, others: [Directory] = [], placed: (stat) -> Void
   ) throws(EngineError) {
@@ -98,7 +99,7 @@ struct FileSwitch {
       case EEXIST: throw FileStaging.isInTheWay(path)
       case ESTALE:
         throw EngineError(
-          .busy, "\(path): another program changed it meanwhile; all is as it was")
+          .busy, "\(path): another program changed it meanwhile; nothing was replaced")
       default: throw FileFailure.error(path, error, "putting the complete file there")
       }
     }
@@ -111,7 +112,7 @@ struct FileSwitch {
       do throws(Errno) {
         try from.move(name, to: to, name, flags: Int(LINUX_RENAME_EXCHANGE))
         if try from.status(of: name).map({ UInt64($0.st_ino) }) == entry.old { return }
-        // It is not what was to be replaced.
+        // It is not the file that was to be replaced.
         try from.move(name, to: to, name, flags: Int(LINUX_RENAME_EXCHANGE))
         throw Errno(ESTALE)
       } catch {
@@ -171,11 +172,11 @@ struct FileSwitch {
     }
     area.isKept = true
     Log.warning(
-      "\(area.directory.path): files that were replaced could not be put back, as others have come "
-        + "into their places; they are left in there")
+      "\(area.directory.path): replaced files could not be put back, because other files have "
+        + "taken their places; they are kept in there")
   }
 
-  /// Puts everything back where it was; returns false if something replaced is still in the area.
+  /// Puts everything back; returns false if a replaced file is still in the area.
   private mutating func undo() -> Bool {
     var isDone = true
     for (index, entry) in entries.enumerated().reversed() {
@@ -220,7 +221,7 @@ struct FileSwitch {
     }
   }
 
-  /// Removes the directories of a path that were not there before, if they are empty.
+  /// Removes directories of the path that were made for it, if they are empty.
   private mutating func removeDirectories(of entry: Entry) {
     var path = entry.path[...]
     var depth = path.utf8.count { $0 == UInt8(ascii: "/") }
@@ -239,7 +240,7 @@ struct FileSwitch {
   private static let maximumJournalBytes = 64 << 20
 
   private func writeJournal(syncs: Bool) throws(EngineError) {
-    // Paths have no control characters.
+    // Paths contain no control characters, so a line is a record.
     var text = Self.header
     for entry in entries {
       let new = entry.new
@@ -248,7 +249,7 @@ struct FileSwitch {
     }
     text += "end\n"
     do throws(Errno) {
-      // Under its name it is whole: who finds a part of it knows that nothing has begun.
+      // It gets its name once it is complete: a part of it means that nothing has begun.
       let part = Self.journalName + ".part"
       let file = try area.directory.file(part, flags: O_WRONLY | O_CREAT | O_EXCL)
       var bytes = Array(text.utf8)[...]
@@ -258,7 +259,7 @@ struct FileSwitch {
         }
         bytes = bytes.dropFirst(count)
       }
-      // Without it a loss of power could leave the new names and no way back.
+      // Otherwise a loss of power could leave the new names and no way back.
       if syncs {
         try sync(file.rawValue)
         try area.syncLock(sync)
@@ -271,12 +272,12 @@ struct FileSwitch {
     }
   }
 
-  /// Whether a switch has begun in a directory that nobody uses.
+  /// Whether an abandoned area contains an unfinished switch.
   static func isBroken(in directory: Directory) -> Bool {
     do throws(Errno) { return try directory.status(of: journalName) != nil } catch { return true }
   }
 
-  /// Undoes what a killed process has begun; false if something replaced is left in the area.
+  /// Undoes what a killed process began; returns false if a replaced file is left in the area.
   static func recover(_ area: StagingArea) -> Bool {
     guard let entries = readJournal(area) else { return false }
     var change = FileSwitch(area, entries)

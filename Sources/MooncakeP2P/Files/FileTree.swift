@@ -7,15 +7,15 @@ import MooncakeSystem
 /// Finds the files to publish.
 package enum FileTree {
   package struct Found {
-    /// Where it is here.
+    /// Its local path.
     package var path: FilePath
     /// Its path in the payload.
     package var name: String
     package var size: UInt64
   }
 
-  /// Of one directory its contents; of several paths, or of a file, each under its last name. Links
-  /// to files count as files. Sorted, so that the same files always are the same payload.
+  /// The contents of one directory; or of several paths, or of a file, each under its last name.
+  /// Links to files count as files. Sorted, so that the same files always make the same payload.
   package static func files(of paths: [FilePath]) throws(EngineError) -> [Found] {
     if paths.isEmpty { throw EngineError(.invalidArgument, "no file or directory is named") }
     var found: [Found] = []
@@ -52,7 +52,7 @@ package enum FileTree {
       let entryName = name.isEmpty ? entry : name + "/" + entry
       switch try kind(of: path) {
       case .directory:
-        // Following it could go round in circles, or take the same files twice.
+        // Following it could loop, or include the same files twice.
         if isLink(path) {
           throw EngineError(
             .invalidArgument,
@@ -70,7 +70,7 @@ package enum FileTree {
     }
   }
 
-  /// What a path leads to.
+  /// What a path refers to, after links.
   private static func kind(of path: FilePath) throws(EngineError) -> Kind {
     var status = stat()
     if path.withCString({ stat($0, &status) }) != 0 {
@@ -94,7 +94,7 @@ package enum FileTree {
     return path.withCString { lstat($0, &status) } == 0 && status.st_mode & S_IFMT == S_IFLNK
   }
 
-  /// Names in a directory, without itself and its parent.
+  /// The names in a directory, without "." and "..".
   private static func entries(of directory: FilePath) throws(EngineError) -> [String] {
     guard let stream = directory.withCString({ opendir($0) }) else {
       throw FileFailure.error(directory, Errno.current)
@@ -140,7 +140,7 @@ package enum FileTree {
   }
 }
 
-/// Puts failures of system calls on files into words.
+/// Turns failed system calls on files into errors.
 enum FileFailure {
   static func error(_ path: FilePath, _ error: Errno, _ what: String = "") -> EngineError {
     let code: EngineError.Code =

@@ -4,9 +4,9 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// A file whose bytes are a buffer of a payload, in memory without a second copy.
+/// A file whose bytes are a buffer of a payload, without a second copy in memory.
 package final class MappedFile: Sendable {
-  /// What changes when somebody writes into a file or puts another in its place.
+  /// What changes when somebody writes the file or replaces it.
   private struct State: Equatable {
     var device: UInt64
     var number: UInt64
@@ -28,18 +28,18 @@ package final class MappedFile: Sendable {
   package let isExecutable: Bool
   /// nil for an empty file.
   package let buffer: PayloadBuffer?
-  /// Where its bytes are.
+  /// The mapping.
   private let arena: FileArena
   private let state: State
 
-  /// Where the memory begins that is registered for it and the files beside it; nil without any.
+  /// Start of the registered memory that contains it and its neighbors; nil without any.
   var memoryAddress: UInt64? { arena.buffer.map { UInt64(UInt(bitPattern: $0.address)) } }
 
   private static let chunkBytes = 256 << 10
 
-  /// Maps an existing file, which has the size that its place has, for reading.
+  /// Maps an existing file for reading; it must have the size of its place.
   init(reading path: FilePath, size: UInt64, in arena: FileArena, index: Int) throws(EngineError) {
-    // Without waiting, should it have become a pipe meanwhile.
+    // Nonblocking, in case it has become a pipe.
     let file = try Self.open(path)
     let status = try Self.status(file, path)
     guard status.st_mode & S_IFMT == S_IFREG, UInt64(status.st_size) == size else {
@@ -65,7 +65,7 @@ package final class MappedFile: Sendable {
     try self.init(reading: path, size: size, in: arena, index: 0)
   }
 
-  /// Takes over a file that has been written through the arena and put into its place.
+  /// Takes over a file that was written through the arena and moved to its place.
   init(
     received path: FilePath, _ status: stat, isExecutable: Bool, in arena: FileArena, index: Int
   ) {
@@ -77,7 +77,7 @@ package final class MappedFile: Sendable {
     buffer = arena.buffer(index, size)
   }
 
-  /// Throws if the file is not what it was when it was mapped.
+  /// Throws if the file has changed since it was mapped.
   package func check() throws(EngineError) {
     var status = stat()
     if path.withCString({ stat($0, &status) }) != 0 || State(status) != state {
@@ -85,9 +85,9 @@ package final class MappedFile: Sendable {
     }
   }
 
-  /// The digest of some bytes. They are read, not touched in memory: a file that is cut short in
-  /// between makes an error instead of ending the process. `pause`, called now and then, may end it
-  /// by throwing.
+  /// The digest of some bytes. They are read with system calls, not through the mapping: if the
+  /// file is truncated meanwhile, that is an error instead of a fatal signal. `pause`, called now
+  /// and then, may stop it by throwing.
   package func digest(
     offset: UInt64, length: UInt64, pause: () throws(EngineError) -> Void = {}
   ) throws(EngineError) -> Digest {

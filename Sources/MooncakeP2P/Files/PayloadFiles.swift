@@ -3,11 +3,11 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Files of this machine that a store offers as a payload. They must stay as they are; `check`
-/// tells.
+/// Local files that a store offers as a payload. They must not change; `check` tells whether they
+/// have.
 public final class PayloadFiles: Sendable {
   public let name: String
-  /// Where they are, for people: what is not UTF-8 in them is replaced.
+  /// Their paths, for display: bytes that are not UTF-8 are replaced.
   public let paths: [String]
   private let store: P2PStore
   private let isOrigin: Bool
@@ -25,13 +25,13 @@ public final class PayloadFiles: Sendable {
 
   deinit {
     do throws(EngineError) { try withdraw() } catch {
-      // A call works on the name: the memory may not go before the store has ended it.
+      // A call is using the name: the memory must outlive its end in the store.
       if error.code == .busy { store.keep(files.withLock { $0 }) }
     }
   }
 
-  /// Throws if a file has changed, naming it, or if the payload is offered no longer because
-  /// somebody has removed its name.
+  /// Throws if a file has changed, naming it, or if the payload is no longer offered because
+  /// somebody removed its name.
   public func check() throws(EngineError) {
     for file in files.withLock({ $0 }) { try file.check() }
     if let holding, store.catalog.holding(of: name)?.address.holding != holding {
@@ -39,12 +39,12 @@ public final class PayloadFiles: Sendable {
     }
   }
 
-  /// Ends the offer and lets go of the files, which stay where they are. Nobody reads them when
-  /// this returns. Idempotent.
+  /// Ends the offer. The files stay where they are, and nobody reads them when this returns.
+  /// Idempotent.
   public func withdraw(_ operation: StoreOperation = StoreOperation()) throws(EngineError) {
     if files.withLock({ $0.isEmpty }) { return }
     let present = store.catalog.holding(of: name)?.address.holding
-    // Else this one has ended, and the store holds another payload of that name.
+    // Otherwise this offer has ended, and the store holds another payload of that name.
     if present == nil || present == holding {
       do throws(EngineError) {
         if isOrigin {
@@ -53,30 +53,30 @@ public final class PayloadFiles: Sendable {
           try store.deleteReplica(name, operation)
         }
       } catch {
-        // Nobody reads what a store does not hold, or held when it was closed.
+        // The store does not hold it, or was closed: nobody reads it.
         if error.code != .notHeld && error.code != .invalidHandle { throw error }
       }
     }
-    // What has got a new version may be read by who is in the middle of a copy.
+    // After a new version, a peer may still be in the middle of a copy of the old one.
     try store.endMemory(of: files.withLock { $0 }, "withdrawing payload '\(name)'", operation)
     files.withLock { $0 = [] }
   }
 }
 
-/// How received files are written.
+/// How fetched files are written.
 public struct FileOptions: Sendable {
-  /// Replaces files that are there, instead of failing before anything is fetched.
+  /// Replaces existing files instead of failing before anything is fetched.
   public var replacesFiles = false
-  /// Returns only when the files would survive a loss of power.
+  /// Returns only once the files would survive a loss of power.
   public var syncs = false
 
   public init() {}
 }
 
 extension P2PStore {
-  /// Publishes one directory, or files and directories, as one payload. Of one directory the
-  /// contents are listed, of several paths each under its last name. The files are mapped, not
-  /// copied; nobody may write them before the payload is withdrawn.
+  /// Publishes one directory, or files and directories, as one payload. One directory is listed by
+  /// its contents, several paths each under its last name. The files are mapped, not copied; nobody
+  /// may write to them until the payload is withdrawn.
   public func publish(
     _ name: String, files paths: [String], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
@@ -84,7 +84,7 @@ extension P2PStore {
     try publish(name, files: paths.map { FilePath($0) }, options, operation)
   }
 
-  /// As above, by paths that need not be UTF-8.
+  /// The same for paths that need not be UTF-8.
   public func publish(
     _ name: String, files paths: [FilePath], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
@@ -104,7 +104,7 @@ extension P2PStore {
     }
     var options = options
     options.attributes = try FileList(listed).json
-    // Empty files are in the list only.
+    // Empty files are only in the list.
     let filled = files.filter { $0.buffer != nil }
     let layout = try Self.layout(name, filled.compactMap(\.buffer), in: arena.buffer)
     let info: PayloadInfo
@@ -118,7 +118,7 @@ extension P2PStore {
       throw error
     }
     let result = PayloadFiles(self, name, isOrigin: true, files)
-    // A file hashed first may have changed while the last one was.
+    // A file hashed early may have changed while later ones were hashed.
     do throws(EngineError) { try result.check() } catch {
       try result.withdraw(operation)
       throw error
@@ -126,10 +126,10 @@ extension P2PStore {
     return (info, result)
   }
 
-  /// Fetches a payload into files below a directory, which is made if it is not there. No file has
-  /// its name before all are complete and verified; on failure nothing is left. Payloads without a
-  /// list of files become one file with the last part of the payload's name. The files are offered
-  /// to others, if the options say so, until they are withdrawn.
+  /// Fetches a payload into files below a directory, which is made if missing. No file gets its
+  /// name before all are complete and verified; a failure leaves nothing. A payload without a list
+  /// of files becomes one file, named after the last part of the payload's name. If the options say
+  /// so, the files are offered to others until they are withdrawn.
   public func get(
     _ name: String, to directory: String, _ fileOptions: FileOptions = FileOptions(),
     _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
@@ -137,7 +137,7 @@ extension P2PStore {
     try get(name, to: FilePath(directory), fileOptions, options, operation)
   }
 
-  /// As above, into a directory whose path need not be UTF-8.
+  /// The same for a directory whose path need not be UTF-8.
   public func get(
     _ name: String, to directory: FilePath, _ fileOptions: FileOptions = FileOptions(),
     _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
@@ -170,7 +170,8 @@ extension P2PStore {
     }
   }
 
-  /// Returns once nobody reads the memory of files that are offered no longer; BUSY otherwise.
+  /// Returns once nobody reads the memory of files that are no longer offered; throws BUSY
+  /// otherwise.
   fileprivate func endMemory(
     of files: [MappedFile], _ what: String, _ operation: StoreOperation
   ) throws(EngineError) {
@@ -180,12 +181,12 @@ extension P2PStore {
     try memory.finish(addresses, bounds.call)
   }
 
-  /// Ends a replica, also while another call does; false if it may still be read. `holding`: its
-  /// number, if it has one.
+  /// Ends a replica, even while another call is ending it; false if it may still be read.
+  /// `holding`: its number, if it has one.
   private func endReplica(_ name: String, _ holding: UInt64?) -> Bool {
     let deadline = Deadline.after(milliseconds: drainMilliseconds &+ 10_000)
     while true {
-      // Else it has ended, and the store holds another payload of that name.
+      // Otherwise it has ended, and the store holds another payload of that name.
       let present = catalog.holding(of: name)?.address.holding
       if let present, let holding, present != holding { return true }
       do throws(EngineError) {

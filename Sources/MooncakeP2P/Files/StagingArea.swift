@@ -4,21 +4,21 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// The hidden directory of one get. The file `lock` in it is locked while it is in use; `new` has
-/// the files in the tree that they will have, `old` those that they replaced where the file system
-/// cannot exchange two.
+/// The hidden directory of one get. Its file `lock` is locked while it is in use; `new` has the
+/// files in their final tree, `old` the files that they replaced if the file system cannot exchange
+/// two.
 final class StagingArea {
   static let prefix = ".mooncake-get-"
   private static let lockName = "lock"
 
-  /// What the files are for.
+  /// The directory that the files are for.
   let target: Directory
   let directory: Directory
   let new: Directory
   let old: Directory
   private let name: String
   private let lock: FileDescriptor
-  /// Not to be removed: it has what could not be put back.
+  /// Must not be removed: it has files that could not be put back.
   var isKept = false
 
   private init(
@@ -36,27 +36,27 @@ final class StagingArea {
     old = try directory.directory("old")
   }
 
-  /// Whether a name is kept for such directories.
+  /// Whether a name is reserved for such directories.
   static func isStaging(_ name: some StringProtocol) -> Bool {
     name.utf8.starts(with: prefix.utf8)
   }
 
   private static let randomDigits = 16
 
-  /// Whether a name is one that `make` gives.
+  /// Whether `make` could have chosen a name.
   private static func isMade(_ name: String) -> Bool {
     let digits = name.utf8.dropFirst(prefix.utf8.count)
     return isStaging(name) && digits.count == randomDigits
       && digits.allSatisfy { (48...57).contains($0) || (97...102).contains($0) }
   }
 
-  /// Whether a directory is the calling user's and for nobody else. The bit that directories
-  /// inherit with their group does not matter.
+  /// Whether a directory belongs to the calling user and is closed to everybody else. A
+  /// set-group-ID bit inherited from its parent does not matter.
   private static func isPrivate(_ status: stat) -> Bool {
     status.st_uid == geteuid() && status.st_mode & 0o5777 == 0o700
   }
 
-  /// Makes one; nil if the directory that it was to be in is gone.
+  /// Makes one; nil if the target directory is gone.
   static func make(in target: Directory) throws(EngineError) -> StagingArea? {
     for _ in 0..<100 {
       let name = prefix + String(UInt64.random(in: (1 << 60) ... .max), radix: 16)
@@ -73,7 +73,7 @@ final class StagingArea {
           continue
         }
       } catch {
-        // Somebody who looks for leftovers was faster.
+        // Another get took it for a leftover and removed it.
         if error.rawValue == ENOENT { continue }
         throw failure(target, error)
       }
@@ -91,21 +91,21 @@ final class StagingArea {
     FileFailure.error(target.path, error, "making a directory in it")
   }
 
-  /// Whether a directory still is as `make` has made it: whoever may rename what is in the target
-  /// can put another one in its place before it is opened.
+  /// Whether a directory is still as `make` made it. Anyone who may rename entries of the target
+  /// could replace it before it is opened.
   private static func isUntouched(_ directory: Directory) throws(Errno) -> Bool {
     let isOwn = isPrivate(try directory.status())
-    // A server may give what its clients make to others.
+    // A file server may change the owner of what its clients make.
     if !isOwn && linux_is_shared_system(directory.number) == 0 { return false }
     return try directory.isEmpty()
   }
 
-  /// Locks a new directory; nil if somebody who looks for leftovers was faster.
+  /// Locks a new directory; nil if another get took it for a leftover first.
   private static func take(
     _ target: Directory, _ name: String, _ directory: Directory
   ) throws(Errno) -> StagingArea? {
     do throws(Errno) { return try lock(target, name, directory) } catch {
-      // What is half made would be nobody's leftover.
+      // Half made, nobody would recognize it as a leftover.
       directory.clear()
       target.removeDirectory(name)
       throw error
@@ -128,10 +128,10 @@ final class StagingArea {
     return try StagingArea(target, name, directory, lock, isNew: true)
   }
 
-  /// Has it be known as a leftover also after a loss of power.
+  /// Lets it be recognized as a leftover even after a loss of power.
   func syncLock(_ sync: DiskSync) throws(Errno) { try sync(lock.rawValue) }
 
-  /// Removes all of it.
+  /// Removes the whole directory.
   func remove() {
     if isKept { return }
     directory.clear(except: Self.lockName)
@@ -141,9 +141,9 @@ final class StagingArea {
 
   // MARK: Leftovers
 
-  /// Removes what processes have left that were killed, and nothing else: directories of the
-  /// calling user, for nobody else, with a lock that was written for them and that nobody holds.
-  /// `holdsSwitch`: nobody else puts files into their places; switches that broke off are undone.
+  /// Removes what killed processes have left, and nothing else: directories of the calling user,
+  /// closed to others, with a lock file that names them and that nobody holds. `holdsSwitch`:
+  /// nobody else moves files into place, so interrupted switches are undone.
   static func removeLeftovers(in target: Directory, holdsSwitch: Bool) {
     guard let device = try? target.status().st_dev else { return }
     for name in target.names() where isMade(name) {
@@ -154,7 +154,7 @@ final class StagingArea {
       do throws(Errno) {
         lock = try directory.file(lockName, flags: O_RDWR | O_NONBLOCK | O_NOCTTY)
       } catch {
-        // Killed before there was one; goes only if it is empty.
+        // Killed before it made a lock; removed only if empty.
         if error.rawValue == ENOENT { target.removeDirectory(name) }
         continue
       }
@@ -169,8 +169,8 @@ final class StagingArea {
 
   private static let lockHeader = "mooncake-get 1"
 
-  /// What is in the lock of a directory: another one that has a file `lock` and was given such a
-  /// name is no leftover.
+  /// The contents of a directory's lock file, so that a foreign directory of such a name with a
+  /// file `lock` is not taken for a leftover.
   private static func lockText(of directory: stat) -> [UInt8] {
     Array("\(lockHeader)\n\(directory.st_ino)\n\(directory.st_dev)\n".utf8) + bootNumber()
   }
@@ -186,12 +186,12 @@ final class StagingArea {
     let own = lines(lockText(of: directory))
     guard found.count == own.count, found[..<2] == own[..<2] else { return false }
     if !bootNumber().isEmpty && found[3...] == own[3...] { return found[2] == own[2] }
-    // Since the machine was started again, devices may have other numbers. On a file system that
-    // other machines see, a lock may be known to its own machine only, and only since then.
+    // After a reboot, devices may have other numbers. On a file system shared by machines, a lock
+    // may be known only to the machine that took it, and only since its boot.
     return linux_is_shared_system(lock.rawValue) == 0
   }
 
-  /// What no other machine has, and this one until it is started again.
+  /// Unique to this machine and boot.
   private static func bootNumber() -> [UInt8] {
     let path = "/proc/sys/kernel/random/boot_id"
     guard let file = try? FileDescriptor.open(path, flags: O_RDONLY) else { return [] }
@@ -210,8 +210,8 @@ final class StagingArea {
         FileSwitch.recover(area)
       else {
         Log.warning(
-          "\(directory.path): a get was killed while it put files into their places, and others "
-            + "have come there since; what it replaced is left in there: look through it, then "
+          "\(directory.path): a get was killed while it put files into their places, and other "
+            + "files are there now. What it replaced is in this directory: look through it, then "
             + "remove it")
         return
       }
@@ -224,7 +224,7 @@ final class StagingArea {
   }
 }
 
-/// Lets one get at a time put files into the places of a directory.
+/// Lets one get at a time put its files in place in a directory.
 struct SwitchLock: ~Copyable {
   private let directory: Directory
 
@@ -234,7 +234,7 @@ struct SwitchLock: ~Copyable {
 
   deinit { flock(directory.number, LOCK_UN) }
 
-  /// nil if another holds it. A file system without such locks lets everybody have it.
+  /// nil if another process holds it. On a file system without such locks, everybody gets it.
   static func tryTaking(_ directory: Directory) -> SwitchLock? {
     if flock(directory.number, LOCK_EX | LOCK_NB) != 0 && Errno.current == .wouldBlock {
       return nil
@@ -242,7 +242,7 @@ struct SwitchLock: ~Copyable {
     return SwitchLock(directory)
   }
 
-  /// Waits for it, within bounds.
+  /// Waits for it within the bounds.
   static func take(_ directory: Directory, _ bounds: Bounds?) throws(EngineError) -> SwitchLock {
     let deadline = Deadline.after(milliseconds: limitMilliseconds)
     while true {

@@ -4,7 +4,8 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// What one store holds, by name, and which names a call works on: one call a name at a time.
+/// The payloads that one store holds, by name, and the names in use by a call: one call a name at a
+/// time.
 final class Catalog: Sendable {
   /// A payload in this process's memory.
   struct Entry: Sendable {
@@ -12,13 +13,13 @@ final class Catalog: Sendable {
     var isOrigin: Bool
     /// nil: not offered to others.
     var holding: Holding?
-    /// Registered with the engine; nil: nothing is any more.
+    /// The memory as registered with the engine; nil once nothing is.
     var layout: BufferLayout?
     /// Memory that the store allocated, freed with the entry.
     var allocations: [UInt64] = []
-    /// Whether it is listed for the existing system without being a holding.
+    /// Whether it is listed for Mooncake's own store without being a holding.
     var isShared = false
-    /// Memory that is offered no more, but that a peer may still touch: a copy did not end.
+    /// Memory no longer offered that a peer may still touch, because a copy has not ended.
     var ending: [UInt64] = []
   }
 
@@ -27,7 +28,7 @@ final class Catalog: Sendable {
     case held(Entry)
   }
   private struct State {
-    /// By the bytes of the names: equal strings may be different names.
+    /// By the names' bytes: equal strings may be different names.
     var slots: [MetadataKey: Slot] = [:]
     var holdings: [UInt64: Holding] = [:]
     var isClosed = false
@@ -35,7 +36,7 @@ final class Catalog: Sendable {
   private let state = Lock(State())
   private let releases = Futex()
 
-  /// Takes a name that this store does not hold for a call.
+  /// Reserves, for a call, a name that this store does not hold.
   func reserve(_ name: String) throws(EngineError) {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
@@ -45,13 +46,14 @@ final class Catalog: Sendable {
       case .held:
         throw EngineError(
           .exists,
-          "payload '\(name)': this store holds it already: end that with unregister or delete "
+          "payload '\(name)': this store already holds it: call unregister or delete "
             + "replica first")
       }
     }
   }
 
-  /// Takes a name for a call; returns the entry that it replaces, if this store registered one.
+  /// Reserves a name for a call that registers it; returns the entry to replace, if this store
+  /// registered one.
   func reserveReplacing(_ name: String) throws(EngineError) -> Entry? {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
@@ -71,7 +73,7 @@ final class Catalog: Sendable {
     }
   }
 
-  /// Takes the entry of a name for a call that ends it; nil if there is none, or not such a one.
+  /// Takes the entry of a name for a call that ends it; nil if there is no matching entry.
   func take(_ name: String, where matches: (Entry) -> Bool) throws(EngineError) -> Entry? {
     try state.withLock { state throws(EngineError) in
       if state.isClosed { throw Self.closed }
@@ -86,24 +88,24 @@ final class Catalog: Sendable {
     }
   }
 
-  /// Ends a call that took a name: with an entry that is held from now on, or with none.
+  /// Ends a call that reserved a name; the store holds `entry` from now on, or nothing.
   func release(_ name: String, holding entry: Entry? = nil) {
     state.withLock { $0.slots[MetadataKey(name)] = entry.map { .held($0) } }
     releases.increment()
     releases.wakeAll()
   }
 
-  /// Peers find a holding from now on.
+  /// Lets peers find a holding from now on.
   func open(_ holding: Holding) {
     state.withLock { $0.holdings[holding.address.holding] = holding }
   }
 
   func close(_ holding: Holding) { state.withLock { $0.holdings[holding.address.holding] = nil } }
 
-  /// The holding that a peer means.
+  /// The holding with the number that a peer sent.
   func holding(_ number: UInt64) -> Holding? { state.withLock { $0.holdings[number] } }
 
-  /// The holding of a name; nil while a call works on it.
+  /// The holding of a name; nil while a call works on the name.
   func holding(of name: String) -> Holding? {
     state.withLock { state in
       if case .held(let entry) = state.slots[MetadataKey(name)] { return entry.holding }
@@ -113,10 +115,10 @@ final class Catalog: Sendable {
 
   var isClosed: Bool { state.withLock { $0.isClosed } }
 
-  /// Refuses new calls; those that run end soon.
+  /// Refuses new calls; running ones end soon.
   func refuse() { state.withLock { $0.isClosed = true } }
 
-  /// Refuses new calls, waits for those that run, and returns what is held.
+  /// Refuses new calls, waits for running ones, and returns what is held.
   func close() -> [Entry] {
     refuse()
     while true {
@@ -138,6 +140,6 @@ final class Catalog: Sendable {
   private static var closed: EngineError { EngineError(.invalidHandle, "the store was closed") }
 
   private static func busy(_ name: String) -> EngineError {
-    EngineError(.busy, "payload '\(name)': another call of this store works on it")
+    EngineError(.busy, "payload '\(name)': another call of this store is using it")
   }
 }

@@ -1,7 +1,7 @@
 import MooncakeSystem
 
 extension Holding {
-  /// What the metadata service is to know.
+  /// The entry for the metadata service.
   var summary: PayloadSummary {
     PayloadSummary(
       name: name, version: version, size: manifest.layout.size,
@@ -10,12 +10,12 @@ extension Holding {
       publishedMilliseconds: publishedMilliseconds, isWritable: manifest.isWritable)
   }
 
-  /// As it stands now.
+  /// The present state, for the metadata service.
   var record: HolderRecord {
     HolderRecord(summary, holder: address, isOrigin: isOrigin, isComplete: isComplete)
   }
 
-  /// Where each shard is.
+  /// The address of each shard.
   var shardAddresses: [UInt64] {
     (0..<manifest.layout.shardCount).map { shard in
       let range = manifest.layout.range(ofShard: shard)
@@ -23,7 +23,7 @@ extension Holding {
     }
   }
 
-  /// For the existing system, with this process as the only owner.
+  /// For Mooncake's own store, with this process as the only owner.
   var document: UpstreamDocument {
     UpstreamDocument(
       name: name, layout: manifest.layout, segment: address.segment, addresses: shardAddresses)

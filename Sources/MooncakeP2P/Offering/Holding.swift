@@ -12,7 +12,7 @@ package final class Holding: Sendable {
   package let layout: BufferLayout
   package let isOrigin: Bool
   package let publishedMilliseconds: UInt64
-  /// Manifest and addresses of the buffers, in memory that peers read and that the engine frees.
+  /// Manifest and table of buffers, in memory that peers read and the engine frees.
   let index: UInt64
   private let engine: TransferEngine
 
@@ -24,7 +24,7 @@ package final class Holding: Sendable {
   }
   private let state: Lock<State>
 
-  /// Offers nothing yet but what is available; the memory is registered by the caller.
+  /// Offers only what is available yet; the caller has registered the memory.
   package init(
     name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
     available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64, _ call: MetadataCall
@@ -55,13 +55,13 @@ package final class Holding: Sendable {
     }
   }
 
-  /// Bytes of a buffer in the table: its address and its length.
+  /// Bytes of one table row: a buffer's address and length.
   package static let rowBytes = 16
 
   package var version: PayloadVersion { manifest.version }
   package var isComplete: Bool { state.withLock { $0.available.isFull } }
 
-  /// Bytes of shards that readers have given back after they read them, whatever carried them.
+  /// Bytes of the shards that readers have returned after reading them, by whatever transport.
   package var readBytes: UInt64 { state.withLock { $0.readBytes } }
 
   /// Offers a shard from now on: its bytes are there and verified.
@@ -75,7 +75,7 @@ package final class Holding: Sendable {
 
   // MARK: Calls
 
-  /// What a peer that wants to read this must know.
+  /// What a peer needs to know before it reads this.
   package func answerOpen() -> String {
     let (held, isWithdrawn) = state.withLock { ($0.available.memberCount, $0.isWithdrawn) }
     var writer = JSONWriter()
@@ -105,12 +105,12 @@ package final class Holding: Sendable {
 
   // MARK: End
 
-  /// Neither grants anything nor renews what is granted, until `resumeGranting`: peers come again.
+  /// Neither grants nor extends grants until `resumeGranting`; peers ask again.
   func pauseGranting() { state.withLock { $0.ledger.isPaused = true } }
 
   func resumeGranting() { state.withLock { $0.ledger.isPaused = false } }
 
-  /// Grants nothing any more.
+  /// Grants nothing from now on.
   package func stopGranting() {
     state.withLock { state in
       state.isWithdrawn = true
@@ -118,7 +118,7 @@ package final class Holding: Sendable {
     }
   }
 
-  /// Grants neither given back nor expired.
+  /// Grants that are neither returned nor expired.
   package var grantCount: Int {
     state.withLock { $0.ledger.outstandingCount(now: Clock.now()) }
   }
@@ -126,13 +126,13 @@ package final class Holding: Sendable {
   /// When the last grant expires, if none is given back; 0 without grants.
   package var lastGrantExpiry: UInt64 { state.withLock { $0.ledger.lastExpiry } }
 
-  /// Stops granting and waits until what was granted has been given back or the deadline passes.
-  /// Returns whether readers were left.
+  /// Stops granting and waits until all grants are returned or the deadline passes. Returns whether
+  /// any are left.
   package func drain(until deadline: Deadline, _ bounds: Bounds? = nil) -> Bool {
     stopGranting()
     while grantCount > 0 {
       if deadline.hasPassed || bounds?.isOver == true { return true }
-      // Whoever does not want to go on does not wait for readers.
+      // A caller that has canceled does not wait for readers.
       do throws(EngineError) {
         try bounds?.report(.draining, StoreProgress(.draining))
       } catch {

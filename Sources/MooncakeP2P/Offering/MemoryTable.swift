@@ -4,16 +4,17 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// The memory that holdings of one store have registered with its engine. Several holdings may use
-/// the same ranges; they stay registered until the last one lets go.
+/// The memory that the holdings of one store have registered with its engine. Several holdings may
+/// use the same ranges; they stay registered until the last one lets go.
 ///
 /// A process of this host may be in the middle of a copy from or to memory that is let go, and may
-/// have stopped there. Whoever waits for it does so within its own call and under no lock; memory
-/// that is not free by then stays known here as ending, and nobody registers it anew before it is.
+/// have been stopped there. A caller waits for it within its own deadline and without holding a
+/// lock. Memory that is still not free stays in the table as ending, and cannot be registered again
+/// until it is.
 final class MemoryTable: Sendable {
   private enum Use {
     case held(count: Int)
-    /// Let go by the last holding; `isAttended`: a call waits for peers.
+    /// The last holding has let go; `isAttended`: a call is waiting for peers.
     case ending(isAttended: Bool)
   }
   private struct Entry {
@@ -28,10 +29,10 @@ final class MemoryTable: Sendable {
   }
   private let engine: TransferEngine
   private let entries = Lock<[UInt64: Entry]>([:])
-  /// Counts waits for peers that are over.
+  /// Counts finished waits for peers.
   private let waits = Futex()
 
-  /// Memory that is no payload any more while a peer still has a grant to write into it.
+  /// Memory that is no longer a payload, but that a peer still has a grant to write into.
   private struct LateWrites {
     var buffers: [BufferLayout.Buffer]
     var end: UInt64
@@ -40,19 +41,20 @@ final class MemoryTable: Sendable {
   /// Memory of the engine that could not be freed because a peer may still touch it.
   private let unfreed = Lock<[UInt64]>([])
 
-  /// For what undoes a call that is over.
+  /// For undoing a call that is over.
   private static var moment: MetadataCall {
     MetadataCall(until: .after(milliseconds: Bounds.momentMilliseconds))
   }
-  /// How often a wait for another call's wait looks whether it is canceled.
+  /// A call that waits for another call's wait checks this often whether it was canceled.
   private static let tickMilliseconds: UInt64 = 50
 
   init(_ engine: TransferEngine) { self.engine = engine }
 
   // MARK: Registering
 
-  /// Registers all buffers or none, and waits within the call until peers can find them. `ending`
-  /// gets what a failed call cannot take back because a peer touches it: `finish` must end that.
+  /// Registers all buffers or none, and waits within the call until peers can find them. If a
+  /// failed call cannot undo its registrations because a peer touches the memory, `ending` gets the
+  /// addresses, for `finish`.
   func register(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: MetadataCall,
     leaving ending: inout [UInt64]
@@ -64,11 +66,11 @@ final class MemoryTable: Sendable {
     }
     if access == .local { return }
     do throws(EngineError) {
-      // Not under the lock: others would wait beyond their own deadlines.
+      // Without the lock, or others would wait beyond their own deadlines.
       try engine.publishChanges(call)
     } catch {
       let message =
-        "registering \(buffers.count) buffer(s), none of which remains: \(error.message)"
+        "registering \(buffers.count) buffer(s), none is left registered: \(error.message)"
       let last = release(buffers)
       do throws(EngineError) { try finish(last, Self.moment) } catch {
         ending = last
@@ -78,7 +80,7 @@ final class MemoryTable: Sendable {
     }
   }
 
-  /// Adds one use of each buffer, unless some are still ending: then returns these.
+  /// Adds one use of each buffer; if some are still ending, changes nothing and returns those.
   private func enter(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access
   ) throws(EngineError) -> [UInt64] {
@@ -111,7 +113,7 @@ final class MemoryTable: Sendable {
     }
   }
 
-  /// The addresses of what ends and shares a byte with one of the buffers, wherever it begins.
+  /// Addresses of ending ranges that share a byte with one of the buffers, wherever they begin.
   private static func ending(
     _ entries: [UInt64: Entry], under buffers: [BufferLayout.Buffer]
   ) -> [UInt64] {
@@ -124,8 +126,8 @@ final class MemoryTable: Sendable {
 
   // MARK: Letting go
 
-  /// Takes one use of each buffer away; returns the addresses of those that no holding uses any
-  /// more, which `finish` must end.
+  /// Removes one use of each buffer; returns the addresses that no holding uses any more, for
+  /// `finish`.
   func release(_ buffers: [BufferLayout.Buffer]) -> [UInt64] {
     entries.withLock { entries in
       var last: [UInt64] = []
@@ -139,14 +141,14 @@ final class MemoryTable: Sendable {
     }
   }
 
-  /// Which of these addresses are let go of while a peer may still touch the memory there.
+  /// Which of these addresses are let go while a peer may still touch the memory there.
   func ending(among addresses: [UInt64]) -> [UInt64] {
     entries.withLock { entries in addresses.filter { entries[$0]?.isEnding ?? false } }
   }
 
-  /// Ends those of these addresses that are let go of: when it returns, nobody reads or writes
-  /// there. Throws BUSY if a peer is in the middle of a copy when the call is over: they stay as
-  /// ending, to be tried again.
+  /// Ends those of these addresses that are let go: when it returns, nobody reads or writes there.
+  /// Throws BUSY if a peer is still in the middle of a copy when the call is over; they stay
+  /// ending, and the next call tries again.
   func finish(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
     while true {
       let seen = waits.value
@@ -159,15 +161,16 @@ final class MemoryTable: Sendable {
       if call.isOver {
         throw EngineError(
           .busy,
-          "another call waits for a process of this host that is in the middle of a copy of this "
-            + "memory: keep it, and call again")
+          "another call is waiting for a process of this host that is copying this memory: keep "
+            + "the memory, and call again")
       }
       waits.wait(
         while: seen, until: min(call.deadline, .after(milliseconds: Self.tickMilliseconds)))
     }
   }
 
-  /// Takes those that end and that no other call attends to; tells whether there are others.
+  /// Claims the ending addresses that no other call attends to; also tells whether there are
+  /// others.
   private func attend(_ addresses: [UInt64]) -> (mine: [UInt64], isAttended: Bool) {
     entries.withLock { entries in
       var mine: [UInt64] = []
@@ -188,7 +191,7 @@ final class MemoryTable: Sendable {
   private func end(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
     var failure: EngineError?
     do throws(EngineError) { try engine.removeBuffers(addresses, call) } catch {
-      // Else the engine has closed, and with it nobody touches it; or it has logged who does.
+      // Other errors: the engine has closed, so nobody touches the memory, or has logged who does.
       if error.code == .busy { failure = error }
     }
     entries.withLock { entries in
@@ -205,7 +208,7 @@ final class MemoryTable: Sendable {
     if let failure { throw failure }
   }
 
-  /// Frees memory of the engine, at once or, where a peer may still touch it, later.
+  /// Frees memory of the engine now, or later if a peer may still touch it.
   func free(_ allocations: [UInt64], _ call: MetadataCall) {
     for address in allocations {
       let pointer = UnsafeMutableRawPointer(bitPattern: UInt(address))!
@@ -225,7 +228,8 @@ final class MemoryTable: Sendable {
 
   // MARK: Late writes
 
-  /// Buffers that are about to be let go may be written to until then, by peers that have a grant.
+  /// Peers with a grant may still write into these buffers, which are about to be let go, until
+  /// `end`.
   func expectWrites(to buffers: [BufferLayout.Buffer], until end: UInt64) {
     let now = Clock.now()
     lateWrites.withLock { lateWrites in
@@ -234,8 +238,8 @@ final class MemoryTable: Sendable {
     }
   }
 
-  /// From when on none of these buffers may be written to by peers that had a grant for a former
-  /// payload there: before that, the write would land in the new one.
+  /// The time from which no peer with a grant for a former payload may write into these buffers; an
+  /// earlier write would land in the new payload.
   func endOfLateWrites(to buffers: [BufferLayout.Buffer]) -> UInt64 {
     lateWrites.withLock { lateWrites in
       var end: UInt64 = 0

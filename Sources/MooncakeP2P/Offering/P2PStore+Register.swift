@@ -3,10 +3,10 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Makes buffers a payload that others find by its name. The memory stays the caller's, and must
-  /// stay as it is until the payload is unregistered. A name that this or another store has
-  /// registered gets a new version, unless the options say otherwise; bytes of two versions are
-  /// never mixed.
+  /// Makes buffers a payload that others find by its name. The memory stays the caller's and must
+  /// not change until the payload is unregistered. If this or another store has registered the
+  /// name, it gets a new version, unless the options say otherwise; bytes of two versions are never
+  /// mixed.
   @discardableResult
   public func register(
     _ name: String, _ buffers: [PayloadBuffer], _ options: RegisterOptions = RegisterOptions(),
@@ -51,7 +51,7 @@ extension P2PStore {
     let digests = options.isWritable ? [] : try ShardHashing.run(shards, bounds, digestOf)
     let manifest = try Manifest(
       layout: shards, digests: digests, isWritable: options.isWritable,
-      // Without digests nothing else would tell two versions apart.
+      // Without digests, nothing else would distinguish two versions.
       salt: options.isWritable ? .random(in: 1 ... .max) : 0, attributes: options.attributes)
     var new = try offer(
       name, manifest, layout, isOrigin: true, location: options.location,
@@ -73,8 +73,8 @@ extension P2PStore {
     return holding.info(holderCount: 1)
   }
 
-  /// Withdraws what has got a new version. Returns the memory that a peer does not let go of: the
-  /// name's next end waits for that.
+  /// Withdraws a version that has been replaced. Returns memory that a peer does not let go of; the
+  /// next call that ends the name waits for it.
   private func withdrawReplaced(_ former: inout Catalog.Entry, _ bounds: Bounds) -> [UInt64] {
     do throws(EngineError) {
       try withdraw(
@@ -86,7 +86,7 @@ extension P2PStore {
   }
 
   /// Ends a payload that this store registered: nobody reads its memory when this returns. Replicas
-  /// stay, and the name with them; without any, it vanishes.
+  /// and the name stay; without a replica, the name vanishes.
   public func unregister(
     _ name: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) {
@@ -123,7 +123,7 @@ extension P2PStore {
     catalog.release(name)
   }
 
-  /// Removes a name everywhere: every holder withdraws what was published by now.
+  /// Removes a name everywhere: every holder withdraws what was published until now.
   public func remove(
     _ name: String, _ operation: StoreOperation = StoreOperation()
   ) throws(EngineError) {
@@ -139,8 +139,8 @@ extension P2PStore {
 
   // MARK: Parts
 
-  /// Registers memory and lets peers find it by the holding's number, not yet by name. `ending`
-  /// gets what a failed call cannot take back because a peer touches it.
+  /// Registers memory and lets peers find it by the holding's number, not yet by name. If a failed
+  /// call cannot undo this because a peer touches the memory, `ending` gets the addresses.
   func offer(
     _ name: String, _ manifest: Manifest, _ layout: BufferLayout, isOrigin: Bool,
     location: String, available: ShardSet,
@@ -166,8 +166,8 @@ extension P2PStore {
     }
   }
 
-  /// Peers may still have grants to write into what was a payload on the same memory, or is one
-  /// that is about to be replaced: its memory stays open for writes.
+  /// Peers may still have grants to write into a former payload on the same memory, or into one
+  /// that is about to be replaced, for which the memory stays open.
   private func waitForLateWriters(
     _ layout: BufferLayout, _ former: Holding?, _ bounds: Bounds
   ) throws(EngineError) {
@@ -192,15 +192,15 @@ extension P2PStore {
     do throws(EngineError) {
       try shared.put(holding.document, isCreateOnly: isCreateOnly, bounds.call)
     } catch {
-      // It may have been put all the same, or be put once the service goes on.
+      // It may have been written all the same, or be written once the service recovers.
       if error.code != .exists { shared.owe(holding.name, segment: engine.name) }
       keeper.remove(holding.record, bounds.lastCall)
       throw error
     }
   }
 
-  /// Takes a payload of this store from the metadata service and from memory; throws as `dissolve`.
-  /// Where it is replaced, the existing system's document is its successor's by now.
+  /// Withdraws a payload of this store from the metadata service and from memory; throws as
+  /// `dissolve`. After a replacement, Mooncake's document already belongs to the successor.
   func withdraw(
     _ entry: inout Catalog.Entry, until deadline: Deadline, _ bounds: Bounds,
     isReplaced: Bool = false
@@ -217,8 +217,8 @@ extension P2PStore {
       &entry, bounds.release(withinMilliseconds: engine.defaultTimeoutMilliseconds))
   }
 
-  /// Undoes what a call that fails had begun, and returns its error: BUSY instead where a peer does
-  /// not let go of the memory, which the entry then says.
+  /// Undoes what a failing call has begun and returns its error, or BUSY if a peer does not let go
+  /// of the memory; then the entry names that memory.
   func undo(_ entry: inout Catalog.Entry, _ error: EngineError, _ bounds: Bounds) -> EngineError {
     do throws(EngineError) {
       try withdraw(&entry, until: .after(milliseconds: 0), bounds)
@@ -228,8 +228,8 @@ extension P2PStore {
     }
   }
 
-  /// What a name stands for when a register has failed: what it stood for before, and the memory
-  /// that a peer may still touch, which is the caller's to end.
+  /// What a name stands for after a failed register: what it stood for before, and memory that a
+  /// peer may still touch, which the caller must end.
   private static func left(
     _ name: String, _ former: Catalog.Entry?, _ ending: [UInt64]
   ) -> Catalog.Entry? {
@@ -239,7 +239,7 @@ extension P2PStore {
     return entry
   }
 
-  /// `range`: what all buffers lie in and is registered in one.
+  /// `range`: one range that contains all buffers and is registered in their place.
   static func layout(
     _ name: String, _ buffers: [PayloadBuffer], in range: PayloadBuffer? = nil
   ) throws(EngineError) -> BufferLayout {

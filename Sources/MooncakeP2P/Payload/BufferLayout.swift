@@ -11,15 +11,15 @@ package struct BufferLayout: Equatable, Sendable {
   }
 
   package let buffers: [Buffer]
-  /// What an engine registers: the buffers, or the one range that all of them lie in.
+  /// What the engine registers: the buffers, or the one range that contains them all.
   package let ranges: [Buffer]
   /// Where each begins in the payload.
   private let starts: [UInt64]
-  /// Bytes of all.
+  /// Bytes of all buffers.
   package let size: UInt64
 
-  /// nil if a buffer is empty or wraps around, or all are more than addresses count. `range`:
-  /// memory of the same owner that all lie in.
+  /// nil if a buffer is empty or wraps around, or if together they exceed the address space.
+  /// `range`: memory of the same owner that contains all of them.
   package init?(_ buffers: [Buffer], in range: Buffer? = nil) {
     var starts: [UInt64] = []
     starts.reserveCapacity(buffers.count)
@@ -37,13 +37,13 @@ package struct BufferLayout: Equatable, Sendable {
     self.size = size
   }
 
-  /// Whether any byte is in both lists; within a list they may overlap.
+  /// Whether the lists share a byte; buffers of one list may overlap each other.
   package static func overlap(_ first: [Buffer], _ second: [Buffer]) -> Bool {
     var comparisons = 0
     return overlap(first, second, comparisons: &comparisons)
   }
 
-  /// Adds how many pairs it has compared: there may be 65,536 buffers on either side.
+  /// Also counts comparisons: there may be 65,536 buffers on either side.
   package static func overlap(
     _ first: [Buffer], _ second: [Buffer], comparisons: inout Int
   ) -> Bool {
@@ -58,7 +58,8 @@ package struct BufferLayout: Equatable, Sendable {
       return one.buffer.address < other.buffer.address
     }
     comparisons += count
-    // The end of what began before in each list, whatever is nearest in the order.
+    // In each list, the furthest end of what began before, because the nearest buffer may be a
+    // short one.
     var (firstEnd, secondEnd): (UInt64, UInt64) = (0, 0)
     for (buffer, isFirst) in items {
       comparisons += 1
@@ -89,7 +90,7 @@ package struct BufferLayout: Equatable, Sendable {
     return low
   }
 
-  /// How many bytes follow a byte in its buffer, itself included; 0 beyond the last.
+  /// How many bytes its buffer has left from a byte on, including it; 0 beyond the last.
   package func bytesLeft(at offset: UInt64) -> UInt64 {
     guard let index = index(at: offset) else { return 0 }
     return buffers[index].length - (offset - starts[index])

@@ -21,7 +21,7 @@ package struct Digest: Hashable, Sendable {
 
   private static let stepBytes = 4 << 20
 
-  /// Hashes a range of memory step by step; `pause`, called in between, may end it by throwing.
+  /// Hashes a range of memory step by step; `pause`, called between steps, may stop it by throwing.
   package init(
     of bytes: UnsafeRawBufferPointer, pause: () throws(EngineError) -> Void
   ) throws(EngineError) {
@@ -37,7 +37,7 @@ package struct Digest: Hashable, Sendable {
   }
 }
 
-/// Hashes bytes that come piece by piece.
+/// Hashes bytes that arrive in pieces.
 package struct DigestStream: ~Copyable {
   private let state: OpaquePointer
 
@@ -68,7 +68,7 @@ package struct DigestStream: ~Copyable {
 
   private static let usesAVX2 = xxhash_has_avx2() != 0
 
-  /// Uses the global once: see `Fork.prepare`.
+  /// Initializes the global once: see `Fork.prepare`.
   package static func prepare() { _ = usesAVX2 }
 }
 

@@ -1,13 +1,13 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// What a payload is, fixed when it is registered: its layout, a digest for each shard, and what
-/// its publisher wants to travel with it. Its own digest is the payload's version.
+/// What a payload is, fixed when it is registered: its layout, a digest per shard, and attributes
+/// of its publisher. Its own digest is the payload's version.
 ///
 /// The bytes, little-endian: magic, size, shard bytes, salt (8 each), flags, numbers of buffers,
 /// shards and attribute bytes (4 each); the buffers' sizes (8 each); the shards' digests (low half,
-/// high half); the attributes. It does not grow: another format has another last letter in its
-/// magic.
+/// high half); the attributes. The format is never extended: a new one changes the last letter of
+/// its magic.
 package struct Manifest: Equatable, Sendable {
   package static let maximumAttributeBytes = 16 << 20
   /// No manifest is longer.
@@ -16,21 +16,22 @@ package struct Manifest: Equatable, Sendable {
       bufferCount: UInt64(ShardLayout.maximumBufferCount),
       shardCount: UInt64(ShardLayout.maximumShardCount)))
 
-  /// No manifest with so many buffers and shards is longer; the counts are in their bounds.
+  /// The longest manifest with that many buffers and shards; the counts must be within their
+  /// limits.
   package static func mostBytes(bufferCount: UInt64, shardCount: UInt64) -> UInt64 {
     UInt64(headerBytes + maximumAttributeBytes) + 8 * bufferCount + 16 * shardCount
   }
 
   package let layout: ShardLayout
-  /// One for each shard; none if the payload is writable.
+  /// One per shard; none if the payload is writable.
   package let digests: [Digest]
-  /// Peers may write into the payload, so that nothing is known of its bytes.
+  /// Peers may write into the payload, so its bytes have no digests.
   package let isWritable: Bool
-  /// Tells apart payloads without digests; 0 for others, whose content is their identity.
+  /// Distinguishes payloads without digests; 0 for others, which their content identifies.
   package let salt: UInt64
-  /// What the publisher wants to travel with the payload.
+  /// The publisher's attributes, carried along uninterpreted.
   package let attributes: [UInt8]
-  /// The manifest as it travels.
+  /// The encoded manifest.
   package let bytes: [UInt8]
   package let version: PayloadVersion
 
@@ -38,7 +39,7 @@ package struct Manifest: Equatable, Sendable {
   private static let magic = UInt64(littleEndian: 0x3154_464D_5248_534D)  // "MSHRMFT1"
   private static let writableFlag: UInt32 = 1
 
-  /// Puts together the manifest of a payload that is here.
+  /// Makes the manifest of a local payload.
   package init(
     layout: ShardLayout, digests: [Digest], isWritable: Bool = false, salt: UInt64 = 0,
     attributes: [UInt8] = []
@@ -77,7 +78,7 @@ package struct Manifest: Equatable, Sendable {
     version = Self.version(of: bytes)
   }
 
-  /// Reads a manifest that came from a peer; every fault is a `protocolViolation`.
+  /// Reads a peer's manifest; every fault is a `protocolViolation`.
   package init(parsing bytes: [UInt8]) throws(EngineError) {
     var reader = LittleEndianReader(bytes: bytes)
     guard bytes.count >= Self.headerBytes else {
@@ -96,10 +97,10 @@ package struct Manifest: Equatable, Sendable {
     }
     isWritable = flags & Self.writableFlag != 0
     let digestCount = isWritable ? 0 : shardCount
-    // Of 32 bits each: no overflow.
+    // 32 bits each, so this cannot overflow.
     let expected = Self.headerBytes + 8 * bufferCount + 16 * digestCount + attributeCount
     guard bytes.count == expected else {
-      throw Self.violation("it has \(bytes.count) bytes, its counts ask for \(expected)")
+      throw Self.violation("it has \(bytes.count) bytes, by its counts it should have \(expected)")
     }
     guard attributeCount <= Self.maximumAttributeBytes else {
       throw Self.violation("\(attributeCount) bytes of attributes are too many")
@@ -156,7 +157,7 @@ extension [UInt8] {
   }
 }
 
-/// Takes numbers one after the other; the caller has checked that there are enough bytes.
+/// Reads numbers one after the other; the caller has checked that there are enough bytes.
 private struct LittleEndianReader {
   let bytes: [UInt8]
   private var position = 0

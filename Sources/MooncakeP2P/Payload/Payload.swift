@@ -2,7 +2,7 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Names the bytes of a payload: the digest of its manifest.
+/// Identifies the bytes of a payload: the digest of its manifest.
 public struct PayloadVersion: Hashable, Sendable, CustomStringConvertible {
   public let high: UInt64
   public let low: UInt64
@@ -29,9 +29,9 @@ public struct PayloadVersion: Hashable, Sendable, CustomStringConvertible {
   }
 }
 
-/// A range of the caller's memory that holds, or is to hold, part of a payload.
+/// A range of the caller's memory that holds, or will hold, part of a payload.
 public struct PayloadBuffer: @unchecked Sendable {
-  // Unchecked: the store's caller says who touches the bytes.
+  // Unchecked: the caller decides who touches the bytes.
   public var address: UnsafeMutableRawPointer
   /// Bytes.
   public var length: UInt64
@@ -45,18 +45,18 @@ public struct PayloadBuffer: @unchecked Sendable {
 /// What is known of a payload without asking its holders.
 public struct PayloadInfo: Sendable, Equatable {
   public var name: String
-  /// nil: registered by the existing system, without digests.
+  /// nil: registered by Mooncake's store, without digests.
   public var version: PayloadVersion?
   /// Bytes of all buffers.
   public var size: UInt64
   /// Bytes of a shard; the last one of a buffer may be shorter.
   public var shardBytes: UInt64
   public var shardCount: UInt64
-  /// Length of each buffer, in order; empty where only the manifest tells.
+  /// Length of each buffer, in order; empty if only the manifest has it.
   public var bufferSizes: [UInt64]
   /// When this version was registered, milliseconds since 1970; 0 if unknown.
   public var publishedMilliseconds: UInt64
-  /// Whether peers may write into it; then it has no digests and one holder.
+  /// Whether peers may write into it; if so, it has no digests and one holder.
   public var isWritable: Bool
   public var holderCount: UInt64
 
@@ -82,7 +82,7 @@ public struct PayloadHolder: Sendable, Equatable {
   /// The segment whose memory it is in.
   public var segment: String
   public var version: PayloadVersion?
-  /// Whether it registered the payload itself (gold) instead of getting it (replica).
+  /// Whether it registered the payload itself (gold) or fetched it (replica).
   public var isOrigin: Bool
   public var isComplete: Bool
 
@@ -96,15 +96,15 @@ public struct PayloadHolder: Sendable, Equatable {
 
 /// How a payload is registered.
 public struct RegisterOptions: Sendable {
-  /// Bytes of a shard; 0 chooses by the payload's size.
+  /// Bytes per shard; 0 chooses by the payload's size.
   public var shardBytes: UInt64 = 0
-  /// Device that the memory is near, such as "cpu:0"; "*" lets the engine find out.
+  /// The device closest to the memory, such as "cpu:0"; "*" lets the engine find out.
   public var location = "*"
-  /// Fails if the name is taken, instead of making a new version of it.
+  /// Fails if the name is taken, instead of making a new version.
   public var isCreateOnly = false
-  /// Peers may write into it in place: it has no digests and is never copied onward.
+  /// Peers may write into it in place: it has no digests and is never offered onward.
   public var isWritable = false
-  /// Travels in the manifest, uninterpreted.
+  /// Carried in the manifest, uninterpreted.
   package var attributes: [UInt8] = []
 
   public init() {}
@@ -112,14 +112,14 @@ public struct RegisterOptions: Sendable {
 
 /// How a payload is fetched.
 public struct GetOptions: Sendable {
-  /// Only this version; nil: the present one.
+  /// Only this version; nil: the current one.
   public var version: PayloadVersion?
-  /// When the name gets another version meanwhile and nobody holds the old one any more: starts
-  /// over with the new one, instead of failing.
+  /// If the name gets another version meanwhile and nobody holds the old one any more, starts over
+  /// with the new one instead of failing.
   public var followsVersions = false
-  /// Offers what has arrived to others, and stays a holder afterwards until the replica is deleted.
+  /// Offers shards to others as they arrive, and the whole afterwards until the replica is deleted.
   public var sharesOnward = true
-  /// Where engine-allocated memory comes from.
+  /// Where the engine allocates memory, if it does.
   public var location = "*"
 
   public init() {}
@@ -135,7 +135,7 @@ public struct GetResult: Sendable {
   public var nanoseconds: UInt64
   /// Bytes from each holder, by segment name.
   public var sources: [Source]
-  /// Uninterpreted bytes of who registered it.
+  /// The publisher's uninterpreted bytes.
   package var attributes: [UInt8] = []
 
   public struct Source: Sendable, Equatable {
@@ -147,7 +147,7 @@ public struct GetResult: Sendable {
   }
 }
 
-/// How far a long operation is.
+/// How far a long operation has come.
 public struct StoreProgress: Sendable, Equatable {
   public enum Phase: Int32, Sendable {
     case locating = 0
@@ -159,7 +159,7 @@ public struct StoreProgress: Sendable, Equatable {
   public var phase: Phase
   public var doneBytes: UInt64
   public var totalBytes: UInt64
-  /// Holders that bytes come from now.
+  /// Holders that bytes are coming from now.
   public var activeHolderCount: Int
   /// Holders known.
   public var holderCount: Int
@@ -176,10 +176,11 @@ extension StoreProgress {
 
 /// What bounds and watches one operation.
 public struct StoreOperation: Sendable {
-  /// 0: the engine's default for what asks the metadata service, no limit for `get` and `register`.
+  /// 0: the engine's default for calls that ask the metadata service, no limit for `get` and
+  /// `register`.
   public var timeoutMilliseconds: UInt64 = 0
-  /// Called on the caller's thread when a phase begins, else ten times a second at most; false
-  /// cancels.
+  /// Called on the caller's thread at the start of a phase, otherwise at most ten times a second;
+  /// false cancels.
   public var progress: (@Sendable (StoreProgress) -> Bool)?
   public var cancellation: Cancellation?
 
@@ -196,6 +197,6 @@ public final class Cancellation: Sendable {
     }
   }
 
-  /// Every operation with it throws `canceled` soon; later ones do so at once.
+  /// Every running operation with it soon throws `canceled`; later ones do so at once.
   public func cancel() { event.signal() }
 }

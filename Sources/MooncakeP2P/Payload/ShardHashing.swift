@@ -5,8 +5,8 @@ import Synchronization
 
 /// Computes the digests of many shards on several threads.
 package enum ShardHashing {
-  /// Reads the bytes of a shard and returns their digest; called on several threads. A shard may be
-  /// gigabytes: every few megabytes it calls the closure that it is given, and ends if that throws.
+  /// Reads the bytes of a shard and returns their digest; called on several threads. Shards can be
+  /// gigabytes, so it calls the given closure every few megabytes, and stops if that throws.
   package typealias Source =
     @Sendable (ShardLayout.Piece, () throws(EngineError) -> Void) throws(EngineError) -> Digest
 
@@ -29,13 +29,13 @@ package enum ShardHashing {
         State(digests: Array(repeating: Digest(high: 0, low: 0), count: layout.shardCount)))
     }
 
-    /// Throws once another thread has given up.
+    /// Throws once another thread has failed.
     func goOn() throws(EngineError) {
       if let failure = state.withLock({ $0.failure }) { throw failure }
     }
 
-    /// Hashes shards until none is left; `pause`, called with the bytes of the shards that are
-    /// done, may end it by throwing.
+    /// Hashes shards until none is left. `pause` gets the number of bytes done so far and may stop
+    /// the work by throwing.
     func run(pause: (UInt64) throws(EngineError) -> Void) {
       while true {
         let index: Int? = state.withLock { state in
@@ -63,11 +63,11 @@ package enum ShardHashing {
     }
   }
 
-  /// Below this, threads cost more than they bring.
+  /// Below this, starting threads costs more than it saves.
   private static let parallelBytes: UInt64 = 64 << 20
   private static let threadLimit = 8
 
-  /// Runs on the caller's thread and, for much, on further ones.
+  /// Runs on the caller's thread, and on more threads for large payloads.
   package static func run(
     _ layout: ShardLayout, _ bounds: Bounds, _ source: @escaping Source
   ) throws(EngineError) -> [Digest] {

@@ -1,18 +1,18 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// Where the shards of a payload are: buffers are cut one after the other, none spans two, and the
-/// last of each may be shorter.
+/// Where the shards of a payload are. Buffers are cut one after the other; no shard spans two, and
+/// the last one of each may be shorter.
 package struct ShardLayout: Equatable, Sendable {
   package static let maximumShardCount = 1 << 20
   package static let maximumBufferCount = 65_536
   package static let maximumShardBytes: UInt64 = 1 << 32
 
-  /// A shard or a part of one in the memory of its buffer.
+  /// A shard, or part of one, within its buffer.
   package struct Piece: Equatable, Sendable {
     package var shard: Int
     package var buffer: Int
-    /// From the beginning of the buffer.
+    /// From the start of the buffer.
     package var offset: UInt64
     package var length: UInt64
 
@@ -26,16 +26,16 @@ package struct ShardLayout: Equatable, Sendable {
 
   package let bufferSizes: [UInt64]
   package let shardBytes: UInt64
-  /// Where each buffer begins in the payload, and at last where the payload ends.
+  /// Where each buffer begins in the payload, then where the payload ends.
   private let bufferOffsets: [UInt64]
-  /// The first shard of each buffer, and at last the number of shards.
+  /// The first shard of each buffer, then the number of shards.
   private let firstShards: [Int]
 
   /// Bytes of all buffers.
   package var size: UInt64 { bufferOffsets[bufferSizes.count] }
   package var shardCount: Int { firstShards[bufferSizes.count] }
 
-  /// Checks the sizes; the error has the code given, since they may be a caller's or a peer's.
+  /// Checks the sizes. They may come from a caller or a peer, so the error has the given code.
   package init(
     bufferSizes: [UInt64], shardBytes: UInt64, failure code: EngineError.Code = .invalidArgument
   ) throws(EngineError) {
@@ -45,7 +45,7 @@ package struct ShardLayout: Equatable, Sendable {
     }
     guard shardBytes > 0 && shardBytes <= Self.maximumShardBytes else {
       throw EngineError(
-        code, "shards of \(shardBytes) bytes; 1 to \(Self.maximumShardBytes) are possible")
+        code, "shards of \(shardBytes) bytes; a shard has 1 to \(Self.maximumShardBytes)")
     }
     var offsets: [UInt64] = [0]
     var shards = [0]
@@ -61,7 +61,7 @@ package struct ShardLayout: Equatable, Sendable {
       guard count <= UInt64(Self.maximumShardCount - shards[index]) else {
         throw EngineError(
           code,
-          "more than \(Self.maximumShardCount) shards of \(shardBytes) bytes; larger shards help")
+          "more than \(Self.maximumShardCount) shards of \(shardBytes) bytes: choose larger shards")
       }
       offsets.append(end)
       shards.append(shards[index] + Int(count))
@@ -72,8 +72,8 @@ package struct ShardLayout: Equatable, Sendable {
     firstShards = shards
   }
 
-  /// Bytes of a shard where nobody asks for a size: some hundred shards for each payload, neither
-  /// tiny nor slow to arrive.
+  /// Shard size if the caller asks for none: some hundred shards per payload, neither tiny nor slow
+  /// to arrive.
   package static func defaultShardBytes(bufferSizes: [UInt64]) -> UInt64 {
     var size: UInt64 = 0
     for length in bufferSizes {
@@ -81,7 +81,7 @@ package struct ShardLayout: Equatable, Sendable {
     }
     let wanted = min(max(size / 256, 1 << 20), 64 << 20)
     var bytes = UInt64(1) << UInt64(63 - wanted.leadingZeroBitCount)
-    // Each buffer may end with a shard of its own.
+    // Each buffer may end with a short shard.
     let room = UInt64(max(1, maximumShardCount - bufferSizes.count))
     while bytes < maximumShardBytes && size / bytes >= room { bytes *= 2 }
     return bytes
@@ -102,7 +102,7 @@ package struct ShardLayout: Equatable, Sendable {
     return bufferOffsets[piece.buffer] + piece.offset
   }
 
-  /// Which bytes of the payload a shard is.
+  /// The bytes of the payload that make up a shard.
   package func range(ofShard shard: Int) -> (offset: UInt64, length: UInt64) {
     let piece = piece(ofShard: shard)
     return (bufferOffsets[piece.buffer] + piece.offset, piece.length)
@@ -116,13 +116,13 @@ package struct ShardLayout: Equatable, Sendable {
   /// Where a buffer begins in the payload.
   package func payloadOffset(ofBuffer buffer: Int) -> UInt64 { bufferOffsets[buffer] }
 
-  /// The shard that has the byte at an offset of the payload, which must be less than the size.
+  /// The shard that contains an offset of the payload, which must be less than the size.
   package func shard(at offset: UInt64) -> Int {
     let buffer = index(of: offset, in: bufferOffsets)
     return firstShards[buffer] + Int((offset - bufferOffsets[buffer]) / shardBytes)
   }
 
-  /// The pieces that a range of the payload consists of, in order; nil if it reaches too far.
+  /// The pieces of a range of the payload, in order; nil if it reaches beyond the end.
   package func pieces(offset: UInt64, length: UInt64) -> [Piece]? {
     let (end, overflow) = offset.addingReportingOverflow(length)
     if overflow || end > size { return nil }
@@ -139,7 +139,7 @@ package struct ShardLayout: Equatable, Sendable {
     return pieces
   }
 
-  /// The last place whose start is not beyond the value.
+  /// The last index whose start is not greater than the value.
   private func index<Number: Comparable>(of value: Number, in starts: [Number]) -> Int {
     var low = 0
     var high = bufferSizes.count

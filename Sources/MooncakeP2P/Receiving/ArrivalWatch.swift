@@ -1,14 +1,14 @@
 import MooncakeEngine
 import MooncakeSystem
 
-/// Tells whether bytes still come for a read. How long it takes says nothing of its holder where
-/// links are slow or have many readers; that nothing comes does.
+/// Tells whether bytes still arrive for a read. A long read proves nothing against a holder whose
+/// link is slow or has many readers; silence does.
 struct ArrivalWatch {
   private let batch: BatchID
   private let segment: SegmentID
   private var bytes: UInt64 = 0
   private var arrivals: UInt64
-  /// When bytes came last; 0: none have.
+  /// When bytes last arrived; 0: none yet.
   private(set) var lastArrival: UInt64 = 0
   private let begin = Clock.now()
 
@@ -19,8 +19,8 @@ struct ArrivalWatch {
     arrivals = engine.partialArrivalCount(from: segment)
   }
 
-  /// Whether anything has come since the last look. Parts of slices are not counted in bytes, so
-  /// what comes from the segment for another read is seen here, too.
+  /// Whether anything has arrived since the last look. Byte counts leave out incomplete slices, so
+  /// this also notices data that the segment sends for another read.
   mutating func hasArrived(_ engine: TransferEngine) -> Bool {
     let bytes = (try? engine.poll(batch, request: 0))?.transferredBytes ?? 0
     let arrivals = engine.partialArrivalCount(from: segment)
@@ -29,11 +29,11 @@ struct ArrivalWatch {
     return true
   }
 
-  /// Whether any byte of this read has come whole.
+  /// Whether the read has received any complete slice.
   var hasBytes: Bool { bytes > 0 }
 
-  /// Whether nothing has come for so long. `others`: when something came last for another read
-  /// that this one may be waiting behind.
+  /// Whether nothing has arrived for that long. `others`: when data last arrived for another read
+  /// that this one may be queued behind.
   func isSilent(for milliseconds: UInt64, others: UInt64 = 0) -> Bool {
     let last = max(begin, lastArrival, others)
     return Clock.now() &- last > milliseconds &* 1_000_000

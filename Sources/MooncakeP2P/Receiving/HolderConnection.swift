@@ -16,20 +16,20 @@ package struct HolderConnection: Sendable {
     var bufferCount: UInt64
   }
 
-  /// Who waits for what is read from a holder.
+  /// Whoever waits for data from a holder.
   package struct Recipient: Sendable {
-    /// Whether it is still wanted. Nothing else ends a read whose bytes come.
+    /// Whether the data is still wanted. Nothing else ends a read while bytes arrive.
     package var isWaiting: @Sendable () -> Bool
-    /// Called when the holder has said where things are.
+    /// Called when the holder has told where things are.
     package var reached: @Sendable () -> Void = {}
-    /// Called now and then while bytes come.
+    /// Called now and then while bytes arrive.
     package var progressed: @Sendable () -> Void = {}
 
     package init(isWaiting: @escaping @Sendable () -> Bool) { self.isWaiting = isWaiting }
   }
 
-  /// Asks the holder where things are, which has until the deadline, and reads the table of its
-  /// buffers, for as long as bytes come. `completion` must not wait.
+  /// Asks the holder, which must answer by the deadline, where things are, and reads its table of
+  /// buffers for as long as bytes arrive. `completion` must not wait.
   package static func open(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
     _ manifest: Manifest, until deadline: Deadline, for recipient: Recipient,
@@ -43,8 +43,8 @@ package struct HolderConnection: Sendable {
 
   private typealias Visit<Value> = @Sendable (Index, Deadline) throws(EngineError) -> Value
 
-  /// Silence costs no thread: only a holder that has answered is given a worker, which blocks. The
-  /// time until one is free is none of the holder's.
+  /// A silent holder costs no thread: only one that has answered gets a worker, which blocks.
+  /// Waiting for a free worker is not counted against the holder.
   private static func visit<Value: Sendable>(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
     _ version: PayloadVersion, _ deadline: Deadline, _ recipient: Recipient,
@@ -144,7 +144,7 @@ package struct HolderConnection: Sendable {
   }
 
   private static func gone(_ holder: HolderAddress) -> EngineError {
-    EngineError(.notFound, "holder \(holder.segment): it holds this version no longer")
+    EngineError(.notFound, "holder \(holder.segment): it no longer holds this version")
   }
 
   private static func askIndex(
@@ -177,7 +177,7 @@ package struct HolderConnection: Sendable {
     let document: JSONDocument
     do throws(JSONError) { document = try JSONDocument(parsing: answer) } catch {
       throw EngineError(
-        .protocolViolation, "holder \(holder.segment): its answer is no JSON: \(error)")
+        .protocolViolation, "holder \(holder.segment): its answer is not JSON: \(error)")
     }
     let index: Index?
     do throws(EngineError) {
@@ -189,7 +189,7 @@ package struct HolderConnection: Sendable {
     return index
   }
 
-  /// nil: it holds this no longer.
+  /// nil: the holder no longer has it.
   private static func parse(_ value: JSONValue) throws(EngineError) -> Index? {
     try StoreVersion.checkAnswer(value)
     if value["state"]?.unsigned == ShardAnswer.State.gone.rawValue { return nil }
@@ -206,7 +206,7 @@ package struct HolderConnection: Sendable {
       tableAddress: tableAddress, bufferCount: bufferCount)
   }
 
-  /// Makes room as bytes come, for as much again, as the length is only what the holder says.
+  /// Grows the buffer as bytes arrive, doubling it, because the length is only the holder's claim.
   private static func read(
     _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64, _ length: UInt64,
     _ recipient: Recipient
@@ -232,10 +232,10 @@ package struct HolderConnection: Sendable {
 
   private static let firstBytes = 64 << 10
   private static let tickMilliseconds: UInt64 = 100
-  /// Without a byte for so long a read has failed.
+  /// A read without a byte for this long has failed.
   private static let silenceMilliseconds: UInt64 = 2000
 
-  /// On any failure nothing is written into the memory any more.
+  /// After a failure nothing writes into the memory any more.
   private static func read(
     _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64,
     into memory: UnsafeMutableRawBufferPointer, _ recipient: Recipient
@@ -255,7 +255,7 @@ package struct HolderConnection: Sendable {
       } catch {
         if error.code != .timeout { throw error }
       }
-      // Also after a wait that was too short: the read may have ended since.
+      // Even after a wait that timed out: the read may have ended since.
       let status = try engine.poll(batch)
       if status.state == .completed { return }
       if status.state.isTerminal {
@@ -264,12 +264,12 @@ package struct HolderConnection: Sendable {
       if watch.hasArrived(engine) { recipient.progressed() }
       let failure: EngineError
       if !recipient.isWaiting() {
-        failure = EngineError(.canceled, "nobody waits for it any more")
+        failure = EngineError(.canceled, "the caller has stopped waiting")
       } else if watch.isSilent(for: silenceMilliseconds) {
         failure = EngineError(
           .timeout,
-          "it says where things are, but sends nothing for \(silenceMilliseconds) ms: is its data "
-            + "port let through, and packets of full size (MTU)?")
+          "it answers, but sends nothing for \(silenceMilliseconds) ms: is its data port "
+            + "reachable, and do full-size packets get through (MTU)?")
       } else {
         continue
       }
@@ -295,8 +295,8 @@ package struct HolderConnection: Sendable {
     return layout
   }
 
-  /// What is left, as calls of the engine want it: at least 1, as 0 means its default; most of all
-  /// for never.
+  /// The time left, as the engine's calls expect it: at least 1, because 0 means the default; the
+  /// maximum for a deadline of never.
   static func milliseconds(until deadline: Deadline) -> UInt64 {
     deadline == .never ? .max : max(1, deadline.remainingNanoseconds / 1_000_000)
   }

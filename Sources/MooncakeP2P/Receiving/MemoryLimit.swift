@@ -3,7 +3,8 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension MemoryRoom {
-  /// Refuses what would have the kernel end this process or another of its control group.
+  /// Refuses an allocation that would make the kernel kill this process or another of its control
+  /// group.
   static func check(_ byteCount: UInt64, _ what: String) throws(EngineError) {
     guard let room = now(), byteCount > room.byteCount else { return }
     throw EngineError(

@@ -3,8 +3,8 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Reads a range of a payload in place, from any holder that has it. The bytes are not checked
-  /// against digests, which cover whole shards.
+  /// Reads a range of a payload in place, from any holder that has it. The bytes are not verified,
+  /// because digests cover whole shards.
   public func read(
     _ name: String, offset: UInt64, into memory: UnsafeMutableRawPointer, length: UInt64,
     _ operation: StoreOperation = StoreOperation()
@@ -12,7 +12,7 @@ extension P2PStore {
     try move(.read, name, offset, memory, length, operation)
   }
 
-  /// Writes a range of a payload in place, which must have been registered as writable.
+  /// Writes a range of a payload in place; it must have been registered as writable.
   public func write(
     _ name: String, offset: UInt64, from memory: UnsafeRawPointer, length: UInt64,
     _ operation: StoreOperation = StoreOperation()
@@ -50,7 +50,7 @@ extension P2PStore {
     if overflow || end > manifest.layout.size {
       throw EngineError(
         .invalidArgument,
-        "payload '\(name)': \(length) bytes at \(offset) are not in its \(manifest.layout.size)"
+        "payload '\(name)': \(length) bytes at \(offset) are not within its \(manifest.layout.size)"
       )
     }
     if opcode == .write && !manifest.isWritable {

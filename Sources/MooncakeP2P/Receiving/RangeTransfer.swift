@@ -3,8 +3,8 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Moves a range of a payload between the caller's memory and holders, one holder after another
-/// until all has moved.
+/// Moves a range of a payload between the caller's memory and the holders, trying one holder after
+/// another until everything has moved.
 struct RangeTransfer {
   private let engine: TransferEngine
   private let workers: WorkerPool
@@ -15,20 +15,20 @@ struct RangeTransfer {
   private let end: UInt64
   private let bounds: Bounds
   private let reader = UInt64.random(in: 1 ... .max)
-  /// Of the latest ask.
+  /// Number of the latest request to a holder.
   private var turn: UInt64 = 0
-  /// Everything before it has moved.
+  /// All bytes before it have moved.
   private var position: UInt64
   private var failures: [String] = []
-  /// Most bytes of one grant; smaller where the link is so slow that grants expire meanwhile.
+  /// Most bytes per grant; reduced if the link is so slow that grants expire during a move.
   private var stepBytes: UInt64
 
-  /// Most bytes, and shards, that are asked for at once.
+  /// Most bytes, and shards, per request.
   private static let stepShards = 64
   private static let mostWrittenBytes: UInt64 = 64 << 20
   private static let leastWrittenBytes: UInt64 = 256 << 10
   private static let askMilliseconds: UInt64 = 2000
-  /// Bounds of the time after which a busy holder is asked again, whatever it says.
+  /// How soon, and how late, a busy holder is asked again, whatever it says.
   private static let pauseMilliseconds: ClosedRange<UInt64> = 1...2000
 
   init(
@@ -48,13 +48,13 @@ struct RangeTransfer {
     stepBytes = opcode == .write ? Self.mostWrittenBytes : .max
   }
 
-  /// A range that several holders have is read from any of them; what is written goes to the
-  /// origin, the only holder that a writable payload has.
+  /// Reads come from any holder of the range; writes go to the origin, the only holder that a
+  /// writable payload has.
   mutating func run(
     _ holders: [HolderRecord], after search: ManifestSearch.Outcome
   ) throws(EngineError) {
     var code = EngineError.Code.noHolder
-    // A silent one would be waited for: first who is known to answer.
+    // A silent holder costs a wait, so those known to answer come first.
     func rank(_ holder: HolderAddress) -> Int {
       search.silent.contains(holder) ? 2 : holder == search.source ? 0 : 1
     }
@@ -99,19 +99,19 @@ struct RangeTransfer {
     shards = shards.lowerBound..<min(shards.upperBound, shards.lowerBound + Self.stepShards)
     let start = Clock.now()
     let answer = try ask(connection.holder, wanted: shards)
-    // A write that came later could land in what the holder keeps there then.
+    // A later write could land in whatever the holder keeps there by then.
     let lease =
       opcode == .read
       ? Deadline.never : Deadline(nanoseconds: start + answer.leaseMilliseconds * 900_000)
     switch answer.state {
     case .gone:
-      throw EngineError(.notFound, "it holds this version no longer")
+      throw EngineError(.notFound, "it no longer holds this version")
     case .busy:
       try wait(milliseconds: answer.retryMilliseconds)
       return true
     case .serving: break
     }
-    // The shards from the first one on that were granted without a gap.
+    // The granted shards, from the first one on, without a gap.
     let granted = Set(answer.granted)
     var last = shards.lowerBound
     while last < shards.upperBound, granted.contains(last) { last += 1 }
@@ -126,7 +126,7 @@ struct RangeTransfer {
       stepBytes = max(stepBytes / 8, Self.leastWrittenBytes)
       return true
     }
-    // If it ended its offer meanwhile, the memory may have been something else already.
+    // If the holder has withdrawn the payload, the memory may already have held something else.
     let farewell = try ask(connection.holder, wanted: 0..<0)
     if farewell.state == .gone {
       throw EngineError(
@@ -141,11 +141,11 @@ struct RangeTransfer {
     return hasMoved
   }
 
-  /// As long as a busy holder says, so that many who wait do not cost it more than a few.
+  /// Waits as long as a busy holder says, so that many waiting readers cost it little.
   private func wait(milliseconds: UInt64) throws(EngineError) {
     let (least, most) = (Self.pauseMilliseconds.lowerBound, Self.pauseMilliseconds.upperBound)
     let pause = min(max(milliseconds, least), most)
-    // Whoever was refused together does not come together.
+    // Spread out, so that those refused together do not return together.
     let end = Deadline.after(milliseconds: UInt64.random(in: pause...(pause + pause / 4)))
     while !end.hasPassed {
       try bounds.check("waiting for a busy holder")
@@ -153,7 +153,7 @@ struct RangeTransfer {
     }
   }
 
-  /// Asks for shards; whatever it granted before is not read any more.
+  /// Asks for shards; anything granted earlier must not be read any more.
   private mutating func ask(
     _ holder: HolderAddress, wanted: Range<Int>
   ) throws(EngineError) -> ShardAnswer {
@@ -168,7 +168,8 @@ struct RangeTransfer {
     }
   }
 
-  /// Moves the part of the range that lies in some shards and before `limit`; returns up to where.
+  /// Moves the part of the range that lies in some shards and before `limit`; returns where it
+  /// stopped.
   private func move(
     _ connection: HolderConnection, _ shards: Range<Int>, _ limit: UInt64, until lease: Deadline
   ) throws(EngineError) -> UInt64 {
@@ -190,12 +191,12 @@ struct RangeTransfer {
     return reached
   }
 
-  /// Moves requests; on any failure none of them touches the caller's memory any more.
+  /// Moves requests; after a failure none of them touches the caller's memory any more.
   private func run(
     _ requests: [TransferRequest], until deadline: Deadline
   ) throws(EngineError) {
     if deadline.hasPassed {
-      throw EngineError(.timeout, "the time to write was over before it began")
+      throw EngineError(.timeout, "the grant expired before the write began")
     }
     let batch = try engine.createBatch(capacity: requests.count)
     defer { try? engine.freeBatch(batch) }
@@ -222,7 +223,7 @@ struct RangeTransfer {
   }
 }
 
-/// Tells workers that a caller has gone on.
+/// Tells workers that a caller no longer waits.
 private final class EndMark: Sendable {
   private let mark = Atomic(false)
   var isSet: Bool { mark.load(ordering: .acquiring) }

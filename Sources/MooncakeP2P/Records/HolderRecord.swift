@@ -1,15 +1,16 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// One holding as its process publishes it: written by nobody else, and gone with its lease.
+/// A holding as its process publishes it: no other process writes it, and it vanishes with its
+/// lease.
 @dynamicMemberLookup
 package struct HolderRecord: Equatable, Sendable {
   package var summary: PayloadSummary
   package var holder: HolderAddress
-  /// Whether the process registered the payload, instead of getting it.
+  /// Whether the process registered the payload rather than fetched it.
   package var isOrigin: Bool
   package var isComplete: Bool
-  /// Whether the process knows that the name has got another version since.
+  /// Whether the process knows that the name has a newer version.
   package var isSuperseded: Bool
 
   package init(
@@ -23,7 +24,7 @@ package struct HolderRecord: Equatable, Sendable {
     self.isSuperseded = isSuperseded
   }
 
-  /// What a head tells of the holder that it names.
+  /// The holder that a head names, from what the head says about it.
   package init(origin head: PayloadHead) {
     self.init(head.summary, holder: head.origin, isOrigin: true, isComplete: true)
   }

@@ -3,11 +3,11 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// Tells what happens to payloads whose names have a prefix, so that what has been told is what a
-/// list says, but for moments. Used by one thread at a time.
+/// Reports changes to payloads whose names have a prefix. But for moments, what it has reported
+/// matches a list. Used by one thread at a time.
 ///
-/// It follows the heads, by which a name is found. Where one is gone it looks who holds the
-/// payload, until another stands for it or nobody does.
+/// It follows the heads, which are what a name leads to. If one is gone, it looks for holders of
+/// the payload until one of them puts a new head or none is left.
 package final class PayloadFollower: @unchecked Sendable {
   // Unchecked: it belongs to the thread of its watch.
   package let prefix: String
@@ -15,24 +15,26 @@ package final class PayloadFollower: @unchecked Sendable {
   private let tell: @Sendable (PayloadChange) -> Void
   private let watch: MetadataWatch
 
-  /// What has been told, by name.
+  /// What has been reported, by name.
   private var known: [MetadataKey: PayloadSummary] = [:]
-  /// Those whose heads are gone: what the holders' records tell counts.
+  /// Payloads whose heads are gone, so that the holders' records count.
   private var headless: [MetadataKey: Headless] = [:]
   private struct Headless {
-    /// Something stands there that nobody can read, and behind which nobody can stand.
+    /// The head cannot be read, so no holder may replace it.
     var isBlocked: Bool
-    /// When it is looked at next, on the directory's clock, and how long that is after the last.
+    /// When it is looked at next, on the directory's clock, and the time between the last two
+    /// looks.
     var due: UInt64 = 0
     var pause: UInt64 = 0
   }
-  /// A service that comes back may have lost what its holders are about to put again.
+  /// Until when to be patient: a service that comes back may have lost what holders are about to
+  /// put again.
   private var patience: UInt64 = 0
 
   private static let recheckMilliseconds: UInt64 = 1000
-  /// For names that others block, for as long as nothing happens to them.
+  /// For blocked names, while nothing happens to them.
   private static let maximumRecheckMilliseconds: UInt64 = 10_000
-  /// What a look at those without a head gets; changes of the others wait for it.
+  /// Time limit of a look at payloads without a head; changes to others wait for it.
   private static let lookMilliseconds: UInt64 = 5000
 
   package init(
@@ -46,9 +48,8 @@ package final class PayloadFollower: @unchecked Sendable {
 
   package var uri: MetadataURI { directory.uri }
 
-  /// Waits for changes and tells of them; returns when there were some, when it is time to look at
-  /// what has no head, or when the deadline of the call has passed. May be called again after an
-  /// error.
+  /// Waits for changes and reports them; returns when there were some, when payloads without a head
+  /// must be looked at, or at the call's deadline. May be called again after an error.
   package func turn(_ call: MetadataCall) throws(EngineError) {
     do throws(EngineError) {
       let wait = MetadataCall(
@@ -99,7 +100,7 @@ package final class PayloadFollower: @unchecked Sendable {
 
   private func note(_ summary: PayloadSummary, _ key: MetadataKey) {
     let former = known.updateValue(summary, forKey: key)
-    // Another holder that stands for the same version is no news.
+    // Another holder standing for the same version is not a change.
     if former?.version == summary.version { return }
     let info = summary.info(holderCount: 1)
     tell(former == nil ? .appeared(info) : .changed(info))
@@ -115,7 +116,7 @@ package final class PayloadFollower: @unchecked Sendable {
       if let summary = listed[key] {
         note(summary, key)
       } else if let told, patience <= now || removals[key]?.cover(told) ?? false {
-        // Nobody can stand for a name that is blocked, so that it is looked at for longer.
+        // No holder may put a head for a blocked name, so keep looking at it.
         if headless[key]?.isBlocked == false { headless[key] = nil }
         known[key] = nil
         tell(.vanished(name: told.name))

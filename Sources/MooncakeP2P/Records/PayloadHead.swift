@@ -1,7 +1,7 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// What stands under a payload's name: its present version, and somebody who has all of it.
+/// The record under a payload's name: its current version, and a holder that has all of it.
 @dynamicMemberLookup
 package struct PayloadHead: Equatable, Sendable {
   package var summary: PayloadSummary

@@ -1,11 +1,11 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// What names of payloads may be. They are parts of keys in the metadata service.
+/// The rules for payload names, which are parts of keys in the metadata service.
 package enum PayloadName {
   package static let maximumBytes = 512
 
-  /// Refuses names that could not be keys.
+  /// Refuses names that cannot be keys.
   package static func check(_ name: String) throws(EngineError) {
     guard let reason = fault(name) else { return }
     throw EngineError(
@@ -14,7 +14,7 @@ package enum PayloadName {
         + "\(maximumBytes) bytes without control characters and does not begin with a slash")
   }
 
-  /// Why a name is unacceptable; nil if it is not.
+  /// Why a name is refused; nil if it is acceptable.
   static func fault(_ name: String) -> String? {
     if name.isEmpty { return "is empty" }
     if name.utf8.count > maximumBytes { return "is longer than \(maximumBytes) bytes" }

@@ -1,7 +1,7 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// What the metadata service tells of a version of a payload; the rest is in its manifest.
+/// What the metadata service knows about a version of a payload; the rest is in its manifest.
 package struct PayloadSummary: Equatable, Sendable {
   package var name: String
   package var version: PayloadVersion
@@ -58,7 +58,7 @@ package struct PayloadSummary: Equatable, Sendable {
     let size = try Self.number(value, "size", upTo: .max)
     let shardCount = try Self.number(value, "shards", upTo: UInt64(ShardLayout.maximumShardCount))
     let shardBytes = try Self.number(value, "shard_bytes", upTo: ShardLayout.maximumShardBytes)
-    // Counts that cannot be true would mislead whoever plans with them.
+    // Impossible counts would mislead callers that plan with them.
     if shardCount.multipliedReportingOverflow(by: shardBytes).overflow
       || shardCount * shardBytes < size
     {

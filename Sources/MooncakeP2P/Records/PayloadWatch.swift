@@ -4,17 +4,17 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// What happened to a payload that is watched.
+/// A change to a watched payload.
 public enum PayloadChange: Sendable, Equatable {
-  /// It is there; also told of all that are there in the beginning.
+  /// It is there. Also reported at the start for each that already is.
   case appeared(PayloadInfo)
-  /// It has another version.
+  /// It has a new version.
   case changed(PayloadInfo)
   /// Nobody holds it any more, or it was removed.
   case vanished(name: String)
 }
 
-/// Tells a handler of payloads whose names have a prefix, until it is stopped or released, or its
+/// Reports payloads whose names have a prefix to a handler, until it is stopped or released, or its
 /// store is closed.
 public final class PayloadWatch: Sendable {
   private let loop: PayloadWatchLoop
@@ -36,9 +36,9 @@ public final class PayloadWatch: Sendable {
 
   deinit { stop() }
 
-  /// Ends the watch. Its handler does not run when this returns, whoever else ends it at the same
-  /// time. Called by a handler of this or another watch of the same store it waits for nobody: the
-  /// handler is not called again, and a call of it that has begun goes on.
+  /// Ends the watch. When this returns, its handler is not running, even if others end the watch at
+  /// the same time. If a handler of this or another watch of the store calls it, it waits for
+  /// nobody: the handler is not called again, but a call already running goes on.
   public func stop() { watches.stop(loop) }
 }
 
@@ -48,7 +48,7 @@ final class PayloadWatchLoop: Sendable {
   private let stopping: EventFD
   private let isStopping = Flag()
   private let thread = Lock<WorkerThread?>(nil)
-  /// Whether somebody joins or has detached the thread.
+  /// Whether the thread has been joined or detached, or somebody is joining it.
   private let isReaped = Atomic(false)
   /// 0 while handlers may run.
   private let ended = Futex(1)
@@ -67,7 +67,7 @@ final class PayloadWatchLoop: Sendable {
     }
   }
 
-  /// Says `onEnd` when no handler runs any more.
+  /// Calls `onEnd` when no handler runs any more.
   func start(onEnd: @escaping @Sendable () -> Void) throws(Errno) {
     ended.store(0)
     do throws(Errno) {
@@ -90,16 +90,16 @@ final class PayloadWatchLoop: Sendable {
     stopping.signal()
   }
 
-  /// Whether the caller is the handler.
+  /// Whether the caller is running in the handler.
   var isCurrent: Bool { thread.withLock { $0?.isCurrent ?? false } }
 
-  /// Waits until no handler runs any more.
+  /// Waits until no handler is running.
   func waitUntilEnded() {
     while ended.value == 0 { ended.wait(while: 0, until: .never) }
     if !isReaped.exchange(true, ordering: .relaxed) { thread.withLock { $0 }?.join() }
   }
 
-  /// Instead of waiting, where the handler itself ends the watch.
+  /// Instead of waiting, if the handler itself ends the watch.
   func detach() {
     if !isReaped.exchange(true, ordering: .relaxed) { thread.withLock { $0 }?.detach() }
   }
@@ -128,7 +128,7 @@ final class PayloadWatchLoop: Sendable {
   }
 }
 
-/// Set once, by any thread.
+/// A flag that any thread may set, once.
 private final class Flag: Sendable {
   private let value = Atomic(false)
   var isSet: Bool { value.load(ordering: .acquiring) }

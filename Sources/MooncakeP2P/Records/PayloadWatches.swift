@@ -1,6 +1,6 @@
 import MooncakeSystem
 
-/// The watches of one store that still run.
+/// The running watches of one store.
 package final class PayloadWatches: Sendable {
   private struct State: Sendable {
     var loops: [ObjectIdentifier: PayloadWatchLoop] = [:]
@@ -10,25 +10,25 @@ package final class PayloadWatches: Sendable {
 
   package init() {}
 
-  /// Starts the thread of a watch; false, and nothing runs, once all have been ended.
+  /// Starts the thread of a watch; returns false and starts nothing once all have been ended.
   func start(_ loop: PayloadWatchLoop) throws(Errno) -> Bool {
     try state.withLock { state throws(Errno) in
       if state.isClosed { return false }
-      // It leaves the table when its last handler has returned, whoever ends it before.
+      // It leaves the table when its last handler has returned, whoever has ended it.
       try loop.start { [self] in self.state.withLock { $0.loops[ObjectIdentifier(loop)] = nil } }
       state.loops[ObjectIdentifier(loop)] = loop
       return true
     }
   }
 
-  /// Ends one watch. Its handler does not run when this returns, unless a handler calls this: two
-  /// that waited for each other would wait forever.
+  /// Ends one watch. Its handler is not running when this returns, unless a handler calls this: two
+  /// handlers that waited for each other would wait forever.
   func stop(_ loop: PayloadWatchLoop) {
     loop.requestStop()
     if isCurrent { loop.detach() } else { loop.waitUntilEnded() }
   }
 
-  /// Ends all watches, and those to come; waits for all handlers but the caller.
+  /// Ends all watches and refuses new ones; waits for all handlers but the caller.
   func close() {
     let loops = state.withLock { state in
       state.isClosed = true
@@ -40,6 +40,6 @@ package final class PayloadWatches: Sendable {
     }
   }
 
-  /// Whether the caller is a handler of one of them.
+  /// Whether the caller is running in one of their handlers.
   var isCurrent: Bool { state.withLock { $0.loops.values.contains { $0.isCurrent } } }
 }

@@ -4,14 +4,14 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// What the thread does: the lease first, then the names, then the records that the service lacks.
+/// The thread's work: first the lease, then the names, then records that the service lacks.
 extension RecordKeeper {
   private static let firstBackoffMilliseconds: UInt64 = 100
   private static let maximumBackoffMilliseconds: UInt64 = 1000
-  /// Names that are looked at in one question.
+  /// Names checked per request.
   private static let pageCount = 128
 
-  /// A third of the lease's time.
+  /// A third of the lease's duration.
   private var periodNanoseconds: UInt64 { directory.ttlMilliseconds * 1_000_000 / 3 }
 
   func run() {
@@ -45,10 +45,10 @@ extension RecordKeeper {
     }
   }
 
-  /// One turn; false if something had been lost, so that another one is due soon.
+  /// One round; false if something was lost, so that another round is due soon.
   package func step() throws(EngineError) -> Bool {
     let isSound = try renew()
-    // Before records are put again: what was removed meanwhile must not come back.
+    // Before records are put again: a payload removed meanwhile must not come back.
     var failure: EngineError?
     let removed = try lookAtNames(&failure)
     withdraw(removed)
@@ -69,7 +69,7 @@ extension RecordKeeper {
     return isSound
   }
 
-  /// Does what concerns one key. What stands in the way there does not keep others.
+  /// Does the work for one key. An obstacle there must not hold up the others.
   private func apart(
     _ failure: inout EngineError?, _ body: () throws(EngineError) -> Void
   ) throws(EngineError) {
@@ -89,7 +89,7 @@ extension RecordKeeper {
 
   // MARK: Lease
 
-  /// Gives the lease its time again, whatever else there is to do; false if something is gone.
+  /// Renews the lease before anything else; false if an entry is gone.
   private func renew() throws(EngineError) -> Bool {
     let now = directory.now()
     let (lease, entries) = state.withLock { ($0.lease, self.entries($0)) }
@@ -102,7 +102,8 @@ extension RecordKeeper {
         forget(lease)
         isSound = false
       case .lost(let keys):
-        // A head is looked at later. What has become another's does not cost the rest.
+        // A missing head is dealt with later. An entry taken over by somebody else does not cost
+        // the rest.
         state.withLock { state in
           for key in keys where state.slots[key] != nil {
             state.slots[key]?.isStored = false
@@ -116,21 +117,21 @@ extension RecordKeeper {
     return isSound
   }
 
-  /// What hangs on the lease and belongs to nothing that is held here: a put whose answer never
-  /// came takes effect as late as the service pleases, also after what it put was taken back.
+  /// Deletes entries on the lease that belong to nothing held here. A put that was never answered
+  /// may take effect at any later time, even after its entry was taken back.
   private func remove(_ strays: [String]) throws(EngineError) {
     let late = unknown(strays)
     if late.isEmpty { return }
     for (key, value) in zip(late, try store.values(of: late, call)) {
-      // It may have been put anew meanwhile.
+      // It may have been put again meanwhile.
       guard let value, !unknown([key]).isEmpty else { continue }
-      Log.info("metadata \(directory.uri): '\(key)' came after it was taken back: deleted again")
+      Log.info("metadata \(directory.uri): '\(key)' appeared after it was deleted: deleted again")
       try directory.delete(MetadataEntry(key: key, value: value), call)
     }
   }
 
-  /// Those that are keys of nothing that is held here, or being taken back, nor of its names: to
-  /// these others see.
+  /// The keys that belong to nothing held or being taken back here. Heads of names held here are
+  /// left out, because other processes see to those.
   private func unknown(_ keys: [String]) -> [String] {
     state.withLock { state in
       var unknown = keys.filter { state.slots[$0] == nil }
@@ -142,7 +143,7 @@ extension RecordKeeper {
     }
   }
 
-  /// Between two calls of a turn that may be long.
+  /// Between two calls of a round that may take long.
   private func renewIfDue() throws(EngineError) {
     if directory.now() &- state.withLock({ $0.renewed }) >= periodNanoseconds { _ = try renew() }
   }
@@ -153,20 +154,20 @@ extension RecordKeeper {
   private struct Look {
     let now: Moment
     let mark: String?
-    /// Whether any name has been removed since the last look; there may have been looks before that
-    /// nobody knows of.
+    /// Whether any name has been removed since the last look. Always true for the first one, before
+    /// which there may have been looks that nobody knows of.
     let hasNewMark: Bool
     /// nil until it is asked for.
     var hasRemovals: Bool?
     var removed: [HolderRecord] = []
-    /// What was in the way of single names.
+    /// The first obstacle at a single name.
     var failure: EngineError?
   }
 
   private typealias Item = (key: String, slot: Slot)
 
-  /// Looks at the head of each payload that is held here, and puts those that are missing. Returns
-  /// what has been removed.
+  /// Checks the head of each payload held here and puts missing ones. Returns what has been
+  /// removed.
   private func lookAtNames(
     _ failure: inout EngineError?
   ) throws(EngineError) -> [HolderRecord] {
@@ -175,7 +176,7 @@ extension RecordKeeper {
         .map { ($0.key, $0.value) }.sorted { $0.key < $1.key }
     }
     if items.isEmpty { return [] }
-    // Whatever stands there, as long as it changes.
+    // Whatever the mark says, it changes with each removal.
     let mark = try store.values(of: [directory.removalMarkKey], call)[0]
     let (looked, former) = state.withLock { ($0.looked, $0.mark) }
     var look = Look(
@@ -224,7 +225,7 @@ extension RecordKeeper {
     if !standing.isEmpty { try confirm(standing, &look) }
   }
 
-  /// Somebody may have removed a name, and found no head, just before one was put here.
+  /// Somebody may have removed a name, and found no head, just before this process put one.
   private func confirm(_ items: [Item], _ look: inout Look) throws(EngineError) {
     look.hasRemovals = try directory.hasRemovals(call)
     for item in items {
@@ -244,14 +245,14 @@ extension RecordKeeper {
 
   private func isTombstone(_ text: String?, of item: Item) -> Bool {
     guard let text else { return false }
-    // Of another release: the key names the version.
+    // Another release wrote the text, but the key names the version.
     guard let tombstone = try? Tombstone(json: text) else { return true }
     return tombstone.version == item.slot.record.version
       && item.slot.record.publishedMilliseconds <= tombstone.untilMilliseconds
   }
 
-  /// What is to become of a holding whose version does not stand under its name. Returns whether
-  /// that has been removed.
+  /// Decides about a holding whose version is not the one under its name. Returns whether that
+  /// version has been removed.
   private func judge(
     _ item: Item, _ text: String?, _ look: inout Look, _ standing: inout [Item]
   ) throws(EngineError) -> Bool {
@@ -261,7 +262,7 @@ extension RecordKeeper {
       if record.summary.isOlder(than: head.summary)
         || head.publishedMilliseconds >= record.publishedMilliseconds
       {
-        // Once this holding is the older one it never stands for the name again.
+        // Once this holding is the older one, it never stands for the name again.
         try note(item, isHeadOurs: false, isSuperseded: true)
         return false
       }
@@ -269,7 +270,7 @@ extension RecordKeeper {
         try note(item, isHeadOurs: false)
         return false
       }
-      // A holder of an older version that did not know of this one.
+      // That head is from a holder of an older version that did not know of this one.
       try directory.delete(
         MetadataEntry(key: directory.headKey(record.name), value: text), call)
     } else if record.isSuperseded {
@@ -288,24 +289,24 @@ extension RecordKeeper {
     {
       return true
     }
-    // What nobody can read is left to whoever registers or removes the name.
+    // Nobody can read this head: it is left to whoever registers or removes the name.
     try stand(item, isAllowed: text == nil || head != nil, &standing)
     return false
   }
 
-  /// Puts a head that names this holding, where none is.
+  /// Puts a head that names this holding, if there is none.
   private func stand(
     _ item: Item, isAllowed: Bool, _ standing: inout [Item]
   ) throws(EngineError) {
     let record = item.slot.record
     var isPut = false
     if record.isComplete && isAllowed {
-      // No older version stands while somebody holds a newer one.
+      // An older version must not take the name while somebody holds a newer one.
       let isNewest = try !directory.versions(of: record.name, call).contains {
         $0.isCurrent && $0.version != record.version && record.summary.isOlder(than: $0.summary)
       }
       if isNewest {
-        // Also if it is put without an answer.
+        // Even if the put is not answered.
         state.withLock { $0.slots[item.key]?.isUnconfirmed = true }
         isPut = try withLease(call) { lease throws(EngineError) in
           try store.putIfAbsent(headEntry(item.slot), lease: lease, call)
@@ -316,8 +317,8 @@ extension RecordKeeper {
     try note(item, isHeadOurs: isPut)
   }
 
-  /// Whether a removal may have been forgotten before this process could see it: it was out of
-  /// touch for longer than removals are remembered, and names have been removed meanwhile.
+  /// Whether a removal may have been forgotten before this process saw it: it was out of touch for
+  /// longer than removals are remembered, and names have been removed meanwhile.
   private func mayHaveMissedRemoval(_ slot: Slot, _ look: Look) -> Bool {
     guard look.hasNewMark else { return false }
     let away = [slot.since, state.withLock { $0.looked }].compactMap {
@@ -326,13 +327,13 @@ extension RecordKeeper {
     return away.min()! >= StoreDirectory.removalMilliseconds
   }
 
-  /// Notes what was seen of a holding.
+  /// Stores what was found out about a holding.
   private func note(
     _ item: Item, isHeadOurs: Bool, isSuperseded: Bool? = nil, published: UInt64 = 0
   ) throws(EngineError) {
     let isLate = state.withLock { state in
       guard var slot = state.slots[item.key], slot.isWanted else { return true }
-      // A head that has been published meanwhile is newer than what was seen here.
+      // A head published meanwhile is newer than what was seen here.
       if slot.isHeadOurs == item.slot.isHeadOurs { slot.isHeadOurs = isHeadOurs }
       var record = slot.record
       record.isSuperseded = isSuperseded ?? record.isSuperseded
@@ -351,7 +352,7 @@ extension RecordKeeper {
 
   // MARK: Removal
 
-  /// Tells the handler, apart from this thread: it waits for readers, and the lease must not.
+  /// Calls the handler on another thread, because it waits for readers and the lease must not.
   private func withdraw(_ records: [HolderRecord]) {
     guard !records.isEmpty, let handler = state.withLock({ $0.onRemoval }) else { return }
     if !hasThread {
@@ -368,13 +369,13 @@ extension RecordKeeper {
       state.withLock { $0.withdrawal = thread }
     } catch {
       isWithdrawing.store(false, ordering: .releasing)
-      Log.warning("removed payloads are withdrawn later: no thread: \(error)")
+      Log.warning("removed payloads are withdrawn later, no thread could be started: \(error)")
     }
   }
 }
 
 extension Bool {
-  /// Sets a value and returns the one before.
+  /// Sets a value and returns the previous one.
   fileprivate mutating func exchange(_ value: Bool) -> Bool {
     defer { self = value }
     return self

@@ -4,30 +4,30 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// Keeps what a process publishes about its holdings true: one lease for all records, renewed by
-/// one thread, `mc-store`, which puts again what the service has lost and sees to it that the name
-/// of each payload that is here leads to somebody.
+/// Keeps a process's published holdings current: one lease for all records, renewed by one thread,
+/// `mc-store`, which also puts back what the service has lost and makes sure that the name of each
+/// payload held here leads to a holder.
 ///
 /// Calls talk to the service on their caller's thread and wait for nobody else; what fails is
-/// repeated by the thread.
+/// retried by the thread.
 package final class RecordKeeper: Sendable {
   struct Slot: Sendable {
     var record: HolderRecord { didSet { describe() } }
-    /// Differs for each change of the record.
+    /// Changes with each change of the record.
     var edition: UInt64
-    /// Since when others can have removed it.
+    /// Since when others could have removed it.
     let since: Moment
-    /// False: it is to be deleted.
+    /// False: to be deleted.
     var isWanted = true
-    /// Whether the service has taken it as it is here.
+    /// Whether the service has confirmed it in its present state.
     var isStored = false
     /// Whether the payload's head names this holding.
     var isHeadOurs = false
-    /// While a call publishes it, what stands under its name is not the thread's to judge.
+    /// While a call publishes it, the thread must not judge what is under its name.
     var isPublishing = false
-    /// The head was put where none was; whether that was removed meanwhile is not known yet.
+    /// The head was put where there was none; the name may have been removed just before.
     var isUnconfirmed = false
-    /// The record and the head as they are put.
+    /// The record and the head as stored.
     private(set) var text = ""
     private(set) var headText = ""
 
@@ -42,13 +42,13 @@ package final class RecordKeeper: Sendable {
 
     private mutating func describe() {
       text = record.json
-      // What stands under the payload's name when this holding stands for it.
+      // The head that makes the name lead to this holding.
       headText = PayloadHead(record.summary, origin: record.holder).json
     }
   }
 
-  /// On the directory's clock, and by the time of day: a virtual machine that stands still has no
-  /// other clock that tells.
+  /// On the directory's clock and by the time of day: in a virtual machine that was paused, only
+  /// the latter shows how long.
   struct Moment: Sendable {
     let nanoseconds: UInt64
     let wallMilliseconds: UInt64
@@ -58,7 +58,7 @@ package final class RecordKeeper: Sendable {
       wallMilliseconds = directory.wallMilliseconds()
     }
 
-    /// The larger one where they differ.
+    /// The larger of the two where they differ.
     func milliseconds(since other: Moment) -> UInt64 {
       max(
         (nanoseconds &- other.nanoseconds) / 1_000_000,
@@ -71,13 +71,13 @@ package final class RecordKeeper: Sendable {
     var slots: [String: Slot] = [:]
     var lease: MetadataLease?
     var lastEdition: UInt64 = 0
-    /// When the lease was renewed, on the directory's clock.
+    /// When the lease was last renewed, on the directory's clock.
     var renewed: UInt64 = 0
-    /// When all names were looked at, and the mark of removals then.
+    /// When all names were last checked, and the removal mark at that time.
     var looked: Moment?
     var mark: String?
     var isDown = false
-    /// Whether something stands in the way of single records.
+    /// Whether single records could not be put.
     var isHindered = false
     var isStopping = false
     var onRemoval: (@Sendable (HolderRecord) -> Void)?
@@ -90,7 +90,7 @@ package final class RecordKeeper: Sendable {
   let state = Lock(State())
   let stopping: EventFD
   let isWithdrawing = Atomic(false)
-  /// False: `step` is called by hand, and removals are told on its caller's thread.
+  /// False: tests call `step`, and removals are reported on its caller's thread.
   let hasThread: Bool
 
   private static let removalMilliseconds: UInt64 = 2000
@@ -104,13 +104,13 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  /// Says what to do when somebody removes a payload that is held here. The handler runs on a
-  /// thread of its own, and again until the record is removed.
+  /// Sets the handler for removals of payloads that are held here. It runs on its own thread,
+  /// repeatedly until the record is removed.
   package func onRemoval(_ handler: @escaping @Sendable (HolderRecord) -> Void) {
     state.withLock { $0.onRemoval = handler }
   }
 
-  /// Says what else to do in each turn of the thread, within a call.
+  /// Adds work for each round of the thread, within a call.
   func onTurn(_ handler: @escaping @Sendable (MetadataCall) -> Void) {
     state.withLock { $0.onTurn = handler }
   }
@@ -136,22 +136,22 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  /// A removal at the same time covers what was published until a moment ago. What has been
-  /// published must not be withdrawn for it later: it is published again, as later.
+  /// A concurrent removal covers what was published until a moment ago. A holding just published
+  /// must not be withdrawn by it afterwards, so it is published again with a later time.
   private func outlive(
     _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
   ) throws(EngineError) {
     for _ in 0..<Self.attemptLimit {
       guard let slot = state.withLock({ $0.slots[key] }) else { throw Self.closed }
       if try !directory.removals(of: record.name, call).cover(slot.record.summary) { return }
-      // The name is free, or still this one's, unless another has taken it since.
+      // The name is free or still this holding's, unless somebody else has taken it since.
       if isCreateOnly { try directory.delete(headEntry(slot), call) }
       try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
     }
     throw EngineError(
       .notFound,
-      "payload '\(record.name)': it was removed in metadata \(directory.uri) each time that it was "
-        + "published: register it when nobody removes it any more")
+      "payload '\(record.name)': each time that it was published in metadata \(directory.uri), "
+        + "somebody removed it: register it again once that has stopped")
   }
 
   private func putWithHead(
@@ -175,8 +175,8 @@ package final class RecordKeeper: Sendable {
     state.withLock { $0.slots[key]?.isHeadOurs = true }
   }
 
-  /// The record as one that is published after all that the service knows of under its name, so
-  /// that clocks which differ do not make it an older version.
+  /// The record with a publishing time after everything that the service has under its name, so
+  /// that differing clocks do not make it an older version.
   private func latest(
     _ record: HolderRecord, _ call: MetadataCall
   ) throws(EngineError) -> HolderRecord {
@@ -194,7 +194,7 @@ package final class RecordKeeper: Sendable {
     return record
   }
 
-  /// Publishes a holding, or what has changed about it.
+  /// Publishes a holding, or changes to it.
   package func put(_ record: HolderRecord, _ call: MetadataCall) {
     let key = directory.holderKey(record)
     do throws(EngineError) {
@@ -202,11 +202,11 @@ package final class RecordKeeper: Sendable {
       note(record, key)
       try settle(key, call)
     } catch {
-      Log.warning("payload '\(record.name)': its record is put later: \(error.message)")
+      Log.warning("payload '\(record.name)': its record could not be put yet: \(error.message)")
     }
   }
 
-  /// Takes a holding back, and the payload's head if it names this one.
+  /// Deletes a holding's record, and the payload's head if it names this holding.
   package func remove(_ record: HolderRecord, _ call: MetadataCall) {
     let key = directory.holderKey(record)
     let isKnown = state.withLock { state in
@@ -214,7 +214,7 @@ package final class RecordKeeper: Sendable {
       state.lastEdition &+= 1
       state.slots[key]?.edition = state.lastEdition
       state.slots[key]?.isWanted = false
-      // Should deleting it fail, the thread does it.
+      // If deleting it fails, the thread does it.
       state.slots[key]?.isStored = false
       return true
     }
@@ -222,12 +222,12 @@ package final class RecordKeeper: Sendable {
     do throws(EngineError) {
       try settle(key, call)
     } catch {
-      Log.info("payload '\(record.name)': its record is deleted later: \(error.message)")
+      Log.info("payload '\(record.name)': its record could not be deleted yet: \(error.message)")
     }
   }
 
-  /// Ends the thread and removes everything that was put. No handler runs afterwards, except the
-  /// one that calls this.
+  /// Ends the thread and deletes everything that was put. Afterwards no handler runs, except one
+  /// that calls this.
   package func stop(until end: Deadline = .never) {
     let (isFirst, thread) = state.withLock { state in
       defer { state.isStopping = true }
@@ -236,7 +236,7 @@ package final class RecordKeeper: Sendable {
     if !isFirst { return }
     stopping.signal()
     thread?.join()
-    // Only the thread that has ended would start another one.
+    // Only the thread could start another one, and it has ended.
     let withdrawal = state.withLock { $0.withdrawal.take() }
     if let withdrawal, !withdrawal.isCurrent { withdrawal.join() }
     let (entries, lease, isDown) = state.withLock { state in
@@ -262,7 +262,7 @@ package final class RecordKeeper: Sendable {
       state.lastEdition &+= 1
       var slot = state.slots[key] ?? Slot(record, since: now)
       var record = record
-      // What the thread has learned of the name since.
+      // Keep what the thread has learned about the name meanwhile.
       record.isSuperseded = record.isSuperseded || slot.record.isSuperseded
       record.summary.publishedMilliseconds = max(
         record.publishedMilliseconds, slot.record.publishedMilliseconds)
@@ -275,8 +275,8 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  /// Brings the service's record to what it is to be. Another thread may do the same: whoever finds
-  /// that it put what is no longer wanted goes on until it is right.
+  /// Makes the stored record match the wanted one. Another thread may be doing the same: the one
+  /// that finds that it stored an outdated record repeats until it is right.
   func settle(_ key: String, _ call: MetadataCall) throws(EngineError) {
     var didPut = false
     while true {
@@ -307,7 +307,7 @@ package final class RecordKeeper: Sendable {
     MetadataEntry(key: directory.headKey(slot.name), value: slot.headText)
   }
 
-  /// What hangs on the lease.
+  /// The entries that depend on the lease.
   func entries(_ state: State) -> [MetadataEntry] {
     var entries: [MetadataEntry] = []
     for (key, slot) in state.slots where slot.isWanted && slot.isStored {
@@ -319,7 +319,7 @@ package final class RecordKeeper: Sendable {
 
   // MARK: Lease
 
-  /// Runs `body` with the lease; once more with a new one if it has ended.
+  /// Runs `body` with the lease; if that has ended, once more with a new one.
   func withLease<Result>(
     _ call: MetadataCall, _ body: (MetadataLease) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
@@ -344,7 +344,7 @@ package final class RecordKeeper: Sendable {
           + "mooncake metadata serve, etcd or Redis")
     }
     let now = directory.now()
-    // Where two make one, the other ends unused.
+    // If two threads granted one, the other expires unused.
     return state.withLock { state in
       if state.lease == nil {
         state.lease = new
@@ -354,7 +354,7 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  /// Nothing hangs on a lease any more.
+  /// Nothing depends on that lease any more.
   func forget(_ lease: MetadataLease?) {
     state.withLock { state in
       guard state.lease == lease else { return }
@@ -371,7 +371,7 @@ package final class RecordKeeper: Sendable {
     do throws(Errno) {
       try state.withLock { state throws(Errno) in
         if state.thread != nil || state.isStopping || !hasThread { return }
-        // Keeps this alive until `stop`.
+        // Keeps this object alive until `stop`.
         state.thread = try WorkerThread.start(name: "mc-store") { self.run() }
       }
     } catch {

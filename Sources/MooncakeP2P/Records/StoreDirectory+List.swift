@@ -3,12 +3,12 @@ import MooncakeEngine
 import MooncakeMetadata
 
 extension StoreDirectory {
-  /// Every payload whose name begins with `start`, in order of names. One that nobody stands for by
-  /// name is told as the newest version that somebody has all of.
+  /// Every payload whose name begins with `start`, in order of names. A name without a head is
+  /// listed with the newest version that a holder has all of.
   package func list(
     prefix start: String, _ call: MetadataCall
   ) throws(EngineError) -> [PayloadInfo] {
-    // Names are bytes: texts that only look alike are different ones.
+    // By bytes: equal strings may be different names.
     var infos: [MetadataKey: PayloadInfo] = [:]
     try store.forEach(prefix: headKey(start), call) { entry throws(EngineError) in
       guard let head = head(name(ofHead: entry.key), in: entry.value) else { return }
@@ -25,7 +25,7 @@ extension StoreDirectory {
       }
     }
     if !headless.isEmpty {
-      // The holders of a removed name may not have learned of it yet.
+      // Holders of a removed name may not have noticed yet.
       let removals = try removals(startingWith: start, call) { headless[$0] != nil }
       for (key, versions) in headless {
         guard let newest = Self.listed(versions, removals[key] ?? Removals()) else { continue }
@@ -35,11 +35,11 @@ extension StoreDirectory {
     return infos.sorted { $0.key < $1.key }.map(\.value)
   }
 
-  /// Names that are asked for one by one; to walk over all records is less work for more.
+  /// Above this many names, walking through all records is less work than asking for each.
   private static let singleCount = 16
 
-  /// As what some names that begin with `start` are listed, by name, and what was removed of those
-  /// that have no head.
+  /// How some names that begin with `start` are listed, by name, and the removals of those without
+  /// a head.
   func lookUp(
     _ names: [MetadataKey], startingWith start: String, _ call: MetadataCall
   ) throws(EngineError) -> (listed: [MetadataKey: PayloadSummary], [MetadataKey: Removals]) {
@@ -66,7 +66,7 @@ extension StoreDirectory {
     for (name, versions) in held {
       listed[name] = Self.listed(versions, removals[name] ?? Removals())?.summary
     }
-    // Somebody may stand for them by now.
+    // They may have a head by now.
     let rest = names.filter { listed[$0] == nil }
     let texts = try store.values(of: rest.map { headKey($0.text) }, call)
     for (name, text) in zip(rest, texts) { listed[name] = head(name.text, in: text)?.summary }

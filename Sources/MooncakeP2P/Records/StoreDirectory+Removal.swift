@@ -3,13 +3,13 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// What was removed of one name lately.
+/// The recent removals of one name.
 package struct Removals: Sendable {
-  /// Up to when what was published is removed; nil if nothing was.
+  /// Everything published up to this time is removed; nil: nothing is.
   package private(set) var untilMilliseconds: UInt64?
 
-  /// Whether what a summary tells was removed. The same version may have been published since: that
-  /// is told as later.
+  /// Whether what a summary describes was removed. If the same version was published again since,
+  /// its time is later.
   package func cover(_ summary: PayloadSummary) -> Bool {
     untilMilliseconds.map { summary.publishedMilliseconds <= $0 } ?? false
   }
@@ -19,7 +19,7 @@ package struct Removals: Sendable {
   }
 }
 
-/// Says that a version of a name was removed, and all that was published before.
+/// Records that a version of a name was removed, and everything published before it.
 struct Tombstone: Sendable {
   let name: String
   let version: PayloadVersion
@@ -53,7 +53,7 @@ struct Tombstone: Sendable {
   }
 }
 
-/// The lease of the removals that one process makes in some time.
+/// The lease of the removals that one process makes in some period.
 struct Burial: Sendable {
   let lease: MetadataLease?
   /// On the directory's clock.
@@ -61,10 +61,10 @@ struct Burial: Sendable {
 }
 
 extension StoreDirectory {
-  /// How long a removal is remembered at least. A holder that has been out of touch for longer
-  /// finds out by the mark whether it may have missed one.
+  /// How long a removal is remembered at least. A holder out of touch for longer finds out by the
+  /// mark whether it may have missed one.
   package static let removalMilliseconds: UInt64 = 30 * 60_000
-  /// As long as our server's leases may be. Half of it is for removals to come.
+  /// The longest lease that our server grants. Half of it is for later removals.
   private static let burialMilliseconds: UInt64 = 2 * removalMilliseconds
   private static let attemptLimit = 8
 
@@ -78,13 +78,13 @@ extension StoreDirectory {
     removalPrefix(name) + version.description
   }
 
-  /// Another text with each removal of whatever name; nothing for as long as there was none. No
-  /// name is empty.
+  /// Its text changes with each removal of any name; absent if there never was one. It cannot clash
+  /// with a name, because no name is empty.
   var removalMarkKey: String { removalPrefix + "/latest" }
 
-  /// Removes a name: its holders withdraw each version that there is by now. Returns false if there
-  /// is none. Those of a later version of the store may not withdraw for what this one writes: then
-  /// it throws `unsupported`, and nothing is removed.
+  /// Removes a name: its holders withdraw every version published until now. Returns false if there
+  /// is none. Holders with a later version of the store may not understand this removal: then it
+  /// throws `unsupported` and removes nothing.
   package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
     let start = wallMilliseconds()
     var isRemoved = false
@@ -96,19 +96,20 @@ extension StoreDirectory {
       }
       let head = head(name, in: text)
       let removals = try removals(of: name, call)
-      // Only what is read after the removal was put ends this: until then a holder that looks for
-      // one finds none and may stand for the name. A head published later is another's.
+      // Only what is read after the removal was put ends the loop: until then, a holder that looks
+      // for removals finds none and may put a head. A head published later belongs to somebody
+      // else.
       if isRemoved && (text == nil || head.map { !removals.cover($0.summary) } ?? false) { break }
       var summaries = try versions(of: name, call).map(\.summary)
       if let head, !summaries.contains(where: { $0.version == head.version }) {
         summaries.append(head.summary)
       }
-      // Nobody stands for it, and its holders are yet to learn of its removal, if there are any.
+      // Nobody stands for it; its holders, if any, have yet to learn of its removal.
       if text == nil && summaries.allSatisfy({ removals.cover($0) }) {
         if removals.untilMilliseconds == nil { try refuseLaterRecords(of: name, call) }
         break
       }
-      // First this, since a holder that finds no head looks here before it puts one.
+      // This comes first, because a holder that finds no head looks here before it puts one.
       try bury(name, summaries, since: start, call)
       isRemoved = true
       if let text { try delete(MetadataEntry(key: headKey(name), value: text), call) }
@@ -120,10 +121,10 @@ extension StoreDirectory {
     _ name: String, _ summaries: [PayloadSummary], since start: UInt64, _ call: MetadataCall
   ) throws(EngineError) {
     let until = max(start, summaries.map(\.publishedMilliseconds).max() ?? 0)
-    // Before, so that whoever is away finds it even if this ends in the middle; after, since others
-    // may have looked in between.
+    // Before, so that holders that are away notice it even if this breaks off; after, because
+    // others may have looked in between.
     try putMark(call)
-    // Behind a head that nobody can read there may be any version.
+    // If the head is unreadable, it may stand for any version.
     let versions =
       summaries.isEmpty ? [PayloadVersion(high: 0, low: 0)] : summaries.map(\.version)
     for version in versions {
@@ -149,8 +150,8 @@ extension StoreDirectory {
       lease: nil, call)
   }
 
-  /// A lease that lasts long enough; one for all removals of some time, since services bound how
-  /// many there are.
+  /// A lease that lasts long enough, reused for all removals of some period because services limit
+  /// how many there are.
   private func burialLease(_ call: MetadataCall) throws(EngineError) -> MetadataLease? {
     let now = now()
     let present = burial.withLock { $0 }
@@ -164,7 +165,7 @@ extension StoreDirectory {
     return lease
   }
 
-  /// What was removed of a name.
+  /// The removals of one name.
   package func removals(
     of name: String, _ call: MetadataCall
   ) throws(EngineError) -> Removals {
@@ -176,7 +177,7 @@ extension StoreDirectory {
     return removals
   }
 
-  /// The same of every name that begins with `start` and that `isAsked` for.
+  /// The same for every name that begins with `start` and for which `isAsked` is true.
   func removals(
     startingWith start: String, _ call: MetadataCall, isAsked: (MetadataKey) -> Bool
   ) throws(EngineError) -> [MetadataKey: Removals] {
@@ -191,22 +192,22 @@ extension StoreDirectory {
     return removals
   }
 
-  /// Redis walks over all of its keys for a listing. The mark is put before whatever else tells of
-  /// a removal, and stays: without it there is none.
+  /// Whether a listing, for which Redis walks through all of its keys, can be skipped. The mark is
+  /// put before any removal and stays: without it, there are no removals.
   private func isListingSpared(_ call: MetadataCall) throws(EngineError) -> Bool {
     guard store is RedisStore else { return false }
     return try store.values(of: [removalMarkKey], call)[0] == nil
   }
 
-  /// Whether any name at all was removed lately.
+  /// Whether any name was removed recently.
   func hasRemovals(_ call: MetadataCall) throws(EngineError) -> Bool {
     try store.list(prefix: removalPrefix, from: nil, limit: 2, call).entries.contains {
       $0.key != removalMarkKey
     }
   }
 
-  /// nil unless the key is one's. The key alone says which version was removed, whatever a later
-  /// version of this store has written there.
+  /// nil unless the key is a removal's. The key alone says which version was removed, whatever text
+  /// a later version of the store writes there.
   private func tombstone(_ entry: MetadataEntry) -> Tombstone? {
     guard let (name, version) = removed(inKey: entry.key) else { return nil }
     do throws(EngineError) {

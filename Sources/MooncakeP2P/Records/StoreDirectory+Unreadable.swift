@@ -3,12 +3,12 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// What stands in a metadata service and cannot be read here: it is malformed, or needs a later
-/// version of the store.
+/// Entries of a metadata service that cannot be read here, because they are malformed or need a
+/// later version of the store.
 extension StoreDirectory {
-  /// Keys that are remembered and told.
+  /// How many keys are remembered and reported.
   private static let unreadableCount = 256
-  /// Records of a name that are looked at for a reason.
+  /// How many records of a name are searched for a reason.
   private static let lookCount = 64
 
   /// What could not be read so far, and why, in order of keys.
@@ -22,7 +22,7 @@ extension StoreDirectory {
     "metadata \(uri): key '\(key)' is passed over: \(reason)"
   }
 
-  /// What `read` returns; nil if it throws, which is logged once for each key.
+  /// The result of `read`; nil if it throws, which is logged once per key.
   func readable<Value>(
     _ key: String, _ read: () throws(EngineError) -> Value
   ) -> Value? {
@@ -32,7 +32,7 @@ extension StoreDirectory {
     }
   }
 
-  /// Logs once for each key why what stands there is passed over.
+  /// Logs once per key why its entry is skipped.
   func tellUnreadable(_ key: String, _ reason: String) {
     let isNew = unreadable.withLock { reasons in
       if reasons.count >= Self.unreadableCount { return false }
@@ -42,7 +42,7 @@ extension StoreDirectory {
   }
 
   /// Throws if a holder's record of a name, or of one version of it, needs a later version of the
-  /// store. Asked before it is said that nobody holds that.
+  /// store. Checked before reporting that nobody holds it.
   package func refuseLaterRecords(
     of name: String, version: PayloadVersion? = nil, _ call: MetadataCall
   ) throws(EngineError) {
@@ -55,7 +55,7 @@ extension StoreDirectory {
     }
   }
 
-  /// Why what stands under a name cannot be read, if it needs a later version of the store.
+  /// Why the head of a name cannot be read, if it needs a later version of the store.
   func refusal(ofHead name: String, _ text: String?) -> EngineError? {
     guard let text else { return nil }
     do throws(EngineError) { _ = try PayloadHead(json: text) } catch {
@@ -64,7 +64,7 @@ extension StoreDirectory {
     return nil
   }
 
-  /// Why a call fails because of what it found.
+  /// The error of a call that fails because of an entry.
   func refusal(_ key: String, _ error: EngineError) -> EngineError {
     EngineError(error.code, "metadata \(uri): key '\(key)': \(error.message)")
   }

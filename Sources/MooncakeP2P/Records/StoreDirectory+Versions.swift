@@ -2,13 +2,13 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 
-/// What the records of its holders tell of one version of a payload.
+/// What the holders' records say about one version of a payload.
 package struct HeldVersion: Sendable {
   package private(set) var summary: PayloadSummary
   package private(set) var holderCount: UInt64 = 0
-  /// Whether somebody holds it who knows of no newer version.
+  /// Whether one of its holders knows of no newer version.
   package private(set) var isCurrent = false
-  /// Whether such a one has all of it.
+  /// Whether such a holder has all of it.
   package private(set) var isComplete = false
 
   init(_ record: HolderRecord) {
@@ -44,8 +44,8 @@ extension PayloadSummary {
 extension StoreDirectory {
   private static let recordCount = 256
 
-  /// The versions of a name that somebody holds. However many holders there are, no more than a
-  /// page of their records is in memory; of a version that somebody has all of no more are read.
+  /// The versions of a name that somebody holds. Only one page of records is in memory at a time,
+  /// and no more are read for a version once a complete holder is found.
   package func versions(
     of name: String, _ call: MetadataCall
   ) throws(EngineError) -> [HeldVersion] {
@@ -61,14 +61,14 @@ extension StoreDirectory {
       position = page.next
       if let last = versions.last, last.isComplete, let next = position {
         let own = holderPrefix(name, last.version)
-        // Behind all digits.
+        // Sorts after all digits.
         if next.utf8.starts(with: own.utf8) { position = own + "~" }
       }
     } while position != nil
     return versions
   }
 
-  /// Records come in order of keys, so that those of a version are together.
+  /// Records come in key order, so those of one version are together.
   static func note(_ record: HolderRecord, _ versions: inout [HeldVersion]) {
     if versions.last?.version == record.version {
       versions[versions.count - 1].note(record)
@@ -77,8 +77,8 @@ extension StoreDirectory {
     }
   }
 
-  /// The version that a name has while nobody stands for it; nil if there is none. A version whose
-  /// holders know of a newer one is not chosen when that one is gone, nor is one that was removed.
+  /// The version of a name without a head; nil if there is none. A version whose holders know of a
+  /// newer one is not revived when that one is gone, nor is a removed one.
   package func newest(
     of name: String, _ call: MetadataCall
   ) throws(EngineError) -> HeldVersion? {
@@ -92,8 +92,8 @@ extension StoreDirectory {
       .max { $0.summary.isOlder(than: $1.summary) }
   }
 
-  /// As which a name without a head is listed: as the newest version, if somebody has all of that
-  /// and so is about to stand for it.
+  /// How a name without a head is listed: as its newest version, if somebody has all of it and so
+  /// is about to put a head.
   static func listed(_ versions: [HeldVersion], _ removals: Removals) -> HeldVersion? {
     newest(versions, removals).flatMap { $0.isComplete ? $0 : nil }
   }

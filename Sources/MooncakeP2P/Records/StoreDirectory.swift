@@ -3,23 +3,22 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// The store's part of a metadata service: its keys, and what stands under them.
+/// The store's part of a metadata service: its keys and their values.
 ///
-/// A record that is malformed counts as absent where many are read, and is an error where one is
-/// asked for.
+/// A malformed record counts as absent when many are read, and is an error when one is asked for.
 package final class StoreDirectory: Sendable {
   package let store: any MetadataStore
-  /// Of every key: "mooncake/", and the cluster if there is one.
+  /// Begins every key: "mooncake/", and the cluster if there is one.
   let prefix: String
-  /// How long records stay without a sign of life of their process.
+  /// How long records outlive the last sign of life of their process.
   let ttlMilliseconds: UInt64
-  /// Nanoseconds that never go back, and go on while the machine is suspended.
+  /// Nanoseconds on a clock that never goes back and does not stop while the machine is suspended.
   let now: @Sendable () -> UInt64
   /// Milliseconds since 1970.
   let wallMilliseconds: @Sendable () -> UInt64
-  /// What removals hang on.
+  /// The lease of removals.
   let burial = Lock<Burial?>(nil)
-  /// Keys whose contents have been complained of, and why.
+  /// Keys whose values have been reported as unreadable, and why.
   let unreadable = Lock<[MetadataKey: String]>([:])
 
   package convenience init(_ directory: MetadataDirectory) {
@@ -48,13 +47,13 @@ package final class StoreDirectory: Sendable {
 
   package func headKey(_ name: String) -> String { headPrefix + name }
 
-  /// The name whose head stands under a key.
+  /// The name that a head's key belongs to.
   func name(ofHead key: String) -> String {
     String(decoding: key.utf8.dropFirst(headPrefix.utf8.count), as: UTF8.self)
   }
 
-  /// Of all names that begin with `start`; they are encoded, a slash too, so that none is the
-  /// beginning of another's keys.
+  /// Keys of all names that begin with `start`. Names are encoded, slashes too, so no name's keys
+  /// begin with another name.
   func holderKeys(startingWith start: String) -> String {
     prefix + "store/holder/" + PercentEncoding.encode(start)
   }
@@ -65,14 +64,14 @@ package final class StoreDirectory: Sendable {
     holderPrefix(name) + "\(version)/"
   }
 
-  /// Holdings are random numbers, which makes a range of keys a fair sample.
+  /// Holdings are random numbers, so a range of keys is a fair sample.
   package func holderKey(_ record: HolderRecord) -> String {
     holderPrefix(record.name, record.version) + HexNumber.text(record.holder.holding)
   }
 
   // MARK: One payload
 
-  /// What stands under a name; nil if nothing does.
+  /// The head of a name; nil if there is none.
   package func head(_ name: String, _ call: MetadataCall) throws(EngineError) -> PayloadHead? {
     guard let text = try store.get(headKey(name), call) else { return nil }
     do throws(EngineError) {
@@ -89,7 +88,7 @@ package final class StoreDirectory: Sendable {
     }
   }
 
-  /// The same of a text that has been read; nil if nobody can read it, which is logged.
+  /// The same from a text already read; nil if it cannot be read, which is logged.
   func head(_ name: String, in text: String?) -> PayloadHead? {
     guard let text else { return nil }
     return readable(headKey(name)) { () throws(EngineError) in
@@ -99,8 +98,8 @@ package final class StoreDirectory: Sendable {
     }
   }
 
-  /// Some holders of a version, chosen at random when there are more than `limit`. What is read is
-  /// bounded by the limit, however many there are.
+  /// Some holders of a version, chosen at random if there are more than `limit`. However many there
+  /// are, no more than the limit are read.
   package func holders(
     of name: String, _ version: PayloadVersion, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> [HolderRecord] {
@@ -109,7 +108,7 @@ package final class StoreDirectory: Sendable {
     let page = try store.list(prefix: prefix, from: start, limit: limit, call)
     var entries = page.entries
     if page.next == nil && entries.count < limit {
-      // Around the end, up to where it began.
+      // Wraps around, up to where it began.
       entries += try store.list(
         prefix: prefix, from: nil, limit: limit - entries.count, call
       ).entries.prefix { !start.utf8.lexicographicallyPrecedes($0.key.utf8) }
@@ -129,7 +128,7 @@ package final class StoreDirectory: Sendable {
     ).entries.compactMap(record)
   }
 
-  /// The record of an entry; nil unless it is one and stands where it belongs, which is logged.
+  /// The record of an entry; nil if it is malformed or under the wrong key, which is logged.
   func record(_ entry: MetadataEntry) -> HolderRecord? {
     readable(entry.key) { () throws(EngineError) in
       let record = try HolderRecord(json: entry.value)
@@ -138,7 +137,7 @@ package final class StoreDirectory: Sendable {
     }
   }
 
-  /// Deletes a key that others may put too, if it holds this value.
+  /// Deletes a key that others may also write, if it has this value.
   package func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {
     guard let etcd = store as? EtcdStore else { return try store.revoke(nil, [entry], call) }
     guard let (value, revision) = try etcd.getRevised(entry.key, isText: false, call),

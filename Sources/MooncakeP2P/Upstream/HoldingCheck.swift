@@ -2,9 +2,9 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Asks holders, after the last byte of a payload without digests, whether they held it until then.
-/// A holder that withdrew it meanwhile may have used the memory for something else, so the bytes
-/// may be those of another payload.
+/// After the last byte of a payload without digests, asks the holders whether they held it until
+/// then. A holder that withdrew it in between may have reused the memory, so the bytes may belong
+/// to another payload.
 struct HoldingCheck {
   let engine: TransferEngine
   let manifest: Manifest
@@ -12,10 +12,10 @@ struct HoldingCheck {
   let bounds: Bounds
 
   private static let askMilliseconds: UInt64 = 2000
-  /// For a holder that does not answer; as long as a download waits for one.
+  /// Limit for a holder that does not answer: as long as a download waits for one.
   private static let patienceMilliseconds: UInt64 = 10_000
 
-  /// Returns if all of them held it, and throws otherwise.
+  /// Throws unless all of them held it.
   func run(_ holders: Set<HolderAddress>) throws(EngineError) {
     for holder in holders { try check(holder) }
   }

@@ -3,16 +3,16 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// Fetches a payload that the existing system registered: shards by their locations, without
-/// digests. Several shards at once; each from any location, then from the others.
+/// Fetches a payload that Mooncake's store registered: no digests, and a list of locations per
+/// shard. Several shards are read at once; each is tried at all of its locations.
 package struct UnverifiedDownload {
   package struct Settings: Sendable {
-    /// Shards that are read at once.
+    /// Shards read at the same time.
     package var windowCount = 8
-    /// A segment that sends nothing for so long has failed.
+    /// A segment that sends nothing for this long has failed.
     package var silenceMilliseconds: UInt64 = 10_000
     package var openMilliseconds: UInt64 = 2000
-    /// Times a location is read for one shard whose bytes came and broke off.
+    /// How often a shard whose read began and broke off is read from one location.
     package var attemptLimit = 3
 
     package init() {}
@@ -33,16 +33,16 @@ package struct UnverifiedDownload {
   /// Where each shard came from.
   package private(set) var origins: [UpstreamDocument.Location?]
 
-  /// A shard that is missing, and where it may still be read.
-  private struct Errand {
+  /// A missing shard, and the locations still to be tried.
+  private struct MissingShard {
     let shard: Int
     var locations: [UpstreamDocument.Location]
-    /// Times that bytes came and broke off.
+    /// How often its bytes began to arrive and broke off.
     var breaks = 0
   }
 
   private struct Flight {
-    var errand: Errand
+    var missing: MissingShard
     let location: UpstreamDocument.Location
     let segment: SegmentID
     let batch: BatchID
@@ -68,21 +68,21 @@ package struct UnverifiedDownload {
   /// Fetches all shards, or those given.
   package mutating func run(_ shards: [Int]) throws(EngineError) {
     defer { finish() }
-    // Taken from the end.
+    // They are taken from the end.
     var waiting = shards.reversed().map { shard in
       let shardPlaces = document.shards[shard]
-      return Errand(
+      return MissingShard(
         shard: shard, locations: shardPlaces.replicas.shuffled() + shardPlaces.gold.shuffled())
     }
     while !waiting.isEmpty || !flights.isEmpty {
-      while flights.count < settings.windowCount, let errand = waiting.popLast() {
+      while flights.count < settings.windowCount, let missing = waiting.popLast() {
         try bounds.check("\(shards.count - doneCount) shards missing")
-        if let again = try start(errand) { waiting.append(again) }
+        if let again = try start(missing) { waiting.append(again) }
       }
       try bounds.check("\(shards.count - doneCount) shards missing")
       try bounds.report(.transferring, progress(doneCount, flights.count))
       guard let oldest = flights.first else { continue }
-      // It is waited for; the others go on meanwhile.
+      // Opening a segment blocks, but the reads in flight go on.
       let left = HolderConnection.milliseconds(until: bounds.deadline)
       _ = try? engine.wait(
         oldest.batch, timeoutMilliseconds: min(left, Self.tickMilliseconds))
@@ -90,7 +90,7 @@ package struct UnverifiedDownload {
     }
   }
 
-  /// Ends what is in flight, so that no byte arrives any more, and gives everything back.
+  /// Ends all reads in flight, so that no byte arrives any more, and releases their batches.
   private mutating func finish() {
     for flight in flights { try? engine.cancel(flight.batch) }
     for flight in flights {
@@ -102,16 +102,17 @@ package struct UnverifiedDownload {
     segments = [:]
   }
 
-  /// Takes down what has ended, and cancels what is silent. Returns what is still missing.
-  private mutating func checkFlights() -> [Errand] {
-    // Reads of one segment share its connections, so one may wait for the bytes of others.
+  /// Collects reads that have ended and cancels silent ones. Returns the shards that are still
+  /// missing.
+  private mutating func checkFlights() -> [MissingShard] {
+    // Reads of one segment share its connections, so one may wait behind another's bytes.
     var latest: [SegmentID: UInt64] = [:]
     for index in flights.indices {
       _ = flights[index].watch.hasArrived(engine)
       let flight = flights[index]
       latest[flight.segment] = max(latest[flight.segment] ?? 0, flight.watch.lastArrival)
     }
-    var missing: [Errand] = []
+    var missing: [MissingShard] = []
     var index = 0
     while index < flights.count {
       let flight = flights[index]
@@ -127,13 +128,13 @@ package struct UnverifiedDownload {
         continue
       }
       flights.remove(at: index)
-      if let errand = end(flight) { missing.append(errand) }
+      if let shard = end(flight) { missing.append(shard) }
     }
     return missing
   }
 
-  /// Returns what is to be done again.
-  private mutating func end(_ flight: Flight) -> Errand? {
+  /// Returns the shard if it must be read again.
+  private mutating func end(_ flight: Flight) -> MissingShard? {
     let status = try? engine.poll(flight.batch)
     let message = engine.failureMessage(of: flight.batch)
     try? engine.freeBatch(flight.batch)
@@ -144,13 +145,13 @@ package struct UnverifiedDownload {
     }
     failed[flight.location.segment] =
       flight.isSilent ? "it sent nothing for \(settings.silenceMilliseconds) ms" : message
-    var errand = flight.errand
+    var missing = flight.missing
     let isRefused = [.notRegistered, .accessDenied].contains(status?.error)
-    if flight.watch.hasBytes && !isRefused && errand.breaks + 1 < settings.attemptLimit {
-      errand.breaks += 1
-      errand.locations.insert(flight.location, at: 0)
+    if flight.watch.hasBytes && !isRefused && missing.breaks + 1 < settings.attemptLimit {
+      missing.breaks += 1
+      missing.locations.insert(flight.location, at: 0)
     }
-    return errand
+    return missing
   }
 
   private func progress(_ doneCount: Int, _ active: Int) -> StoreProgress {
@@ -162,8 +163,8 @@ package struct UnverifiedDownload {
   }
 
   private mutating func note(_ flight: Flight) {
-    origins[flight.errand.shard] = flight.location
-    let (segment, shard) = (flight.location.segment, flight.errand.shard)
+    origins[flight.missing.shard] = flight.location
+    let (segment, shard) = (flight.location.segment, flight.missing.shard)
     failed[segment] = nil
     let isGold = document.shards[shard].gold.contains(flight.location)
     var source =
@@ -174,34 +175,34 @@ package struct UnverifiedDownload {
     sources[segment] = source
   }
 
-  /// Starts a read from the last location, but first from those whose segment has not failed.
-  /// Returns what is to be done again if that cannot be reached.
-  private mutating func start(_ errand: Errand) throws(EngineError) -> Errand? {
-    var errand = errand
+  /// Starts a read from the last location, preferring segments that have not failed. Returns the
+  /// shard if the location cannot be reached.
+  private mutating func start(_ missing: MissingShard) throws(EngineError) -> MissingShard? {
+    var missing = missing
     guard
-      let index = errand.locations.lastIndex(where: { failed[$0.segment] == nil })
-        ?? errand.locations.indices.last
-    else { throw exhausted(errand.shard) }
-    let location = errand.locations.remove(at: index)
+      let index = missing.locations.lastIndex(where: { failed[$0.segment] == nil })
+        ?? missing.locations.indices.last
+    else { throw exhausted(missing.shard) }
+    let location = missing.locations.remove(at: index)
     do throws(EngineError) {
       let segment = try segment(location.segment)
       let batch = try engine.createBatch(capacity: 1)
       do throws(EngineError) {
-        try submit(batch, errand.shard, location, segment)
+        try submit(batch, missing.shard, location, segment)
       } catch {
         try? engine.freeBatch(batch)
         throw error
       }
       flights.append(
         Flight(
-          errand: errand, location: location, segment: segment, batch: batch,
+          missing: missing, location: location, segment: segment, batch: batch,
           watch: ArrivalWatch(engine, batch, from: segment)))
       return nil
     } catch {
-      // This is no fault of the location's.
+      // Not the location's fault.
       if error.code == .canceled || bounds.isOver { throw error }
       failed[location.segment] = error.message
-      return errand
+      return missing
     }
   }
 
@@ -212,7 +213,7 @@ package struct UnverifiedDownload {
     guard let local = layout.address(of: document.offset(of: shard), length: length) else {
       throw EngineError(.sizeMismatch, "shard \(shard) crosses the end of a buffer")
     }
-    // Longer than the operation may take: a read is judged by whether its bytes come.
+    // Never times out by itself: the arrival of bytes decides whether it has failed.
     try engine.submit(batch, count: 1, timeoutMilliseconds: .max, notification: nil) { _ in
       RawRequest(
         opcode: Opcode.read.rawValue, segment: segment, source: local,
@@ -249,7 +250,7 @@ package struct UnverifiedDownload {
   }
 }
 
-/// A segment that a worker opens for a caller who may have given up by then.
+/// A segment opened by a worker for a caller that may have given up by then.
 private final class OpenedSegment: Sendable {
   private let state = Lock<(id: SegmentID?, isAbandoned: Bool)>((nil, false))
 
@@ -273,14 +274,14 @@ private final class OpenedSegment: Sendable {
 extension P2PStore {
   private static let roundLimit = 5
 
-  /// Fetches what the existing system registered and joins its replicas.
+  /// Fetches what Mooncake's store registered and joins its replicas.
   func getUnverified(
     _ found: UpstreamCatalog.Found, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
   ) throws(EngineError) -> GetResult {
     let document = found.document
     Log.info(
-      "payload '\(document.name)' has no digests: it was registered by the existing system; its "
+      "payload '\(document.name)' has no digests: it was registered by Mooncake's store; its "
         + "bytes are not verified")
     let geometry = try Manifest(layout: document.layout, digests: [], isWritable: true)
     let (buffers, range, allocations) = try place(geometry)
@@ -334,8 +335,8 @@ extension P2PStore {
           .notFound, "payload '\(document.name)': it was replaced or removed while it was fetched")
       }
       if nowRevision == revision { shards = [] }
-      // A location that is listed no longer may have been something else when it was read; so may
-      // all where the same owner has registered the payload anew.
+      // A location that is no longer listed may have held something else when it was read. So may
+      // all of them if the same owner has registered the payload anew.
       let isContinued = document.isContinued(by: now)
       shards = shards.filter { shard in
         guard isContinued, let origin = download.origins[shard] else { return true }

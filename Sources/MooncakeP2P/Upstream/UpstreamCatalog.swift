@@ -3,35 +3,35 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// The documents that this store and the existing system's share in etcd: who has which payload.
-/// Everybody changes a document by compare-and-swap; we touch only our own entries in it.
+/// The documents about payloads and their holders that this store and Mooncake's share in etcd. All
+/// writers change a document by compare-and-swap; this one only touches its own entries.
 package final class UpstreamCatalog: Sendable {
   private let directory: StoreDirectory
   private let etcd: EtcdStore
 
-  /// Own entries of a name that are still to be removed.
-  private struct Debt {
+  /// Entries of our own that are still to be removed from a document.
+  private struct PendingRemoval {
     var segment: String
     var attempts = 100
-    /// What was put without an answer may be there only after the first look, or after many: a
-    /// member that stood still tells the others late. So it is looked at again, each time after
-    /// twice as many calls of `settle`.
+    /// An unanswered write may appear only after several looks: an etcd member that was stalled
+    /// passes it on late. So the document is looked at repeatedly, each time after twice as many
+    /// calls of `settle`.
     var looks = 12
     var pause = 1
     var turnsLeft = 0
   }
-  private let debts = Lock<[MetadataKey: Debt]>([:])
-  /// Names whose entries were put without an answer: what is removed may come back.
-  private let doubts = Lock<Set<MetadataKey>>([])
-  private static let doubtLimit = 1024
+  private let removals = Lock<[MetadataKey: PendingRemoval]>([:])
+  /// Names with an unanswered write: removed entries may come back.
+  private let unanswered = Lock<Set<MetadataKey>>([])
+  private static let unansweredLimit = 1024
 
-  /// A longer document is not written: etcd refuses requests above 1.5 MiB unless told otherwise,
-  /// and each replica rewrites all of it.
+  /// Longer documents are not written: by default etcd refuses requests above 1.5 MiB, and each
+  /// replica rewrites the whole document.
   static let maximumDocumentBytes = 512 << 10
-  /// Further replicas are known by their own records only.
+  /// Further replicas are known only by their own records.
   static let maximumReplicaCount = 16
   private static let attemptLimit = 16
-  /// Documents may be large.
+  /// Few, because documents may be large.
   private static let pageCount = 16
 
   /// nil unless the metadata service is etcd.
@@ -41,7 +41,7 @@ package final class UpstreamCatalog: Sendable {
     self.etcd = etcd
   }
 
-  /// A document, and the revision of etcd that wrote it.
+  /// A document and its etcd revision.
   package typealias Found = (document: UpstreamDocument, revision: UInt64)
 
   package func key(_ name: String) -> String { directory.prefix + "checkpoint/" + name }
@@ -70,7 +70,7 @@ package final class UpstreamCatalog: Sendable {
     }
   }
 
-  /// Payloads that have a document, in order of names. Malformed documents are passed over.
+  /// Payloads that have a document, in order of names. Malformed documents are skipped.
   package func list(
     prefix: String, _ call: MetadataCall
   ) throws(EngineError) -> [PayloadInfo] {
@@ -90,17 +90,17 @@ package final class UpstreamCatalog: Sendable {
     return infos
   }
 
-  /// Writes the document of a payload that was registered here. It replaces another one, whose
+  /// Writes the document of a payload that was registered here. It replaces an existing one, whose
   /// owners hold other bytes, unless only a new one is wanted.
   package func put(
     _ document: UpstreamDocument, isCreateOnly: Bool, _ call: MetadataCall
   ) throws(EngineError) {
     let key = key(document.name)
-    forgive(document.name)
+    keepEntries(document.name)
     do throws(EngineError) {
       try replace(document, key, isCreateOnly: isCreateOnly, call)
     } catch {
-      if error.code != .exists { doubt(document.name) }
+      if error.code != .exists { noteUnanswered(document.name) }
       throw error
     }
   }
@@ -117,7 +117,7 @@ package final class UpstreamCatalog: Sendable {
       if !isFree {
         throw EngineError(
           .exists,
-          "payload '\(document.name)': the existing system has it (key '\(key)'): choose another "
+          "payload '\(document.name)': Mooncake's store has it (key '\(key)'): choose another "
             + "name, or do not ask for create-only")
       }
     } else if isShared {
@@ -128,24 +128,24 @@ package final class UpstreamCatalog: Sendable {
     if !isShared {
       Log.info(
         "payload '\(document.name)': its \(document.shards.count) shards make a document of "
-          + "\(text.utf8.count) bytes, above \(Self.maximumDocumentBytes): the existing system's "
-          + "store does not see it; larger shards would help")
+          + "\(text.utf8.count) bytes, above \(Self.maximumDocumentBytes): Mooncake's store "
+          + "does not see it; larger shards would help")
     }
   }
 
-  /// Adds a replica of all shards to a document that has room; does nothing if there is none. Given
-  /// a version, only while the name has that one.
+  /// Adds a replica of all shards to a document that has room; does nothing without one. If a
+  /// version is given, only while the name has that version.
   package func addReplica(
     _ name: String, version: PayloadVersion? = nil, segment: String, _ addresses: [UInt64],
     _ call: MetadataCall
   ) {
-    forgive(name)
+    keepEntries(name)
     let isDone = change(name, "adding a replica", call) { document throws(EngineError) in
       guard document.shards.count == addresses.count,
         document.shards.allSatisfy({ $0.replicas.count < Self.maximumReplicaCount })
       else { return false }
-      // In this order: a new version's head stands before its document is written, so that a
-      // document read before the head is this version's, or is not written any more.
+      // Order matters: a new version's head is put before its document. So a document read before
+      // the head is this version's, or can no longer be replaced by us.
       if let version, try self.directory.head(name, call)?.version != version { return false }
       for index in document.shards.indices {
         document.shards[index].replicas.removeAll { $0.segment == segment }
@@ -154,61 +154,63 @@ package final class UpstreamCatalog: Sendable {
       }
       return true
     }
-    if !isDone { doubt(name) }
+    if !isDone { noteUnanswered(name) }
   }
 
-  /// Removes a segment's entries, and the document with the last one. Should that fail, `settle`
-  /// does it.
+  /// Removes a segment's entries, and the document with the last one. If that fails, `settle`
+  /// retries.
   package func removeOwn(_ name: String, segment: String, _ call: MetadataCall) {
-    let isDone = remove(segment, of: name, isOwed: false, call)
-    let mayComeBack = doubts.withLock { $0.remove(MetadataKey(name)) != nil }
+    let isDone = remove(segment, of: name, isPending: false, call)
+    let mayComeBack = unanswered.withLock { $0.remove(MetadataKey(name)) != nil }
     if !isDone || mayComeBack { owe(name, segment: segment) }
   }
 
-  private func doubt(_ name: String) {
-    doubts.withLock { if $0.count < Self.doubtLimit { $0.insert(MetadataKey(name)) } }
+  private func noteUnanswered(_ name: String) {
+    unanswered.withLock { if $0.count < Self.unansweredLimit { $0.insert(MetadataKey(name)) } }
   }
 
-  /// Notes that a segment's entries are there, or may appear, and are to be removed.
+  /// Notes that a segment's entries exist, or may appear, and are to be removed.
   func owe(_ name: String, segment: String) {
-    debts.withLock { $0[MetadataKey(name)] = Debt(segment: segment) }
+    removals.withLock { $0[MetadataKey(name)] = PendingRemoval(segment: segment) }
   }
 
-  /// What is put now stays.
-  private func forgive(_ name: String) { debts.withLock { $0[MetadataKey(name)] = nil } }
+  /// Entries put from now on stay.
+  private func keepEntries(_ name: String) { removals.withLock { $0[MetadataKey(name)] = nil } }
 
-  private func isOwed(_ name: String) -> Bool { debts.withLock { $0[MetadataKey(name)] != nil } }
+  private func isPending(_ name: String) -> Bool {
+    removals.withLock { $0[MetadataKey(name)] != nil }
+  }
 
-  /// Removes what could not be removed before, until the first failure. `isLast`: all of it now.
+  /// Retries failed removals until the first failure. `isLast`: all of them now.
   package func settle(_ call: MetadataCall, isLast: Bool = false) {
-    for (key, debt) in debts.withLock({ $0 }) {
-      if debt.turnsLeft > 0 && !isLast {
-        debts.withLock { $0[key]?.turnsLeft -= 1 }
+    for (key, removal) in removals.withLock({ $0 }) {
+      if removal.turnsLeft > 0 && !isLast {
+        removals.withLock { $0[key]?.turnsLeft -= 1 }
         continue
       }
-      let isDone = remove(debt.segment, of: key.text, isOwed: true, call)
-      debts.withLock { debts in
-        guard var debt = debts[key] else { return }
+      let isDone = remove(removal.segment, of: key.text, isPending: true, call)
+      removals.withLock { removals in
+        guard var removal = removals[key] else { return }
         if isDone {
-          debt.looks -= 1
-          debt.turnsLeft = debt.pause - 1
-          debt.pause *= 2
+          removal.looks -= 1
+          removal.turnsLeft = removal.pause - 1
+          removal.pause *= 2
         } else {
-          debt.attempts -= 1
+          removal.attempts -= 1
         }
-        debts[key] = debt.looks == 0 || debt.attempts == 0 ? nil : debt
+        removals[key] = removal.looks == 0 || removal.attempts == 0 ? nil : removal
       }
       if !isDone { return }
     }
   }
 
-  /// `isOwed`: only as long as nobody puts entries anew. That is asked after each reading, so a
-  /// document with new ones is either left alone or not the one that is replaced.
+  /// `isPending`: only while nobody puts entries again. That is checked after each read, so a
+  /// document with new entries is either left alone or fails the swap.
   private func remove(
-    _ segment: String, of name: String, isOwed: Bool, _ call: MetadataCall
+    _ segment: String, of name: String, isPending: Bool, _ call: MetadataCall
   ) -> Bool {
     change(name, "removing own entries", call) { document throws(EngineError) in
-      if isOwed && !self.isOwed(name) { return false }
+      if isPending && !self.isPending(name) { return false }
       var isChanged = false
       for index in document.shards.indices {
         let shard = document.shards[index]
@@ -225,8 +227,8 @@ package final class UpstreamCatalog: Sendable {
     try etcd.delete(key(name), call)
   }
 
-  /// Reads, changes and swaps until nobody came between. What fails is logged: the document only
-  /// helps processes of the existing system. Returns whether it is as it is to be.
+  /// Reads, changes and swaps until no other writer interferes. Failures are logged: the document
+  /// only helps processes that use Mooncake. Returns whether the document is as wanted.
   private func change(
     _ name: String, _ what: String, _ call: MetadataCall,
     _ body: (inout UpstreamDocument) throws(EngineError) -> Bool
@@ -246,7 +248,7 @@ package final class UpstreamCatalog: Sendable {
           break
         }
       }
-      Log.warning("payload '\(name)': \(what) in '\(key(name))': others change it all the time")
+      Log.warning("payload '\(name)': \(what) in '\(key(name))': other writers keep changing it")
     } catch {
       Log.warning("payload '\(name)': \(what): \(error.message)")
     }

@@ -1,7 +1,7 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// What the existing system's store keeps of a payload, the whole of it in one value.
+/// What Mooncake's store keeps about a payload: everything in one value.
 package struct UpstreamDocument: Equatable, Sendable {
   /// Where a shard is: an address in the memory of a segment's process.
   package struct Location: Hashable, Sendable {
@@ -16,9 +16,9 @@ package struct UpstreamDocument: Equatable, Sendable {
 
   package struct Shard: Equatable, Sendable {
     package var size: UInt64
-    /// Of those who registered the payload.
+    /// Those who registered the payload.
     package var gold: [Location]
-    /// Of those who fetched it.
+    /// Those who fetched it.
     package var replicas: [Location]
   }
 
@@ -29,7 +29,7 @@ package struct UpstreamDocument: Equatable, Sendable {
 
   private static let maximumSegmentBytes = 1024
 
-  /// The document of a process that has just registered a payload; an address for each shard.
+  /// The document of a process that has just registered a payload, with an address for each shard.
   package init(name: String, layout: ShardLayout, segment: String, addresses: [UInt64]) {
     self.name = name
     self.layout = layout
@@ -47,13 +47,13 @@ package struct UpstreamDocument: Equatable, Sendable {
   /// Where a shard begins in the payload.
   package func offset(of shard: Int) -> UInt64 { layout.payloadOffset(ofShard: shard) }
 
-  /// Whether both tell of the same buffers and shards, wherever they are.
+  /// Whether both describe the same buffers and shards, wherever they are.
   package func isSamePayload(as other: UpstreamDocument) -> Bool {
     name.utf8.elementsEqual(other.name.utf8) && layout == other.layout
   }
 
-  /// Whether a document that was written later tells of the same registration, as far as that can
-  /// be seen: one that is registered anew has no replicas, and reads the same if it had none.
+  /// Whether a later document describes the same registration, as far as can be seen: registering
+  /// anew drops the replicas, so it goes unnoticed if there were none.
   package func isContinued(by later: UpstreamDocument) -> Bool {
     if self == later { return false }
     let replicas = zip(shards, later.shards).map { (Set($0.replicas), $1.replicas) }
@@ -61,7 +61,7 @@ package struct UpstreamDocument: Equatable, Sendable {
       || replicas.contains { former, now in now.contains { former.contains($0) } }
   }
 
-  /// Who has some of it, each once, owners first.
+  /// Everyone who has some of it, listed once, owners first.
   package var holders: [PayloadHolder] {
     var order: [String] = []
     var counts: [String: (gold: Int, all: Int)] = [:]
@@ -95,7 +95,7 @@ package struct UpstreamDocument: Equatable, Sendable {
 }
 
 extension UpstreamDocument {
-  /// As the existing system writes it.
+  /// As Mooncake writes it.
   package var json: String {
     var writer = JSONWriter()
     writer.reserve(256 + shards.count * 160)
@@ -178,7 +178,7 @@ extension UpstreamDocument {
     self.shards = shards
   }
 
-  /// A list, where none at all is an empty one.
+  /// A list; a missing one is empty.
   private static func elements(
     _ value: JSONValue, _ name: String, _ limit: Int
   ) throws(EngineError) -> JSONElements {

@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// The life of a batch as callers see it: counts, waiting, descriptors, callbacks, ids.
+/// A batch as callers see it: counts, waiting, descriptors, callbacks, ids.
 struct BatchLifeTests {
   private static func withMemory(
     _ kind: TransportKind, _ body: (EnginePair, GuardedMemory, TransferRequest) throws -> Void
@@ -39,7 +39,7 @@ struct BatchLifeTests {
           failureCode { () throws(EngineError) in _ = try engine.poll(batch, request: index) }
             == .invalidArgument)
       }
-      // A finished batch takes more.
+      // A finished batch takes more requests.
       try engine.submit(batch, [request])
       #expect(try engine.wait(batch, timeoutMilliseconds: 5000).completedCount == 4)
       try engine.freeBatch(batch)
@@ -115,7 +115,7 @@ struct BatchLifeTests {
     }
   }
 
-  /// A length that no buffer can have ends in an error, never in arithmetic.
+  /// A length that no buffer can have is an error and never overflows.
   @Test(arguments: TransportKind.allCases)
   func absurdLengths(_ kind: TransportKind) throws {
     try Self.withMemory(kind) { pair, local, request in
@@ -161,14 +161,14 @@ struct BatchLifeTests {
     try engine.freeBatch(batch)
   }
 
-  /// Who has polled every request to its end may free the batch at once.
+  /// A caller that has polled every request to its end may free the batch at once.
   @Test(arguments: TransportKind.allCases)
   func freedAsSoonAsPolled(_ kind: TransportKind) throws {
     let remote = GuardedMemory(4 << 20)
     try withPair(kind, registering: remote) { pair in
       let engine = pair.initiator
       let local = GuardedMemory(4 << 20)
-      // The larger are what threads of the engine copy.
+      // The larger ones are copied by the engine's threads.
       for (rounds, count) in [(1000, 64), (100, 1 << 20)] {
         let requests = (0..<2).map {
           pair.read(into: local.address + $0 * count, from: remote.address + $0 * count, count)
@@ -226,7 +226,7 @@ struct BatchLifeTests {
         #expect(try engine.poll(batch).state == .completed)
         #expect(isReadable(descriptor, within: 0), "readable as long as it is terminal")
       }
-      // Asked for only afterwards.
+      // The descriptor is requested only afterwards.
       let late = try engine.start([request])
       _ = try engine.wait(late, timeoutMilliseconds: 5000)
       #expect(isReadable(try engine.eventDescriptor(of: late), within: 100))
@@ -314,7 +314,7 @@ struct BatchLifeTests {
     }
   }
 
-  /// A callback that is slow delays neither transfers nor their waiters.
+  /// A slow callback delays neither transfers nor their waiters.
   @Test(arguments: TransportKind.allCases)
   func slowCallback(_ kind: TransportKind) throws {
     try Self.withMemory(kind) { pair, _, request in
@@ -335,7 +335,7 @@ struct BatchLifeTests {
 
   // MARK: - Notifications
 
-  /// Submits with notifications that overlap: each is told only after what it was submitted with.
+  /// Submits with overlapping notifications: each is delivered only after its own requests.
   @Test(arguments: TransportKind.allCases)
   func overlappingNotifications(_ kind: TransportKind) throws {
     let remote = GuardedMemory(4096)
@@ -349,7 +349,7 @@ struct BatchLifeTests {
         try engine.submit(
           batch, [pair.write(from: local.address, to: remote.address, 8)],
           notification: Notification(name: "n", message: String(index + 1)))
-        // The value written is there before it is told of, and nothing later is told of yet.
+        // The written value is there before its notification, and no later one has been delivered.
         while try engine.poll(batch, request: index).state == .waiting {
           let written = remote.address.load(as: UInt64.self)
           if let told = pair.target.receiveNotification() {
@@ -375,7 +375,7 @@ struct BatchLifeTests {
       // Terminal means that the peer has it.
       #expect(pair.target.receiveNotification() == sent)
       #expect(pair.target.receiveNotification() == nil)
-      // A batch that fails tells nobody.
+      // A failed batch sends no notification.
       var bad = request
       bad.targetOffset = 64
       try engine.submit(batch, [request, bad], notification: sent)

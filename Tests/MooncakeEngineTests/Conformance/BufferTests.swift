@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Many buffers, rights, and buffers that come and go.
+/// Many buffers, access rights, and buffers that come and go.
 struct BufferTests {
   @Test(arguments: TransportKind.allCases)
   func tenThousandBuffers(_ kind: TransportKind) throws {
@@ -37,7 +37,7 @@ struct BufferTests {
         let bytes = UnsafeRawBufferPointer(start: local.address + place * length, count: length)
         #expect(Pattern(seed: 9).matches(bytes, at: pick * stride), "buffer \(pick)")
       }
-      // Between two buffers lies nothing that a peer may have.
+      // Peers may not access what lies between two buffers.
       let gap = target.address + 77 * stride + length
       let code = failureCode { () throws(EngineError) in
         try pair.initiator.transfer([pair.read(into: local.address, from: gap, 1)])
@@ -52,7 +52,7 @@ struct BufferTests {
     }
   }
 
-  /// Registering one at a time must not cost more the more there are.
+  /// Registering one more buffer must not cost more, however many there are.
   @Test(arguments: TransportKind.allCases)
   func manyRegistrationsOneByOne(_ kind: TransportKind) throws {
     let engine = try makeEngine(kind)
@@ -76,7 +76,7 @@ struct BufferTests {
     let source = GuardedMemory(count * page)
     source.fill(Pattern(seed: 1))
     try withPair(kind, registering: target) { pair in
-      // Every other page, in an order that is neither the one's nor the other's.
+      // Every other page, in neither ascending nor descending order.
       let order = (0..<count).map { $0 * 389 % count }
       try pair.initiator.transfer(
         order.map { index in
@@ -133,7 +133,7 @@ struct BufferTests {
     }
   }
 
-  /// What the descriptor has not said yet is found out by asking again.
+  /// The engine asks the peer again about buffers missing from the descriptor.
   @Test(arguments: TransportKind.allCases)
   func registeredAfterOpen(_ kind: TransportKind) throws {
     let memory = GuardedMemory(70_000)
@@ -147,7 +147,7 @@ struct BufferTests {
       try pair.target.register(memory.address, length: 70_000, access: .remoteRead)
       try pair.initiator.transfer([request])
       #expect(local.matches(Pattern(seed: 5)))
-      // Narrower rights are found out too.
+      // Narrowed rights are noticed too.
       try pair.target.unregister(memory.address)
       try pair.target.register(memory.address, length: 70_000, access: .remoteWrite)
       #expect(
@@ -183,7 +183,7 @@ struct BufferTests {
     }
   }
 
-  /// Local memory that cannot take or give the bytes fails its own request and no other.
+  /// An unusable local buffer fails its own request and no other.
   @Test(arguments: TransportKind.allCases, [Opcode.read, .write])
   func unusableLocalMemory(_ kind: TransportKind, _ opcode: Opcode) throws {
     let memory = GuardedMemory(12_288)
@@ -207,12 +207,12 @@ struct BufferTests {
       let statuses = try pair.initiator.statuses(batch, count: 3)
       #expect(statuses.map(\.error) == [nil, .invalidArgument, nil])
       try pair.initiator.freeBatch(batch)
-      // The connection is as good as new.
+      // The connection still works.
       try pair.initiator.transfer([pair.read(into: local.address, from: memory.address, 4096)])
     }
   }
 
-  /// Registered memory that is gone on the target ends in an error; both engines go on.
+  /// Registered memory that has vanished on the target is an error; both engines go on.
   @Test(arguments: TransportKind.allCases, [Opcode.read, .write])
   func unusableTargetMemory(_ kind: TransportKind, _ opcode: Opcode) throws {
     let memory = GuardedMemory(8192)

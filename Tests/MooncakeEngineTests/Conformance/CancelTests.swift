@@ -6,16 +6,16 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Canceled requests end soon, say so, and let go of their memory.
+/// Canceled requests end soon, report it, and no longer touch their memory.
 struct CancelTests {
-  /// A peer in a process of its own, its open segment, and memory as large as the peer's.
+  /// A peer process, its open segment, and local memory as large as the peer's.
   private struct Setting {
     let peer: PeerProcess
     let engine: TransferEngine
     let segment: SegmentID
     let local: GuardedMemory
 
-    /// To read what lies at a distance from the beginning of the peer's memory.
+    /// A read from an offset in the peer's memory.
     func read(_ offset: UInt64, _ count: Int, to localOffset: Int) -> TransferRequest {
       TransferRequest(
         opcode: .read, segment: segment, source: local.address + localOffset,
@@ -48,7 +48,7 @@ struct CancelTests {
     }
     try engine.transfer([request(0, 4096)])
     peer.stop()
-    // Small, striped, and more than one connection has in flight.
+    // Small ones, a striped one, and more than one connection has in flight.
     let requests = [request(0, 8 << 20)] + (0..<1500).map { request($0 * 4096, 4096) }
     let batch = try engine.start(requests)
     usleep(20_000)
@@ -73,8 +73,8 @@ struct CancelTests {
     #expect(local.holdsOnly(PeerProcess.fillByte))
   }
 
-  /// What the peer may have registered since waits until it is asked, which a stopped one never
-  /// answers.
+  /// A request outside the known buffers waits for the peer's answer about them, which never comes
+  /// from a stopped peer.
   @Test(arguments: TransportKind.needingThePeer)
   func whileTheDescriptorIsFetched(_ kind: TransportKind) throws {
     try withStoppablePeer(kind, 4096, checkWhileTheDescriptorIsFetched)
@@ -95,7 +95,7 @@ struct CancelTests {
       try engine.freeBatch(batch)
     }
     peer.resume()
-    // The answer meets nobody who waits.
+    // The answer comes when nobody waits for it any more.
     local.fill(0)
     try engine.transfer([pair.read(0, 4096, to: 0)])
     #expect(local.holdsOnly(PeerProcess.fillByte))
@@ -104,7 +104,7 @@ struct CancelTests {
   @Test(arguments: TransportKind.allCases)
   func racingCompletion(_ kind: TransportKind) throws {
     let count = 32
-    // Copies of less are over when the submit returns.
+    // Smaller copies have ended when the submit returns.
     let size = kind == .sharedMemory ? 256 << 10 : 16 << 10
     let memory = GuardedMemory(count * size)
     memory.fill(0x01)
@@ -147,7 +147,7 @@ struct CancelTests {
     #expect(local.areGuardsIntact)
   }
 
-  /// A cancel from another thread, while the requests are being queued.
+  /// Cancels from another thread while the requests are being queued.
   @Test(arguments: TransportKind.needingThePeer)
   func racingSubmit(_ kind: TransportKind) throws {
     try withStoppablePeer(kind, 1 << 20, checkRacingSubmit)
@@ -175,15 +175,15 @@ struct CancelTests {
     }
   }
 
-  /// Requests that end early leave those behind them on the connection whole: what was asked for
-  /// one is never taken for the other's answer.
+  /// Requests that end early do not harm those behind them on the connection: an answer is never
+  /// taken for another request's.
   @Test(arguments: [true, false])
   func neighborsOnOneConnection(_ cancels: Bool) throws {
     let isReleased = Box(false)
     let peer = try FakePeer { connection in
       while let header = connection.header() {
         _ = eventually(within: 10_000) { isReleased.value }
-        // Each request's place decides what it gets.
+        // The requested address decides the bytes.
         let byte = UInt8((header.address - FakePeer.bufferAddress) >> 16) + 1
         connection.sendStatus()
         connection.send([UInt8](repeating: byte, count: Int(header.size)))
@@ -221,7 +221,7 @@ struct CancelTests {
     #expect(local.areGuardsIntact)
   }
 
-  /// Canceling what is over, empty or freed.
+  /// Canceling batches that are finished, empty or freed.
   @Test(arguments: TransportKind.allCases)
   func nothingToCancel(_ kind: TransportKind) throws {
     let memory = GuardedMemory(4096)

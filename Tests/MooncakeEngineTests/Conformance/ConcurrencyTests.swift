@@ -66,7 +66,7 @@ struct ConcurrencyTests {
       requests.shuffle(using: &generator)
       let initiator = pair.initiator
       let batch = try initiator.start(requests)
-      // Every way to see the end.
+      // All ways to wait for the end.
       if UInt8.random(in: 0...1, using: &generator) == 0 {
         while try !initiator.poll(batch).state.isTerminal { sched_yield() }
       }
@@ -79,7 +79,7 @@ struct ConcurrencyTests {
     }
   }
 
-  /// One-call transfers of several threads while others submit and poll.
+  /// One-call transfers on several threads while others submit and poll.
   @Test(arguments: TransportKind.allCases)
   func synchronousTransfersBesideBatches(_ kind: TransportKind) throws {
     let memory = GuardedMemory(256 << 10)
@@ -166,7 +166,7 @@ struct ConcurrencyTests {
     }
   }
 
-  /// Many engines open one at the same moment: each gets in.
+  /// Many engines open the same one at once, and all succeed.
   @Test(arguments: TransportKind.allCases)
   func manyOpenersAtOnce(_ kind: TransportKind) throws {
     let memory = GuardedMemory(4096)

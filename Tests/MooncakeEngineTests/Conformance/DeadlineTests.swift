@@ -36,7 +36,7 @@ struct DeadlineTests {
     try engine.transfer([request])
   }
 
-  /// Segments of a stopped peer cannot be opened, and that is known in time.
+  /// Opening a segment of a stopped peer fails in time.
   @Test(arguments: TransportKind.allCases)
   func openingAStoppedPeer(_ kind: TransportKind) throws {
     let peer = try PeerProcess.serving(byteCount: 4096)
@@ -82,7 +82,7 @@ struct DeadlineTests {
     #expect(local.holdsOnly(0xCC))
   }
 
-  /// The same name and port, another process: what comes next works, with its own addresses.
+  /// A new process with the same name and port: later requests work with its addresses.
   @Test(arguments: TransportKind.allCases)
   func aRestartedPeer(_ kind: TransportKind) throws {
     let first = try PeerProcess.serving(byteCount: 1 << 20)
@@ -108,7 +108,7 @@ struct DeadlineTests {
     try read(second)
     #expect(local.holdsOnly(PeerProcess.fillByte))
 
-    // Without opening again: the engine finds out by itself.
+    // Without opening the segment again: the engine notices by itself.
     second.kill()
     let third = try PeerProcess.serving(byteCount: 1 << 20, port: port)
     defer { third.kill() }
@@ -116,7 +116,7 @@ struct DeadlineTests {
     #expect(local.holdsOnly(PeerProcess.fillByte))
   }
 
-  /// A peer that comes back within the deadline is waited for.
+  /// A request waits for a peer that returns within the deadline.
   @Test func aPeerThatIsAwayForAMoment() throws {
     let first = try PeerProcess.serving(byteCount: 4096)
     let engine = try makeEngine()
@@ -125,7 +125,7 @@ struct DeadlineTests {
     let local = GuardedMemory(4096)
     let port = UInt16(first.name.split(separator: ":").last!)!
     first.kill()
-    // The address of the new process is not known yet, so the old one's is asked for.
+    // The new process's address is not known yet, so this asks for the old one.
     let batch = try engine.start(
       [
         TransferRequest(
@@ -136,7 +136,7 @@ struct DeadlineTests {
     let second = try PeerProcess.serving(byteCount: 4096, port: port)
     defer { second.kill() }
     let status = try engine.wait(batch, timeoutMilliseconds: 15_000)
-    // Address layouts are random: whichever holds, it is said and soon.
+    // Address layouts are random: either outcome must be reported soon.
     if second.address == first.address {
       #expect(status.state == .completed)
     } else {
@@ -206,12 +206,12 @@ struct DeadlineTests {
     #expect(short.0 == .timeout && short.1 < 1500)
     let long = attempt(20_000)
     #expect(long.0 == .unreachable && long.1 < 6000)
-    // A peer known to be away is not waited for again.
+    // A request does not wait again for a peer known to be away.
     let next = attempt(20_000)
     #expect(next.0 == .unreachable && next.1 < 1500)
   }
 
-  /// Answers that come after the deadline find no one.
+  /// Answers after the deadline have no effect.
   @Test func lateAnswers() throws {
     let isReleased = Box(false)
     let peer = try FakePeer { connection in

@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Destroying an engine ends what it was doing, soon, and lets go of every byte.
+/// Destroying an engine soon ends what it was doing and releases all memory.
 struct DestroyTests {
   /// A peer that answers only when told to.
   private static func lazyPeer(_ isReleased: Box<Bool>) throws -> FakePeer {
@@ -47,7 +47,7 @@ struct DestroyTests {
     let callbackState = Box<TransferState?>(nil)
     try engine.setCallback(callbackBatch) { _, status in callbackState.value = status.state }
     try engine.submit(callbackBatch, [requests[1]])
-    // A waiter of every kind.
+    // One waiter of each kind.
     let waiterStates = Box<[TransferState]>([])
     let waiter = try WorkerThread.start(name: "waiter") {
       if let status = try? engine.wait(batch) { waiterStates.update { $0.append(status.state) } }
@@ -84,7 +84,7 @@ struct DestroyTests {
     }
   }
 
-  /// A target that is destroyed while peers read from it.
+  /// A target is destroyed while peers read from it.
   @Test(arguments: TransportKind.allCases)
   func aTargetInUse(_ kind: TransportKind) throws {
     let memory = GuardedMemory(16 << 20)
@@ -128,7 +128,7 @@ struct DestroyTests {
     #expect(memory.holdsOnly(0xEE), "a write landed in a destroyed engine's memory")
   }
 
-  /// A peer that answers nothing, on either port, does not hold up the end.
+  /// A peer that answers on neither port does not delay the end.
   @Test func callsToAStoppedPeer() throws {
     let peer = try PeerProcess.serving(byteCount: 4096)
     defer { peer.kill() }
@@ -169,7 +169,7 @@ struct DestroyTests {
     #expect(complaints.all.isEmpty, "\(complaints.all)")
   }
 
-  /// A notification on its way to a peer that does not take it.
+  /// A notification in flight to a peer that does not receive it.
   @Test func aNotificationOnItsWay() throws {
     let stopped = try PeerProcess.serving(byteCount: 4096)
     defer { stopped.kill() }
@@ -178,7 +178,7 @@ struct DestroyTests {
     let local = GuardedMemory(64)
     let batch = try engine.createBatch(capacity: 1)
     stopped.stop()
-    // No byte needs the peer, so only the notification is left.
+    // The requests do not need the peer, so only the notification is left.
     try engine.submit(
       batch,
       [
@@ -192,7 +192,7 @@ struct DestroyTests {
     #expect(try engine.poll(batch).state.isTerminal)
   }
 
-  /// Every call on a destroyed engine is an error; nothing traps.
+  /// Every call on a destroyed engine is an error; none traps.
   @Test func callsAfterwards() throws {
     let engine = try makeEngine()
     let batch = try engine.createBatch(capacity: 1)
@@ -224,7 +224,7 @@ struct DestroyTests {
     try engine.freeBatch(batch)
   }
 
-  /// Threads that submit, poll and open while another destroys.
+  /// Some threads submit, poll and open while another destroys.
   @Test(arguments: TransportKind.allCases)
   func racingUsers(_ kind: TransportKind) throws {
     let memory = GuardedMemory(1 << 20)
@@ -266,7 +266,7 @@ struct DestroyTests {
     }
   }
 
-  /// A slice that comes back after the loops have stopped ends instead of waiting for ever.
+  /// A slice that is retried after the loops have stopped ends instead of waiting forever.
   @Test func aSliceThatIsSentAgain() throws {
     let memory = GuardedMemory(4096)
     try withPair(.tcp, registering: memory) { pair in
@@ -293,7 +293,7 @@ struct DestroyTests {
     }
   }
 
-  /// The peer restarts under the same name while one-call transfers run and the engine ends.
+  /// The peer restarts under its name while one-call transfers run and the engine ends.
   @Test(.timeLimit(.minutes(2)))
   func aPeerThatRestarts() throws {
     for round in 0..<6 {
@@ -321,7 +321,7 @@ struct DestroyTests {
       first.kill()
       let second = try PeerProcess.serving(byteCount: 1 << 20, port: port)
       defer { second.kill() }
-      // From before the restart is known until after it.
+      // Varies from before the restart is known until after it.
       usleep(UInt32(round) * 40_000)
       let milliseconds = elapsedMilliseconds {
         engine.close()

@@ -6,12 +6,12 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// The local side of requests: registered memory is not left by accident.
+/// The local side of requests: they do not accidentally leave registered memory.
 struct LocalRangeTests {
   private static let page = 4096
 
   /// A pair whose initiator has registered the second page of six, and the third and fourth as
-  /// buffers that border on each other.
+  /// adjacent buffers.
   private static func withPages(
     _ kind: TransportKind, _ body: (EnginePair, GuardedMemory, GuardedMemory) throws -> Void
   ) throws {
@@ -27,7 +27,7 @@ struct LocalRangeTests {
     }
   }
 
-  /// By every way to submit, what happened to one range.
+  /// The outcome for one range, by every way to submit.
   private static func outcomes(
     _ pair: EnginePair, _ request: TransferRequest
   ) -> [EngineError.Code?] {
@@ -63,7 +63,7 @@ struct LocalRangeTests {
             opcode == .read
             ? pair.read(into: local.address + offset, from: remote.address, count)
             : pair.write(from: local.address + offset, to: remote.address, count)
-          // Twice, so that what is remembered of the first look-up answers as well.
+          // Twice, so that the cached look-up answers as well.
           for _ in 0..<2 {
             for outcome in Self.outcomes(pair, request) {
               #expect(outcome == expected, "\(opcode) of \(count) bytes at \(offset)")
@@ -77,21 +77,21 @@ struct LocalRangeTests {
       let page = Self.page
       check(page, page, nil)
       check(page + 100, 200, nil)
-      // Buffers that border on each other are one.
+      // Adjacent buffers count as one.
       check(page, 3 * page, nil)
       check(2 * page - 1, 2, nil)
-      // Registered nowhere.
+      // Not registered at all.
       check(0, page, nil)
       check(4 * page, page, nil)
       check(4 * page, 4 << 20, nil)
-      // Out of a buffer, into one, and over all.
+      // Out of a buffer, into one, and across all.
       check(3 * page, page + 1, .notRegistered)
       check(4 * page - 1, 2, .notRegistered)
       check(page, 4 << 20, .notRegistered)
       check(page - 1, 2, .notRegistered)
       check(0, page + 1, .notRegistered)
       check(0, 5 * page, .notRegistered)
-      // No byte, no matter where.
+      // No bytes, wherever they are.
       check(4 * page - 1, 0, nil)
       #expect(local.areGuardsIntact && remote.areGuardsIntact)
     }
@@ -115,12 +115,12 @@ struct LocalRangeTests {
         #expect(error.message.contains("[0x\(address), +\(Self.page))"))
         #expect(error.message.contains("ends at 0x\(end)"))
       }
-      // Nothing of the call was started.
+      // The call started nothing.
       #expect(local.holdsOnly(0))
     }
   }
 
-  /// What was true of memory is not remembered beyond a change of the buffers.
+  /// Cached look-ups do not outlive a change of the buffers.
   @Test(arguments: TransportKind.allCases)
   func changesAreSeen(_ kind: TransportKind) throws {
     try Self.withPages(kind) { pair, local, remote in
@@ -143,7 +143,7 @@ struct LocalRangeTests {
     }
   }
 
-  /// Threads submit from memory that stays while other buffers come and go.
+  /// Threads submit from memory that stays registered while other buffers come and go.
   @Test(arguments: TransportKind.allCases)
   func whileBuffersComeAndGo(_ kind: TransportKind) throws {
     try Self.withPages(kind) { pair, local, remote in

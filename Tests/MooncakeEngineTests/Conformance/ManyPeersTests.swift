@@ -1,7 +1,7 @@
 import MooncakeTestSupport
 import Testing
 
-/// One engine and 256 others: what they cost, and that all get their share.
+/// One engine and 256 others: their cost, and that all get their share.
 @Suite(.serialized)
 struct ManyPeersTests {
   /// Sanitizers multiply memory and time.
@@ -33,7 +33,7 @@ struct ManyPeersTests {
       residentKiB = try #require(words[3])
     }
 
-    /// Bytes that each peer moves, those of one process after those of another.
+    /// The bytes that each peer moves, process by process.
     func move(milliseconds: Int) throws -> [Int] {
       initiator.tell(String(milliseconds))
       let line = try initiator.readLine(within: 60_000)
@@ -45,7 +45,7 @@ struct ManyPeersTests {
   func threadsAndDescriptorsStayFew(_ kind: TransportKind) throws {
     let crowd = try Crowd(kind, "read")
     let count = Self.processCount * Self.enginesPerProcess
-    // Workers and callbacks; none of them belongs to a peer.
+    // Workers and callbacks; no thread belongs to a peer.
     #expect(crowd.threads <= 10)
     #expect(crowd.descriptors <= 4 * count + 16)
     if !Sanitizer.isAny { #expect(crowd.residentKiB <= 256 * count) }
@@ -59,7 +59,7 @@ struct ManyPeersTests {
     let least = try #require(moved.min())
     let most = try #require(moved.max())
     #expect(least > 0)
-    // Whole batches are counted, so one more or less is no unfairness.
+    // Whole batches are counted, so a difference of one is fair.
     #expect(most <= 2 * least + 4 * Self.blockBytes, "\(least) to \(most) bytes")
   }
 
@@ -74,7 +74,7 @@ struct ManyPeersTests {
     let after = try crowd.move(milliseconds: 2000)
     crowd.peers[1].resume()
     #expect(after.prefix(Self.enginesPerProcess).allSatisfy { $0 == 0 })
-    // They gain what the dead leave. The bound leaves room for a machine that does other things.
+    // They gain what the dead ones had. The bound allows for a busy machine.
     let rest = after.dropFirst(living).reduce(0, +)
     #expect(Double(rest) >= 0.7 * Double(before), "\(before) bytes before, \(rest) after")
   }

@@ -4,7 +4,7 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Requests that wait until a stopped peer says what it has registered since.
+/// Requests that wait until a stopped peer tells its present buffers.
 struct RecoveryTests {
   private struct Setting {
     let peer: PeerProcess
@@ -35,7 +35,7 @@ struct RecoveryTests {
     }
   }
 
-  /// The question for the first goes on for seconds, but who joins it ends when it says.
+  /// The question for the first lasts seconds, but one that joins it ends at its own deadline.
   @Test(arguments: TransportKind.needingThePeer)
   func eachEndsAtItsOwnDeadline(_ kind: TransportKind) throws {
     let setting = try Setting(kind)
@@ -66,7 +66,7 @@ struct RecoveryTests {
     let setting = try Setting(kind)
     defer { setting.end() }
     let engine = setting.engine
-    // The others wait behind this one's question, which nobody answers.
+    // The others wait behind this one's question, which is never answered.
     let first = try setting.start(1 << 30, milliseconds: 300)
     usleep(50_000)
     let hasty = try setting.start(1 << 31, milliseconds: 600)
@@ -83,7 +83,7 @@ struct RecoveryTests {
     try engine.freeBatch(patient)
   }
 
-  /// Eight threads deliver notifications, and all of them wait for a peer that is stopped.
+  /// Eight threads deliver notifications, and all of them wait for a stopped peer.
   @Test func aNotificationEndsAtItsDeadlineWithoutAThread() throws {
     let setting = try Setting(.tcp)
     defer { setting.end() }

@@ -6,16 +6,15 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Random batches over buffers that are taken back at random. No byte of a buffer moves while it is
-/// not registered. MOONCAKE_STRESS_SECONDS makes it longer, MOONCAKE_STRESS_SEED repeats a run's
+/// Random batches over buffers that are unregistered at random. No byte of a buffer moves while it
+/// is not registered. MOONCAKE_STRESS_SECONDS runs it longer; MOONCAKE_STRESS_SEED repeats a run's
 /// choices.
 struct RevocationStressTests {
   private static let bufferCount = 6
   private static let localBytes = 4 << 20
   private static let copierCount = 2
 
-  /// What reads must never bring and writes must never change: the bytes of buffers that are not
-  /// registered.
+  /// The contents of unregistered buffers, which no read may return and no write may change.
   private static let forbidden: UInt8 = 0xEE
 
   private static func number(_ name: String) -> UInt64? {
@@ -81,7 +80,7 @@ struct RevocationStressTests {
       self.pair = pair
       self.buffers = buffers
       generator = SeededRandom(seed: seed)
-      // Only registered local memory takes part in mapped copies.
+      // Only registered local memory is used for mapped copies.
       local = try! RegisteredMemory(.ordinary, pair.initiator, localBytes, access: .local)
       if !isRegistered { try! pair.initiator.unregister(local.address) }
     }

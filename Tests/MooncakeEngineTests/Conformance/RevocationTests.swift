@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Once `unregister` has returned, no byte of the memory moves, whoever was in the middle of it.
+/// Once `unregister` has returned, no byte of the memory moves, even if a copy was in progress.
 struct RevocationTests {
   private static let byteCount = 4 << 20
 
@@ -103,13 +103,13 @@ struct RevocationTests {
     let milliseconds = try elapsedMilliseconds { try engine.unregister(memory.address) }
     #expect(milliseconds < 1000)
     memory.fill(0xEE)
-    // The peer may not even notice at once: what it still sends goes nowhere.
+    // The peer may not notice at once: what it still sends is discarded.
     try? connection.send([UInt8](repeating: 0x03, count: 4096))
     _ = try connection.receiveAll()
     #expect(memory.holdsOnly(0xEE))
   }
 
-  /// A reader that takes nothing keeps neither the memory nor `unregister`.
+  /// A reader that takes nothing blocks neither the memory nor `unregister`.
   @Test func aSilentReaderIsCutOff() throws {
     let memory = GuardedMemory(32 << 20)
     let engine = try makeEngine()
@@ -126,7 +126,7 @@ struct RevocationTests {
   }
 }
 
-/// A request of version 2 as it stands on the wire.
+/// An encoded request of version 2.
 func wireHeader(_ opcode: Opcode, _ memory: GuardedMemory, count: Int) -> [UInt8] {
   wireHeader(opcode, address: UInt64(UInt(bitPattern: memory.address)), size: UInt64(count))
 }

@@ -6,7 +6,7 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Every size arrives whole, in both directions, and nothing beside it changes.
+/// Every size arrives intact in both directions and changes nothing else.
 struct SizeTests {
   static let sizes = [
     1, 2, 7, 23, 24, 25, 333, 4095, 4096, 4097, 65_535, 65_536, 65_537, (1 << 20) - 1, 1 << 20,
@@ -57,7 +57,7 @@ struct SizeTests {
     }
   }
 
-  /// The last bytes of one buffer and the first of the next are two requests' affair, not one's.
+  /// A range across two buffers takes two requests.
   @Test(arguments: TransportKind.allCases)
   func edgesOfABuffer(_ kind: TransportKind) throws {
     let target = GuardedMemory(8192)
@@ -84,7 +84,7 @@ struct SizeTests {
     }
   }
 
-  /// More bytes than 32 bits count, through ranges that cost a few megabytes of memory.
+  /// More bytes than 32 bits can count, in ranges that take only a few megabytes of memory.
   @Test(
     .disabled(
       if: Sanitizer.isThread, "the thread sanitizer keeps several bytes for each byte touched"),
@@ -94,7 +94,7 @@ struct SizeTests {
     let marks = [0, 1 << 20, (4 << 30) - 4096, 4 << 30, (4 << 30) + 8192]
     // Untouched private memory reads as zeros; only the marked pages exist.
     let source = try SparseMemory(count, aliased: false, ownPages: [])
-    // What lands between the marks lands in one small file, mapped over and over.
+    // Everything between the marks lands in one small file that is mapped repeatedly.
     let sink = try SparseMemory(count, aliased: true, ownPages: marks)
     for (number, mark) in marks.enumerated() {
       Pattern(seed: UInt8(number)).fill(.init(start: source.address + mark, count: 4096))
@@ -133,7 +133,7 @@ private final class SparseMemory {
     let base = mmap(nil, size, PROT_READ | PROT_WRITE, flags, -1, 0)!
     if base == MAP_FAILED { throw Errno.current }
     mapping = MemoryMapping(owning: .init(start: base, count: size))
-    // Huge pages would make memory of every touched place.
+    // Huge pages would allocate memory around every touched byte.
     madvise(base, size, MADV_NOHUGEPAGE)
     guard aliased else { return }
     let file = FileDescriptor(owning: try retryingInterrupts { memfd_create("sink", 0) })
@@ -145,7 +145,7 @@ private final class SparseMemory {
       )
       if place == MAP_FAILED { throw Errno.current }
     }
-    // The last page as well: whatever it is, the byte behind the range must stay zero.
+    // The last page too: the byte behind the range must stay zero.
     for offset in ownPages + [count / 4096 * 4096] {
       let place = mmap(
         base + offset, 4096, PROT_READ | PROT_WRITE, flags | MAP_FIXED, -1, 0)

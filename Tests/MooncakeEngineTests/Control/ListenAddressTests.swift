@@ -205,7 +205,7 @@ import Testing
   @Test func ipv6AnyIsTakenWhenAskedFor() throws {
     let opened = try dropIn("no-such-host.invalid") { $0.usesIPv6 = true }
     #expect(opened.address.bound.host == "::")
-    // It serves IPv4 too.
+    // It also serves IPv4.
     _ = try RPCTestPeer(to: SocketAddress(numeric: "127.0.0.1", port: opened.address.port)!)
   }
 }

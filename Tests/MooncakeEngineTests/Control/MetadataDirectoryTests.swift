@@ -70,7 +70,7 @@ struct MetadataDirectoryTests {
     #expect(try service.listAll(prefix: "", call).entries.isEmpty)
   }
 
-  /// A name is no address: the service says where a notification goes.
+  /// A name is not an address: the service tells where a notification goes.
   @Test func notificationsByName() throws {
     let server = try start()
     defer { server.stop() }
@@ -141,7 +141,7 @@ struct MetadataDirectoryTests {
     let port = try #require(server.address.port)
     let target = try engine(server, "target")
     server.stop()
-    // Takes connections and says nothing.
+    // Accepts connections and never answers.
     let silent = try Socket.listening(
       on: SocketAddress(numeric: "127.0.0.1", port: port)!)
     let memory = GuardedMemory(4096)

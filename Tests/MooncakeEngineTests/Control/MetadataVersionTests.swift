@@ -3,7 +3,7 @@ import MooncakeMetadata
 import MooncakeSystem
 import Testing
 
-/// `metadata_version`, by which Mooncake's releases from 0.3.14 on tell news from old texts.
+/// `metadata_version`, by which Mooncake's releases from 0.3.14 on tell new texts from old ones.
 struct MetadataVersionTests {
   private func version(_ segment: LocalSegment) -> UInt64 {
     MetadataDirectory.metadataVersion(in: segment.json)
@@ -24,7 +24,7 @@ struct MetadataVersionTests {
     // A former owner's clock was ahead.
     segment.renewText(after: last + 5_000_000)
     #expect(version(segment) > last + 5_000_000)
-    // What no clock can have said is nobody's version.
+    // A time that no clock can show is ignored.
     segment.renewText(after: .max)
     #expect(version(segment) < last + 86_400_000_000)
     #expect(version(segment) > last)
@@ -37,7 +37,7 @@ struct MetadataVersionTests {
     #expect(!one.isOlder(than: other))
     other.metadataVersion = 6
     #expect(one.isOlder(than: other) && !other.isOlder(than: one))
-    // Another process begins anew, whatever its clock says, and older releases say nothing.
+    // Another process starts anew, whatever its clock says; older releases have no version.
     other.incarnation = 8
     #expect(!one.isOlder(than: other))
     other.incarnation = 7
@@ -50,7 +50,7 @@ struct MetadataVersionTests {
     #expect(try SegmentDescriptor(json: other.json()) == other)
   }
 
-  /// A process that takes a name over is newer than the former one, whose clock may be ahead.
+  /// A process that takes over a name counts as newer, even if its predecessor's clock was ahead.
   @Test func successorsAreNewer() throws {
     let server = try MetadataServer()
     defer { server.stop() }

@@ -66,7 +66,7 @@ import Testing
     }
     #expect(server.counters.acceptedConnections == 1)
     #expect(server.counters.serviceRequests == 5)
-    // Many at once need one each.
+    // Concurrent calls need a connection each.
     for number in 6...20 { ask(caller, server.address, number, answers) }
     #expect(answers.wait(for: 20).count { (try? $0.get()) != nil } == 20)
   }
@@ -142,7 +142,7 @@ import Testing
     _ = consume listener
   }
 
-  /// Fills the queue of a listener, which then drops further connects.
+  /// Fills a listener's queue, which then drops further connects.
   private func fill(_ address: SocketAddress) throws -> [FakeConnection] {
     let fillers = try (0..<4).map { index in
       let socket = try Socket(family: address.family)

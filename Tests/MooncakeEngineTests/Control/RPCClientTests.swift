@@ -61,7 +61,7 @@ import Testing
 
   @Test func nameGoesThroughTheResolver() throws {
     let server = try makeServer()
-    // "localhost" may give ::1 first, where nobody listens: the next address is tried.
+    // "localhost" may resolve to ::1 first, where nobody listens: the next address is tried.
     try RPCClient.probe(
       "localhost:\(server.address.port)", deadline: .after(milliseconds: 5000))
     server.stop()
@@ -174,7 +174,7 @@ import Testing
     thread.join()
   }
 
-  /// A peer that closes at once makes the sender meet a broken pipe, which must not be a signal.
+  /// Sending to a peer that closed at once must not raise SIGPIPE.
   @Test func brokenPipeIsNoSignal() throws {
     let body = String(repeating: " ", count: 16 << 20)
     for _ in 0..<20 {
@@ -233,7 +233,7 @@ import Testing
     server.stop()
   }
 
-  /// Whatever its size, the own descriptor does not keep a caller from asking.
+  /// However long the engine's own descriptor is, it can still ask.
   @Test func longOwnDescriptorIsLeftOut() throws {
     let server = try makeServer()
     let own = "\"" + String(repeating: "x", count: 2 << 20) + "\""
@@ -263,7 +263,7 @@ import Testing
       try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
     }
     #expect(eventually { server.counters.openConnections == 0 })
-    // Suites beside this one open descriptors too; a leak here would be 1000 at least.
+    // Concurrent suites also open descriptors; a leak here would be at least 1000.
     #expect(openDescriptorCount() < before + 200)
     #expect(server.counters.probeRequests == 1001)
     server.stop()

@@ -79,7 +79,7 @@ import Testing
     [0x03, 0, 0, 0, 0, 0, 0, 0, 1, 0x7B, 0x7B],
     RPCMessage.encoded(type: .notify, body: "{\"name\":\"\u{0}\"}"),
     RPCMessage.encoded(type: .metadata, body: String(repeating: "[", count: 100_000)),
-    // One byte more than is accepted, and the largest length there is.
+    // One byte more than the limit, and the largest possible length.
     [0x01, 0, 0x10, 0, 0, 0, 0, 0, 1], [UInt8](repeating: 0xFF, count: 8),
   ]
 
@@ -178,7 +178,7 @@ import Testing
     usleep(50_000)
     try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
     #expect(try second.receiveAll().isEmpty)
-    // The one that had moved last is still served.
+    // The last to make progress is still served.
     try first.send(Array(RPCMessage.encoded(type: .probe, body: "{}").dropFirst()))
     #expect(try first.receiveAll().count > 9)
     server.stop()
@@ -235,7 +235,7 @@ import Testing
   @Test func stopClosesEverythingAndFreesThePort() throws {
     let before = openDescriptorCount()
     for _ in 0..<200 {
-      // An address of its own: listeners of suites beside this one may be given the freed port.
+      // Its own address: the freed port may be given to listeners of concurrent suites.
       let server = try makeServer(host: "127.91.7.3")
       let address = server.address
       let peer = try RPCTestPeer(to: address)
@@ -246,7 +246,7 @@ import Testing
       #expect(server.counters.openConnections == 0)
       #expect(throws: (any Error).self) { _ = try RPCTestPeer(to: address) }
     }
-    // Suites beside this one open descriptors too; a leak here would be 200 at least.
+    // Concurrent suites also open descriptors; a leak here would be at least 200.
     #expect(openDescriptorCount() < before + 100)
   }
 

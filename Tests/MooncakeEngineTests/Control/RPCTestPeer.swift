@@ -13,7 +13,7 @@ struct RPCTestPeer: ~Copyable {
 
   func send(_ bytes: [UInt8]) throws { try socket.sendAll(bytes) }
 
-  /// Everything up to the end of the stream; a reset counts as its end.
+  /// Everything up to the end of the stream; a reset counts as the end.
   func receiveAll(within milliseconds: UInt64 = 5000) throws -> [UInt8] {
     let deadline = Deadline.after(milliseconds: milliseconds)
     var bytes: [UInt8] = []
@@ -42,7 +42,7 @@ struct RPCTestPeer: ~Copyable {
   }
 }
 
-/// Where the server listens, as a client names it.
+/// The server's address as a client names it.
 extension RPCServer {
   var name: String { address.description }
   var hostPort: HostPort { HostPort(host: address.host, port: address.port) }

@@ -5,11 +5,11 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Registrations that peers would never hear of.
+/// Registrations that could not be published to peers.
 struct RefusedRegistrationTests {
   private typealias Range = (address: UInt64, length: UInt64)
 
-  /// Pieces of one mapping; nothing is ever touched.
+  /// Ranges of one mapping, which is never touched.
   private func ranges(_ count: Int) -> [Range] {
     (0..<count).map { (0x10_0000_0000 + UInt64($0) * 8192, 4096) }
   }
@@ -65,7 +65,7 @@ struct RefusedRegistrationTests {
     return (server, engine)
   }
 
-  /// What a caller sees where the service answers that it is too much.
+  /// The caller's error if the service answers that the text is too long.
   @Test func serviceTakesNoMore() throws {
     let (server, engine) = try Self.target { $0.valueBytes = 64 << 10 }
     defer {
@@ -79,7 +79,7 @@ struct RefusedRegistrationTests {
     #expect(error.code == .full && error.message.contains("413"))
     #expect(Clock.now() - begin < 3_000_000_000)
     #expect(engine.local.buffers.snapshot.buffers.count == 100)
-    // The next one gets its own answer.
+    // The next registration gets its own answer.
     #expect(refusal(engine, Array(more))?.code == .full)
     try register(engine, Array(more.prefix(100)))
     let directory = try MetadataDirectory(MetadataURI(parsing: server.uri))
@@ -87,7 +87,7 @@ struct RefusedRegistrationTests {
     #expect(try directory.descriptor(of: "target", call).buffers.count == 200)
   }
 
-  /// A service that grants leases and takes no keys must not be left with a lease an attempt.
+  /// A service that grants leases but refuses keys must not end up with a lease per attempt.
   @Test func attemptsThatFailUseOneLease() throws {
     let (server, engine) = try Self.target { $0.totalBytes = 16 << 10 }
     defer {

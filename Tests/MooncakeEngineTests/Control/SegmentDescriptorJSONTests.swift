@@ -34,7 +34,7 @@ struct SegmentDescriptorJSONTests {
     #expect(try SegmentDescriptor(json: empty.json()) == empty)
   }
 
-  /// What stock consumers need, in the types they need.
+  /// The members that Mooncake reads, in the types that it expects.
   @Test func publishedShape() throws {
     let descriptor = SegmentDescriptor(
       name: "a:1", tcpDataHost: "a", tcpDataPort: 2,

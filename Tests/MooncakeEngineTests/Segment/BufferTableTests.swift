@@ -69,7 +69,7 @@ struct BufferTableTests {
     #expect(Self.insert(table, (1500, 1000)) == nil)
   }
 
-  /// A snapshot that a reader keeps does not change under it.
+  /// A snapshot held by a reader does not change.
   @Test func snapshotsAreImmutable() {
     let table = BufferTable()
     _ = Self.insert(table, (1000, 10))
@@ -80,7 +80,7 @@ struct BufferTableTests {
     #expect(old.check(1005, 10, .remoteRead) == .notRegistered)
   }
 
-  /// Single inserts and removes against batches of the same.
+  /// Single inserts and removals against batches of the same.
   @Test func randomOrder() throws {
     let table = BufferTable()
     var generator = SeededRandom(seed: 3)

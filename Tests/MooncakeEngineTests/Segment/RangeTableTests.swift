@@ -51,7 +51,7 @@ struct RangeTableTests {
     #expect(Opcode.write.requiredAccess == .remoteWrite)
   }
 
-  /// No arithmetic on foreign numbers wraps into a buffer.
+  /// Arithmetic on foreign numbers never wraps around into a buffer.
   @Test func overflow() {
     let last = UInt64.max - 9
     let table = Self.table([(1, 100, Self.both), (last, 9, Self.both)])
@@ -65,7 +65,7 @@ struct RangeTableTests {
     }
   }
 
-  /// Against the plain definition, on every range over a small space.
+  /// Compared with the plain definition, for every range of a small space.
   @Test func exhaustive() {
     let buffers: [(UInt64, UInt64, Access)] = [
       (3, 2, Self.both), (5, 4, .remoteRead), (10, 1, .remoteWrite), (12, 5, Self.both),

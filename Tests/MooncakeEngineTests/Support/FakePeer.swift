@@ -5,13 +5,13 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Synchronization
 
-/// A peer whose RPC daemon is real and whose data port does what a test says: each connection runs
-/// the script on a thread of its own.
+/// A peer with a real RPC daemon and a data port that does what a test says: a thread per
+/// connection runs the script.
 final class FakePeer: @unchecked Sendable {
   // Unchecked: the acceptor is written once before the object is shared.
   typealias Script = @Sendable (FakeConnection) -> Void
 
-  /// What the descriptor says is registered. No memory lies there.
+  /// The address registered according to the descriptor. There is no memory.
   static let bufferAddress: UInt64 = 0x10_0000
   static let bufferLength: UInt64 = 64 << 20
 
@@ -50,13 +50,13 @@ final class FakePeer: @unchecked Sendable {
 
   deinit { stop() }
 
-  /// How many connections have come.
+  /// How many connections have been made.
   var connectionCount: Int { state.withLock { $0.connections.count } }
 
   /// Offers another framing from now on.
   func publish(version: Int) { publishedVersion.value = version }
 
-  /// The connection with this number, once it has come.
+  /// The connection with this number, once it is made.
   func connection(_ index: Int) -> FakeConnection? {
     _ = eventually { connectionCount > index }
     return state.withLock { index < $0.connections.count ? $0.connections[index] : nil }
@@ -117,7 +117,7 @@ extension FakeConnection {
 
   func sendStatus(_ word: UInt64 = TCPWire.statusOK) { send(Self.frame(word)) }
 
-  /// Answers like a good target, reads with `byte`; false at the end of the stream.
+  /// Answers like a correct target, reads with `byte`; false at the end of the stream.
   func serveOne(reading byte: UInt8 = 0x77, framed: Bool = true) -> Bool {
     guard let header = header() else { return false }
     let count = Int(header.size)

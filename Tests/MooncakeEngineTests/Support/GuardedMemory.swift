@@ -3,8 +3,8 @@ import Glibc
 import MooncakeSystem
 import Synchronization
 
-/// Bytes that tell one place in a stream from another: a block whose length is prime, so that
-/// neither pages nor chunks of a power of two repeat it in step.
+/// Bytes that depend on their place in a stream: a block of prime length, so that neither pages nor
+/// chunks of a power of two line up with its repetitions.
 struct Pattern: Sendable {
   private static let blockBytes = 65_521
   private static let blocks = Lock<[UInt8: [UInt8]]>([:])
@@ -59,7 +59,7 @@ struct Pattern: Sendable {
   }
 }
 
-/// Memory with guard bytes on both sides and an unmapped page behind them.
+/// Memory with guard bytes on both sides, followed by an inaccessible page.
 final class GuardedMemory: @unchecked Sendable {
   // Unchecked: tests order their accesses by transfers and joins.
   let count: Int
@@ -71,7 +71,7 @@ final class GuardedMemory: @unchecked Sendable {
   private static let guardBytes = 4096
   private static let guardByte: UInt8 = 0xA5
 
-  /// `alignment` is how far the first byte lies behind the start of a page.
+  /// `alignment`: offset of the first byte within its page.
   init(_ count: Int, alignment: Int = 0) {
     self.count = count
     offset = Self.guardBytes + alignment
@@ -102,7 +102,7 @@ final class GuardedMemory: @unchecked Sendable {
   /// Whether no byte has this value.
   func lacks(_ byte: UInt8) -> Bool { memchr(address, Int32(byte), count) == nil }
 
-  /// Whether nothing was written beside the memory.
+  /// Whether nothing was written next to the memory.
   var areGuardsIntact: Bool {
     Self.isUniform(base, offset, Self.guardByte)
       && Self.isUniform(address + count, guardedBytes - offset - count, Self.guardByte)
@@ -112,7 +112,7 @@ final class GuardedMemory: @unchecked Sendable {
     _ start: UnsafeMutableRawPointer, _ count: Int, _ byte: UInt8
   ) -> Bool {
     if count == 0 { return true }
-    // Equal to itself one byte on: then every byte equals the first.
+    // Equal to itself one byte further, so all bytes equal the first.
     return start.load(as: UInt8.self) == byte && memcmp(start, start + 1, count - 1) == 0
   }
 }

@@ -2,14 +2,14 @@ import CLinux
 import Glibc
 import MooncakeSystem
 
-/// A peer in a process of its own, so that a test can stop and kill it.
+/// A peer in its own process, which a test can stop and kill.
 final class PeerProcess: @unchecked Sendable {
   // Unchecked: used by one test at a time.
   struct StartError: Error { var reason: String }
 
-  /// The name that the peer's engine is opened by.
+  /// The name of the peer's segment.
   private(set) var name = ""
-  /// Where the peer's buffer lies in its own address space.
+  /// The address of the peer's buffer in its own process.
   private(set) var address: UInt64 = 0
   private(set) var length = 0
   private let pid: pid_t
@@ -17,7 +17,7 @@ final class PeerProcess: @unchecked Sendable {
   private let output: FileDescriptor
   private var hasEnded = false
 
-  /// What the peer's buffer holds at first.
+  /// The initial contents of the peer's buffer.
   static let fillByte: UInt8 = 0x5A
 
   /// Starts a peer that serves a buffer; port 0 lets the system choose.
@@ -25,7 +25,7 @@ final class PeerProcess: @unchecked Sendable {
     try serving(["serve", String(byteCount), String(port)])
   }
 
-  /// Starts a peer that serves memory as its arguments say.
+  /// Starts a peer with these arguments, which serves memory.
   static func serving(_ arguments: [String]) throws -> PeerProcess {
     let peer = try PeerProcess(arguments)
     let fields = try peer.readLine().split(separator: " ")
@@ -61,7 +61,7 @@ final class PeerProcess: @unchecked Sendable {
 
   deinit { kill() }
 
-  /// Gives the process a line to read. An empty one tells a copying peer to end.
+  /// Sends the process a line. An empty one ends a copying peer.
   func tell(_ line: String = "") {
     var line = line + "\n"
     line.withUTF8 { _ = write(input.rawValue, $0.baseAddress, $0.count) }
@@ -76,7 +76,7 @@ final class PeerProcess: @unchecked Sendable {
 
   func resume() { Glibc.kill(pid, SIGCONT) }
 
-  /// Memory that the process has in use, in bytes.
+  /// Memory used by the process, in bytes.
   func residentBytes() -> Int {
     let file = open("/proc/\(pid)/statm", O_RDONLY | O_CLOEXEC)
     if file < 0 { return -1 }
@@ -87,14 +87,14 @@ final class PeerProcess: @unchecked Sendable {
     return fields.count > 1 ? (Int(fields[1]) ?? -1) * MemoryMapping.pageBytes : -1
   }
 
-  /// Ends the process at once.
+  /// Kills the process.
   func kill() {
     if hasEnded { return }
     Glibc.kill(pid, SIGKILL)
     reap()
   }
 
-  /// Waits until the process ends by itself; returns its exit status, 128 + number for a signal.
+  /// Waits until the process exits; returns its exit status, 128 + number for a signal.
   func waitForExit(within milliseconds: UInt64) -> Int32? {
     let deadline = Deadline.after(milliseconds: milliseconds)
     while !deadline.hasPassed {
@@ -108,7 +108,7 @@ final class PeerProcess: @unchecked Sendable {
     return nil
   }
 
-  /// One line of what the process prints.
+  /// A line of the process's output.
   func readLine(within milliseconds: UInt64 = 10_000) throws -> String {
     let deadline = Deadline.after(milliseconds: milliseconds)
     var bytes: [UInt8] = []

@@ -1,13 +1,13 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// A way to move bytes that the conformance suite runs over.
+/// A transport that the conformance suite runs over.
 enum TransportKind: String, CaseIterable, Sendable {
   case tcp
-  /// TCP stays behind it for what it cannot do.
+  /// With TCP as the fallback.
   case sharedMemory
 
-  /// Those whose transfers wait for a stopped peer.
+  /// Transports whose transfers wait for a stopped peer.
   static let needingThePeer: [TransportKind] = [.tcp]
 
   var transports: [String] { self == .tcp ? ["tcp"] : ["shm", "tcp"] }
@@ -25,7 +25,7 @@ func makeEngine(
   return try TransferEngine(options)
 }
 
-/// An initiator and the target that it has open.
+/// An initiator, and a target that it has opened.
 final class EnginePair: Sendable {
   let initiator: TransferEngine
   let target: TransferEngine
@@ -72,7 +72,8 @@ final class EnginePair: Sendable {
   }
 }
 
-/// Runs `body` with a connected pair whose target has `memory` registered, and closes both engines.
+/// Runs `body` with a connected pair whose target has registered `memory`, then closes both
+/// engines.
 func withPair(
   _ kind: TransportKind, registering memory: GuardedMemory? = nil,
   access: Access = [.remoteRead, .remoteWrite], _ body: (EnginePair) throws -> Void
@@ -104,7 +105,7 @@ extension TransferEngine {
     }
   }
 
-  /// A batch with the requests submitted.
+  /// Submits requests in a new batch.
   func start(
     _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0
   ) throws(EngineError) -> BatchID {
@@ -113,7 +114,7 @@ extension TransferEngine {
     return batch
   }
 
-  /// What each request has come to.
+  /// The status of each request.
   func statuses(_ batch: BatchID, count: Int) throws(EngineError) -> [TransferStatus] {
     var statuses: [TransferStatus] = []
     for index in 0..<count { statuses.append(try poll(batch, request: index)) }

@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Counts what a batch asks of its engine.
+/// Counts a batch's calls to its engine.
 private final class CountingAnnouncer: BatchAnnouncer {
   let announcements = Atomic<Int>(0)
   let callbacks = Atomic<Int>(0)
@@ -27,7 +27,7 @@ private final class CountingAnnouncer: BatchAnnouncer {
 
 struct BatchTests {
   private let announcer = CountingAnnouncer()
-  // No slice of these tests moves a byte.
+  // No slice in these tests moves a byte.
   private let memory = UnsafeMutableRawPointer(bitPattern: 4096)!
 
   private func makeBatch(_ capacity: Int) -> Batch {
@@ -52,7 +52,7 @@ struct BatchTests {
     return first..<(first + count)
   }
 
-  /// Whether a terminal batch says so.
+  /// Checks whether every view of a batch says terminal.
   private func expect(
     _ batch: Batch, _ state: TransferState, _ error: EngineError.Code?, submitted: UInt64,
     completed: UInt64, bytes: UInt64
@@ -121,7 +121,7 @@ struct BatchTests {
     #expect(batch.status.completedCount == 0 && batch.status.transferredBytes == 17)
   }
 
-  /// The notification goes out when all is completed; only then is the batch terminal.
+  /// The notification is sent once all is completed; only then is the batch terminal.
   @Test func notificationIsLast() throws {
     let batch = makeBatch(4)
     let text = Notification(name: "n", message: "m")
@@ -179,7 +179,7 @@ struct BatchTests {
     expect(batch, .completed, nil, submitted: 2, completed: 2, bytes: 20)
   }
 
-  /// Sleepers wake at the end; ends come from several threads.
+  /// Sleepers wake at the end; the ends come from several threads.
   @Test func endsOfManyThreads() throws {
     for _ in 0..<50 {
       let batch = makeBatch(64)
@@ -199,7 +199,7 @@ struct BatchTests {
     #expect(announcer.announcements.load(ordering: .relaxed) == 50)
   }
 
-  /// Who has seen every request end finds the batch ended, by every sign that there is.
+  /// A caller that has seen every request end sees the batch ended, in every way there is.
   @Test func endedWithItsLastRequest() throws {
     let batch = makeBatch(4000)
     let states = Box<[TransferState]>([])
@@ -221,7 +221,7 @@ struct BatchTests {
       switch round % 3 {
       case 0: complaints.require(batch.settle(), "round \(round): may not be freed")
       case 1: complaints.require(batch.status.state == .completed, "round \(round)")
-      // A further submit is a further end.
+      // Another submit is another end.
       default: break
       }
     }
@@ -232,7 +232,7 @@ struct BatchTests {
     #expect(isReadable(descriptor, within: 0))
   }
 
-  /// A failed request shows at once, and its batch may be freed although it had a notification.
+  /// A failed request ends the batch at once, even with a notification, and it may be freed.
   @Test func endedWithAFailureAndANotification() throws {
     let batch = makeBatch(2000)
     let published = Atomic<Int>(0)
@@ -254,7 +254,7 @@ struct BatchTests {
     #expect(announcer.delivered.withLock { $0.isEmpty })
   }
 
-  /// A notification never leaves before the requests that it was submitted with have ended.
+  /// A notification never leaves before the end of the requests submitted with it.
   @Test func overlappingNotifications() throws {
     let batch = makeBatch(4000)
     let published = Atomic<Int>(0)
@@ -263,7 +263,7 @@ struct BatchTests {
     let ender = try WorkerThread.start(name: "ender") { [announcer] in
       for index in 0..<batch.capacity {
         while published.load(ordering: .acquiring) <= index { sched_yield() }
-        // Before the end itself, so that what is delivered by it is never too late here.
+        // Before the end itself, so that a delivery caused by it always sees this.
         ended.store(index + 1, ordering: .releasing)
         Batch.end(batch.slices + index, .completed)
         for sent in announcer.delivered.withLock({ taken in
@@ -278,7 +278,7 @@ struct BatchTests {
     }
     for index in 0..<batch.capacity {
       _ = try submit(batch, 1, notification: Notification(name: "n", message: String(index)))
-      // The next submit overlaps with the end of this one.
+      // The next submit overlaps the end of this one.
       while ended.load(ordering: .acquiring) < index { sched_yield() }
       published.store(index + 1, ordering: .releasing)
     }
@@ -335,7 +335,7 @@ struct BatchTableTests {
     #expect(ids == [id])
   }
 
-  /// What can be queued is bounded over all batches, and freeing one makes room.
+  /// The queue limit covers all batches, and freeing one makes room.
   @Test func requestsOfAllBatches() throws {
     let table = BatchTable()
     let share = BatchTable.requestLimit / 16
@@ -364,7 +364,7 @@ struct BatchTableTests {
     try table.remove(again) { _ in true }
   }
 
-  /// Users see a live batch or an error, never a batch that is gone; one remover wins.
+  /// Users see a live batch or an error, never a freed one; one remover wins.
   @Test func usersAgainstRemovers() throws {
     let table = BatchTable()
     let current = Atomic<UInt64>(0)

@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Slices for queues alone: nothing of them but the links is ever used.
+/// Slices for testing queues: only their links are used.
 private final class SliceArray: @unchecked Sendable {
   // Unchecked: each slice is in one queue at a time.
   let pointer: SlicePointer

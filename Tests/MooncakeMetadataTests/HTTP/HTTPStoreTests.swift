@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Our server as its clients use it, and servers that only get, put and delete.
+/// Our server through its client, and servers that only get, put and delete.
 @Suite(.serialized)
 struct HTTPStoreTests {
   private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
@@ -41,7 +41,7 @@ struct HTTPStoreTests {
     #expect(complaints.all == [])
   }
 
-  /// The number of keys is right, but they are not the right ones.
+  /// The number of keys is right, but one of them is wrong.
   @Test func aStrayHidesNoLostKey() throws {
     let server = try MetadataServer()
     defer { server.stop() }
@@ -75,10 +75,10 @@ struct HTTPStoreTests {
       #expect(try service.get(entry.key, call) == value)
       try service.revoke(nil, [entry], call)
       #expect(try service.get(entry.key, call) == nil)
-      // Who asks again finds nothing to do.
+      // A repeated call finds nothing to do.
       try service.revoke(nil, [entry], call)
     }
-    // A change like others: it is watched, and kept over a restart.
+    // An ordinary change: watched, and kept across a restart.
     let entry = MetadataEntry(key: "mooncake/x", value: "1")
     try service.put(entry, lease: nil, call)
     let watch = MetadataWatch(service, prefix: "mooncake/")
@@ -116,7 +116,7 @@ struct HTTPStoreTests {
     server["b"] = [0xFF, 0xFE]
     let values = try service.values(of: ["a", "missing", "b"], call)
     #expect(values[0] == "1" && values[1] == nil)
-    // What is no text is another value than any text, not an error.
+    // A value that is not text differs from any text, but is not an error.
     #expect(values[2] != nil && values.count == 3)
     #expect(
       server.requests
@@ -151,7 +151,7 @@ struct HTTPStoreTests {
     #expect(try service.renew(nil, [entry], call) == .kept)
     server[entry.key] = nil
     #expect(try service.renew(nil, [entry], call) == .gone)
-    // Such a server would replace what is there.
+    // Such a server would replace the existing value.
     server["taken"] = Array("1".utf8)
     do {
       _ = try service.putIfAbsent(MetadataEntry(key: "taken", value: "2"), lease: nil, call)

@@ -2,12 +2,12 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Synchronization
 
-/// A metadata server that only gets, puts and deletes, as those of the existing system.
+/// A metadata server that, like Mooncake's, only gets, puts and deletes.
 final class StockHTTPServer: Sendable {
   private struct State: Sendable {
     var values: [String: [UInt8]] = [:]
     var requests: [String] = []
-    /// What it says to a path or a method that it does not know.
+    /// Its answer to an unknown path or method.
     var unknownStatus: Int
     /// Whether it refuses to replace the route of a process.
     var keepsRoutes: Bool

@@ -56,7 +56,7 @@ struct RedisRefusalTests {
     #expect(RedisRefusal.failure(text, isLogin: true).code == code)
   }
 
-  /// What an answer means does not depend on the password; what is shown of it does.
+  /// The meaning of an answer does not depend on the password; only what is shown of it does.
   @Test(arguments: ["command", "un", "A", "N", "longer password"])
   func secrets(password: String) throws {
     let secrets = ServiceSecrets(password)

@@ -5,20 +5,20 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Commands whose answer is lost with the connection, so that nobody knows whether they were
-/// carried out.
+/// Commands whose answer is lost with the connection, so that it is unknown whether they were
+/// executed.
 @Suite(.serialized)
 struct RedisStoreTests {
-  /// A Redis that knows what the store needs.
+  /// A Redis with the commands that the store needs.
   private final class Redis: Sendable {
     struct State: Sendable {
       var values: [String: String] = [:]
       var commands: [String] = []
       /// Ends the connection instead of answering this command.
       var lostAnswer: String?
-      /// ... or, before it is carried out.
+      /// ... or before it is executed.
       var lostCommand: String?
-      /// Puts this before it carries a repeated command out.
+      /// Puts this before it executes a repeated command.
       var interloper: (key: String, value: String)?
 
       /// nil: the connection ends.
@@ -45,7 +45,7 @@ struct RedisStoreTests {
           values[words[1]] = words[2]
           return "+OK\r\n"
         case "DEL": return ":\(values.removeValue(forKey: words[1]) == nil ? 0 : 1)\r\n"
-        // Of the scripts, the one that deletes.
+        // The only script: the one that deletes.
         case "EVAL":
           if values[words[3]] != words[4] { return ":0\r\n" }
           values[words[3]] = nil
@@ -65,7 +65,7 @@ struct RedisStoreTests {
       state.withLock { body(&$0) }
     }
 
-    /// Of the lines of a command every second one says how long the next is.
+    /// Every other line of a command is the length of the next one.
     func answer(_ request: ScriptedServer.Request) -> ScriptedServer.Reply {
       let lines = request.text.split(separator: "\r\n", omittingEmptySubsequences: false)
       let words = stride(from: 2, to: lines.count, by: 2).map { String(lines[$0]) }
@@ -84,7 +84,7 @@ struct RedisStoreTests {
     server = try ScriptedServer { redis.answer($0) }
     store = try MetadataStores.open(
       MetadataURI(parsing: "redis://127.0.0.1:\(server.port)"), settings: MetadataSettings())
-    // From here on there is an idle connection, which may have been closed meanwhile.
+    // From here on there is an idle connection, which may have been closed.
     #expect(try store.get("none", call) == nil)
   }
 

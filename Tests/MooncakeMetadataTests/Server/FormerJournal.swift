@@ -1,6 +1,6 @@
 import MooncakeMetadata
 
-/// Journals of format 2, as former versions of the server have written them.
+/// Journals of format 2, as written by earlier versions of the server.
 enum FormerJournal {
   static let head = Array("mooncake metadata 2\n".utf8)
 

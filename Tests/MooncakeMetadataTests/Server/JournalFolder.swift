@@ -2,7 +2,7 @@ import Glibc
 import MooncakeMetadata
 import MooncakeSystem
 
-/// A folder for a journal that is removed in the end.
+/// A folder for a journal, removed at the end.
 final class JournalFolder: Sendable {
   let path: String
 
@@ -19,21 +19,21 @@ final class JournalFolder: Sendable {
       return Self.bytes(of: file.rawValue)
     }
     set {
-      // Some file systems sync a file that is written over.
+      // Some file systems sync a file that is overwritten.
       unlink(file)
       let file = try! FileDescriptor.open(file, flags: O_RDWR | O_CREAT | O_TRUNC)
       _ = newValue.withUnsafeBytes { Glibc.write(file.rawValue, $0.baseAddress, $0.count) }
     }
   }
 
-  /// What an open file holds.
+  /// The contents of an open file.
   static func bytes(of file: Int32) -> [UInt8] {
     [UInt8](unsafeUninitializedCapacity: 1 << 20) { buffer, count in
       count = max(0, pread(file, buffer.baseAddress, buffer.count, 0))
     }
   }
 
-  /// Thousands of starts would wait for the disk for long.
+  /// Thousands of starts would wait long for the disk.
   static let fastDisk = {
     var disk = MetadataJournal.Disk()
     disk.sync = { _ in 0 }
@@ -62,7 +62,7 @@ final class JournalFolder: Sendable {
     return found
   }
 
-  /// What a start says when it is refused; nil if it is not.
+  /// Why a start is refused; nil if it is not.
   func refusal() -> String? {
     do {
       _ = try read()
@@ -76,7 +76,7 @@ final class JournalFolder: Sendable {
     return options
   }
 
-  /// A server that keeps its journal here.
+  /// A server with its journal here.
   func server(
     onDisk disk: MetadataJournal.Disk, _ change: (inout MetadataLimits) -> Void = { _ in }
   ) throws -> MetadataServer {
@@ -85,7 +85,7 @@ final class JournalFolder: Sendable {
     return try MetadataServer(serverOptions, limits, disk: disk)
   }
 
-  /// A disk that takes its time.
+  /// A slow disk.
   static func slowDisk(
     syncMilliseconds: UInt32 = 0, syncDataMilliseconds: UInt32 = 0
   ) -> MetadataJournal.Disk {

@@ -22,7 +22,7 @@ struct MetadataConnectionsTests {
     #expect(all.verdict(group: "few", now: 60) == .welcome)
     all.add(4, socket: 4, group: "many", now: 5)
     answer(4, &all, now: 6)
-    // Who has been answered before stays longer than who has only ever been slow.
+    // A client that was answered before is kept longer than one that was always slow.
     #expect(all.verdict(group: "few", now: 60) == .instead(of: 3))
     all.startClosing(3)
     #expect(all.verdict(group: "few", now: 60) == .welcome && all.count == 3)
@@ -67,7 +67,7 @@ struct MetadataConnectionsTests {
     answer(1, &all, now: 1_500_000)
     all.add(2, socket: 2, group: "a", now: 0)
     all.add(3, socket: 3, group: "a", now: 1_200_000)
-    // Answered, but with nothing that not everybody gets.
+    // Answered, but only with something that everybody gets.
     all.add(4, socket: 4, group: "a", now: 0)
     all.finish(4, isKnown: false, now: 1_100_000)
     #expect(all.verdict(group: "a", now: 1_600_000) == .instead(of: 2))
@@ -94,7 +94,7 @@ struct MetadataConnectionsTests {
     #expect(all.heaviest(in: .answer, neededBytes: 1, now: 10) == nil)
     #expect(all.heaviest(in: .body, neededBytes: 1, now: 10) == 3)
     all.startClosing(3)
-    // What is becoming free already is enough.
+    // The space about to become free suffices.
     #expect(all.heaviest(in: .body, neededBytes: 10, now: 10) == nil)
     #expect(all.heaviest(in: .body, neededBytes: 11, now: 10) == 4)
     all.remove(3)
@@ -114,7 +114,7 @@ struct MetadataConnectionsTests {
     #expect(all.longestWatch(group: nil, now: 1_000_002) == 2)
     #expect(all.longestWatch(group: "few", now: 1_000_002) == 1)
     #expect(all.longestWatch(group: "other", now: 1_000_002) == nil)
-    // Their time is the server's.
+    // They are waiting for the server, not the reverse.
     #expect(all.overdue(now: 9_000_000).isEmpty)
   }
 

@@ -5,7 +5,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Clients that are many, slow or silent, and who gives way to whom.
+/// Clients that are many, slow or silent, and which of them are dropped for others.
 @Suite(.serialized)
 struct MetadataCrowdTests {
   private var smallLimits: MetadataLimits {
@@ -69,7 +69,7 @@ struct MetadataCrowdTests {
         waiting.add(1, ordering: .relaxed)
         while waiting.load(ordering: .relaxed) < 50 { usleep(100) }
         let client = try MetadataTestClient(to: server)
-        // It takes a moment to ask.
+        // Its request takes a moment.
         usleep(20_000)
         let put = try client.ask("PUT", "/metadata?key=k", "v")
         complaints.require(put.status == 200, "\(put)")
@@ -95,11 +95,11 @@ struct MetadataCrowdTests {
             "GET", "/metadata?prefix=w&since=\(revision)&wait_ms=3000")
           return complaints.require(answer.status == 200, "\(answer)")
         }
-        // Watches are the server's business: they do not give way.
+        // A watch is waiting for the server, so it is not dropped.
         usleep(1_000_000)
         for _ in 0..<20 {
           let refused = try MetadataTestClient(to: server)
-          // It may come before the answer and must not take it away.
+          // The refusal may precede this request, which must not discard it.
           try refused.send("GET /health HTTP/1.1\r\nHost: h\r\n\r\n")
           usleep(5000)
           let answer = try refused.receive()
@@ -133,7 +133,7 @@ struct MetadataCrowdTests {
           return
         }
         usleep(2_500_000)
-        // A full address, then a full server.
+        // First an address at its limit, then the server.
         let (ask, path) = ("GET", "/metadata?key=k")
         let first = try MetadataTestClient(to: server)
         let found = try first.ask(ask, path, within: Self.soon)
@@ -185,7 +185,7 @@ struct MetadataCrowdTests {
     try onThreads(9) { index in
       complaints.check("client \(index)") {
         if index > 0 {
-          // Only heads: they hold nothing.
+          // Only heads: they occupy no memory.
           let client = try MetadataTestClient(to: server)
           try client.send(
             "PUT /metadata?key=\(index) HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\n")
@@ -247,7 +247,7 @@ struct MetadataCrowdTests {
       }
       #expect((300...5000).contains(time), "closed after \(time) ms")
     }
-    // A watch is no slow request.
+    // A watch is not a slow request.
     let client = try MetadataTestClient(to: server)
     let revision = try MetadataTestClient.revision(of: server)
     let time = try elapsedMilliseconds {

@@ -5,7 +5,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// What a crash leaves is cut off; what no crash leaves stops the start, and the file stays.
+/// What a crash may leave is cut off; other damage prevents the start and leaves the file alone.
 struct MetadataJournalDamageTests {
   private typealias Format = MetadataJournalFormat
 
@@ -15,7 +15,7 @@ struct MetadataJournalDamageTests {
     .put(key: "last", value: [0], lease: 0),
   ]
 
-  /// A whole file, where its head and each of its records end, and what stands behind these.
+  /// A complete file, the ends of its head and of each record, and what follows these.
   struct File: CustomTestStringConvertible, Sendable {
     var name: String
     var headBytes: Int
@@ -53,7 +53,7 @@ struct MetadataJournalDamageTests {
 
   static let files = [former, present]
 
-  /// The test's own writer of them must not hide that they can be read no more.
+  /// The tests' own writer of old files must not hide that they are unreadable now.
   @Test func formerFilesAreWhatFormerVersionsWrote() {
     let digits = Array(
       """
@@ -78,7 +78,7 @@ struct MetadataJournalDamageTests {
         bytes[index] ^= 1 << UInt8(bit)
         folder.bytes = bytes
         var offset = try #require(starts.last { $0 <= index })
-        // This looks like a former file, which makes no sense behind the first line.
+        // This looks like an old file, which is invalid after the first line.
         if bytes.starts(with: FormerJournal.head) { offset = max(offset, FormerJournal.head.count) }
         let text = try #require(folder.refusal(), "byte \(index), bit \(bit)")
         #expect(text.contains("\(folder.file): byte \(offset) of \(bytes.count): "), "\(text)")
@@ -97,7 +97,7 @@ struct MetadataJournalDamageTests {
         bytes[index] ^= 1 << UInt8(bit)
         folder.bytes = bytes
         #expect(try folder.read() == Self.records)
-        // It is there again.
+        // The mark has been restored.
         #expect(folder.bytes.count == file.bytes.count)
       }
     }
@@ -111,7 +111,7 @@ struct MetadataJournalDamageTests {
       for zeroCount in [0, 1, 7, 5000] {
         folder.bytes = file.bytes[..<count] + [UInt8](repeating: 0, count: zeroCount)
         if count < file.headBytes && count + zeroCount > file.headBytes {
-          // This may have been more than a head.
+          // This may have been longer than a head.
           #expect(folder.refusal() != nil || count + zeroCount <= Format.Head.byteCount)
           continue
         }
@@ -132,7 +132,7 @@ struct MetadataJournalDamageTests {
   @Test(arguments: files) func lostStretchesStopTheStart(file: File) throws {
     let folder = JournalFolder()
     let bytes = file.bytes
-    // With the mark, what is lost to the last byte of the records is noticed, too.
+    // With the mark, even the loss of the records' last bytes is noticed.
     let end = file.mark == [] ? bytes.count - 1 : file.recordBytes + 1
     for start in file.headBytes..<(end - 1) {
       for stop in [start + 1, start + 8, start + 30] where stop < end {
@@ -150,7 +150,7 @@ struct MetadataJournalDamageTests {
     #expect(folder.refusal()?.contains("format 31") == true)
     folder.bytes = Array("mooncake metadata 1\n".utf8)
     #expect(folder.refusal()?.contains("format 1,") == true)
-    // Former versions say of this one what this one says of the next.
+    // Earlier versions report this version as it would report the next.
     #expect(Self.present.bytes.starts(with: "mooncake metadata 3\n".utf8))
     folder.bytes = Array("mooncake metadata 4\n".utf8) + Self.present.bytes[20...]
     #expect(folder.refusal()?.contains("format 4,") == true)
@@ -159,7 +159,7 @@ struct MetadataJournalDamageTests {
     FormerJournal.encode(.delete(key: "behind"), into: &bytes)
     folder.bytes = bytes
     try expectUnknownKind(in: folder, at: Self.former.bytes.count)
-    // Also where nothing behind it tells that it was safe.
+    // Even if nothing after it shows that it was safe.
     let head = Format.Head(file: 7)
     bytes = head.bytes
     let commit = Format.Commit(file: 7, run: 1, safeBytes: bytes.count)

@@ -4,19 +4,19 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// What a loss of power may leave of the last commit on file systems that write blocks in any
-/// order, and what it cannot leave of what was safe.
+/// What a power loss may leave of the last commit on file systems that write blocks in any order,
+/// and what it can never take of synced data.
 struct MetadataJournalLossTests {
   private typealias Record = MetadataJournal.Record
 
-  /// A journal while a commit is synced: of what was not safe before, any block may be lost.
+  /// A journal while a commit is being synced: any block of what was not safe before may be lost.
   private struct Moment {
     var bytes: [UInt8]
     var safeBytes: Int
     var safe: [Record]
     var all: [Record]
 
-    /// Stretches of whole blocks.
+    /// Ranges of whole blocks.
     func stretches(of blockBytes: Int, in range: Range<Int>) -> [Range<Int>] {
       let blocks = (range.lowerBound / blockBytes)...((range.upperBound - 1) / blockBytes)
       return blocks.flatMap { first in
@@ -27,7 +27,7 @@ struct MetadataJournalLossTests {
     }
   }
 
-  /// What stands where nothing was written yet.
+  /// The contents of blocks that were not written.
   private enum Filling: CaseIterable {
     case zeros, noise, formerFile
 
@@ -58,7 +58,7 @@ struct MetadataJournalLossTests {
     return records + [.delete(key: "\(number)-1")]
   }
 
-  /// Writes commits behind what a folder holds, and keeps what the disk had at each sync.
+  /// Writes commits after the contents of a folder, and keeps the disk's state at each sync.
   private static func moments(
     _ commits: [[Record]], in folder: JournalFolder, isRewritten: Bool = false
   ) throws -> [Moment] {
@@ -94,7 +94,7 @@ struct MetadataJournalLossTests {
 
   private static let commits = (0..<4).map { commit($0, byteCount: 5000) }
 
-  /// A journal, and another one whose blocks may turn up in it.
+  /// A journal, and another one whose old blocks may turn up in it.
   private static func journal(
     isRewritten: Bool = false
   ) throws -> (moments: [Moment], former: [UInt8]) {
@@ -119,7 +119,7 @@ struct MetadataJournalLossTests {
           try expect(found, from: moment, "\(range), \(filling)")
           let kept = folder.bytes
           #expect(kept.starts(with: moment.bytes[..<moment.safeBytes]))
-          // The next start finds the same, and nothing to cut.
+          // The next start finds the same and cuts nothing.
           #expect(try folder.read() == found)
           #expect(folder.bytes == kept)
         }
@@ -161,11 +161,11 @@ struct MetadataJournalLossTests {
         for filling in Filling.allCases {
           var bytes = moment.bytes
           let range = (block * 512..<(block + 1) * 512).clamped(to: 0..<bytes.count)
-          // A hole that begins where it may is another test, and so is the head of another file.
+          // Holes where unsynced data begins, and the head of another file, are tested elsewhere.
           if range.lowerBound >= moment.safeBytes { continue }
           if block == 0 && filling == .formerFile { continue }
           filling.fill(range, of: &bytes, former: former)
-          // The other file has the same values in the same places.
+          // The other file has the same bytes in the same places.
           if bytes == moment.bytes { continue }
           folder.bytes = bytes
           let text = try #require(folder.refusal(), "\(range) of \(moment.safeBytes), \(filling)")
@@ -191,7 +191,7 @@ struct MetadataJournalLossTests {
         }
       }
     }
-    // Nothing behind is needed to find damage.
+    // Damage is found even with nothing after it.
     for index in stride(from: 0, to: moment.safeBytes, by: 5) {
       var bytes = Array(moment.bytes[..<moment.safeBytes])
       bytes[index] ^= 0x10
@@ -211,7 +211,7 @@ struct MetadataJournalLossTests {
         Filling.zeros.fill(hole, of: &bytes, former: former)
         folder.bytes = bytes
         let second = try Self.moments([next], in: folder)[0]
-        // What was cut off stands on the disk still, wherever the new commit does not.
+        // What was cut off is still on disk wherever the new commit is not.
         for lost in second.stretches(of: 512, in: second.safeBytes..<second.bytes.count) {
           var now = second.bytes
           for index in lost { now[index] = index < bytes.count ? bytes[index] : 0 }
@@ -224,7 +224,7 @@ struct MetadataJournalLossTests {
 
   @Test(arguments: [0, 1, 21])
   func changesAfterACrashAreNotMixedWithThoseBefore(keptCount: Int) throws {
-    // Each record is to stand where one of the former commit stood.
+    // Each record lands where the previous commit had one.
     let puts = { (value: UInt8) in
       (0..<40).map { Record.put(key: "\($0 + 10)", value: [value, value], lease: 0) }
     }
@@ -236,7 +236,7 @@ struct MetadataJournalLossTests {
       var moment = try Self.moments([[.delete(key: "y")], puts(1)], in: folder)[1]
       let end = moment.safeBytes + Self.markBytes + 40 * recordBytes
       #expect(moment.bytes.count == end)
-      // In the mark, in the first put, or in one behind it.
+      // In the mark, in the first put, or in a later one.
       moment.bytes[keptCount == 0 ? moment.safeBytes : end - (41 - keptCount) * recordBytes] ^= 1
       folder.bytes = moment.bytes
       let again = try Self.moments([filler + puts(2)], in: folder)[0]
@@ -277,7 +277,7 @@ struct MetadataJournalLossTests {
     let bytes = folder.bytes
     folder.bytes = Array(bytes.dropLast(Self.markBytes))
     #expect(try folder.read() == Self.commits.flatMap { $0 })
-    // It is there again, and every start after that leaves the file as it is.
+    // It is restored, and later starts leave the file as it is.
     for _ in 0..<2 {
       #expect(folder.bytes.count == bytes.count)
       #expect(try folder.read() == Self.commits.flatMap { $0 })

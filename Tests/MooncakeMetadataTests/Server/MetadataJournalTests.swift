@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Testing
 
 struct MetadataJournalTests {
-  /// A disk in trouble is not filled with copies of everything at every change.
+  /// On a failing disk, not every change writes another copy of everything.
   @Test func writingAnewIsTriedOnceASecond() throws {
     let folder = JournalFolder()
     let isBroken = Box(false)
@@ -67,7 +67,7 @@ struct MetadataJournalTests {
       folder.bytes = Array(whole[..<count])
       let found = try folder.read()
       #expect(found.count < Self.records.count && Self.records.starts(with: found))
-      // What was cut off does not come back, and what comes next is kept.
+      // What was cut off does not come back, and later changes are kept.
       try folder.write([.delete(key: "next")])
       #expect(try folder.read() == found + [.delete(key: "next")])
     }

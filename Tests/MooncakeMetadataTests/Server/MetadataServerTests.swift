@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// A server under load, with slow disks and slow clients, and over restarts.
+/// A server under load, with slow disks and slow clients, and across restarts.
 @Suite(.serialized)
 struct MetadataServerTests {
   @Test func writersStopNeitherLeasesNorWatches() throws {
@@ -27,7 +27,7 @@ struct MetadataServerTests {
             while try client.ask("GET", "/metadata?key=leased").status == 200 { usleep(10_000) }
           }
           complaints.require((400...5000).contains(time), "the lease lasted \(time) ms")
-          // The watch goes on beside the writers.
+          // The watch continues beside the writers.
           usleep(time < 1500 ? UInt32(1500 - time) * 1000 : 0)
           return
         }
@@ -46,7 +46,7 @@ struct MetadataServerTests {
           count += 1
           let answer = try client.ask("PUT", "/metadata?key=w\(index)-\(count % 10)", "v\(count)")
           complaints.require(answer.status == 200, "\(answer)")
-          // Spread, so that some come while the disk is busy with others.
+          // Spread out, so that some arrive while the disk is busy with others.
           usleep(UInt32(1000 * ((index + count) % 10)))
         }
         complaints.require(count > 10, "only \(count) writes")
@@ -132,7 +132,7 @@ struct MetadataServerTests {
     slowness.milliseconds.store(2500, ordering: .relaxed)
     try writer.send("PUT /metadata?key=a HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
     usleep(300_000)
-    // More than it takes in at a time, and the renewal behind them.
+    // More than it takes at once, and then the renewal.
     let complaints = Complaints()
     try onThreads(301) { index in
       complaints.check("client \(index)") {
@@ -150,8 +150,8 @@ struct MetadataServerTests {
     #expect(try writer.receive().status == 200)
   }
 
-  /// Who changes something does not wait until the journal is written anew, and what comes
-  /// meanwhile is in it once.
+  /// A change does not wait while the journal is rewritten, and changes made meanwhile are in it
+  /// exactly once.
   @Test func writingTheJournalAnewDelaysNoAnswer() throws {
     let folder = JournalFolder()
     var options = MetadataServer.Options()
@@ -175,7 +175,7 @@ struct MetadataServerTests {
     var slowest: UInt64 = 0
     var leases: [String] = []
     for index in 0..<9 where syncCount.value == before {
-      // What the other asks comes while the change is synced.
+      // The other client's request comes while the change is synced.
       slowness.milliseconds.store(200, ordering: .relaxed)
       let sent = Clock.now()
       try client.send(
@@ -202,7 +202,7 @@ struct MetadataServerTests {
     }
   }
 
-  /// A connection that gives way after its request has come, but before it was read.
+  /// A connection is dropped after its request has arrived, but before it was read.
   @Test func whatIsNotAnsweredIsNotDone() throws {
     let folder = JournalFolder()
     let slowness = Slowness()
@@ -224,7 +224,7 @@ struct MetadataServerTests {
     #expect(status == 200 || !isThere, "answered \(status), and the key is there")
   }
 
-  /// Who asks while the disk keeps the server from listening is not silent.
+  /// A client whose request arrives while the disk blocks the server does not count as silent.
   @Test func whoAsksDuringAStallIsHeard() throws {
     let folder = JournalFolder()
     let slowness = Slowness()
@@ -248,7 +248,7 @@ struct MetadataServerTests {
     #expect(try client.ask("POST", "/metadata/values", long).status == 413)
     let store = try MetadataStores.open(MetadataURI(parsing: server.uri))
     let call = MetadataCall(until: .after(milliseconds: 20_000))
-    // Each character takes six bytes of a question.
+    // Each character takes six bytes in a request.
     let keys = (0..<1000).map { String(repeating: "\u{1}", count: 2000) + "\($0)" }
     try store.put(MetadataEntry(key: keys[999], value: "last"), lease: nil, call)
     let values = try store.values(of: keys, call)

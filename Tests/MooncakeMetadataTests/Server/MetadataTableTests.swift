@@ -3,7 +3,7 @@ import MooncakeTestSupport
 import Testing
 
 struct MetadataTableTests {
-  /// The macro itself takes no mutating calls.
+  /// The macro does not accept mutating calls.
   private func check(_ isTrue: Bool, at location: SourceLocation = #_sourceLocation) {
     #expect(isTrue, sourceLocation: location)
   }
@@ -18,7 +18,7 @@ struct MetadataTableTests {
   }
 
   @Test func keysAreSortedByTheirBytes() {
-    // With all kinds of beginnings in common, and of ends.
+    // With all kinds of common prefixes and suffixes.
     let beginnings = ["", "mooncake/", "mooncake/ram/node-000000000", "mooncake/rpc_meta/\u{E9}"]
     for beginning in beginnings {
       var texts: Set<String> = []
@@ -71,7 +71,7 @@ struct MetadataTableTests {
     check(table.put(key("a"), [1], lease: 7) == .done)
     check(table.put(key("b"), [1], lease: 7) == .done)
     check(table.put(key("c"), [1], lease: 8) == .noLease)
-    // Whoever puts anew takes the key off the lease.
+    // A new put takes the key off the lease.
     check(table.put(key("b"), [2]) == .done)
     check(table.renew(7, now: 500_000_000)?.keys.count == 1)
     check(table.expired(now: 1_400_000_000).isEmpty)
@@ -81,14 +81,14 @@ struct MetadataTableTests {
     check(table.nextExpiry == .max)
   }
 
-  /// The end of leases costs one look at all keys, not one for each that goes.
+  /// Ending leases scans all keys once, not once per key.
   @Test func manyKeysOfALeaseEndTogether() {
     var table = MetadataTable(revision: 0)
     table.startRestore()
     for lease in 1...3 as ClosedRange<UInt64> {
       check(table.restoreLease(lease, ttlMilliseconds: 1000, now: 0))
     }
-    // Every tenth hangs on the first, and of the first hundred another one on the others.
+    // Every tenth belongs to the first lease, and 20 of the first 100 to the others.
     for index in 0..<200_000 {
       let isOfOthers = index < 100 && index % 10 < 3
       let lease = UInt64(index % 10 == 0 ? 1 : isOfOthers ? 2 + index % 2 : 0)

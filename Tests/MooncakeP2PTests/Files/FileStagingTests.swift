@@ -22,11 +22,11 @@ import Testing
     }
   }
 
-  /// The host is not killed by the signal that comes with it.
+  /// The signal for exceeding the limit must not kill the host.
   @Test func aSizeLimitIsAnError() throws {
     var former = rlimit()
     getrlimit(__rlimit_resource_t(RLIMIT_FSIZE.rawValue), &former)
-    // Other tests write less meanwhile.
+    // Other tests write smaller files meanwhile.
     var limit = former
     limit.rlim_cur = 1 << 40
     setrlimit(__rlimit_resource_t(RLIMIT_FSIZE.rawValue), &limit)
@@ -64,7 +64,7 @@ import Testing
     }
   }
 
-  /// A slash and a mark that combines with it are one character, but two bytes.
+  /// A slash and a combining mark after it are one character, but two bytes.
   @Test func namesThatBeginWithACombiningMark() throws {
     let scratch = ScratchDirectory()
     let files: [FileList.File] = [
@@ -85,7 +85,7 @@ import Testing
     #expect(scratch.contents("out/\u{301}step")?.count == 3)
   }
 
-  /// Directories get the bit of the one that they are made in.
+  /// New directories inherit the set-group-ID bit of their parent.
   @Test func aDirectoryThatHandsItsGroupDown() throws {
     let scratch = ScratchDirectory()
     mkdir(scratch["out"], 0o755)
@@ -99,14 +99,14 @@ import Testing
     #expect(scratch.names(in: "out") == ["a"])
   }
 
-  /// Holes before files that begin at a huge page are mappings, too.
+  /// The holes before files that begin at a huge page are mappings too.
   @Test func mappingsOfFilesAndHoles() throws {
     let huge = 2 << 20
     let sizes = [UInt64](repeating: UInt64(huge) + 1, count: 100) + [0, 1]
     let aligned = try #require(FilePlaces(sizes: sizes, mappingLimit: 200))
     #expect(aligned.mappingCount == 200)
     #expect(aligned.offsets.prefix(100).allSatisfy { $0 % huge == 0 })
-    // Without holes where those would be too many.
+    // No holes if they would be too many mappings.
     let dense = try #require(FilePlaces(sizes: sizes, mappingLimit: 199))
     #expect(dense.mappingCount == 101)
     for (index, size) in sizes.enumerated().dropLast() {
@@ -199,7 +199,8 @@ import Testing
     #expect(scratch.names(in: "out") == ["living", "other"])
   }
 
-  /// Devices may have other numbers after that, and a switch that broke off must be undone.
+  /// After a reboot, devices may have other numbers, and an interrupted switch must still be
+  /// undone.
   @Test func leftoversFromBeforeTheMachineWasStarted() throws {
     let scratch = ScratchDirectory()
     let name = ".mooncake-get-00000000000dead"
@@ -220,7 +221,7 @@ import Testing
 
   @Test func whatOnlyLooksLikeALeftoverStays() throws {
     let scratch = ScratchDirectory()
-    // As somebody prepares it who may write into the directory.
+    // What another user with write access might prepare.
     scratch.write("victim/file", [1])
     scratch.leaveLock(in: "victim")
     mkdir(scratch["out"], 0o777)
@@ -236,14 +237,14 @@ import Testing
     mkfifo(scratch[name + "b1"], 0o600)
     scratch.write(name + "c3/file", [6])
     mkfifo(scratch[name + "c3/lock"], 0o600)
-    // The caller's own directories, which somebody has given such names.
+    // The caller's own directories that were given such names.
     for (index, text) in ["", "1234\n", "mooncake-get 1\n7\n8\n"].enumerated() {
       scratch.write("state/file", [8])
       scratch.write("state/lock", Array(text.utf8), mode: 0o600)
       chmod(scratch["state"], 0o700)
       rename(scratch["state"], scratch[name + "d\(index)"])
     }
-    // A lock that is a copy; one for others to read; a name that no get gives.
+    // A copied lock; one that others may read; a name that no get chooses.
     scratch.write(name + "e0/file", [9])
     scratch.write(name + "e0/lock", scratch.contents("victim/lock")!, mode: 0o600)
     chmod(scratch[name + "e0"], 0o700)
@@ -277,14 +278,14 @@ import Testing
     let staging = MooncakeP2PTests.staging(scratch["out"], replacesFiles: true)
     let error = failure { _ = try staging.place(manifest) }
     #expect(error?.code == .exists && error?.message.contains("out/d is a link") == true)
-    // Also one that comes while the bytes do.
+    // Even if it appears while bytes arrive.
     unlink(scratch["out/d"])
     Self.fill(try staging.place(manifest).buffers)
     symlink("../victim", scratch["out/d"])
     #expect(failure { _ = try staging.commit(syncs: false) }?.message.contains("link") == true)
     staging.discard()
     #expect(scratch.names(in: "out") == ["d"] && scratch.contents("victim/file") == [1])
-    // A link in the place of a file is replaced, not followed; the directory named may be one.
+    // A link in the place of a file is replaced, not followed; the target directory may be a link.
     unlink(scratch["out/d"])
     symlink("../victim/file", scratch["out/a"])
     symlink("out", scratch["alias"])
@@ -340,7 +341,7 @@ import Testing
     #expect(error?.code == .accessDenied)
   }
 
-  /// What survives a loss of power, and in which order.
+  /// What is synced to disk, and in which order.
   @Test func syncsFilesThenPlaces() throws {
     let scratch = ScratchDirectory()
     let synced = Lock<[String]>([])
@@ -366,7 +367,7 @@ import Testing
       return try #require(paths.firstIndex(of: path), "\(path) in \(paths)")
     }
     #expect(contents.max()! < journal && journal < places.min()!)
-    // Without, nothing has to be.
+    // Without `syncs`, nothing.
     synced.withLock { $0 = [] }
     let quick = MooncakeP2PTests.staging(scratch["quick"], sync: sync)
     Self.fill(try quick.place(Manifest.ofFiles(files)).buffers)
@@ -402,7 +403,7 @@ import Testing
     #expect(scratch.names(in: "there/out") == ["a"])
   }
 
-  /// One may make a directory in a place that one may not read, which brings it onto no disk.
+  /// A user may be able to make entries in a directory but not read it, so it cannot be synced.
   @Test func aParentThatCannotBeReadFailsTheSync() throws {
     let scratch = ScratchDirectory()
     let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])

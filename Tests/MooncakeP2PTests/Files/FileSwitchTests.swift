@@ -6,7 +6,7 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// Many files get into their places, or none.
+/// Either all files get into their places or none.
 @Suite struct FileSwitchTests {
   private static let files: [FileList.File] = [
     .init(path: "a", size: 1), .init(path: "new/deep/b", size: 1), .init(path: "there/c", size: 1),
@@ -17,7 +17,7 @@ import Testing
     #expect(throws: EngineError.self) { try body() }
   }
 
-  /// The files on their way into "out", filled with a byte.
+  /// Complete files, filled with a byte, to be moved into "out".
   private func staged(
     _ scratch: ScratchDirectory, _ files: [FileList.File] = files, byte: UInt8 = 2,
     exchanges: Bool = true, replaces: Bool = true
@@ -58,7 +58,7 @@ import Testing
       let scratch = ScratchDirectory()
       for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
       let staging = try staged(scratch, exchanges: exchanges)
-      // A name too many for the file system: mounted over, so that nothing gets there.
+      // One place that the file system refuses: a mount covers it.
       scratch.write("out/z", [1])
       guard mount(scratch["out/a"], scratch["out/z"], "", UInt(MS_BIND), nil) == 0 else {
         print("skipped aFailureHalfWayChangesNothing: mounting takes root")
@@ -71,7 +71,7 @@ import Testing
       staging.discard()
       #expect(scratch.names(in: "out") == ["a", "there", "z"])
       #expect(scratch.names(in: "out/there") == ["c"])
-      // And without it all of them get there.
+      // Without that, all of them get there.
       _ = try staged(scratch, exchanges: exchanges).commit(syncs: true)
       #expect(contents(scratch) == [2, 2, 2, 2, 2])
       #expect(scratch.names(in: "out") == ["a", "new", "there", "z"])
@@ -91,7 +91,7 @@ import Testing
     #expect(scratch.names(in: "out") == ["there"])
   }
 
-  /// A process is killed after so many of the files are in their places; the next get finds that.
+  /// A process is killed after some files are in their places, and the next get finds that.
   @Test func whatAKilledGetHasBegunIsUndone() throws {
     for exchanges in [true, false] {
       for count in 0...Self.files.count {
@@ -107,7 +107,7 @@ import Testing
     }
   }
 
-  /// A name may begin with a mark that combines with what is before it, a slash or a space.
+  /// A name may begin with a mark that combines with the character before it, a slash or a space.
   @Test func namesThatBeginWithACombiningMark() throws {
     let files: [FileList.File] = [
       .init(path: "\u{301}a", size: 1), .init(path: "d/\u{301}x", size: 1),
@@ -126,7 +126,7 @@ import Testing
     }
   }
 
-  /// Makes what such a process leaves.
+  /// Makes what such a process leaves behind.
   private func killed(
     _ scratch: ScratchDirectory, after count: Int, exchanges: Bool
   ) throws {
@@ -169,7 +169,7 @@ import Testing
           linux_rename(AT_FDCWD, from, AT_FDCWD, to, UInt32(LINUX_RENAME_EXCHANGE)) == 0)
       } else {
         try #require(rename(to, scratch[area + "/old/\(index)"]) == 0)
-        // The last one is killed between the two steps.
+        // It was killed between the two steps of the last one.
         if index < count - 1 { try #require(rename(from, to) == 0) }
       }
     }
@@ -179,7 +179,7 @@ import Testing
     let scratch = ScratchDirectory()
     for name in ["a", "there/c"] { scratch.write("out/" + name, [1]) }
     try killed(scratch, after: 5, exchanges: true)
-    // Somebody has put another file there since, and changed one.
+    // Meanwhile one file was replaced, and one changed.
     unlink(scratch["out/a"])
     scratch.write("out/a", [9])
     usleep(20_000)
@@ -214,7 +214,7 @@ import Testing
 
   // MARK: Several at once
 
-  /// Runs `body` on threads of their own and returns what they threw.
+  /// Runs `body` on several threads and returns what they threw.
   private func together(
     _ count: Int, _ body: @escaping @Sendable (Int) throws -> Void
   ) throws -> [String] {
@@ -236,7 +236,7 @@ import Testing
           .init(path: "f\(index)", size: 1), .init(path: "sub/deep/g\(index)", size: 1),
         ]
         let staging = try staged(scratch, files, byte: UInt8(index + 1), replaces: false)
-        // Some fail and take back what they have made.
+        // Some fail and undo what they have made.
         if index % 4 == 3 { return staging.discard() }
         _ = try staging.commit(syncs: false)
       }

@@ -100,7 +100,7 @@ import Testing
     for (name, change) in changes {
       let scratch = ScratchDirectory()
       let file = try MappedFile(reading: path(scratch.write("f", Array(repeating: 1, count: 5000))))
-      // The clock of files advances in steps of some milliseconds.
+      // File timestamps advance in steps of some milliseconds.
       usleep(20_000)
       change(scratch)
       for error in [

@@ -69,7 +69,7 @@ import Testing
       }
       return line?.split(separator: " ").last.flatMap { Int($0) } ?? -1
     }
-    // The files, and manifest and table of the holding.
+    // The files, and the holding's manifest and table.
     #expect(buffers(origin.engine.metrics()) == buffers(before) + 2)
     let (_, received) = try receiver.get("many", to: scratch["out"])
     for name in ["0", "1", "299", "large"] {
@@ -103,7 +103,7 @@ import Testing
     try published.withdraw()
   }
 
-  /// A file comes into the way while a removal of the name still waits for a reader: the memory
+  /// A file appears at a target while a removal of the name still waits for a reader: the memory
   /// stays registered and mapped until that reader is done.
   @Test func aCommitThatFailsDuringARemoval() throws {
     let cluster = try Cluster()
@@ -117,7 +117,7 @@ import Testing
     mkdir(scratch["out"], 0o755)
     let (info, published) = try origin.publish("model", files: [scratch["m"]], shards)
     let version = try #require(info.version)
-    // The get waits with what it has until nobody else puts files into their places.
+    // The get has everything and waits until no other process moves files into place.
     let other = open(scratch["out"], O_RDONLY | O_DIRECTORY)
     defer { close(other) }
     try #require(flock(other, LOCK_EX) == 0)
@@ -185,7 +185,7 @@ import Testing
       #expect(error.code == .digestMismatch && error.message.contains("m/b has changed"))
     }
     #expect(try store.list(prefix: "") == [])
-    // The name is free and nothing of it is held.
+    // The name is free and none of it is held.
     scratch.write("m/b", [1])
     let (_, files) = try store.publish("model", files: [scratch["m"]])
     try files.withdraw()
@@ -225,7 +225,7 @@ import Testing
       _ = try receiver.get("model", to: scratch["none"], .init(), .init(), operation)
     }
     #expect(scratch.names() == ["disk", "m", "out"])
-    // And the same store can fetch it after all.
+    // The same store can still fetch it.
     var options = FileOptions()
     options.replacesFiles = true
     let (_, received) = try receiver.get("model", to: scratch["out"], options)

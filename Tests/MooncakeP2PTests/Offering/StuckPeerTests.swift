@@ -7,8 +7,8 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// A process of this host is in the middle of a copy that does not end while payloads are
-/// withdrawn. The engine would wait for it for thirty seconds.
+/// A process of this host is stopped in the middle of a copy while payloads are withdrawn. The
+/// engine would wait thirty seconds for it.
 @Suite struct StuckPeerTests {
   private static let size = 300_000
 
@@ -33,7 +33,7 @@ import Testing
     let operation = StoreOperation(timeoutMilliseconds: 300)
     let time = milliseconds { expect(.busy) { try store.unregister("m", operation) } }
     #expect((250..<1000).contains(time), "\(time) ms")
-    // Nobody finds it, and nobody may have the memory before it is free.
+    // Nobody finds it, and nobody gets the memory before it is free.
     expect(.notFound) { _ = try store.describe("m") }
     expect(.busy) { try store.register("n", [memory.buffer], RegisterOptions(), operation) }
     expect(.busy) { try store.unregister("m", operation) }
@@ -71,7 +71,7 @@ import Testing
     store.close()
   }
 
-  /// The wait is under no lock.
+  /// The wait holds no lock.
   @Test func otherPayloadsAreNotHeldUp() throws {
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
@@ -95,7 +95,7 @@ import Testing
     store.close()
   }
 
-  /// Wherever it begins.
+  /// Wherever the range begins.
   @Test func whatSharesAByteWithMemoryInUseIsBusyToo() throws {
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
@@ -116,7 +116,7 @@ import Testing
     store.close()
   }
 
-  /// Files that got a new version stay mapped.
+  /// Replaced files stay mapped.
   @Test func replacedFilesAreBusyToo() throws {
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
@@ -155,7 +155,7 @@ import Testing
     #expect(memcmp(again.address, model.bytes.baseAddress!, Self.size) == 0)
   }
 
-  /// Whoever ends what was removed by its name learns of it.
+  /// A caller that ends a payload removed by its name is told.
   @Test func aRemovedPayloadIsBusyToo() throws {
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }
@@ -170,7 +170,7 @@ import Testing
       store.grantCount(of: "m") == 0 && store.engine.local.buffers.buffers.isEmpty
     }
     #expect(isWithdrawn)
-    // BUSY at first because the store withdraws it, then because of the peer.
+    // First BUSY because the store is withdrawing it, then because of the peer.
     let end = Deadline.after(milliseconds: 5000)
     while !end.hasPassed {
       #expect(code { try store.unregister("m", operation) } == .busy)
@@ -181,7 +181,7 @@ import Testing
     expect(.notHeld) { try store.unregister("m") }
   }
 
-  /// A call that fails says so where the memory is not free.
+  /// A failing call reports that memory is not free.
   @Test func aFailedRegisterIsBusy() throws {
     let cluster = try Cluster()
     defer { withExtendedLifetime(cluster) {} }

@@ -20,15 +20,15 @@ import Testing
     #expect(overlap([10..<20], [19..<21]))
     #expect(overlap([10..<20], [10..<11]))
     #expect(overlap([1..<100], [50..<51]))
-    // A long one that began long before.
+    // A long one that begins long before.
     #expect(overlap([1..<100, 10..<20, 30..<40], [2..<3]))
     #expect(overlap([1..<100, 10..<20], [200..<300, 90..<91]))
-    // Within one list it does not count.
+    // Overlaps within one list do not count.
     #expect(!overlap([10..<20, 15..<25], [25..<30, 26..<28]))
     #expect(overlap([1..<2], [0xFFFF_0000..<0xFFFF_0001, 1..<3]))
   }
 
-  /// In no order, as an allocator hands them out.
+  /// Unsorted, as an allocator hands them out.
   @Test func manyBuffersAreComparedSeldom() {
     let count = 16_384
     var generator = SystemRandomNumberGenerator()

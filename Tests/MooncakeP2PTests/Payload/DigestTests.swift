@@ -3,7 +3,7 @@ import MooncakeP2P
 import Testing
 
 @Suite struct DigestTests {
-  /// Bytes that repeat every 251, and what the reference implementation makes of them.
+  /// Bytes that repeat every 251, and their digests by the reference implementation.
   private static let vectors: [(count: Int, hexadecimal: String)] = [
     (0, "99aa06d3014798d86001c324468d497f"),
     (240, "65b5be86da5540e7c92b68e16f83bbb6"),

@@ -6,8 +6,8 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// Holders that answer but have nothing yet, as there are many at the beginning of a large swarm:
-/// all of them one engine, which has a name for each.
+/// Many holders that answer but have nothing yet, as at the start of a large swarm. One engine
+/// plays all of them, under a name each.
 private final class Crowd: Sendable {
   let engine: TransferEngine
   let holders: [HolderAddress]
@@ -56,7 +56,7 @@ private final class Crowd: Sendable {
 
   deinit { engine.close() }
 
-  /// Established connections to the data port, of the peers.
+  /// Established connections to the peers' data port.
   func connectionCount() throws -> Int {
     let port = try engine.descriptor(of: 0).tcpDataPort
     let text = ":" + String(port, radix: 16, uppercase: true) + " "
@@ -108,7 +108,7 @@ private func readText(_ path: String) throws -> String {
     }
     let memory = Memory(100_000)
     expect(.timeout) { _ = try receiver.get("m", into: [memory.buffer], GetOptions(), operation) }
-    // It has come to know far more of them than it is connected to.
+    // It knows far more holders than it has connections.
     let (connections, known) = (most.withLock { $0 }, opened.withLock { $0.count })
     #expect(known > 80, "\(known) holders were asked")
     #expect((1...60).contains(connections), "\(connections) connections at once")

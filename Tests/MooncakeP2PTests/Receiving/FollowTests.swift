@@ -6,11 +6,11 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Gets whose version loses its holders while the name has another one already.
+/// Gets of a version that loses its holders when the name already has another one.
 @Suite struct FollowTests {
   private static let size = 32 << 20
 
-  /// What two gets and the test tell each other.
+  /// Synchronizes two gets and the test.
   private final class Meeting: Sendable {
     private let arrivals = Atomic(0)
     private let isOver = Atomic(false)
@@ -21,10 +21,10 @@ import Testing
       end.withLock { $0 = Clock.now() }
       isOver.store(true, ordering: .releasing)
     }
-    /// Milliseconds since then.
+    /// Milliseconds since `release`.
     var elapsed: UInt64 { (Clock.now() - end.withLock { $0 }) / 1_000_000 }
 
-    /// Holds a get up, so slowly that it does not end by itself, and for good once it has a part.
+    /// Slows a get so that it cannot finish, and holds it once it has a part.
     func operation() -> StoreOperation {
       var operation = StoreOperation()
       operation.timeoutMilliseconds = 30_000
@@ -46,7 +46,7 @@ import Testing
     func claim() -> Bool { !isClaimed.exchange(true, ordering: .acquiringAndReleasing) }
   }
 
-  /// Both receivers live and have a part, which is of no use to either: nobody has the rest.
+  /// Both receivers live and have a part, but nobody has the rest.
   @Test func whoHasLostTheOnlyHolderGoesOnToTheNextVersion() throws {
     let cluster = try Cluster()
     let (first, second) = (try cluster.store(), try cluster.store())

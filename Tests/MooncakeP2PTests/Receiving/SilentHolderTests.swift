@@ -6,7 +6,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// Ports that accept connections and never say a word, as records of holders name them.
+/// Ports, named by holders' records, that accept connections and never answer.
 private final class SilentHolders {
   private let listeners: [Int32]
   let addresses: [HolderAddress]
@@ -27,7 +27,7 @@ private final class SilentHolders {
 
   deinit { for listener in listeners { close(listener) } }
 
-  /// Tells everybody that they hold a payload.
+  /// Publishes that they hold a payload.
   func join(_ name: String, _ info: PayloadInfo, through store: P2PStore) {
     for address in addresses {
       store.keeper.put(
@@ -49,7 +49,7 @@ private final class SilentHolders {
     return (Clock.now() - begin) / 1_000_000
   }
 
-  /// Each would be waited for two seconds.
+  /// Waiting for each would take two seconds.
   @Test func fifteenSilentHoldersHoldAGetUpForAMoment() throws {
     let cluster = try Cluster()
     let (origin, other, receiver) = (
@@ -96,7 +96,7 @@ private final class SilentHolders {
       for thread in threads { thread.join() }
     }
     #expect(good.withLock { $0 } == names.count)
-    // One after the other, eight at a time, they would take eighteen.
+    // Eight at a time, one group after another, they would take eighteen.
     #expect(time < 6000, "\(time) ms")
     withExtendedLifetime(memories) {}
   }

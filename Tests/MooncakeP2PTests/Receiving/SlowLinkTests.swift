@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Links on which everything takes long, though bytes come all the time.
+/// Links on which everything takes long, though bytes keep arriving.
 @Suite struct SlowLinkTests {
   private func store(_ cluster: Cluster, defaultMilliseconds: UInt64) throws -> P2PStore {
     var options = TransferEngine.Options()
@@ -18,7 +18,7 @@ import Testing
     return try P2PStore(engineOptions: options)
   }
 
-  /// Ends by itself only if the test has to end it.
+  /// Ends by itself only if the test has to stop it.
   private func endless() -> StoreOperation {
     let end = Deadline.after(milliseconds: 30_000)
     var operation = StoreOperation()
@@ -40,7 +40,7 @@ import Testing
     let memory = Memory(4 << 20)
     _ = try receiver.get("m", into: [memory.buffer], GetOptions(), endless())
     #expect(memory.holds(model))
-    // Nothing was begun again.
+    // Nothing was started over.
     #expect(link.dataBytes < 6 << 20)
 
     let part = Memory(2 << 20)
@@ -68,14 +68,14 @@ import Testing
     try origin.register("m", [model.buffer], options)
     _ = try second.get("m")
     let before = link.dataBytes + secondLink.dataBytes
-    // Longer than silence would be waited for.
+    // Longer than silence is tolerated.
     link.setRate(1 << 20)
     secondLink.setRate(1 << 20)
     let receiver = try cluster.store()
     let memory = Memory(1000)
     let result = try receiver.get("m", into: [memory.buffer], GetOptions(), endless())
     #expect(memory.holds(model) && result.attributes == options.attributes)
-    // From each of them once at most, where both have answered before its first byte came.
+    // At most once from each, if both have answered before its first byte came.
     #expect(link.dataBytes + secondLink.dataBytes - before < 7 << 20)
     withExtendedLifetime((origin, second, model)) {}
   }
@@ -99,7 +99,7 @@ import Testing
     withExtendedLifetime((origin, silent, model)) {}
   }
 
-  /// The bytes of a transfer have begun to come when the store is closed.
+  /// The bytes of a transfer are arriving when the store is closed.
   @Test func closeEndsATransferInTheMiddle() throws {
     let cluster = try Cluster()
     let origin = try P2PStore(engineOptions: SlowLink.options(cluster.server.uri))
@@ -131,7 +131,7 @@ import Testing
       closer.join()
       #expect(link.dataBytes > before + 1 << 20)
       #expect(ended &- closedAt.load(ordering: .acquiring) < 2_000_000_000)
-      // Nothing arrives any more: the memory is the caller's again.
+      // Nothing arrives any more: the memory belongs to the caller again.
       memory.bytes.initializeMemory(as: UInt8.self, repeating: 0xEE)
       usleep(300_000)
       #expect(memory.bytes.allSatisfy { $0 == 0xEE })
@@ -140,7 +140,7 @@ import Testing
   }
 }
 
-/// What the existing system's store has registered, read over links of many kinds.
+/// Payloads that Mooncake's store registered, read over links of many kinds.
 @Suite struct UnverifiedDownloadTests {
   private final class Owner: Sendable {
     let engine: TransferEngine
@@ -202,7 +202,7 @@ import Testing
       addresses: stride(from: 0, to: size, by: Int(shardBytes)).map { base + $0 })
   }
 
-  /// The last of those that are read at once begins to come when the first have ended.
+  /// The last of the concurrent reads gets its first bytes only when the first ones have ended.
   @Test func readsAreNotHurried() throws {
     let model = Memory(6 << 20, seed: 1)
     let owner = try Owner(model, bytesPerSecond: 4 << 20)
@@ -243,9 +243,9 @@ import Testing
     let download = try reader.download(twice, into: memory, settings)
     #expect(memory.holds(model))
     #expect(download.sources.map(\.key) == [other.engine.name])
-    // Twelve shards, two at a time, would be six seconds.
+    // Twelve shards, two at a time, would take six seconds.
     #expect(Clock.now() - begin < 4_000_000_000)
-    // Alone, it is an error that says why.
+    // Without another location, the get fails and says why.
     let alone = try document(model, shardBytes: 256 << 10, gold: silent)
     do {
       _ = try reader.download(alone, into: memory, settings)
@@ -255,14 +255,14 @@ import Testing
     }
   }
 
-  /// The engine gives a read up whose connection breaks time and again.
+  /// The engine gives up a read whose connection keeps breaking.
   @Test func aReadThatBrokeOffIsTriedAgain() throws {
     let model = Memory(8 << 20, seed: 3)
     let owner = try Owner(model, bytesPerSecond: 8 << 20)
     let reader = try Reader()
     let isOver = Atomic(false)
     let cutter = try WorkerThread.start(name: "cut") {
-      // A piece of it has arrived, then none does for a while.
+      // A piece of it has arrived, then nothing does for a while.
       _ = eventually { owner.link.dataBytes > 5 << 20 }
       for _ in 0..<8 where !isOver.load(ordering: .acquiring) {
         owner.link.cut()

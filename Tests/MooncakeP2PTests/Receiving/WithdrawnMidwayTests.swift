@@ -4,8 +4,8 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// An origin takes a writable payload away, and uses its memory for another one, after it has
-/// granted and before the peer uses the grant.
+/// An origin withdraws a writable payload and reuses its memory for another one, after it has
+/// granted a write and before the peer makes it.
 @Suite struct WithdrawnMidwayTests {
   private static let transports = [["tcp"], ["shm", "tcp"]]
   private static let size = 100_000
@@ -16,13 +16,13 @@ import Testing
     return options
   }()
 
-  /// An origin with a writable payload "a", which it takes away soon, and somebody who writes.
+  /// An origin with a writable payload "a", which it soon withdraws, and a writer.
   private struct Writing {
     let cluster: Cluster
     let origin: P2PStore
     let writer: P2PStore
     let memory: Memory
-    /// What the memory is to hold in the end.
+    /// The expected contents of the memory in the end.
     let before: Memory
     let news: Memory
     let isDone = Flag()
@@ -46,8 +46,7 @@ import Testing
         name, offset: 10, from: bytes.bytes.baseAddress!, length: UInt64(Self.length), operation)
     }
 
-    /// Writes until what the operation does has been done: a grant that comes too fast is not
-    /// noticed.
+    /// Writes until the operation has done its work: a grant that comes too fast is not noticed.
     func untilDone(_ operation: StoreOperation) throws {
       for _ in 0..<100 where !isDone.isSet { try write("a", news, operation) }
     }
@@ -59,7 +58,7 @@ import Testing
     func set() { value.store(true, ordering: .releasing) }
   }
 
-  /// Holds the peer up, by its progress callback, and calls `body` once it has a grant of "a".
+  /// Delays the peer through its progress callback, and calls `body` once it has a grant for "a".
   private func once(
     _ origin: P2PStore, isDone: Flag, _ body: @escaping @Sendable () throws -> Void
   ) -> StoreOperation {
@@ -67,7 +66,7 @@ import Testing
     operation.timeoutMilliseconds = 30_000
     operation.progress = { _ in
       if isDone.isSet { return true }
-      // Longer than a report keeps away the next one.
+      // Longer than the interval between reports.
       let end = Deadline.after(milliseconds: 150)
       while !end.hasPassed { sleepBriefly(nanoseconds: 5_000_000) }
       if origin.grantCount(of: "a") == 0 { return true }
@@ -95,7 +94,7 @@ import Testing
     }
     #expect(isDone.isSet)
     expect(.notHeld) { try receiver.deleteReplica("a") }
-    // The same without a disturbance.
+    // The same without interference.
     let other = Memory(Self.size, seed: 2)
     try origin.register("a", [other.buffer], Self.writable)
     #expect(try !receiver.get("a", into: [copy.buffer]).isVerified)
@@ -130,7 +129,7 @@ import Testing
     let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
       try origin.unregister("a")
-      // The writer may still come, so the memory is not open to writes again so soon.
+      // The writer may still come, so the memory cannot be opened for writing again so soon.
       var short = StoreOperation()
       short.timeoutMilliseconds = 200
       expect(.timeout) { try origin.register("b", [memory.buffer], Self.writable, short) }
@@ -147,7 +146,7 @@ import Testing
       short.timeoutMilliseconds = 200
       expect(.timeout) { try origin.register("a", [memory.buffer], Self.writable, short) }
     }
-    // The former version serves on.
+    // The former version stays available.
     try writing.untilDone(operation)
     #expect(writing.isDone.isSet && !memory.holds(before))
     try origin.register("a", [memory.buffer], Self.writable)
@@ -161,7 +160,7 @@ import Testing
     let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
       try origin.register("a", [memory.buffer], Self.writable)
-      // So that what would land now is seen.
+      // So that a write landing now is noticed.
       memory.bytes[20] = ~memory.bytes[20]
       before.bytes[20] = memory.bytes[20]
     }
@@ -176,7 +175,7 @@ import Testing
     let operation = once(origin, isDone: writing.isDone) {
       before.bytes.copyMemory(from: UnsafeRawBufferPointer(memory.bytes))
       try origin.unregister("a")
-      // Waits for the end of the grant; the writer still stands when it returns.
+      // Waits for the grant to end; the writer is still stopped when it returns.
       try origin.register("b", [memory.buffer], Self.writable)
     }
     expect(.noHolder) { try writing.untilDone(operation) }

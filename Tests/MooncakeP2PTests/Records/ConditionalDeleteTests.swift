@@ -5,8 +5,8 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// Keys that several processes put: one that removes what it has put spares what another puts at
-/// the same moment.
+/// Keys that several processes put: a process that deletes its own value must spare one that
+/// another puts at the same moment.
 @Suite(.serialized)
 struct ConditionalDeleteTests {
   @Test(arguments: MetadataService.Kind.installed)

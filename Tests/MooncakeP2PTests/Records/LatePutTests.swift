@@ -6,7 +6,7 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Puts that get no answer and take effect after what they put was taken back.
+/// Puts that are not answered and take effect after their entry was deleted.
 @Suite struct LatePutTests {
   private struct Scene {
     let service: MetadataService
@@ -24,13 +24,13 @@ import Testing
       try service.store().listAll(prefix: "", testCall).entries.map(\.key)
     }
 
-    /// Whether only the record and the head of one name are there, and stay.
+    /// Whether only the record and the head of one name are there, and remain.
     func holdsOnly(_ name: String) throws -> Bool {
       func isSo() throws -> Bool {
         let keys = try keys()
         return keys.count == 2 && keys.allSatisfy { $0.contains(name) }
       }
-      // A renewal is due every two thirds of a second; Redis forgets after two.
+      // A renewal is due every two thirds of a second; Redis drops keys after two.
       guard eventually(within: 6000, { (try? isSo()) == true }) else { return false }
       usleep(1_500_000)
       return try isSo()
@@ -66,8 +66,8 @@ import Testing
     #expect(try scene.holdsOnly("stays"))
   }
 
-  /// The service stands still while payloads are published and taken back, and takes what has been
-  /// sent when it goes on.
+  /// The service is frozen while payloads are published and withdrawn, and handles those requests
+  /// when it resumes.
   @Test(arguments: MetadataService.Kind.installed.filter { $0 != .ours })
   func whatAFrozenServiceTakesLateGoes(_ kind: MetadataService.Kind) throws {
     let scene = try Scene(kind)

@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// One process with very many payloads, on a service that takes its time for each call.
+/// One process with very many payloads, on a slow service.
 @Suite struct ManyHoldingsTests {
   private static let holdingCount = 10_000
   private static let callMilliseconds: UInt32 = 5
@@ -31,7 +31,7 @@ import Testing
     for index in 0..<Self.holdingCount {
       keeper.put(testRecord("checkpoints/run/\(index)"), testCall)
     }
-    // The heads: nobody stands for these names yet.
+    // The heads: these names have none yet.
     let keyCount = 2 * Self.holdingCount
     #expect(eventually(within: 60_000) { service.keyCount == keyCount })
     let lost = service.lostLeaseCount

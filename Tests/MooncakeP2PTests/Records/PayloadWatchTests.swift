@@ -8,7 +8,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// What a watch has told, and when.
+/// What a watch has reported, and when.
 private final class Told: Sendable {
   private let changes = Lock<[(change: PayloadChange, time: UInt64)]>([])
 
@@ -49,7 +49,7 @@ private final class Told: Sendable {
     let told = Told()
     let watch = try PayloadWatch(directory, prefix: "w/") { told.add($0) }
     #expect(eventually { told.texts == ["+w/a@1"] })
-    // The limit of the watch is a tenth of a second; Redis is listed twice a second.
+    // The watch's limit is a tenth of a second; Redis is listed twice a second.
     let start = Clock.now()
     let second = testRecord("w/a", version: 2)
     try one.publish(second, isCreateOnly: false, testCall)
@@ -57,7 +57,7 @@ private final class Told: Sendable {
     #expect(eventually { told.texts == ["+w/a@1", "=w/a@2"] })
     let milliseconds = (told.lastTime &- start) / 1_000_000
     #expect(milliseconds < (kind == .redis ? 1500 : 1000))
-    // Another holder takes the name over: no news.
+    // Another holder taking over the name is not a change.
     let copy = testRecord("w/a", version: 2, isOrigin: false)
     two.put(copy, testCall)
     one.remove(second, testCall)
@@ -66,7 +66,7 @@ private final class Told: Sendable {
     #expect(told.texts == ["+w/a@1", "=w/a@2"])
     two.remove(copy, testCall)
     #expect(eventually { told.texts == ["+w/a@1", "=w/a@2", "-w/a"] })
-    // Removed by its name: at once, though the holder is told later.
+    // A removal is reported at once, though the holder learns of it later.
     try two.publish(testRecord("w/b", version: 3), isCreateOnly: false, testCall)
     #expect(eventually { told.texts.last == "+w/b@3" })
     #expect(try directory.remove("w/b", testCall))
@@ -95,14 +95,14 @@ private final class Told: Sendable {
       let isTold = eventually(within: 3000) { told.texts.count == round }
       #expect(isTold)
       delays.append(told.lastTime > published ? (told.lastTime - published) / 1000 : 0)
-      // By now the name has the next version.
+      // The name already has the next version.
       if let former { keeper.remove(former, testCall) }
       former = record
     }
     watch.stop()
     delays.sort()
     print("etcd: a publish is seen after \(delays[20]) us (median), \(delays[39]) us (largest)")
-    // The median: a busy machine may hold up any single one.
+    // The median, because a busy machine may delay any single one.
     #expect(delays[20] < 100_000)
   }
 
@@ -137,7 +137,7 @@ private final class Told: Sendable {
     watch.stop()
     watch.stop()
     #expect(Clock.now() - start < 500_000_000)
-    // Also while nobody answers, and by being released.
+    // Even if nobody answers, and by being released.
     service.kill()
     do {
       let other = try PayloadWatch(directory, prefix: "") { _ in }
@@ -202,7 +202,7 @@ private final class Told: Sendable {
     for index in 0..<2 {
       let watch = try store.watch(prefix: "") { _ in
         entered.wrappingAdd(1, ordering: .sequentiallyConsistent)
-        // Both are here by then.
+        // Both are running by then.
         while watches.withLock({ $0.count < 2 })
           || entered.load(ordering: .sequentiallyConsistent) < 2
         {
@@ -246,7 +246,7 @@ private final class Told: Sendable {
       }
     }
     #expect(eventually { running.load(ordering: .relaxed) > 0 })
-    // One is ended by its own thread at the same time: neither end may return too early.
+    // Its own thread ends one at the same time: neither call may return too early.
     let ender = try WorkerThread.start(name: "end") {
       watches[0].stop()
       if count.load(ordering: .relaxed) == 0 { wrong.wrappingAdd(1, ordering: .relaxed) }
@@ -275,7 +275,7 @@ private final class Told: Sendable {
     let count = Atomic(0)
     let watch = try store.watch(prefix: "") { [weak store] _ in
       entered.wrappingAdd(1, ordering: .relaxed)
-      // By now another thread closes it, too, and waits for this handler.
+      // Meanwhile another thread closes it and waits for this handler.
       usleep(200_000)
       store?.close()
       count.wrappingAdd(1, ordering: .relaxed)
@@ -298,7 +298,7 @@ private final class Told: Sendable {
     try keeper.publish(testRecord("a"), isCreateOnly: false, testCall)
     let clock = Atomic<clockid_t>(-1)
     let watch = try PayloadWatch(directory, prefix: "") { _ in
-      // Of the watch's thread.
+      // CPU time of the watch's thread.
       var own = clockid_t()
       if pthread_getcpuclockid(pthread_self(), &own) == 0 { clock.store(own, ordering: .relaxed) }
     }
@@ -310,7 +310,7 @@ private final class Told: Sendable {
     }
     usleep(200_000)
     let before = used()
-    // Beyond the silence after which etcd is asked whether it is still there.
+    // Longer than the silence after which etcd is probed.
     usleep(6_000_000)
     let microseconds = used() - before
     print("\(kind): a watch at rest for 6 s used \(microseconds) us")

@@ -8,7 +8,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// One process's records, stopped at the end of the test.
+/// The records of one process, stopped at the end of the test.
 private final class Process: Sendable {
   let directory: StoreDirectory
   let keeper: RecordKeeper
@@ -21,7 +21,7 @@ private final class Process: Sendable {
   deinit { keeper.stop() }
 }
 
-/// Renewals come every two thirds of a second here.
+/// In these tests, renewals come every two thirds of a second.
 @Suite struct RecordKeeperTests {
   private func keys(_ service: MetadataService) throws -> [String] {
     try service.store().listAll(prefix: "", testCall).entries.map(\.key)
@@ -35,7 +35,7 @@ private final class Process: Sendable {
     try one.keeper.publish(record, isCreateOnly: false, testCall)
     let head = try #require(try one.directory.head("a/b", testCall))
     #expect(head.origin == record.holder && head.version == record.version)
-    // Well beyond the time to live, everything is there still.
+    // Well beyond the time to live, everything is still there.
     usleep(5_000_000)
     #expect(try keys(service).count == 2)
     var part = testRecord("other", isOrigin: false, isComplete: false)
@@ -48,7 +48,7 @@ private final class Process: Sendable {
     #expect(try one.directory.allHolders(of: "a/b", testCall).isEmpty)
     one.keeper.stop()
     #expect(try keys(service).isEmpty)
-    // Afterwards nothing is put any more.
+    // Afterwards nothing is put.
     one.keeper.put(part, testCall)
     #expect(code { try one.keeper.publish(record, isCreateOnly: true, testCall) } == .invalidHandle)
     #expect(try keys(service).isEmpty)
@@ -63,7 +63,7 @@ private final class Process: Sendable {
     // Somebody deletes the keys one by one.
     for key in try keys(service) { _ = try service.store().delete(key, testCall) }
     #expect(eventually { (try? keys(service).count) == 2 })
-    // Nothing can be put meanwhile, and a call that says so takes no longer than it may.
+    // While nothing can be put, a call that reports it keeps its deadline.
     service.kill()
     let start = Clock.now()
     one.keeper.put(
@@ -88,7 +88,7 @@ private final class Process: Sendable {
     try one.keeper.publish(record, isCreateOnly: false, testCall)
     let stranger = try service.store()
     try stranger.put(MetadataEntry(key: "stranger", value: "v"), lease: nil, testCall)
-    // The service sleeps through all renewals.
+    // The service is frozen through all renewals.
     service.freeze()
     usleep(4_500_000)
     service.thaw()
@@ -126,7 +126,7 @@ private final class Process: Sendable {
     )
     #expect(winnerCount == 1 && loserCount == 7)
     #expect(try processes[0].directory.allHolders(of: "one", testCall).count == 1)
-    // Without create-only the last one has it, and the others leave it alone.
+    // Without create-only, the last publisher gets the name, and the others accept that.
     let last = testRecord("one", version: 99)
     try processes[0].keeper.publish(last, isCreateOnly: false, testCall)
     usleep(2_000_000)
@@ -148,7 +148,7 @@ private final class Process: Sendable {
     usleep(1_500_000)
     #expect(try replica.directory.head("a", testCall)?.version == copy.version)
     origin.keeper.stop()
-    // Neither one that has not all of it nor one of an older version.
+    // Neither an incomplete holder nor one of an older version.
     #expect(eventually { (try? replica.directory.head("a", testCall))?.origin == copy.holder })
     #expect(try replica.directory.head("a", testCall)?.version == copy.version)
     replica.keeper.remove(copy, testCall)
@@ -174,18 +174,18 @@ private final class Process: Sendable {
       if !record.isOrigin { process.keeper.put(record, testCall) }
     }
     #expect(try processes[1].directory.remove("a", testCall))
-    // Gone at once for who looks, and soon in fact.
+    // A list omits it at once; the records go soon.
     #expect(try processes[0].directory.list(prefix: "", testCall).count == 1)
     #expect(try !processes[0].directory.remove("a", testCall))
     #expect(
       eventually { (try? processes[0].directory.allHolders(of: "a", testCall).isEmpty) == true })
     #expect(calls.load(ordering: .relaxed) >= 3)
-    // The name is free at once, for the same version too, and that one stays.
+    // The name is free at once, even for the same version, which then stays.
     let again = testRecord("a")
     try processes[2].keeper.publish(again, isCreateOnly: true, testCall)
     usleep(1_500_000)
     #expect(try processes[0].directory.head("a", testCall)?.origin == again.holder)
-    // The handlers hold their processes.
+    // The handlers keep their processes alive.
     for process in processes {
       process.keeper.stop()
       process.keeper.onRemoval { _ in }

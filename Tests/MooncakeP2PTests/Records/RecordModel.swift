@@ -6,8 +6,8 @@ import MooncakeSystem
 import Synchronization
 
 /// Processes that publish, get and remove payloads, and others that watch, on one scripted service,
-/// in one thread and in virtual time. The seed decides what they do, what fails, and who does
-/// something in the middle of another's call.
+/// in one thread and in virtual time. The seed decides what they do, what fails, and who acts in
+/// the middle of another's call.
 final class RecordModel: @unchecked Sendable {
   // Unchecked: one thread.
   private final class VirtualClock: Sendable {
@@ -15,7 +15,7 @@ final class RecordModel: @unchecked Sendable {
     var now: UInt64 { nanoseconds.load(ordering: .relaxed) }
   }
 
-  /// What a client of the service can suffer.
+  /// The failures that a client of the service can see.
   private class Client: @unchecked Sendable {
     var directory: StoreDirectory!
     var isCut = false
@@ -43,7 +43,7 @@ final class RecordModel: @unchecked Sendable {
   private var order = 0
   private var lossCount = 0
   private var lastVersion: UInt64 = 0
-  /// When the publication of each version of a name last began or ended.
+  /// When publishing each version of a name last began or ended.
   private var published: [String: [PayloadVersion: Int]] = [:]
   private struct Publication {
     let version: PayloadVersion
@@ -51,23 +51,22 @@ final class RecordModel: @unchecked Sendable {
     let time: UInt64
     var isDone = false
   }
-  /// The attempts to publish by who made them, the first one of each version of a name, and the
-  /// last one of a name.
+  /// Attempts to publish: by process, the first of each version of a name, and the last of a name.
   private var attempts: [UInt64: Publication] = [:]
   private var firstAttempts: [String: [PayloadVersion: Publication]] = [:]
   private var lastAttempts: [String: Publication] = [:]
-  /// When the last removal of a name ended, whatever came of it; `Int.max` while there is one.
+  /// When the last removal of a name ended, successful or not; `Int.max` while one is running.
   private var removalEnds: [String: Int] = [:]
-  /// Of the clocks of the processes.
+  /// How far the clocks of the processes differ.
   private let skewMilliseconds: UInt64
-  /// What a removal that has succeeded covers: what was published before it began.
+  /// What a successful removal covers: everything published before it began.
   private var removed: [String: [PayloadVersion: Int]] = [:]
-  /// What a watcher was told that cannot be.
+  /// Impossible reports to a watcher.
   private(set) var faults: [String] = []
   private(set) var stepCount = 0
-  /// Names at the end of which it was known as what they must be listed.
+  /// How many names had a known expected listing in the end.
   private(set) var expectedCount = 0
-  /// Whether everything that happens is printed.
+  /// Whether every event is printed.
   var isTraced = false
 
   private static let ttlMilliseconds: UInt64 = 3000
@@ -111,14 +110,14 @@ final class RecordModel: @unchecked Sendable {
       pageLimit: { [unowned self] in chance(0.5) ? Int.random(in: 1...4, using: &random) : 500 },
       repeated: { [unowned self] in chance(0.1) ? UInt64.random(in: 1...5, using: &random) : 0 },
       before: { [unowned self, unowned client] in fate(of: client) })
-    // The clock of a removal is the one that is ahead: see `publish`.
+    // The removal uses the clock that is ahead: see `publish`.
     let skew = skewMilliseconds
     client.directory = StoreDirectory(
       store, prefix: "mooncake/", ttlMilliseconds: Self.ttlMilliseconds, now: { clock.now },
       wallMilliseconds: { clock.now / 1_000_000 + skew })
   }
 
-  /// Of no consequence: nothing takes real time. It has passed, so that nobody waits.
+  /// Its deadline has passed, so nobody waits; nothing takes real time here.
   private static var call: MetadataCall { MetadataCall(until: Deadline(nanoseconds: 1)) }
 
   private func trace(_ text: @autoclosure () -> String) {
@@ -196,7 +195,7 @@ final class RecordModel: @unchecked Sendable {
 
   private func number(_ holder: Holder) -> Int { holders.firstIndex { $0 === holder } ?? -1 }
 
-  /// Lets one of some clients do something, unless it is in the middle of something else.
+  /// Lets one of these clients act, unless it is in the middle of something.
   private func use<One: Client>(_ clients: [One], _ body: (One) -> Void) {
     let client = clients.randomElement(using: &random)!
     if client.isBusy { return }
@@ -209,7 +208,7 @@ final class RecordModel: @unchecked Sendable {
     let former = holder.held[name]
     if let former, !former.isOrigin { return }
     order += 1
-    // Now and then the same bytes as before.
+    // Now and then the same bytes again.
     if chance(0.7) || lastVersion == 0 { lastVersion += 1 }
     let skew = skewMilliseconds == 0 ? 0 : UInt64.random(in: 0...skewMilliseconds, using: &random)
     advance(milliseconds: 5)
@@ -231,7 +230,7 @@ final class RecordModel: @unchecked Sendable {
       try holder.keeper.publish(record, isCreateOnly: chance(0.2), Self.call)
     } catch {
       trace("\(number(holder)) failed to publish \(name) \(version.low): \(error.message)")
-      // Unless its head stood for a while it counts as none.
+      // It only counts if its head was there for a while.
       if !service.hasPut(observer.directory.headKey(name), by: record.holder) {
         published[name]?[version] = formerOrder
       }
@@ -281,7 +280,7 @@ final class RecordModel: @unchecked Sendable {
     }
     guard (try? client.directory.remove(name, Self.call)) == true else { return }
     trace("removed \(name)")
-    // A service that has lost everything since knows of no removal.
+    // A service that has since lost everything knows of no removal.
     if lossCount != losses { return }
     for (version, time) in published[name] ?? [:] where time < start {
       removed[name, default: [:]][version] = start
@@ -297,7 +296,7 @@ final class RecordModel: @unchecked Sendable {
     holders[index] = fresh
     graveyard.append(holder)
   }
-  /// Calls may still refer to them.
+  /// Running calls may still refer to them.
   private var graveyard: [Holder] = []
 
   private func loseEverything() {
@@ -318,7 +317,7 @@ final class RecordModel: @unchecked Sendable {
     if Set(infos.map(\.name)).count != infos.count { faults.append("a name is listed twice") }
   }
 
-  /// Nothing is withdrawn that nobody has removed since it was published, unless its holder was
+  /// Nothing may be withdrawn that nobody has removed since it was published, unless its holder was
   /// away for long.
   private func checkWithdrawal(_ record: HolderRecord) {
     guard
@@ -335,8 +334,8 @@ final class RecordModel: @unchecked Sendable {
 
   // MARK: The end
 
-  /// As what a name must be listed, as far as that does not hang on who came first, or on how much
-  /// clocks differ: as what was published last, if one who has all of it is left.
+  /// How a name must be listed, if that does not depend on races or clock differences: as its last
+  /// publication, if a complete holder is left.
   private func expected(_ name: String) -> PayloadVersion? {
     guard skewMilliseconds == 0, let last = lastAttempts[name], last.isDone,
       removalEnds[name] ?? 0 < last.start, !isLongAgo(last)
@@ -347,7 +346,7 @@ final class RecordModel: @unchecked Sendable {
     return isHeld ? last.version : nil
   }
 
-  /// Lets everything work for a few leases, and says what is wrong then.
+  /// Lets everything run for a few lease times and returns what is wrong then.
   func settle() throws -> [String] {
     isHealed = true
     for client in (holders as [Client]) + watchers { client.isCut = false }

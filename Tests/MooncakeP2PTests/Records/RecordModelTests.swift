@@ -4,9 +4,9 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// What is listed, what is told and what was removed agree after whatever has happened. A failure
-/// names its seed; MOONCAKE_STRESS_SEED runs that one alone and prints what happens, and
-/// MOONCAKE_STRESS_SECONDS tries further seeds for so long.
+/// Whatever happened before, lists, watches and removals agree in the end. A failure names its
+/// seed; MOONCAKE_STRESS_SEED runs only that one and prints what happens, and
+/// MOONCAKE_STRESS_SECONDS tries further seeds for that long.
 @Suite struct RecordModelTests {
   private static let seedCount: UInt64 = 80
   private static let stepCount = 200
@@ -15,7 +15,7 @@ import Testing
     getenv(variable).flatMap { UInt64(String(cString: $0)) }
   }
 
-  /// Returns how many steps were made, and of how many names the end was known.
+  /// Returns how many steps were made, and for how many names the expected end was known.
   private func check(
     seed: UInt64, isTraced: Bool = false
   ) throws -> (steps: Int, expected: Int) {

@@ -3,12 +3,12 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// Removals in the middle of what others do, and others in the middle of a removal: each test goes
-/// through all calls between which that can be.
+/// Removals in the middle of other operations and the reverse. Each test goes through all calls at
+/// which an interruption is possible.
 @Suite struct RemovalTests {
   private static let callLimit = 40
 
-  /// Runs `body` with an interruption before each call in turn, until it makes no more of them.
+  /// Runs `body` with an interruption before each of its calls in turn, until there are no more.
   private func betweenAllCalls(
     _ body: (_ index: Int) throws -> (wasInterrupted: Bool, Void)
   ) throws {
@@ -24,7 +24,7 @@ import Testing
       let replica = try bench.keeper(service, 1)
       let directory = bench.directory(service)
       replica.put(testRecord("a", isOrigin: false), testCall)
-      // It finds no head and puts one, before, between or after what the removal does.
+      // It finds no head and puts one, before, during or after the removal.
       bench.interrupt(0, afterCalls: index) {
         _ = try? replica.step()
         return .done
@@ -58,7 +58,7 @@ import Testing
       }
       let wasInterrupted = bench.endInterruption()
       #expect((failure == nil) == !wasInterrupted)
-      // Behind its head, which it could not take back, it was published for a while.
+      // It could not delete its head, so it was published for a while.
       if try directory.head("a", testCall) == nil {
         try bench.pass(milliseconds: 2000, replica)
         bench.setCut(1, false)
@@ -86,7 +86,7 @@ import Testing
       }
       try origin.publish(testRecord("a"), isCreateOnly: isCreateOnly, testCall)
       let wasInterrupted = bench.endInterruption()
-      // Its head is lost within the time that removals are remembered.
+      // Its head is lost while removals are still remembered.
       let head = try #require(try directory.head("a", testCall), "call \(index)")
       _ = service.delete(directory.headKey("a"), ifIs: head.json)
       try bench.pass(milliseconds: 2000, origin)
@@ -96,7 +96,7 @@ import Testing
     }
   }
 
-  /// Who is away meanwhile, and for longer than removals are remembered, finds the mark.
+  /// A process that is away meanwhile, and for longer than removals are remembered, finds the mark.
   @Test func aRemovalThatIsRepeatedLeavesItsMark() throws {
     try betweenAllCalls { index in
       let bench = Bench()
@@ -125,7 +125,7 @@ import Testing
     let directory = bench.directory(service)
     let records = ["a", "b", "c"].map { testRecord($0) }
     for record in records { try one.publish(record, isCreateOnly: false, testCall) }
-    // Neither the head of the first nor the record of the second.
+    // Neither the first one's head nor the second one's record.
     service.refuse(directory.headKey("a"))
     service.refuse(directory.holderKey(records[1]))
     let keys = try directory.store.listAll(prefix: "", testCall).entries.map(\.key)

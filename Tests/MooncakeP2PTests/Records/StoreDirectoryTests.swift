@@ -6,7 +6,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// A service whose listings are counted.
+/// A service that counts its listings.
 private final class CountingStore: MetadataStore {
   private let store: any MetadataStore
   let entryCount = Atomic(0)
@@ -136,7 +136,7 @@ private final class CountingStore: MetadataStore {
       #expect(counting.callCount.load(ordering: .relaxed) - calls <= 2)
       seen.formUnion(sample.map(\.holder.holding))
     }
-    // Twenty samples from the same place would be sixteen holders.
+    // Twenty samples from one place would find sixteen holders.
     #expect(seen.count > 100)
     #expect(
       try directory.list(prefix: "many", testCall).map(\.holderCount) == [UInt64(holderCount)])
@@ -162,7 +162,7 @@ private final class CountingStore: MetadataStore {
   @Test func listsByNameWithHolders() throws {
     let service = try MetadataService(.ours)
     let directory = try service.directory()
-    // Two spellings that look alike are two names.
+    // Two spellings that look alike are different names.
     for name in ["b", "a/1", "e\u{301}", "\u{E9}"] {
       let record = testRecord(name)
       try putHead(record, directory)
@@ -211,7 +211,7 @@ private final class CountingStore: MetadataStore {
     #expect(try directory.list(prefix: "", testCall).map(\.name) == ["good"])
     #expect(try directory.list(prefix: "", testCall).map(\.holderCount) == [1])
     #expect(try directory.allHolders(of: "good", testCall) == [good])
-    // A head that nobody can read is removed like any other.
+    // An unreadable head is removed like any other.
     #expect(try directory.remove("bad0", testCall))
     #expect(try directory.head("bad0", testCall) == nil)
   }

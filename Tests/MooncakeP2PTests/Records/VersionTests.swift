@@ -17,7 +17,7 @@ import Testing
     let bench = Bench()
     let service = bench.service()
     let directory = bench.directory(service)
-    // In order of keys the old version comes first, and fills more than a page.
+    // In key order the old version comes first, and fills more than a page.
     for _ in 0..<3000 { try put(testRecord("a", version: 1, isOrigin: false), directory) }
     let origin = testRecord("a", version: 2)
     try put(origin, directory)
@@ -25,14 +25,14 @@ import Testing
     let calls = service.callCount
     #expect(try directory.newest(of: "a", testCall)?.version == origin.version)
     #expect(try directory.versions(of: "a", testCall).map(\.version.low) == [1, 2, 3])
-    // Two pages each, and what was removed.
+    // Two pages each, and the removals.
     #expect(service.callCount - calls <= 5)
     #expect(
       try directory.holders(of: "a", origin.version, limit: 16, testCall).map(\.holder)
         == [origin.holder])
     #expect(try directory.list(prefix: "", testCall).map(\.version) == [origin.version])
     #expect(try directory.list(prefix: "", testCall).map(\.holderCount) == [1])
-    // None of these has all of it: all are looked through, a page at a time.
+    // None of these is complete: all are read, a page at a time.
     for _ in 0..<1000 {
       try put(testRecord("parts", version: 1, isOrigin: false, isComplete: false), directory)
     }
@@ -55,7 +55,7 @@ import Testing
     let passed = MetadataCall(until: Deadline(nanoseconds: 1))
     try follower.turn(passed)
     try bench.pass(milliseconds: 1000, one, two)
-    // The newer one's holders leave: the name is gone, and nobody says otherwise.
+    // The newer version's holders leave: the name is gone, and the older one does not return.
     two.remove(new, testCall)
     for _ in 0..<3 {
       try follower.turn(passed)
@@ -65,9 +65,9 @@ import Testing
     }
     let texts = told.withLock { $0.map { "\($0)".prefix(8) } }
     #expect(texts == ["appeared", "vanished"])
-    // Who asks for it by its digest gets it.
+    // It can still be fetched by its digest.
     #expect(try directory.holders(of: "a", old.version, limit: 16, testCall).count == 1)
-    // A holder that nobody had told of the newer one makes room for it.
+    // A holder that did not know of the newer version yields to it.
     try one.publish(testRecord("b", version: 5), isCreateOnly: false, testCall)
     bench.setCut(1, true)
     let newer = testRecord("b", version: 6)
@@ -93,7 +93,7 @@ import Testing
     let first = testRecord("a", version: 1)
     try origin.publish(first, isCreateOnly: false, testCall)
     replica.put(testRecord("a", version: 1, isOrigin: false), testCall)
-    // Before the replica looks, it is removed, published and removed again.
+    // Before the replica looks, the name is removed, published and removed again.
     #expect(try directory.remove("a", testCall))
     try bench.pass(milliseconds: 300, origin)
     try origin.publish(testRecord("a", version: 2), isCreateOnly: false, testCall)
@@ -102,7 +102,7 @@ import Testing
     #expect(try directory.list(prefix: "", testCall).isEmpty)
     #expect(try directory.head("a", testCall) == nil)
     #expect(try directory.allHolders(of: "a", testCall).isEmpty)
-    // Another version, published later by a clock that is behind, stays, whoever stands for it.
+    // Another version, published later by a clock that is behind, stays, whoever holds it.
     let late = testRecord("a", version: 3, published: 1)
     try origin.publish(late, isCreateOnly: true, testCall)
     var copy = testRecord("a", isOrigin: false)
@@ -113,7 +113,7 @@ import Testing
     #expect(try directory.head("a", testCall)?.origin == copy.holder)
   }
 
-  /// How long the holder is away: less than removals are remembered, more, and much more.
+  /// How long the holder is away: less than removals are remembered, longer, and much longer.
   @Test(arguments: [60_000, 45 * 60_000, 24 * 3_600_000] as [UInt64])
   func aHolderThatWasCutOffBringsNothingBack(_ milliseconds: UInt64) throws {
     let bench = Bench()
@@ -124,7 +124,7 @@ import Testing
     try one.publish(testRecord("kept", version: 2), isCreateOnly: false, testCall)
     try bench.pass(milliseconds: 1000, one)
     bench.setCut(1, true)
-    // It is not listed any more by then.
+    // By then it is no longer listed.
     try bench.pass(milliseconds: 500)
     #expect(try directory.remove("gone", testCall))
     try two.publish(testRecord("other"), isCreateOnly: false, testCall)
@@ -134,7 +134,7 @@ import Testing
     try bench.pass(milliseconds: 2000, one, two)
     #expect(try directory.list(prefix: "", testCall).map(\.name) == ["kept", "other"])
     #expect(try directory.allHolders(of: "gone", testCall).isEmpty)
-    // What others hold still was not removed.
+    // What others still hold was not removed.
     #expect(try directory.allHolders(of: "kept", testCall).count == 2)
   }
 
@@ -175,7 +175,7 @@ import Testing
     #expect(try directory.list(prefix: "", testCall).map(\.name) == ["b"])
   }
 
-  /// A name that becomes another's costs the others nothing.
+  /// Losing one name to another process does not affect the others.
   @Test func oneLostNameIsNotAllLost() throws {
     let bench = Bench()
     let service = bench.service()
@@ -187,12 +187,12 @@ import Testing
     try bench.pass(milliseconds: 600, one, two)
     let calls = service.callCount
     try bench.pass(milliseconds: 2000, one, two)
-    // Four turns of each: a renewal, the mark, up to three pages of names, one of tombstones.
+    // Four rounds of each: a renewal, the mark, up to three pages of names, one of tombstones.
     #expect(service.callCount - calls <= 4 * 2 * 6)
     #expect(service.lostLeaseCount == 0)
   }
 
-  /// However many names lose their heads at once, a watch asks for them together.
+  /// However many names lose their heads at once, a watch looks them up together.
   @Test func manyLostHeadsAreLookedAtTogether() throws {
     let bench = Bench()
     let service = bench.service()
@@ -219,11 +219,11 @@ import Testing
     let calls = service.callCount
     try follower.turn(passed)
     #expect(count.withLock { $0.vanished } == 500)
-    // The changes, a page of records, the removals, and four questions for the rest.
+    // The changes, a page of records, the removals, and four requests for the rest.
     #expect(service.callCount - calls <= 8)
   }
 
-  /// A head that nobody can read, of a payload that nobody holds, is asked for less and less often.
+  /// An unreadable head of a payload without holders is looked up less and less often.
   @Test func aBlockedNameIsNotAskedForAllTheTime() throws {
     let bench = Bench()
     let service = bench.service()
@@ -240,7 +240,7 @@ import Testing
       try follower.turn(passed)
       try bench.pass(milliseconds: 1000)
     }
-    // One for the changes in each turn; three for a look, of which there are 4 and one in 10 s.
+    // One for the changes in each round; three per look, of which there are 4 and one in 10 s.
     #expect(service.callCount - calls <= 100 + 4 * 15)
     try put(testRecord("a"), directory)
     for _ in 0..<11 {

@@ -2,20 +2,20 @@ import MooncakeP2P
 import SwarmSimulation
 import Testing
 
-/// Swarms in which some fail in ways that are harder to see than an end: every mixture ends with
-/// the bytes or a reason, within bounds, for everybody.
+/// Swarms in which some nodes fail without ending. Whatever the mixture, every get ends within
+/// bounds, with the bytes or a reason.
 @Suite struct BadCompanyTests {
-  /// What may be mixed; each case is a bit of a mixture.
+  /// The faults; each is a bit of a mixture.
   private enum Company: Int, CaseIterable {
     /// A receiver answers and grants, but sends nothing.
     case muted
-    /// Four receivers with a tenth of the link come first.
+    /// The first four receivers have a tenth of the link.
     case slowFirst
-    /// Half of all records are of holders that are no more.
+    /// Half of all records name dead holders.
     case deadRecords
     /// Packets above 1,500 bytes do not reach one receiver.
     case narrowed
-    /// One question of a hundred is lost.
+    /// One question in a hundred is lost.
     case lossy
   }
 
@@ -30,7 +30,7 @@ import Testing
     (scenario.shardCount, scenario.shardBytes) = (8, 4 << 20)
     (scenario.seed, scenario.redistributes) = (seed, true)
     scenario.limit = 300 * Self.second
-    // Less than in earnest, for the time that a simulation takes.
+    // Shorter than in production, to save simulation time.
     scenario.plan.starvedNanoseconds = 6 * Self.second
     scenario.plan.isolatedNanoseconds = 5 * Self.second
     for company in Company.allCases where mixture >> company.rawValue & 1 != 0 {
@@ -57,7 +57,7 @@ import Testing
     #expect(outcome.stuckNodes == (hasNarrow ? [Self.narrow] : []))
     #expect(outcome.longestDespair < 10 * Self.second)
     #expect(outcome.doubleCount == 0)
-    // 0.3 s at the full link, 2.7 s at a tenth; each that sends nothing costs four seconds.
+    // 0.3 s at the full link, 2.7 s at a tenth; each muted holder costs four seconds.
     for (node, time) in outcome.durations {
       let limit = scenario.slowNodes[node] == nil ? 12 * Self.second : 30 * Self.second
       #expect(time < limit, "node \(node) took \(time) ns")

@@ -2,7 +2,7 @@ import MooncakeP2P
 import SwarmSimulation
 import Testing
 
-/// Whole swarms with faults: each run repeats exactly, so a failure names its seed.
+/// Whole swarms with faults. Each run is reproducible, and a failure names its seed.
 @Suite struct SwarmTests {
   private func time(of scenario: Scenario) -> UInt64 {
     var one = scenario
@@ -74,7 +74,7 @@ import Testing
     let outcome = Simulation(scenario).run()
     expectAllDone(outcome, scenario)
     #expect(outcome.corruptCount > 0)
-    // What was already on its way from it still counts: a window of shards at most.
+    // Shards already in flight from it still count: a window of shards at most.
     #expect(outcome.corruptCount <= receivers * scenario.corruptNodes.count * 2)
   }
 
@@ -82,7 +82,7 @@ import Testing
   func slowHoldersHoldNobodyUp(receivers: Int, seed: UInt64) {
     var scenario = scenario(receivers, seed: seed)
     let alone = time(of: scenario)
-    // A tenth can send and receive at a fiftieth only: the others must not wait for them.
+    // A tenth of the nodes send and receive at a fiftieth: the others must not wait for them.
     for number in 0..<(receivers / 10) { scenario.slowNodes[3 + number * 10] = 0.02 }
     scenario.limit = alone * 3
     let outcome = Simulation(scenario).run()

@@ -17,7 +17,7 @@ final class Bench: Sendable {
 
   var now: UInt64 { time.load(ordering: .relaxed) }
 
-  /// Passes some time, and lets these processes look around meanwhile.
+  /// Lets time pass, during which these processes do their rounds.
   func pass(milliseconds: UInt64, _ keepers: RecordKeeper...) throws {
     for _ in 0..<4 {
       time.wrappingAdd(milliseconds * 250_000, ordering: .relaxed)
@@ -34,7 +34,7 @@ final class Bench: Sendable {
       wallMilliseconds: { [self] in now / 1_000_000 })
   }
 
-  /// A process that withdraws what is removed.
+  /// A process that withdraws removed payloads.
   func keeper(_ service: ScriptedService, _ client: Int) throws -> RecordKeeper {
     let keeper = try RecordKeeper(directory(service, client), hasThread: false)
     keeper.onRemoval { [unowned keeper] in keeper.remove($0, testCall) }
@@ -47,7 +47,7 @@ final class Bench: Sendable {
     cut.withLock { if isCut { $0.insert(client) } else { $0.remove(client) } }
   }
 
-  /// Runs `body` before a later call of a process; it says what becomes of the call.
+  /// Runs `body` before a later call of a process; `body` decides what becomes of the call.
   func interrupt(
     _ client: Int, afterCalls count: Int, _ body: @escaping @Sendable () -> ScriptedService.Fate
   ) {
@@ -56,7 +56,7 @@ final class Bench: Sendable {
     }
   }
 
-  /// Forgets it; returns whether it came to that.
+  /// Cancels it; returns whether it has happened.
   func endInterruption() -> Bool {
     interruption.withLock { present in
       defer { present = nil }

@@ -3,7 +3,7 @@ import MooncakeP2P
 import MooncakeSystem
 
 extension Manifest {
-  /// The manifest of files, whose bytes do not matter.
+  /// A manifest of files whose bytes do not matter.
   static func ofFiles(_ files: [FileList.File]) throws -> Manifest {
     let layout = try ShardLayout(
       bufferSizes: files.map(\.size).filter { $0 > 0 }, shardBytes: 1 << 20)
@@ -14,7 +14,7 @@ extension Manifest {
   }
 }
 
-/// Files on their way into a directory, given as a text.
+/// Files, described by a text, on their way into a directory.
 func staging(
   _ directory: String, payload: String = "p", replacesFiles: Bool = false, exchanges: Bool = true,
   sync: DiskSync = .system
@@ -24,13 +24,13 @@ func staging(
     exchanges: exchanges, sync: sync)
 }
 
-/// Runs something with the rights of a user who may not write everywhere. For root that is another
-/// one on a thread of its own, who then owns the directory.
+/// Runs something with the rights of a user who may not write everywhere. Root switches to another
+/// user, who then owns the directory, on a separate thread.
 func asOrdinaryUser<Result: Sendable>(
   _ scratch: ScratchDirectory, _ body: @escaping @Sendable () throws -> Result
 ) throws -> Result {
   if geteuid() != 0 { return try body() }
-  // The library's calls change all threads, the system's only their own.
+  // The library's wrappers change all threads; the system calls only their own.
   #if arch(x86_64)
     let calls = [119, 117]
   #else
@@ -42,7 +42,7 @@ func asOrdinaryUser<Result: Sendable>(
   chown(scratch.path, UInt32(nobody), UInt32(nobody))
   let outcome = Lock<Swift.Result<Result, any Error>?>(nil)
   let thread = try WorkerThread.start(name: "nobody") {
-    // setresgid, setresuid: only who it acts as.
+    // setresgid and setresuid, effective IDs only.
     for call in calls { _ = system(call, -1, nobody, -1) }
     let result = Swift.Result { try body() }
     outcome.withLock { $0 = result }

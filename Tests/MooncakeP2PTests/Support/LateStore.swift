@@ -4,8 +4,8 @@ import MooncakeMetadata
 import MooncakeP2P
 import MooncakeSystem
 
-/// A real service as a process sees it whose puts get no answer and take effect when the test says
-/// so, as in a service, or in one member of it, that stands still.
+/// A real service as seen by a process whose puts are not answered and take effect only when the
+/// test says so, as happens when the service, or one member of it, stalls.
 final class LateStore: MetadataStore {
   private enum Put: Sendable {
     case always(MetadataEntry, MetadataLease?)
@@ -13,7 +13,7 @@ final class LateStore: MetadataStore {
   }
   private let store: any MetadataStore
   private struct State {
-    /// Of keys with this in them.
+    /// Applies to keys that contain this.
     var part: String?
     var held: [Put] = []
   }
@@ -21,10 +21,10 @@ final class LateStore: MetadataStore {
 
   init(_ store: any MetadataStore) { self.store = store }
 
-  /// From now on puts of keys that contain `part` are kept back.
+  /// From now on, puts of keys that contain `part` are held back.
   func hold(_ part: String) { state.withLock { $0.part = part } }
 
-  /// Puts take effect at once again, and those that were kept back do now. Returns how many did.
+  /// Puts take effect at once again, as do those that were held back. Returns how many those were.
   func deliver() -> Int {
     let held = state.withLock { state in
       defer { state = State() }
@@ -100,7 +100,7 @@ final class LateStore: MetadataStore {
     try store.renew(lease, entries, strays: &strays, call)
   }
 
-  /// A directory would ask etcd itself, which this hides.
+  /// A directory would ask etcd directly, which this hides.
   func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
   ) throws(EngineError) {

@@ -7,7 +7,7 @@ import MooncakeP2P
 import MooncakeSystem
 import MooncakeTestSupport
 
-/// A real metadata service of a test, on loopback ports of its own, with a folder of its own.
+/// A real metadata service for a test, with its own loopback ports and folder.
 final class MetadataService: @unchecked Sendable {
   // Unchecked: used by one test at a time.
   enum Kind: String, CaseIterable, Sendable {
@@ -99,7 +99,7 @@ final class MetadataService: @unchecked Sendable {
     if !isUp { throw StartError(reason: "\(kind.program) does not answer at \(uri)") }
   }
 
-  /// Ends it at once.
+  /// Kills it.
   func kill() {
     server?.stop()
     server = nil
@@ -115,7 +115,7 @@ final class MetadataService: @unchecked Sendable {
 
   func thaw() { if process != 0 { Glibc.kill(process, SIGCONT) } }
 
-  /// Loses everything and is back.
+  /// Loses all data and comes back.
   func restartEmpty() throws {
     kill()
     forget()
@@ -143,7 +143,7 @@ final class MetadataService: @unchecked Sendable {
     return process
   }
 
-  /// Ports that nobody used a moment ago.
+  /// Ports that were free a moment ago.
   private static func freePorts(_ count: Int) throws -> [UInt16] {
     let first = try Socket.listening(on: SocketAddress(numeric: "127.0.0.1", port: 0)!)
     let second = try Socket.listening(on: SocketAddress(numeric: "127.0.0.1", port: 0)!)
@@ -154,7 +154,7 @@ final class MetadataService: @unchecked Sendable {
 /// A call that a test makes: ten seconds.
 var testCall: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
 
-/// A record of a payload of 100 bytes; its version is a number.
+/// A record of a payload of 100 bytes whose version is a number.
 func testRecord(
   _ name: String, version: UInt64 = 1, holding: UInt64 = .random(in: 1 ... .max),
   isOrigin: Bool = true, isComplete: Bool = true, published: UInt64? = nil

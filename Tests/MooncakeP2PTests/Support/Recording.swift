@@ -5,8 +5,8 @@ import MooncakeP2P
 import MooncakeSystem
 import Testing
 
-/// What stores of some release said to each other and wrote into a metadata service; the texts are
-/// in `Tests/recordings`, where it says how they were recorded.
+/// Messages and records of the stores of some release. The texts are in `Tests/recordings`, which
+/// also says how they were recorded.
 struct Recording: Sendable, CustomTestStringConvertible {
   struct Exchange: Sendable {
     let question: String
@@ -16,17 +16,17 @@ struct Recording: Sendable, CustomTestStringConvertible {
   struct Malformed: Error { let part: String }
 
   let release: String
-  /// Of the payload "m", `byteCount` bytes in memory.
+  /// The payload "m": `byteCount` bytes in memory.
   let manifest: [UInt8]
   let head: String
   let origin: String
   let replica: String
   let removed: String
-  /// A get of all of it, a read of a range, and a question about what is held no longer.
+  /// A get of all of it, a read of a range, and a question about a payload no longer held.
   let get: [Exchange]
   let read: [Exchange]
   let gone: Exchange
-  /// Of a directory that was published.
+  /// A published directory.
   let filesManifest: [UInt8]
 
   static let byteCount = 200_000
@@ -45,7 +45,7 @@ struct Recording: Sendable, CustomTestStringConvertible {
     return memory
   }
 
-  /// Before messages carried a version, and since.
+  /// From before and after messages carried a version.
   static let all = ["without-version", "version-1"].map { try! Recording($0) }
 
   var testDescription: String { release }
@@ -102,12 +102,12 @@ struct Recording: Sendable, CustomTestStringConvertible {
   }
 }
 
-/// What a later release may do to a text.
+/// How a later release may change a text.
 enum Change: Sendable {
   case none
-  /// It adds members that a reader may ignore.
+  /// Adds members that a reader may ignore.
   case grown
-  /// It adds what a reader must understand.
+  /// Adds members that a reader must understand.
   case newer
 
   func apply(to text: String) -> String {
@@ -122,8 +122,8 @@ enum Change: Sendable {
   }
 }
 
-/// A process of another release, as far as it was recorded: its payload "m" is in this process's
-/// memory, its records are in a metadata service, and it answers what it answered then.
+/// A recorded process of another release: its payload "m" is in this process's memory, its records
+/// are in a metadata service, and it gives the recorded answers.
 final class RecordedHolder: Sendable {
   let engine: TransferEngine
   private let recording: Recording
@@ -167,7 +167,7 @@ final class RecordedHolder: Sendable {
 
   deinit { engine.close() }
 
-  /// A recorded text as if this process had written it.
+  /// A recorded text, as if written by this process.
   func own(_ text: String) -> String {
     text.replacing(#""rpc":"\#(recordedAddress.rpc)""#, with: #""rpc":"\#(engine.rpcAddress)""#)
       .replacing(
@@ -189,7 +189,7 @@ final class RecordedHolder: Sendable {
     return answers.apply(to: asked[min(count, asked.count) - 1].answer)
   }
 
-  /// What was where is elsewhere now.
+  /// Replaces recorded addresses by present ones.
   private func placed(_ text: String) -> String {
     text.replacing(number: "manifest_address", with: manifestAddress)
       .replacing(number: "manifest_bytes", with: UInt64(manifestByteCount))
@@ -198,7 +198,7 @@ final class RecordedHolder: Sendable {
 }
 
 extension StringProtocol {
-  /// Without Foundation.
+  /// Works without Foundation.
   func replacing(_ part: String, with other: String) -> String {
     split(separator: part, omittingEmptySubsequences: false).joined(separator: other)
   }

@@ -1,6 +1,6 @@
 import Glibc
 
-/// A directory of a test's own, removed with everything in it.
+/// A temporary directory of one test, removed with everything in it.
 final class ScratchDirectory: Sendable {
   let path: String
 
@@ -15,7 +15,7 @@ final class ScratchDirectory: Sendable {
   /// The path of something inside.
   subscript(_ name: String) -> String { path + "/" + name }
 
-  /// Makes a file, and the directories that it is in.
+  /// Makes a file and its directories.
   @discardableResult
   func write(_ name: String, _ bytes: [UInt8], mode: mode_t = 0o644) -> String {
     let path = self[name]
@@ -30,7 +30,7 @@ final class ScratchDirectory: Sendable {
     return path
   }
 
-  /// Makes a directory what a get that was killed has left.
+  /// Turns a directory into the leftover of a killed get.
   func leaveLock(in name: String) {
     var status = stat()
     precondition(stat(self[name], &status) == 0)
@@ -52,7 +52,7 @@ final class ScratchDirectory: Sendable {
     return Array(bytes[..<max(0, count)])
   }
 
-  /// Names of what is in it, or in a directory below it, sorted.
+  /// The names in it, or in a directory below it, sorted.
   func names(in name: String = "") -> [String] {
     guard let stream = opendir(name.isEmpty ? path : self[name]) else { return [] }
     defer { closedir(stream) }

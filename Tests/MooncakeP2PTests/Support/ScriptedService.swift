@@ -5,8 +5,8 @@ import MooncakeP2P
 import MooncakeSystem
 import Synchronization
 
-/// A metadata service in memory. What becomes of each call of each client, how long it takes and
-/// what happens meanwhile is up to the test, which is asked before every one.
+/// A metadata service in memory. Before each call, the test is asked what becomes of it, how long
+/// it takes and what happens meanwhile.
 final class ScriptedService: Sendable {
   /// What becomes of a call.
   enum Fate { case done, unreachable, answerLost }
@@ -18,7 +18,7 @@ final class ScriptedService: Sendable {
 
   private struct State {
     var table: [MetadataKey: (value: String, lease: UInt64)] = [:]
-    /// Of the table, in order.
+    /// The keys of the table, in order.
     var keys: [MetadataKey] = []
     var revision: UInt64 = 1
     var log: [(revision: UInt64, change: MetadataChange)] = []
@@ -36,20 +36,20 @@ final class ScriptedService: Sendable {
   init(now: @escaping @Sendable () -> UInt64 = { Clock.now() }) { self.now = now }
 
   var callCount: Int { state.withLock { $0.callCount } }
-  /// Leases that ended because nobody renewed them.
+  /// Leases that expired without renewal.
   var lostLeaseCount: Int { state.withLock { $0.lostLeaseCount } }
   var keyCount: Int { state.withLock { $0.table.count } }
   /// When leases were renewed.
   var renewals: [UInt64] { state.withLock { $0.renewals } }
 
-  /// Forgets the changes up to now, as etcd does when it compacts.
+  /// Drops the changes up to now, as etcd does when it compacts.
   func compact() { state.withLock { $0.forgotten = $0.revision } }
 
-  /// Comes back without anything, and counts from the time of day as our server does.
+  /// Comes back empty and counts from the time of day, as our server does.
   func loseEverything() {
     let now = now()
     state.withLock { state in
-      // The numbers of leases are random ones in truth.
+      // Real lease numbers are random.
       let last = state.lastLease
       state = State()
       state.lastLease = last
@@ -84,7 +84,7 @@ final class ScriptedService: Sendable {
     state.log.append((state.revision, .delete(key: key.text)))
   }
 
-  /// Where a key is, or belongs.
+  /// Where a key is, or would be inserted.
   private static func place(of key: MetadataKey, _ state: State) -> Int {
     var (low, high) = (0, state.keys.count)
     while low < high {
@@ -102,7 +102,7 @@ final class ScriptedService: Sendable {
 
   enum Verdict { case done, exists, noLease, refused }
 
-  /// From now on a key cannot be put.
+  /// From now on, puts of this key fail.
   func refuse(_ key: String) { state.withLock { _ = $0.refused.insert(MetadataKey(key)) } }
 
   func put(_ entry: MetadataEntry, _ lease: MetadataLease?, isOnlyIfAbsent: Bool) -> Verdict {
@@ -119,7 +119,7 @@ final class ScriptedService: Sendable {
     }
   }
 
-  /// Whether a head that names a holder has ever been put.
+  /// Whether a head that names a holder was ever put.
   func hasPut(_ key: String, by holder: HolderAddress) -> Bool {
     state.withLock { state in
       state.log.contains {
@@ -131,7 +131,7 @@ final class ScriptedService: Sendable {
     }
   }
 
-  /// Deletes a key, if it has the value where one is given.
+  /// Deletes a key, if given only with this value.
   func delete(_ key: String, ifIs value: String? = nil) -> Bool {
     access { state in
       guard let present = state.table[MetadataKey(key)], value ?? present.value == present.value
@@ -164,7 +164,7 @@ final class ScriptedService: Sendable {
     }
   }
 
-  /// Changes after a state; those of some states before it again where `repeated` says so.
+  /// Changes after a state; `repeated` also includes those of some states before it.
   func changes(_ prefix: String, since revision: UInt64, repeated: UInt64) -> MetadataChanges {
     access { state in
       if revision < state.forgotten || revision > state.revision { return .unknown }
@@ -187,7 +187,7 @@ final class ScriptedService: Sendable {
     }
   }
 
-  /// Says, too, what else hangs on the lease.
+  /// Also returns what else depends on the lease.
   func renew(
     _ lease: MetadataLease, _ entries: [MetadataEntry]
   ) -> (MetadataRenewal, strays: [String]) {
@@ -211,7 +211,7 @@ final class ScriptedService: Sendable {
   func revoke(_ lease: MetadataLease) { access { Self.end(lease.id, &$0) } }
 }
 
-/// How one process reaches a scripted service.
+/// One process's access to a scripted service.
 final class ScriptedStore: MetadataStore {
   let uri = try! MetadataURI(parsing: "http://scripted.test/metadata")
   private let service: ScriptedService

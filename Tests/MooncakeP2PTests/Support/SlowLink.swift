@@ -4,8 +4,8 @@ import MooncakeP2P
 import MooncakeSystem
 import Synchronization
 
-/// A slow link to an engine. The engine tells peers an address where this listens on its two ports
-/// and passes on what comes; what the data port sends has so many bytes a second in all. Ends with
+/// A slow link to an engine. The engine tells peers an address where this listens on both of its
+/// ports and forwards what arrives; the data port's output is limited to a total rate. Ends with
 /// `stop`.
 final class SlowLink: @unchecked Sendable {
   // Unchecked: the acceptor is written once before the object is shared.
@@ -25,7 +25,7 @@ final class SlowLink: @unchecked Sendable {
   private static let inside = "127.0.0.1"
   private static let outside = "127.0.0.2"
 
-  /// Options of an engine that is reached by such a link.
+  /// Options of an engine reached through such a link.
   static func options(_ metadataURI: String?) -> TransferEngine.Options {
     var options = TransferEngine.Options()
     if let metadataURI { options.metadataURI = metadataURI }
@@ -46,10 +46,10 @@ final class SlowLink: @unchecked Sendable {
     acceptor = try WorkerThread.start(name: "link") { [unowned self] in accept() }
   }
 
-  /// Bytes that have come from the data port.
+  /// Bytes received from the data port.
   var dataBytes: UInt64 { sentBytes.load(ordering: .relaxed) }
 
-  /// 0: nothing goes through any more.
+  /// 0: nothing gets through.
   func setRate(_ rate: UInt64) { bytesPerSecond.store(rate, ordering: .relaxed) }
 
   /// Breaks all connections.
@@ -93,7 +93,7 @@ final class SlowLink: @unchecked Sendable {
 
   private static func connect(_ port: UInt16) -> Int32 {
     let number = socket(AF_INET, Int32(SOCK_STREAM.rawValue), 0)
-    // Little is on its way: what is seen at one end is about what has left the other.
+    // Small buffers, so that both ends have seen about the same.
     var size: Int32 = 64 << 10
     setsockopt(number, SOL_SOCKET, SO_RCVBUF, &size, 4)
     var address = sockaddr_in()
@@ -128,7 +128,7 @@ final class SlowLink: @unchecked Sendable {
     shutdown(to, Int32(SHUT_WR))
   }
 
-  /// Waits until the link has room for so many bytes; returns false if that does not come.
+  /// Waits until the link has room for that many bytes; returns false if it does not get it.
   private func pass(_ count: UInt64) -> Bool {
     while bytesPerSecond.load(ordering: .relaxed) == 0 {
       if isStopping { return false }

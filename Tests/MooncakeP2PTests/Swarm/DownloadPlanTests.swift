@@ -1,7 +1,7 @@
 import MooncakeP2P
 import Testing
 
-/// The plan against answers made by hand.
+/// The plan against hand-written answers.
 @Suite struct DownloadPlanTests {
   private let millisecond: UInt64 = 1_000_000
   private let origin = HolderAddress(holding: 1, rpc: "o:1", segment: "origin")
@@ -37,7 +37,7 @@ import Testing
       readerCount: 1)
   }
 
-  /// A plan that reads these shards from the only holder, number 2, since time 0.
+  /// A plan that has been reading these shards from the only holder, number 2, since time 0.
   private func planReading(_ shards: [Int]) -> DownloadPlan {
     var plan = plan(100)
     plan.add(holder(2), isOrigin: false)
@@ -57,7 +57,7 @@ import Testing
     plan.answered(by: origin, serving([2]), now: 1)
     var next = actions(&plan, 1)
     #expect(next.first == .read(origin, shard: 2))
-    // It asks again while the first is under way, and does not ask for that one.
+    // It asks again while the first shard is being read, and not for that one.
     #expect(asks(next).map { $0.1.have.contains(2) } == [true])
     plan.answered(by: origin, serving([0]), now: 2)
     #expect(plan.finished(2, from: origin, isIntact: true, now: 3) == true)
@@ -114,7 +114,7 @@ import Testing
     #expect(canceled.contains(.cancel(origin, shard: 1)))
     #expect(canceled.contains(.cancel(origin, shard: 2)))
     #expect(plan.tried.map(\.reason) == ["no answer"])
-    // Nothing is asked for anew before the reads have ended.
+    // Nothing is requested again before the reads have ended.
     plan.add(holder(2), isOrigin: false)
     #expect(asks(actions(&plan, dead)).first?.1.have.memberCount == 2)
     for shard in 1...2 {
@@ -157,7 +157,7 @@ import Testing
     var pending = asks(actions(&plan, 0))
     while !pending.isEmpty && askCount < 100 {
       askCount += pending.count
-      // Whatever it is asked and told, it grants the same shards at once.
+      // Whatever it is asked or told, it grants the same shards at once.
       for (holder, _) in pending { plan.answered(by: holder, serving([1, 2]), now: 1) }
       pending = asks(actions(&plan, 1))
     }
@@ -183,7 +183,7 @@ import Testing
     plan.answered(by: origin, serving([1]), now: 0)
     _ = actions(&plan, 0)
     _ = plan.finished(1, from: origin, isIntact: false, now: 1)
-    // The ask for more was under way.
+    // The request for more was already sent.
     plan.askFailed(origin, reason: "x", isGone: false, now: 2)
     plan.add(origin, isOrigin: true)
     #expect(asks(actions(&plan, 5000 * millisecond)).count == 0)
@@ -191,7 +191,7 @@ import Testing
     #expect(plan.isStuck(16_000 * millisecond))
   }
 
-  /// A question whose answer never ends keeps a download no longer than silence does.
+  /// A question that is never answered delays a download no longer than silence does.
   @Test func aQuestionWithoutAnEndIsNotWaitedFor() {
     var plan = plan(10)
     plan.add(origin, isOrigin: true)
@@ -245,7 +245,7 @@ import Testing
       now += 50 * millisecond
     }
     #expect(looks >= 2)
-    // Not before a network that comes back has had its time, and soon after.
+    // Not before a returning network has had its time, but soon after.
     #expect(now > 10_000 * millisecond && now < 11_000 * millisecond)
   }
 
@@ -285,7 +285,7 @@ import Testing
       }
     }
     #expect(moving?.have.contains(1) == false)
-    // The first read is canceled only once the other one has leave.
+    // The first read is canceled only once the other holder has granted.
     plan.answered(by: holder(2), serving([1]), now: now)
     let canceled = actions(&plan, now)
     #expect(canceled.contains(.cancel(holder(3), shard: 1)))
@@ -294,7 +294,7 @@ import Testing
     #expect(actions(&plan, now).contains(.read(holder(2), shard: 1)))
   }
 
-  /// Of two shards holder 2 has sent one in a tenth of a second, the other is read from holder 3.
+  /// Of two shards, holder 2 has sent one in a tenth of a second; the other is read from holder 3.
   private func planWithLastShardAtHolder3() -> DownloadPlan {
     var plan = plan(2)
     plan.add(holder(2), isOrigin: false)
@@ -309,7 +309,7 @@ import Testing
     return plan
   }
 
-  /// Of a shard that is one slice nothing is counted before all of it is there.
+  /// A shard that is a single slice counts no bytes until all of it has arrived.
   @Test func theLastShardLeavesWhoOnlyTrickles() {
     var plan = planWithLastShardAtHolder3()
     var isMoved = false
@@ -355,8 +355,8 @@ import Testing
     #expect(actions(&plan, 0).count == 1)
   }
 
-  /// Runs an origin that answers each question as `answer` says, and sends nothing, until it is
-  /// stuck; returns when that was.
+  /// Runs an origin that answers each question as `answer` says and sends nothing, until the plan
+  /// is stuck; returns that time.
   private func silence(
     _ plan: inout DownloadPlan, holders: [HolderAddress], within milliseconds: UInt64,
     _ answer: (HolderAddress, ShardRequest) -> ShardAnswer
@@ -411,7 +411,7 @@ import Testing
       guard case .ask(let holder, _, _) = action else { continue }
       plan.answered(by: holder, serving([Int(holder.holding)]), now: 0)
     }
-    // Nothing was looked at in between, as when the process stood still.
+    // Nothing was looked at in between, as if the process had been stopped.
     #expect(actions(&plan, 3_600_000 * millisecond).count < 100)
   }
 
@@ -425,7 +425,7 @@ import Testing
     plan.askFailed(holder(2), reason: "no answer", isGone: false, now: 400 * millisecond)
     #expect(asks(actions(&plan, 400 * millisecond)).isEmpty)
     #expect(plan.holderCount == 1)
-    // Without bytes it is another matter.
+    // Without bytes it is different.
     #expect(asks(actions(&plan, 600 * millisecond)).count == 1)
     plan.askFailed(holder(2), reason: "no answer", isGone: false, now: 1000 * millisecond)
     #expect(actions(&plan, 1000 * millisecond).contains(.cancel(holder(2), shard: 1)))
@@ -444,7 +444,7 @@ import Testing
     #expect(plan.lenders.isEmpty)
   }
 
-  /// The origin has died; the other one has nothing that is missing here.
+  /// The origin has died; the other holder has nothing that is missing here.
   @Test func withoutAnybodyWhoMayHelpItIsForsaken() {
     let late = 500 * millisecond
     func isForsaken(_ other: ShardAnswer?, at now: UInt64) -> Bool {
@@ -459,7 +459,7 @@ import Testing
     #expect(isForsaken(serving([], held: 99), at: late))
     #expect(isForsaken(ShardAnswer(state: .gone), at: late))
     #expect(isForsaken(nil, at: late))
-    // Not at once; not while the other one may send something.
+    // Not at once, and not while the other one may send something.
     #expect(!isForsaken(serving([], held: 99), at: late - 1))
     #expect(!isForsaken(serving([], held: 100), at: late))
     #expect(!isForsaken(ShardAnswer(state: .busy, heldCount: 1), at: late))

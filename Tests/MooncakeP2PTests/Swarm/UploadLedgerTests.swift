@@ -10,7 +10,7 @@ import Testing
     var value: UInt64 = 0
   }
 
-  /// Said after all others, unless it is given a turn.
+  /// A request numbered after all others, unless a number is given.
   private func request(
     _ reader: UInt64, limit: Int = 2, have: ShardSet? = nil, wanted: Range<Int>? = nil,
     reading: [Int] = [], own: HolderAddress? = nil, turn: UInt64? = nil
@@ -67,13 +67,13 @@ import Testing
     #expect(served == 4)
   }
 
-  /// Nine that loop on reading a range, and one that gets the payload.
+  /// Nine readers that keep reading a range, and one that gets the payload.
   @Test func whoNamesShardsKeepsNobodyElseAway() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     for round in 0..<50 as Range<UInt64> {
       let now = round * second / 10
       for number in 0..<9 as Range<UInt64> {
-        // Each read is a reader of its own, and has given back what the last was granted.
+        // Each read is a new reader, and the previous one's grant has been returned.
         _ = ledger.answer(
           request(100 + (round - min(round, 1)) * 9 + number, limit: 0, wanted: 0..<0),
           available: full, now: now)
@@ -85,7 +85,7 @@ import Testing
         #expect(answer.state == .serving)
       }
     }
-    // And the other way round.
+    // And the reverse.
     var busy = UploadLedger(shardCount: 100, seed: 1)
     for reader in 1...60 as ClosedRange<UInt64> {
       _ = busy.answer(request(reader), available: full, now: reader * second)
@@ -111,14 +111,14 @@ import Testing
       #expect(answer.state == .busy && answer.retryMilliseconds >= 20)
     }
     _ = ledger.answer(request(1, limit: 0), available: full, now: 11 * second)
-    // A place is free, and it is not for the one who came a moment ago.
+    // A place is free, but not for the latest arrival.
     let late = ledger.answer(request(11, wanted: 7..<8), available: full, now: 11 * second)
     #expect(late.state == .busy)
     let first = ledger.answer(request(10, wanted: 7..<8), available: full, now: 11 * second)
     #expect(first.granted == [7])
   }
 
-  /// What a get takes over by its name is no way around the queue.
+  /// A request for shards by name is no way around the queue.
   @Test func aNamedShardIsNoPlaceForMore() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     for reader in 1...4 as ClosedRange<UInt64> {
@@ -140,7 +140,7 @@ import Testing
     #expect(ledger.outstandingCount(now: 19 * second) == 0)
   }
 
-  /// Its answer was lost, or what it granted could not be read.
+  /// Its answer was lost, or the granted shard could not be read.
   @Test func whatIsNotReadIsGrantedAgain() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     let wanted = ledger.answer(request(1, limit: 3, wanted: 4..<7), available: full, now: 0)
@@ -240,12 +240,12 @@ import Testing
   @Test func aPlaceIsATurnWhereOthersWait() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     var granted = fill(&ledger)
-    // Nobody waits: whoever has a place keeps it.
+    // Nobody waits: readers keep their places.
     let more = request(1, reading: [granted[1]![0]])
     #expect(ledger.answer(more, available: full, now: 3 * second).granted.count == 2)
     #expect(ledger.answer(request(5), available: full, now: 3 * second).state == .serving)
     #expect(ledger.answer(request(6), available: full, now: 3 * second).state == .busy)
-    // Somebody does: no more grants, and what it reads it may read to its end.
+    // Somebody waits: no more grants, but it may finish what it is reading.
     let over = request(2, reading: [granted[2]![0]])
     let refused = ledger.answer(over, available: full, now: 3 * second)
     #expect(refused.state == .busy && refused.granted.isEmpty)
@@ -280,7 +280,7 @@ import Testing
     #expect(ledger.answer(request(14), available: full, now: now).state == .busy)
   }
 
-  /// Another holder had granted it, too, or it was a part of a shard that was wanted.
+  /// Another holder had granted it too, or only a part of the shard was wanted.
   @Test func whatIsGivenBackUnreadSaysNothingOfSpeed() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     _ = fill(&ledger)
@@ -292,8 +292,8 @@ import Testing
     }
   }
 
-  /// Readers that are all equally fast, of which one gives back at once what another holder had
-  /// granted it too: nobody seems slow beside it.
+  /// Readers of equal speed, one of which at once returns what another holder had granted it too:
+  /// the others must not seem slow in comparison.
   @Test func whatIsGivenBackAtOnceMakesNobodySlow() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     var granted = fill(&ledger, limit: 1)
@@ -318,7 +318,7 @@ import Testing
     #expect(answer.readerCount <= 5, "four, and one that tries")
   }
 
-  /// Who comes for another turn takes no more of a place than before, from the beginning.
+  /// A reader that comes again takes no more of a place than before, from the start.
   @Test func whoWasSlowIsKnownForIt() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     var (slow, fast) = (ShardSet(count: 100), ShardSet(count: 100))
@@ -340,7 +340,7 @@ import Testing
     #expect(ledger.answer(request(15), available: full, now: now).state == .busy)
   }
 
-  /// Slow ones take all places and try first; whoever comes later may try within a turn.
+  /// Slow readers take all places and try first; later ones may each try within a round.
   @Test func oneMayTryInEachTurn() {
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     var granted = fill(&ledger)
@@ -378,7 +378,7 @@ import Testing
     var ledger = UploadLedger(shardCount: 100, seed: 1)
     var granted = fill(&ledger)
     var served: Set<UInt64> = [1, 2, 3, 4]
-    // Each needs a second for a shard; forty others come again and again.
+    // Each needs a second per shard; forty others keep asking.
     for step in 1...20 as ClosedRange<UInt64> {
       for reader in granted.keys.sorted() {
         let reading = Array(granted[reader]!.dropFirst())

@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// The documents that both stores write, in a real etcd.
+/// The documents that both stores write, on a real etcd.
 @Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
 struct UpstreamCatalogTests {
   private func document(
@@ -72,7 +72,7 @@ struct UpstreamCatalogTests {
     #expect(try catalog.document("a", testCall) != nil)
     catalog.settle(testCall)
     #expect(try catalog.document("a", testCall) == nil)
-    // What is registered anew stays.
+    // An entry registered anew stays.
     try catalog.put(try document("b"), isCreateOnly: true, testCall)
     catalog.removeOwn("b", segment: "owner", late)
     try catalog.put(try document("b"), isCreateOnly: false, testCall)
@@ -113,7 +113,7 @@ struct UpstreamCatalogTests {
     }
     try onThreads(8) { catalog.addReplica("a", segment: "n\($0)", [1, 2], testCall) }
     #expect(try catalog.document("a", testCall)?.holders.count == 9)
-    // Sixteen are enough.
+    // Sixteen replicas are the limit.
     for index in 8..<20 { catalog.addReplica("a", segment: "n\(index)", [1, 2], testCall) }
     #expect(try catalog.document("a", testCall)?.holders.count == 17)
     try onThreads(8) { catalog.removeOwn("a", segment: "n\($0)", testCall) }
@@ -142,11 +142,11 @@ struct UpstreamCatalogTests {
     try catalog.put(try document("a"), isCreateOnly: false, testCall)
     let large = try document("a", shardCount: 20_000)
     #expect(code { try catalog.put(large, isCreateOnly: true, testCall) } == .exists)
-    // What stands there tells of other bytes.
+    // The existing document describes other bytes.
     try catalog.put(large, isCreateOnly: false, testCall)
     #expect(try catalog.document("a", testCall) == nil)
     try catalog.put(large, isCreateOnly: true, testCall)
-    // One that others have made so large that a replica would not fit is left as it is.
+    // A document that others have made too long for another replica is left alone.
     let foreign = try document("b", segment: String(repeating: "s", count: 150), shardCount: 2200)
     #expect(foreign.json.utf8.count < 512 << 10)
     try catalog.put(foreign, isCreateOnly: true, testCall)

@@ -3,7 +3,7 @@ import MooncakeP2P
 import Testing
 
 @Suite struct UpstreamDocumentTests {
-  /// As the existing system writes it, with `null` for an empty list.
+  /// As Mooncake writes it, with `null` for an empty list.
   static let foreign = """
     {"name":"ckpt/a","size":201326592,"size_list":[201326592],"max_shard_size":134217728,\
     "shards":[{"size":134217728,"gold":[{"segment_name":"n1","offset":139637976793088}],\
@@ -36,7 +36,7 @@ import Testing
       return other
     }
     let (none, one, two) = (with([]), with(["n3"]), with(["n3", "n4"]))
-    // The same owner has registered it again, perhaps with other bytes.
+    // The owner has registered it again, perhaps with other bytes.
     #expect(!none.isContinued(by: none) && !one.isContinued(by: one))
     #expect(!two.isContinued(by: none))
     // Replicas come and go.

@@ -4,7 +4,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// Gets of what the existing system has registered, whose document changes meanwhile.
+/// Gets of payloads that Mooncake's store registered, while their document changes.
 @Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
 struct UpstreamGetTests {
   private static let size: UInt64 = 1 << 20
@@ -39,12 +39,12 @@ struct UpstreamGetTests {
     let memory = Memory(Int(Self.size))
     var alone = GetOptions()
     alone.sharesOnward = false
-    // Nobody changes it: one read is enough.
+    // Nobody changes it: one read suffices.
     let first = try receiver.get("m", into: [memory.buffer], alone)
     #expect(memory.holds(model) && !first.isVerified && bytes(first) == Self.size)
     try receiver.deleteReplica("m")
 
-    // The same text, written again: its owner may have filled the memory anew.
+    // The same text, written again: its owner may have refilled the memory.
     let isDone = Atomic(false)
     var operation = StoreOperation(timeoutMilliseconds: 30_000)
     let before = link.dataBytes

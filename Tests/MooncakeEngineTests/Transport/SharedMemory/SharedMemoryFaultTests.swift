@@ -6,9 +6,9 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Peers that may not, that cannot, and that are gone.
+/// Peers that lack permission or descriptors, and peers that have died.
 struct SharedMemoryFaultTests {
-  /// Copies once from another process; returns bytes that it moved through shared memory.
+  /// Copies once from another process; returns the bytes it moved through shared memory.
   private static func copy(
     _ name: String, _ address: UInt64, _ count: Int, _ flags: String
   ) throws -> UInt64 {
@@ -31,7 +31,7 @@ struct SharedMemoryFaultTests {
     #expect(try Self.copy(engine.name, address, memory.count, "-") == 3 * UInt64(memory.count))
   }
 
-  /// Where ptrace rules forbid the kernel's copies, mapped memory is still shared.
+  /// Mapped memory is shared even where ptrace rules forbid kernel copies.
   @Test(arguments: [
     ("nobody", true), ("nobody,ordinary", true), ("nobody,closed", true),
     ("nobody,closed,ordinary", false),
@@ -43,7 +43,7 @@ struct SharedMemoryFaultTests {
     #expect(moved == (isShared ? 3 * 64 << 10 : 0))
   }
 
-  /// A stopped process serves: nothing of a copy needs its threads.
+  /// A stopped process can be copied from: a copy needs none of its threads.
   @Test(arguments: ["-", "ordinary"])
   func aStoppedTarget(_ flags: String) throws {
     let target = try PeerProcess.serving(["share", String(8 << 20), flags])
@@ -137,7 +137,7 @@ struct SharedMemoryFaultTests {
   /// Offsets and lengths beyond 32 bits.
   @Test func beyondFourGibibytes() throws {
     let size = (4 << 30) + (64 << 20)
-    // Holes read as zeros and cost nothing; one range takes every byte in the end.
+    // Holes read as zeros and cost nothing; one range receives every byte.
     let remote = try MemoryMapping.anonymous(byteCount: size)
     let local = try MemoryMapping.anonymous(byteCount: size)
     let (from, to) = (remote.address, local.address)
@@ -150,7 +150,7 @@ struct SharedMemoryFaultTests {
     try pair.target.register(from, length: UInt64(size), access: .remoteRead)
     let pages = sysconf(Int32(_SC_AVPHYS_PAGES)) * MemoryMapping.pageBytes
     guard pages > 6 << 30 else { return print("skipped: \(pages) bytes of memory are free") }
-    // Four gigabytes of new pages beside the other tests: the deadline is not what is tested.
+    // Four gigabytes of new pages beside other tests: the deadline is not under test.
     try pair.initiator.transfer(
       [pair.read(into: to, from: from, size)], timeoutMilliseconds: 120_000)
     for (index, mark) in marks.enumerated() {

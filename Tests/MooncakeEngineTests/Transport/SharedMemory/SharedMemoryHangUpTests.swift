@@ -6,9 +6,9 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Peers that hang up, or are hung up on, while they copy.
+/// Peers that disconnect, or are disconnected, during a copy.
 struct SharedMemoryHangUpTests {
-  /// A peer that has hung up is waited for as long as one of its threads copies.
+  /// A disconnected peer is waited for as long as one of its threads is copying.
   @Test func hungUpInMidCopy() throws {
     let pair = try EnginePair(.sharedMemory)
     defer { pair.close() }
@@ -33,11 +33,11 @@ struct SharedMemoryHangUpTests {
     }
     remover?.join()
     #expect(refused.isEmpty && complaints.all.isEmpty, "\(complaints.all)")
-    // Nobody copies any more: it is forgotten.
+    // Nobody is copying any more, so it is forgotten.
     #expect(eventually { pair.target.sharedMemory?.server.connectionCount == 1 })
   }
 
-  /// Takes memory back again and again that a peer keeps writing to.
+  /// Repeatedly unregisters memory that a peer keeps writing to.
   private static func takeBack(
     _ memory: RegisteredMemory, _ engine: TransferEngine, rounds: Int
   ) throws {
@@ -52,7 +52,7 @@ struct SharedMemoryHangUpTests {
     }
   }
 
-  /// A peer whose queue of notices is full is hung up on. Until it notices, it may go on copying.
+  /// A peer whose notice queue is full is disconnected. Until it notices, it may go on copying.
   @Test(arguments: MemoryKind.allCases)
   func aPeerThatDoesNotListen(_ kind: MemoryKind) throws {
     let engine = try makeEngine(.sharedMemory)
@@ -73,7 +73,7 @@ struct SharedMemoryHangUpTests {
     }
     peer.resume()
     try Self.takeBack(memory, engine, rounds: 30)
-    // It has noticed, and comes back by itself.
+    // It has noticed and reconnects by itself.
     #expect(eventually { engine.sharedMemory?.server.connectionCount == 2 })
     peer.tell()
     let words = try peer.readLine().split(separator: " ")
@@ -81,7 +81,7 @@ struct SharedMemoryHangUpTests {
     #expect(Int(words[1])! > 0 && UInt64(words[2])! > 0)
   }
 
-  /// A peer without a free descriptor cannot take an offer. It goes on over TCP and comes back.
+  /// A peer without a free descriptor cannot accept an offer. It falls back to TCP and reconnects.
   @Test func anOfferThatFindsNoDescriptor() throws {
     let engine = try makeEngine(.sharedMemory)
     defer { engine.close() }
@@ -105,7 +105,7 @@ struct SharedMemoryHangUpTests {
     #expect(try peer.readLine().hasPrefix("done"))
   }
 
-  /// A peer that may only read gets no descriptor that writes, however few the owner has left.
+  /// A read-only peer never gets a writable descriptor, however few descriptors the owner has left.
   @Test func anOfferWithoutADescriptorThatOnlyReads() throws {
     let owner = try PeerProcess.serving(["share", String(64 << 10), "readable"])
     defer { owner.kill() }
@@ -118,7 +118,7 @@ struct SharedMemoryHangUpTests {
       owner.tell(String(spare))
       #expect(try owner.readLine() == "limited")
       let client = try LocalSocket.connected(to: name)
-      // The greeting, then one notice about the memory, unless there is no room for any of it.
+      // The greeting, then a notice about the memory, unless there is room for neither.
       guard let greeting = Self.message(client) else { continue }
       #expect(greeting.count == 2)
       guard let notice = Self.message(client) else { continue }

@@ -8,7 +8,7 @@ import Testing
 struct SharedMemoryRetryTests {
   private static let byteCount = 4096
 
-  /// A peer over TCP that says it shares memory under another name.
+  /// A TCP peer that claims to share memory under another name.
   private final class Target {
     let engine: TransferEngine
     let memory: GuardedMemory
@@ -38,7 +38,7 @@ struct SharedMemoryRetryTests {
     }
   }
 
-  /// A queue of connections that is full when a segment is opened is not the end of it.
+  /// A connection queue that is full when a segment is opened is only a delay.
   @Test func aFullQueue() throws {
     let listener = try #require(SharedMemoryServer.listen())
     let crowd = Crowd(listener.name)
@@ -57,7 +57,7 @@ struct SharedMemoryRetryTests {
     try engine.transfer([request])
     #expect(engine.streamedBytes == UInt64(Self.byteCount) && engine.sharedBytes == 0)
 
-    // The owner gets to its queue.
+    // The owner accepts from its queue again.
     crowd.leave()
     let closing = try EventFD()
     let owner = try SharedMemoryTransport(
@@ -76,7 +76,7 @@ struct SharedMemoryRetryTests {
     #expect(try engine.sharedMemoryFailure(of: segment) == nil)
   }
 
-  /// Attempts rest longer and longer, and there is one at a time.
+  /// The pauses between attempts grow, and only one attempt runs at a time.
   @Test func restsGrow() {
     let health = SharedMemoryHealth()
     #expect(!health.isDue && health.failure == nil)
@@ -96,7 +96,7 @@ struct SharedMemoryRetryTests {
     #expect(!health.isDue && !health.beginAttempt())
   }
 
-  /// Connections that wait in a queue until it is full.
+  /// Connections that fill a queue.
   private final class Crowd {
     private var descriptors: [Int32] = []
 

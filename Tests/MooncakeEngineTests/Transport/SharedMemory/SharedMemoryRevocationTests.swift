@@ -7,7 +7,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Memory that is taken back: whatever a peer was in the middle of, no byte moves afterwards.
+/// Unregistered memory: no byte moves afterwards, even if a peer was in the middle of a copy.
 struct SharedMemoryRevocationTests {
   private static let byteCount = 4 << 20
 
@@ -53,7 +53,7 @@ struct SharedMemoryRevocationTests {
     #expect(pair.initiator.sharedBytes > 0)
   }
 
-  /// Freed while peers read: the owner unmaps its side under them.
+  /// Freed while peers read: the owner unmaps its side during the copy.
   @Test func freedWhileAThreadCopies() throws {
     let pair = try EnginePair(.sharedMemory)
     defer { pair.close() }
@@ -81,7 +81,7 @@ struct SharedMemoryRevocationTests {
     }
   }
 
-  /// Local memory that becomes unusable in mid-copy is an error and not the end of the process.
+  /// Local memory that becomes unusable during a copy is an error and does not kill the process.
   @Test func localMemoryTakenInMidCopy() throws {
     let pair = try EnginePair(.sharedMemory)
     defer { pair.close() }
@@ -100,7 +100,7 @@ struct SharedMemoryRevocationTests {
     }
   }
 
-  /// A peer that a signal stops in mid-copy goes on later as if it had never begun.
+  /// A peer stopped by a signal during a copy later goes on as if it had never begun.
   @Test(
     .enabled(if: linux_rseq_area() != nil, "a stopped copy is waited for where it is not guarded"),
     arguments: MemoryKind.allCases, [Opcode.read, .write])
@@ -155,7 +155,7 @@ struct SharedMemoryRevocationTests {
       try engine.register(
         memory.address, length: UInt64(memory.count), access: [.remoteRead, .remoteWrite])
     }
-    // What the dead held is given back.
+    // What the dead peer held is released.
     #expect(eventually { engine.sharedMemory?.server.connectionCount == 1 })
   }
 }

@@ -5,10 +5,10 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Runs of slices of which some wait for a common system call.
+/// Runs in which some slices wait for a common system call.
 struct SharedMemoryRunTests {
-  /// A slice waits for the kernel's copy while a neighbor in mapped memory is copied. Its memory is
-  /// taken back in between: nothing of it may be touched any more.
+  /// A slice waits for a kernel copy while its neighbor in mapped memory is copied. Its memory is
+  /// unregistered in between and must not be touched any more.
   @Test(arguments: [Opcode.read, .write])
   func takenBackWhileANeighborIsCopied(_ opcode: Opcode) throws {
     let pair = try EnginePair(.sharedMemory)
@@ -45,7 +45,7 @@ struct SharedMemoryRunTests {
           complaints.check("unregister") { try pair.target.unregister(ordinary.address) }
           isTakenBack.store(true, ordering: .sequentiallyConsistent)
         }
-        // By then it has changed the guard and waits for this thread.
+        // By then it has changed the guard and is waiting for this thread.
         usleep(50_000)
         return batch.slices + 1
       default:
@@ -65,7 +65,7 @@ struct SharedMemoryRunTests {
   }
 
   /// Batches of mapped and ordinary slices, small enough to share system calls, while ordinary
-  /// memory is taken back all the time.
+  /// memory is constantly unregistered.
   @Test(arguments: [Opcode.read, .write])
   func mixedRunsWhileMemoryIsTakenBack(_ opcode: Opcode) throws {
     let pair = try EnginePair(.sharedMemory)

@@ -7,14 +7,14 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// Peers of the same user that do not keep to the rules.
+/// Peers of the same user that break the rules.
 struct SharedMemoryStuckPeerTests {
   private static func makeImpatientEngine() throws -> TransferEngine {
     try makeEngine(.sharedMemory) { $0.defaultTimeoutMilliseconds = 300 }
   }
 
-  /// A copy that does not end keeps `unregister` for a bounded time, and the error says so. The
-  /// memory is offered to nobody meanwhile, and a later call ends it.
+  /// A copy that never ends blocks `unregister` for a bounded time, and the error says so.
+  /// Meanwhile the memory is offered to nobody, and a later call completes it.
   @Test func unregisterGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
@@ -27,7 +27,7 @@ struct SharedMemoryStuckPeerTests {
     }
     let first = elapsedMilliseconds { #expect(unregister(memory) == .busy) }
     #expect(first >= 300 && first < 3000, "\(first) ms")
-    // The next ones do not wait as long for a peer that was late.
+    // Later calls wait less for a peer that was late before.
     let second = elapsedMilliseconds {
       #expect(unregister(memory) == .busy)
       #expect(unregister(other) == .busy)
@@ -55,7 +55,7 @@ struct SharedMemoryStuckPeerTests {
     #expect(free() == nil && free() == .notRegistered)
   }
 
-  /// Nor is it by the end of the engine, which does not wait for ever either.
+  /// Closing the engine does not unmap it either, and does not wait forever.
   @Test func closeGivesUp() throws {
     let engine = try Self.makeImpatientEngine()
     let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
@@ -67,7 +67,7 @@ struct SharedMemoryStuckPeerTests {
     client.claim(thread: 0)
   }
 
-  /// A thread that has ended copies no more, whatever it has left behind.
+  /// A thread that has exited is not copying, whatever its slot says.
   @Test func aThreadThatIsGone() throws {
     let engine = try Self.makeImpatientEngine()
     defer { engine.close() }
@@ -80,7 +80,7 @@ struct SharedMemoryStuckPeerTests {
     #expect(milliseconds < 250, "\(milliseconds) ms")
   }
 
-  /// An owner that offers without end is let go of.
+  /// An owner that sends offers without end is disconnected.
   @Test func offersWithoutEnd() throws {
     let engine = try makeEngine(.sharedMemory)
     defer { engine.close() }

@@ -6,7 +6,7 @@ import MooncakeSystem
 import Synchronization
 import Testing
 
-/// Whether the target's memory is its engine's own, which is mapped, or ordinary, which the kernel
+/// Whether the target's memory is the engine's own, which is mapped, or ordinary, which the kernel
 /// copies.
 enum MemoryKind: CaseIterable, Sendable {
   case mapped, ordinary
@@ -63,7 +63,7 @@ final class RegisteredMemory: @unchecked Sendable {
   }
 }
 
-/// Bytes between engines of one host, by each of the two ways.
+/// Bytes between engines of one host, by both ways of copying.
 struct SharedMemoryTests {
   static let sizes = [1, 63, 64, 1023, 4096, 65_537, 600_000, (1 << 20) + 1, (5 << 20) + 12_345]
 
@@ -76,7 +76,7 @@ struct SharedMemoryTests {
     let local = try RegisteredMemory(localKind, pair.initiator, count)
     var moved: UInt64 = 0
     for (round, size) in Self.sizes.enumerated() {
-      // Odd places on both sides: no way of copying may ask for alignment.
+      // Unaligned on both sides: no way of copying may need alignment.
       let (here, there) = (round * 7 % 64, round * 13 % 64)
       let pattern = Pattern(seed: UInt8(round + 1))
       target.fill(0)
@@ -100,7 +100,7 @@ struct SharedMemoryTests {
     #expect(pair.initiator.sharedBytes == moved && pair.initiator.streamedBytes == 0)
   }
 
-  /// More small blocks than go into one system call, of both opcodes in turn.
+  /// More small blocks than fit one system call, with alternating opcodes.
   @Test(arguments: MemoryKind.allCases)
   func manyBlocks(_ kind: MemoryKind) throws {
     let pair = try EnginePair(.sharedMemory)
@@ -124,7 +124,7 @@ struct SharedMemoryTests {
       #expect(status.state == .completed && status.completedCount == UInt64(wave.count))
       try pair.initiator.freeBatch(batch)
     }
-    // Requests run in no promised order: a read may have seen the block before its write.
+    // Requests have no guaranteed order: a read may have seen the block before its write.
     try pair.initiator.transfer(requests.filter { $0.opcode == .read })
     #expect(back.matches(Pattern(seed: 3)) && back.areGuardsIntact)
     #expect(pair.initiator.streamedBytes == 0)
@@ -179,7 +179,7 @@ struct SharedMemoryTests {
       } == .invalidArgument)
   }
 
-  /// A peer of another host, or one that says it shares memory and does not, is an ordinary peer.
+  /// A peer on another host, or one that falsely claims to share memory, is used over TCP.
   @Test func foreignDescriptors() throws {
     let engine = try makeEngine(.sharedMemory)
     defer { engine.close() }
@@ -217,13 +217,13 @@ struct SharedMemoryTests {
     #expect(attempt(.write, readable) == .accessDenied)
     #expect(attempt(.read, writable) == .accessDenied)
     #expect(attempt(.read, hidden) == .notRegistered && attempt(.write, hidden) == .notRegistered)
-    // The same memory with another right.
+    // The same memory with other rights.
     try pair.target.unregister(readable.address)
     #expect(attempt(.read, readable) == .notRegistered)
     try pair.target.register(readable.address, length: 4096, access: .remoteWrite)
     #expect(attempt(.write, readable) == nil)
     #expect(attempt(.read, readable) == .accessDenied)
-    // A part of it, as a buffer of its own.
+    // Part of it, as a separate buffer.
     try pair.target.unregister(readable.address)
     try pair.target.register(readable.address + 1024, length: 1024, access: .remoteRead)
     let part = pair.read(into: local.address, from: readable.address + 1024, 1024)
@@ -237,7 +237,7 @@ struct SharedMemoryTests {
     #expect(pair.initiator.streamedBytes == 0)
   }
 
-  /// A request that leaves its buffer moves nothing at all.
+  /// A request that exceeds its buffer moves nothing at all.
   @Test(arguments: MemoryKind.allCases, [3 << 20, 700_000])
   func rangesBeyondTheBuffer(_ kind: MemoryKind, _ count: Int) throws {
     let pair = try EnginePair(.sharedMemory)

@@ -4,12 +4,12 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Many peers with bulk for one loop, which is woken only when much of an answer has come.
+/// Many peers send bulk data to one loop, which is woken only once much of an answer has arrived.
 @Suite struct BulkTurnTests {
   private static let count = 1 << 20
   private static let silence: UInt64 = 4000
 
-  /// In pieces that fit no buffer, with pauses.
+  /// In pieces that match no buffer, with pauses.
   private static func slow(_ byte: UInt8) -> FakePeer.Script {
     { connection in
       while connection.header() != nil {

@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
-/// What arrives at the data port: good requests in odd pieces, and everything else.
+/// Input of the data port: valid requests in odd pieces, and everything else.
 struct DataPortTests {
   private static func withServer(
     _ memory: GuardedMemory, access: Access = [.remoteRead, .remoteWrite],
@@ -19,14 +19,14 @@ struct DataPortTests {
     try expectHealthy(engine, memory)
   }
 
-  /// A good request is still answered.
+  /// A valid request is still answered.
   private static func expectHealthy(_ engine: TransferEngine, _ memory: GuardedMemory) throws {
     #expect(memory.areGuardsIntact)
     let answer = try exchange(engine, wireHeader(.read, memory, count: 4))
     #expect(answer == FakeConnection.frame(TCPWire.statusOK) + memory.bytes.prefix(4))
   }
 
-  /// Everything the server says to these bytes, up to the end of its stream.
+  /// Everything that the server answers to these bytes, until it closes.
   private static func exchange(
     _ engine: TransferEngine, _ bytes: [UInt8], closes: Bool = true
   ) throws -> [UInt8] {
@@ -64,8 +64,8 @@ struct DataPortTests {
     }
   }
 
-  /// A peer that always has another answer to come: what was sent is forgotten all the same.
-  /// MOONCAKE_STRESS_REQUESTS for more of them.
+  /// A peer that always has another answer pending: memory for sent answers is released all the
+  /// same. For more requests, set MOONCAKE_STRESS_REQUESTS.
   @Test func aConnectionThatIsNeverDrained() throws {
     let size = 4096
     let total = Environment["MOONCAKE_STRESS_REQUESTS"].flatMap { Int($0) } ?? 300_000
@@ -78,7 +78,7 @@ struct DataPortTests {
     let peer = try RPCTestPeer(to: #require(SocketAddress(numeric: "127.0.0.1", port: port)))
     let header = wireHeader(.read, address: process.address, size: UInt64(size))
     let answerBytes = size + TCPWire.statusBytes
-    // The sockets hold less than half of this between them, so the rest waits at the server.
+    // The sockets hold less than half of this, so the rest waits in the server.
     let backlog = 900
     try peer.socket.set(SOL_SOCKET, SO_RCVBUF, 64 << 10)
     let headers = [UInt8]((0..<100).map { _ in header }.joined())
@@ -106,12 +106,12 @@ struct DataPortTests {
     #expect(before > 0 && growth < 2 << 20, "\(growth) bytes")
   }
 
-  /// Both framings on one connection, request by request.
+  /// Both framings on one connection, alternating.
   @Test func mixedFramings() throws {
     let memory = GuardedMemory(4096)
     memory.fill(Pattern(seed: 1))
     try Self.withServer(memory) { engine in
-      // Requests in flight together are not ordered among each other, so each has its own place.
+      // Requests in flight have no order among each other, so each has its own place.
       func header(_ opcode: Opcode, _ isAcknowledged: Bool, at offset: Int) -> [UInt8] {
         wireHeader(
           opcode, address: UInt64(UInt(bitPattern: memory.address + offset)), size: 8,
@@ -146,7 +146,7 @@ struct DataPortTests {
     }
   }
 
-  /// Ranges that are not wholly inside one buffer, on either framing.
+  /// Ranges not entirely inside one buffer, with either framing.
   @Test func foreignRanges() throws {
     let memory = GuardedMemory(8192)
     memory.fill(0x21)
@@ -186,7 +186,7 @@ struct DataPortTests {
     }
   }
 
-  /// Opcodes other than write read, as peers of every version understand them.
+  /// Opcodes other than write are reads, as peers of every version treat them.
   @Test func otherOpcodes() throws {
     let memory = GuardedMemory(64)
     memory.fill(0x21)
@@ -202,7 +202,7 @@ struct DataPortTests {
     }
   }
 
-  /// Connections that stop anywhere.
+  /// Connections that stop at any point.
   @Test func partialRequests() throws {
     let memory = GuardedMemory(4096)
     try Self.withServer(memory) { engine in
@@ -257,14 +257,14 @@ struct DataPortTests {
     init(_ connection: consuming RPCTestPeer) { self.connection = connection }
   }
 
-  /// A peer that asks for much and takes nothing holds one connection and little memory.
+  /// A peer that requests much and receives nothing occupies one connection and little memory.
   @Test func readersThatTakeNothing() throws {
     let memory = GuardedMemory(8 << 20)
     memory.fill(0x21)
     try Self.withServer(memory) { engine in
       let connection = try RPCTestPeer(to: engine.transport.server.address)
       let request = wireHeader(.read, memory, count: memory.count)
-      // The server stops to read requests once enough answers wait.
+      // The server stops reading requests once enough answers are waiting.
       var accepted = 0
       let bytes = (0..<256).flatMap { _ in request }
       let deadline = Deadline.after(milliseconds: 300)

@@ -5,7 +5,7 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Targets that answer wrongly, in each way the framing knows.
+/// Targets with wrong answers, in every way the framing allows.
 struct MalformedAnswerTests {
   private static let count = 64 << 10
 
@@ -35,7 +35,7 @@ struct MalformedAnswerTests {
     return failure
   }
 
-  /// Takes a whole request and answers it with these bytes.
+  /// Reads a whole request and answers it with these bytes.
   private static func answering(_ bytes: [UInt8]) -> FakePeer.Script {
     { connection in
       guard let header = connection.header() else { return }
@@ -68,7 +68,7 @@ struct MalformedAnswerTests {
     #expect(error?.code == .notRegistered)
   }
 
-  /// Refused before the data is sent, and the rest of it not taken.
+  /// Refused before all data is sent, and the rest not received.
   @Test func earlyRefusal() throws {
     let error = try Self.outcome(.write, count: 16 << 20) { connection in
       guard connection.header() != nil else { return }
@@ -96,7 +96,7 @@ struct MalformedAnswerTests {
     #expect(error?.code == .unreachable)
   }
 
-  /// What one connection broke off, the next one brings.
+  /// A request broken off on one connection is completed on the next.
   @Test func truncatedOnce() throws {
     let local = GuardedMemory(Self.count)
     let error = try Self.outcome(local: local) { connection in
@@ -112,7 +112,7 @@ struct MalformedAnswerTests {
     #expect(local.holdsOnly(0x22))
   }
 
-  /// A peer that closes without a word is not asked forever.
+  /// A peer that closes without an answer is not asked forever.
   @Test func closesAtOnce() throws {
     let milliseconds = try elapsedMilliseconds {
       let error = try Self.outcome(timeout: 20_000) { _ in }
@@ -145,7 +145,7 @@ struct MalformedAnswerTests {
     #expect(local.bytes.enumerated().allSatisfy { $1 == UInt8(truncatingIfNeeded: $0) })
   }
 
-  /// The answers to several requests in flight, cut into two parts at every possible place.
+  /// The answers to several requests in flight, split in two at every possible place.
   @Test func answersCutAnywhere() throws {
     let size = 5
     let whole = 3 * (TCPWire.statusBytes + size)
@@ -183,8 +183,8 @@ struct MalformedAnswerTests {
     #expect(local.areGuardsIntact)
   }
 
-  /// A refusal behind another answer, cut into two parts at every place: its first bytes must not
-  /// be taken from the frame before.
+  /// A refusal behind another answer, split in two at every place: its first bytes must not be
+  /// taken as part of the previous frame.
   @Test(arguments: 1..<TCPWire.statusBytes)
   func refusalCutAnywhere(_ cut: Int) throws {
     let peer = try FakePeer { connection in
@@ -195,7 +195,7 @@ struct MalformedAnswerTests {
         let answer = FakeConnection.frame(TCPWire.statusOK) + [1, 2, 3, 4]
         connection.send(answer + refusal.prefix(cut))
         usleep(20_000)
-        // Taken for an answer, these would complete the request.
+        // If taken for an answer, these would complete the request.
         connection.send(refusal.dropFirst(cut) + [9, 9, 9, 9])
       } else {
         connection.sendStatus(TCPWire.statusRejected)
@@ -254,7 +254,7 @@ struct MalformedAnswerTests {
     #expect(error?.code == .protocolViolation)
   }
 
-  /// A descriptor may be older than the peer: it offers version 2 and the peer speaks version 1.
+  /// A descriptor may be outdated: it offers version 2, but the peer speaks version 1.
   @Test func staleVersion() throws {
     let peer = try FakePeer { connection in
       while connection.serveOne(reading: 0x66, framed: false) {}
@@ -276,7 +276,7 @@ struct MalformedAnswerTests {
 
 /// Targets that speak the framing without acknowledgments.
 struct VersionOneTests {
-  /// Up to 0.3.9 a server closes after each request; later ones do not.
+  /// Servers up to 0.3.9 close after each request; later ones do not.
   @Test(arguments: [true, false])
   func readsAndWrites(_ closesAfterEach: Bool) throws {
     let written = Box(0)
@@ -306,7 +306,7 @@ struct VersionOneTests {
       }
     }
     try engine.transfer(requests(.write))
-    // Terminal means stored: the peer's close is the receipt.
+    // Terminal means stored: the peer's close acknowledges it.
     #expect(written.value == 40 * 5000)
     try engine.transfer(requests(.read))
     #expect(local.holdsOnly(0x77) && local.areGuardsIntact)

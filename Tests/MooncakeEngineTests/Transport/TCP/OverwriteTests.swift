@@ -5,8 +5,8 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Writes that end early, before others to the same place, against a real peer that is stopped and
-/// goes on again at random: what a completed write has stored stays.
+/// Writes that end early, followed by others to the same place, with a real peer that is stopped
+/// and resumed at random: what a completed write has stored stays.
 struct OverwriteTests {
   @Test(.timeLimit(.minutes(15)))
   func aCompletedWriteStays() throws {
@@ -29,8 +29,8 @@ private final class OverwriteRun {
   private static let slotBytes = 96 << 10
   private static let slotCount = 12
 
-  /// Memory of the peer that is written again and again, each time with another byte. A completed
-  /// write must be what later reads find, now and a moment after, whatever became of those before.
+  /// Peer memory that is written repeatedly, each time with another byte. Reads after a completed
+  /// write, now and a moment later, must return its byte, whatever became of earlier writes.
   private final class Slot {
     let index: Int
     let source = GuardedMemory(OverwriteRun.slotBytes)
@@ -91,12 +91,12 @@ private final class OverwriteRun {
     try engine.freeBatch(batch)
     slot.batch = nil
     slot.isCompleted = state == .completed
-    // Terminal: the memory is the caller's, and what is still sent must not come from it.
+    // Terminal: the memory is the caller's again, and nothing may still be sent from it.
     slot.source.fill(0xEE)
     if slot.isCompleted { verify(slot) }
   }
 
-  /// At the end everything can be written again.
+  /// In the end everything can be written again.
   func finish() throws {
     peer.resume()
     isStopped = false

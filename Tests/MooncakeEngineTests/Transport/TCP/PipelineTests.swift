@@ -5,11 +5,11 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Long queues on connections: what waits behind a full window or a suspect must still move, and
-/// nobody burns a processor meanwhile.
+/// Long queues on connections: requests behind a full window or a suspect one must still move, and
+/// waiting must not burn processor time.
 struct PipelineTests {
-  /// More requests than a connection has in flight at once, on more connections than a driver tries
-  /// without asking epoll.
+  /// More requests than a connection has in flight, on more connections than a driver tries without
+  /// asking epoll.
   @Test func deepQueuesOnManyConnections() throws {
     let target = try makeEngine()
     defer { target.close() }
@@ -41,7 +41,7 @@ struct PipelineTests {
     }
   }
 
-  /// Requests that saw three connections fail are sent one at a time, with nothing behind them.
+  /// Requests that failed on three connections are sent alone, with nothing behind them.
   @Test func suspectsGoAlone() throws {
     let company = Box(0)
     let served = Box(0)
@@ -82,7 +82,8 @@ struct PipelineTests {
     #expect(local.areGuardsIntact)
   }
 
-  /// Who waits while a suspect is out must sleep: the socket is writable all the time.
+  /// A thread that waits while a suspect is in flight must sleep, though the socket is always
+  /// writable.
   @Test func waitingBehindASuspectCostsNothing() throws {
     let peer = try FakePeer { connection in
       if connection.index < 3 {

@@ -6,7 +6,7 @@ import MooncakeTestSupport
 import Testing
 
 struct ScatterBufferTests {
-  /// From a memory file, and through a pipe as where a sandbox forbids those.
+  /// From a memory file, and through a pipe in case a sandbox forbids those.
   @Test(arguments: [false, true])
   func storesPiecesWhereTheyBelong(_ usesPipe: Bool) throws {
     var buffer = try ScatterBuffer(usesPipe: usesPipe)
@@ -15,7 +15,7 @@ struct ScatterBufferTests {
     let pattern = Pattern(seed: 1)
     pattern.fill(input)
     let target = GuardedMemory(ScatterBuffer.byteCount)
-    // Pieces of many sizes with gaps of many sizes, more than one system call takes.
+    // Pieces and gaps of many sizes, more than one system call takes.
     var pieces: [(offset: Int, count: Int)] = []
     var offset = 0
     var generator = SeededRandom(seed: 5)
@@ -41,7 +41,7 @@ struct ScatterBufferTests {
     try buffer.flush()
   }
 
-  /// Memory that is gone becomes an error, not the end of the process.
+  /// Unmapped memory is an error and does not kill the process.
   @Test(arguments: [false, true])
   func memoryThatIsNotThere(_ usesPipe: Bool) throws {
     var buffer = try ScatterBuffer(usesPipe: usesPipe)
@@ -52,7 +52,7 @@ struct ScatterBufferTests {
       try buffer.add(offset: 0, count: 32, target: good.address)
       try buffer.add(offset: 56, count: 100, target: hole.address)
       #expect(throws: Errno(EFAULT)) { try buffer.flush() }
-      // The failure is over with it.
+      // The failure does not persist.
       try buffer.flush()
       memset(buffer.address, 0x7E, 64)
       try buffer.add(offset: 0, count: 64, target: good.address)

@@ -4,22 +4,22 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// A write whose answer never came may still be stored: it is not sent again, and nothing is
-/// written over it, before the peer has closed the connection that carried it.
+/// A write without an answer may still be stored. It is not sent again, and nothing is written over
+/// it, before the peer has closed its connection.
 struct TCPFenceTests {
   private static let size = 64 << 10
 
-  /// What an initiator does with a peer whose first connection keeps still until it is told.
+  /// An initiator, and a peer whose first connection waits until it is released.
   private final class Scene {
     let isReleased = Box(false)
     let peer: FakePeer
     let engine: TransferEngine
     let segment: SegmentID
     let local = GuardedMemory(8 * TCPFenceTests.size)
-    /// "close", when the first connection ends, and the offsets of writes on others.
+    /// "close" when the first connection ends, and the offsets of writes on others.
     let events = Box<[String]>([])
 
-    /// `atFirst` is what the first connection does once it is released.
+    /// `atFirst`: what the first connection does once released.
     init(
       connections: Int = 1, version: Int = 2,
       atFirst: @escaping @Sendable (FakeConnection) -> Void = { $0.awaitClose() }
@@ -90,14 +90,14 @@ struct TCPFenceTests {
     #expect(scene.events.value == ["close", "write 1"])
   }
 
-  /// On every connection, and also for who opens the segment anew.
+  /// On every connection, and after opening the segment again.
   @Test func laterWritesThereWait() throws {
     let scene = try Scene(connections: 2)
     defer { scene.close() }
     let first = try scene.start(.write, 0, 100)
     #expect(try scene.state(first) == .timeout)
     let again = try (0..<4).map { _ in try scene.start(.write, 0) }
-    // What touches nothing of it is not held up, nor is reading.
+    // Reads, and writes that touch nothing of it, do not wait.
     try scene.engine.transfer([scene.request(.write, 1)], timeoutMilliseconds: 3000)
     try scene.engine.transfer([scene.request(.read, 0)], timeoutMilliseconds: 3000)
     #expect(scene.events.value == ["write 1", "read 0"])
@@ -122,7 +122,7 @@ struct TCPFenceTests {
       Array(scene.events.value.dropFirst(2)) == ["close"] + Array(repeating: "write 0", count: 4))
   }
 
-  /// A reset that the peer sent is a fence, and so is its refusal of a request.
+  /// A reset by the peer is a fence, and so is its refusal of a request.
   @Test func whatThePeerEndedIsSentAgainAtOnce() throws {
     let scene = try Scene(atFirst: { connection in
       _ = connection.header()
@@ -136,10 +136,10 @@ struct TCPFenceTests {
     #expect(Set(scene.events.value) == ["close", "write 0", "write 1"])
   }
 
-  /// A peer that is blocked on sending an answer must get rid of it before it sees the end.
+  /// A peer that is blocked on sending an answer must be able to send it before it sees the end.
   @Test func answersAreTakenMeanwhile() throws {
     let scene = try Scene(atFirst: { connection in
-      // Far more than the sockets hold between them.
+      // Far more than the sockets can hold.
       _ = connection.header()
       connection.sendStatus()
       connection.send([UInt8](repeating: 1, count: 32 << 20))
@@ -160,7 +160,7 @@ struct TCPFenceTests {
     #expect(scene.events.value == ["close", "write 1"])
   }
 
-  /// Canceled reads alone leave nothing at the target, so nobody waits.
+  /// Canceled reads leave nothing at the target, so nothing waits.
   @Test func readsNeedNoFence() throws {
     let scene = try Scene()
     defer { scene.close() }
@@ -172,8 +172,8 @@ struct TCPFenceTests {
     #expect(scene.events.value == ["read 1"])
   }
 
-  /// The wait has a bound: then a sent write fails, later ones there fail at once, and both say
-  /// why. Should the peer end the connection after all, they work again.
+  /// The wait is bounded: then the sent write fails, and later ones to the same place fail at once;
+  /// both errors say why. If the peer ends the connection after all, writes work again.
   @Test func aPeerThatNeverCloses() throws {
     let scene = try Scene()
     defer { scene.close() }
@@ -214,7 +214,7 @@ struct TCPFenceTests {
     let engine = try makeEngine()
     defer { engine.close() }
     let segment = try engine.openSegment(peer.name)
-    // More than the peer's side takes unread, less than fits both sides.
+    // More than the peer's side takes unread, less than both sides take.
     let local = GuardedMemory(1 << 20)
     for count in [300 << 10, 600 << 10, 1 << 20] {
       let batch = try engine.start(
@@ -248,7 +248,7 @@ struct TCPFenceTests {
     #expect(verdict(360, 1) == .pending && verdict(450, 1) == .free)
     ranges.remove(first)
     #expect(ranges.isEmpty && verdict(100, 400) == .free)
-    // Too many to tell apart: nothing is written.
+    // Too many to distinguish: nothing is written.
     let many = (0..<16).map { ranges.add([$0..<$0 + 1], isOverdue: false) }
     #expect(verdict(1 << 40, 1) == .pending)
     ranges.remove(many[3])

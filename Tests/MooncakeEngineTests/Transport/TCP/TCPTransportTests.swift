@@ -3,7 +3,7 @@ import MooncakeSystem
 import Testing
 
 @Suite struct TCPTransportTests {
-  /// A peer with little to do is served by its first connection alone.
+  /// A lightly used peer is served by its first connection alone.
   @Test func peersAreSpreadOverTheLoops() throws {
     let settings = TCPTransport.Settings(
       threadCount: 3, connectionsPerPeer: 2, spinNanoseconds: 1000)
@@ -11,7 +11,7 @@ import Testing
     let transport = try TCPTransport(
       listener: Socket.listening(on: local), buffers: BufferTable(), settings: settings)
     defer { transport.stop() }
-    // Connections are made when they are used, and these never are.
+    // Connections are made on first use, which never comes here.
     let descriptor = SegmentDescriptor(name: "peer", tcpDataHost: "127.0.0.1", tcpDataPort: 9)
     let firstLoops = try (0..<6).map { _ in
       let group = try transport.connect(

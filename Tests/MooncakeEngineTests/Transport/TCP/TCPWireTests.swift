@@ -21,7 +21,7 @@ struct TCPWireTests {
         opcode, address: ~value, size: value, isAcknowledged: isAcknowledged)
       #expect(bytes[16] == code)
       #expect(bytes.withUnsafeBytes { TCPWire.Header($0.baseAddress!) } == header)
-      // Unaligned and with padding that means nothing.
+      // Unaligned, and with arbitrary padding.
       let shifted = [0xFF] + bytes[..<17] + [1, 2, 3, 4, 5, 6, 7]
       #expect(shifted.withUnsafeBytes { TCPWire.Header($0.baseAddress! + 1) } == header)
     }
