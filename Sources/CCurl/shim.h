@@ -1,5 +1,5 @@
 // libcurl's own header. The library is opened at run time, so nothing here may call its functions
-// by name; the inline functions call its variadic ones through pointers, which Swift cannot.
+// by name. The inline functions call its variadic functions through pointers, which Swift cannot.
 #ifndef CCURL_SHIM_H
 #define CCURL_SHIM_H
 

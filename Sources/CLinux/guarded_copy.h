@@ -1,11 +1,11 @@
-// Copies that end the moment somebody else says so.
+// Copies that another thread or process can stop at any moment.
 //
-// A guarded copy compares a guard word and then copies as one restartable sequence: a thread that
-// is preempted, stopped or interrupted by a signal meanwhile never goes on from where it was, but
-// comes back with LINUX_COPY_INTERRUPTED. Whoever changes the word and then sees the thread stopped
-// therefore knows that it will not touch the memory again without looking at the word. Where the C
-// library or the processor offers no such sequences, `rseq` is null and the copy is an ordinary one
-// behind an ordinary comparison.
+// A guarded copy compares a guard word and then copies as one restartable sequence (rseq): a thread
+// that is preempted, stopped or interrupted by a signal meanwhile does not resume, but returns
+// LINUX_COPY_INTERRUPTED. So whoever changes the word and then sees the thread stopped knows that
+// the thread will not touch the memory again without checking the word. Where the C library or the
+// processor has no such sequences, `rseq` is null and the copy is an ordinary one after an ordinary
+// comparison.
 #ifndef CLINUX_GUARDED_COPY_H
 #define CLINUX_GUARDED_COPY_H
 
@@ -18,14 +18,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-// Beyond every error number.
+// Larger than any error number.
 enum { LINUX_COPY_CHANGED = -100001, LINUX_COPY_INTERRUPTED = -100002 };
 
 #if defined(__x86_64__)
 #define LINUX_HAS_RSEQ_COPY 1
 #endif
 
-// The calling thread's area, or null.
+// The calling thread's rseq area, or null.
 static inline void *linux_rseq_area(void) {
 #ifdef LINUX_HAS_RSEQ_COPY
   if (__rseq_size == 0) return NULL;
@@ -37,8 +37,8 @@ static inline void *linux_rseq_area(void) {
 }
 
 #ifdef LINUX_HAS_RSEQ_COPY
-// Labels: 1 begin, 2 end of the sequence, 3 its descriptor, 4 where an interrupted one goes on,
-// 5 the guard has changed, 6 after all. The bytes before 4 are the signature the kernel looks for.
+// Labels: 1 begin and 2 end of the sequence, 3 its descriptor, 4 abort handler, 5 guard changed, 6
+// done. The bytes before 4 are the signature that the kernel checks.
 #define LINUX_SEQUENCE_BEGIN                                                                       \
   ".pushsection __rseq_cs, \"aw\"\n\t.balign 32\n3:\n\t.long 0, 0\n\t.quad 1f, 2f - 1f, 4f\n\t"    \
   ".popsection\n\t"                                                                                \
@@ -63,7 +63,7 @@ static inline long linux_guarded_kernel_copy(
     register unsigned long argument5 __asm__("r8") = count;
     register unsigned long argument6 __asm__("r9") = 0;
     unsigned long scratch;
-    // The system call is the last instruction: in the kernel the sequence is over.
+    // The system call is the last instruction: the sequence ends when the kernel is entered.
     __asm__ volatile(
       LINUX_SEQUENCE_BEGIN "syscall\n" LINUX_SEQUENCE_END
       : [result] "+&a"(result), [scratch] "=&c"(scratch)
@@ -82,10 +82,10 @@ static inline long linux_guarded_kernel_copy(
 }
 
 #ifdef LINUX_HAS_RSEQ_COPY
-// Copies whole blocks from the front of what is left; `index` runs from -left to 0 and is the only
-// thing that changes, so an interrupted copy knows what it has done. Wide registers are cleared at
-// the end, however it came: on some processors every later SSE instruction of the thread is slow
-// while their upper halves hold anything.
+// Copies whole blocks from the front of what is left. Only `index` changes, from -left to 0, so an
+// interrupted copy knows how far it got. Wide registers are cleared at the end, also after an
+// interruption: on some processors the thread's later SSE instructions are slow while the upper
+// halves are not zero.
 #define LINUX_BLOCK_LOOP(name, block, body)                                                        \
   static inline long linux_blocks_##name(                                                          \
     char *target_end, const char *source_end, long *left, const void *guard, uint64_t expected,    \
@@ -105,7 +105,7 @@ static inline long linux_guarded_kernel_copy(
     return result;                                                                                 \
   }
 
-// Non-temporal stores: they need an aligned target, leave the caches alone and must be fenced.
+// Non-temporal stores need an aligned target, bypass the caches and must be fenced.
 LINUX_BLOCK_LOOP(
   stream32, 256,
   "vmovdqu (%[from],%[index]), %%ymm0\n\tvmovdqu 32(%[from],%[index]), %%ymm1\n\t"
@@ -124,7 +124,7 @@ LINUX_BLOCK_LOOP(
   "vmovntdq %%zmm0, (%[to],%[index])\n\tvmovntdq %%zmm1, 64(%[to],%[index])\n\t"
   "vmovntdq %%zmm2, 128(%[to],%[index])\n\tvmovntdq %%zmm3, 192(%[to],%[index])\n\t")
 
-// Plain copy of any length; the instruction keeps its own count when it is interrupted.
+// Plain copy of any length; the instruction (rep movsb) keeps its own count when interrupted.
 static inline long linux_bytes(
   char *target_end, const char *source_end, long *left, const void *guard, uint64_t expected,
   void *rseq) {
@@ -153,7 +153,7 @@ static inline long linux_guarded_copy(
   if (rseq) {
     long result = 0;
     if (vector_bytes && *left >= 1024) {
-      // Up to the first whole line of the target, whole blocks, and the rest below.
+      // First up to an aligned target, then whole blocks; the rest is copied below.
       long head = (long)(-(uintptr_t)(target - *left) & 63), after = *left - head;
       if (head) {
         result = linux_bytes(target - after, source - after, &head, guard, expected, rseq);

@@ -53,7 +53,7 @@ static inline int linux_futex_wake(uint32_t *word, int count) {
   return (int)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-// accept4, or what it is made of where a sandbox does not know it.
+// accept4, or accept and fcntl where a sandbox does not know accept4.
 static inline int linux_accept(int listener, int flags) {
   int accepted = accept4(listener, NULL, NULL, flags);
   if (accepted >= 0 || (errno != ENOSYS && errno != EPERM)) return accepted;
@@ -81,8 +81,8 @@ static inline int linux_prefer_node(void *address, size_t length, unsigned node)
 
 static inline int linux_gettid(void) { return (int)syscall(SYS_gettid); }
 
-// The calling thread's number, asked of the kernel once in each process: `generation` tells the
-// child of a fork from its parent.
+// The calling thread's number, cached; the kernel is asked again when `generation` changes, which
+// it does in the child of a fork.
 static inline int linux_thread_number(uint32_t generation) {
   static __thread int number;
   static __thread uint32_t known;
@@ -97,7 +97,7 @@ static inline int linux_pidfd_open(pid_t process) {
   return (int)syscall(SYS_pidfd_open, process, 0);
 }
 
-// Constants that are GNU extensions, under names of their own.
+// GNU extension constants, under our own names.
 enum { LINUX_O_PATH = O_PATH };
 enum { LINUX_RENAME_NOREPLACE = 1, LINUX_RENAME_EXCHANGE = 2 };
 
@@ -106,13 +106,13 @@ static inline int linux_rename(
   return (int)syscall(SYS_renameat2, from_directory, from, to_directory, to, flags);
 }
 
-// Whether the files of a descriptor's file system are memory.
+// Whether the descriptor's file system keeps its files in memory.
 static inline int linux_is_memory_system(int descriptor) {
   struct statfs system;
   return fstatfs(descriptor, &system) == 0 && (unsigned long)system.f_type == 0x01021994;
 }
 
-// Whether other machines may see the file system of a descriptor: NFS, SMB, FUSE, 9p, Ceph, AFS,
+// Whether other machines may see the descriptor's file system: NFS, SMB, FUSE, 9p, Ceph, AFS,
 // Lustre, GFS2, OCFS2, GPFS.
 static inline int linux_is_shared_system(int descriptor) {
   static const unsigned long kinds[] = {0x6969,     0xFF534D42, 0xFE534D42, 0x65735546,
@@ -127,7 +127,7 @@ static inline int linux_is_shared_system(int descriptor) {
 
 static inline int linux_set_dumpable(int value) { return prctl(PR_SET_DUMPABLE, value, 0, 0, 0); }
 
-// Whether a thread exists at all; what may be done to it does not matter.
+// Whether a thread exists, even if we may not signal it.
 static inline int linux_thread_exists(pid_t process, pid_t thread) {
   return syscall(SYS_tgkill, process, thread, 0) == 0 || errno != ESRCH;
 }
@@ -158,7 +158,7 @@ static inline ssize_t linux_send_message(
 }
 
 // Receives one message with up to 4 descriptors, close-on-exec, which the caller then owns. EMFILE
-// if this process has no room for some of them.
+// if this process has too few free descriptors for them.
 static inline ssize_t linux_receive_message(
   int socket, void *bytes, size_t count, int *descriptors, size_t *descriptor_count) {
   union {

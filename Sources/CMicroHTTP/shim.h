@@ -17,7 +17,7 @@ enum {
 typedef struct MHD_Daemon *(*mhd_start_function)(
   unsigned int, uint16_t, MHD_AcceptPolicyCallback, void *, MHD_AccessHandlerCallback, void *, ...);
 
-// A daemon without a thread and a listener of its own.
+// A daemon without its own thread and listener.
 static inline struct MHD_Daemon *mhd_start(
   void *function, unsigned int connection_limit, size_t memory_bytes,
   unsigned int timeout_seconds, MHD_AccessHandlerCallback handler,

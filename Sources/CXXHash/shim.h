@@ -1,18 +1,18 @@
-// Compiled into its users, so that the library needs no libxxhash to load. The macros that rename
-// its functions are not seen from Swift; these are.
+// Compiled into its users, so that the library does not need libxxhash at load time. Swift does not
+// see the macros that rename its functions, but sees these wrappers.
 #ifndef MOONCAKE_XXHASH_SHIM_H
 #define MOONCAKE_XXHASH_SHIM_H
 
 #define XXH_INLINE_ALL
 #if defined(__x86_64__)
-// Brings the kernels for AVX2 beside those that every x86-64 processor can run.
+// Adds the AVX2 variants beside those that every x86-64 processor can run.
 #include <immintrin.h>
 #define XXH_DISPATCH_AVX2 1
 #define XXH_TARGET_AVX2 __attribute__((target("avx2")))
 #endif
 #include <xxhash.h>
 
-// Opaque: Swift imports no type that must begin at a cache line.
+// Opaque: Swift cannot import a type with cache-line alignment.
 typedef struct xxhash_state xxhash_state_t;
 
 static inline xxhash_state_t *xxhash_create(void) {
@@ -31,7 +31,7 @@ static inline void xxhash_update(xxhash_state_t *hash, const void *bytes, size_t
 
 #if defined(__x86_64__)
 
-// The same function by other instructions; only where xxhash_has_avx2 says so.
+// The same function with AVX2; call it only if xxhash_has_avx2 says so.
 static inline XXH_TARGET_AVX2 void xxhash_update_avx2(
   xxhash_state_t *hash, const void *bytes, size_t count) {
 #if XXH_VERSION_NUMBER >= 802

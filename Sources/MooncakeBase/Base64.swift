@@ -1,8 +1,8 @@
-/// Base64 with padding, as JSON carries bytes.
+/// Base64 with padding, for bytes in JSON.
 package enum Base64 {
   private static let alphabet = Array(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/".utf8)
-  /// 64 marks what is no digit.
+  /// 64 marks bytes that are not digits.
   private static let values: [UInt8] = {
     var values = [UInt8](repeating: 64, count: 256)
     for (value, digit) in alphabet.enumerated() { values[Int(digit)] = UInt8(value) }

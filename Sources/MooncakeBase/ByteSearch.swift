@@ -1,6 +1,6 @@
 extension Collection<UInt8> {
-  /// Whether the bytes of a text occur. The standard library's search would bring in its module for
-  /// regular expressions.
+  /// Whether the bytes of a text occur. The standard library's search would link its regular
+  /// expression module.
   package func holds(_ text: some StringProtocol) -> Bool {
     let mark = text.utf8
     guard let first = mark.first else { return true }

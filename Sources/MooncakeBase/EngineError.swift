@@ -30,22 +30,22 @@ public struct EngineError: Error, Sendable, CustomStringConvertible {
 
   public let code: Code
   public let message: String
-  /// Whether the log tells of it already.
+  /// Whether it has been logged already.
   package var isLogged = false
 
-  /// Bytes; room for the longest names.
+  /// In bytes; room for the longest names.
   private static let messageLimit = 8000
 
   public init(_ code: Code, _ message: String) {
     self.code = code
-    // Parts may be a peer's or a service's words.
+    // Parts may come from a peer or a service, so escape them.
     self.message = PrintableText.make(message, limit: Self.messageLimit)
   }
 
   public var description: String { message }
 
-  /// Whether a service that answers this will answer the same next time, unless something is done
-  /// about it. Others pass by themselves.
+  /// Whether a retry would fail the same way until somebody intervenes. Other errors may pass by
+  /// themselves.
   package var isRefusal: Bool {
     switch code {
     case .full, .accessDenied, .protocolViolation, .unsupported, .invalidArgument: true

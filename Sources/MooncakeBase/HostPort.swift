@@ -1,9 +1,9 @@
 import CLinux
 import Glibc
 
-/// Why a text names no host and port.
+/// Why a text is not a host and port.
 public struct HostPortError: Error, Equatable, Sendable, CustomStringConvertible {
-  /// Ends a sentence that began with the text: "the port is not a number from 0 to 65535".
+  /// A clause to put after the text, such as "the port is not a number from 0 to 65535".
   public let reason: String
 
   public var description: String { reason }
@@ -37,7 +37,7 @@ public struct HostPort: Equatable, Hashable, Sendable, CustomStringConvertible {
     self.port = port
   }
 
-  /// Parses a text as the existing system does: a missing or malformed port becomes `defaultPort`.
+  /// Parses a text as Mooncake does: a missing or malformed port becomes `defaultPort`.
   public init(parsing text: String, defaultPort: UInt16) throws(HostPortError) {
     let parts = try Self.split(text)
     host = parts.host
@@ -105,7 +105,7 @@ public struct HostPort: Equatable, Hashable, Sendable, CustomStringConvertible {
 
   private static func checkedHost(_ host: String) throws(HostPortError) -> String {
     if host.isEmpty { throw HostPortError(reason: "the host is empty") }
-    // Eight groups and a port in a row are still clear; other colons are not.
+    // Eight groups followed by a port are unambiguous; other colons are not.
     if host.utf8.contains(UInt8(ascii: ":")) && !isIPv6(host) {
       throw HostPortError(reason: "the host is neither a name nor an IPv6 address in brackets")
     }

@@ -1,14 +1,14 @@
 import CJSON
 
-/// Why a text is no acceptable JSON.
+/// Why a text is not acceptable JSON.
 package struct JSONError: Error, Equatable, Sendable, CustomStringConvertible {
   package let description: String
 }
 
 /// A parsed JSON text.
 ///
-/// cJSON parses; what it does not watch is checked by `JSONText` before: encoding, depth, number of
-/// values, and integers beyond what a double holds.
+/// cJSON does the parsing. `JSONText` first checks what cJSON does not: encoding, depth, number of
+/// values, and integers too large for a double.
 package struct JSONDocument: ~Copyable {
   private let root: UnsafeMutablePointer<cJSON>
 
@@ -16,7 +16,7 @@ package struct JSONDocument: ~Copyable {
     let (parsed, end) = text.withUnsafeBytes { buffer in
       let start = buffer.baseAddress!.assumingMemoryBound(to: CChar.self)
       var end: UnsafePointer<CChar>?
-      // The NUL behind the text stays outside the length: some releases of cJSON look one byte
+      // The NUL after the text is not part of the length: some releases of cJSON read one byte
       // beyond it.
       let parsed = cJSON_ParseWithLengthOpts(start, buffer.count - 1, &end, 0)
       return (parsed, end.map { $0 - start } ?? 0)
@@ -44,7 +44,7 @@ package struct JSONDocument: ~Copyable {
 
   deinit { cJSON_Delete(root) }
 
-  /// Lends the top value; it must not outlive the call.
+  /// Runs `body` with the top value, which must not outlive the call.
   package borrowing func read<Result, Failure: Error>(
     _ body: (JSONValue) throws(Failure) -> Result
   ) throws(Failure) -> Result {
@@ -52,7 +52,7 @@ package struct JSONDocument: ~Copyable {
   }
 }
 
-/// A value inside a `JSONDocument`, valid as long as that.
+/// A value inside a `JSONDocument`, valid as long as the document.
 package struct JSONValue {
   fileprivate let item: UnsafePointer<cJSON>
 
@@ -61,14 +61,14 @@ package struct JSONValue {
   package var isArray: Bool { cJSON_IsArray(item) != 0 }
   package var isTrue: Bool { cJSON_IsTrue(item) != 0 }
 
-  /// The text of a string; nil for every other value.
+  /// The text of a string; nil for other values.
   package var string: String? {
     guard cJSON_IsString(item) != 0, let text = item.pointee.valuestring else { return nil }
     if UInt8(bitPattern: text.pointee) == JSONText.numberMark { return nil }
     return String(cString: text)
   }
 
-  /// An integer from 0 to 2^64 - 1, exactly; nil for everything else.
+  /// An exact integer from 0 to 2^64 - 1; nil for other values.
   package var unsigned: UInt64? {
     if cJSON_IsNumber(item) != 0 {
       let number = item.pointee.valuedouble
@@ -84,7 +84,7 @@ package struct JSONValue {
   /// The name of a member of an object; nil for other values.
   package var name: String? { item.pointee.string.map { String(cString: $0) } }
 
-  /// The member of an object with this name, the first of equals; nil if there is none.
+  /// The first member of an object with this name; nil if there is none.
   package subscript(name: String) -> JSONValue? {
     guard isObject, let child = cJSON_GetObjectItemCaseSensitive(item, name) else { return nil }
     return JSONValue(item: child)

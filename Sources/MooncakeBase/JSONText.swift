@@ -1,19 +1,19 @@
 /// Checks and prepares a text for cJSON in one pass.
 ///
-/// cJSON keeps numbers as doubles, which would round addresses beyond 2^53. Long numbers therefore
-/// reach it as strings that begin with a byte no UTF-8 text contains, so that they are told apart
-/// from real strings and read back digit by digit.
+/// cJSON keeps numbers as doubles, which would round addresses above 2^53. So long numbers are
+/// passed to it as strings that begin with a byte which never occurs in UTF-8; that tells them from
+/// real strings, and they are read back digit by digit.
 package enum JSONText {
   /// Levels of arrays and objects.
   package static let maximumDepth = 64
-  /// Values a text may have beyond one per four bytes: bounds what cJSON allocates to about thirty
-  /// bytes for each byte received.
+  /// Values a text may have beyond one per four bytes. Bounds cJSON's allocations to about thirty
+  /// bytes per byte received.
   package static let freeValueCount = 4096
   /// Longer numbers become marked strings; every integer up to here is exact as a double.
   static let maximumPlainDigits = 15
   static let numberMark: UInt8 = 0xFF
 
-  /// The text as cJSON shall read it, ended by a NUL.
+  /// The text prepared for cJSON, terminated by a NUL.
   static func prepared(_ bytes: UnsafeRawBufferPointer) throws(JSONError) -> [UInt8] {
     if !isUTF8(bytes) { throw JSONError(description: "the text is not UTF-8") }
     var scanner = Scanner(bytes: bytes)
@@ -81,14 +81,14 @@ private struct Scanner {
       if byte < 0x20 { throw error("a control character in a string") }
       if byte == UInt8(ascii: "\\") {
         if escapesNUL() { throw error("a NUL character in a string") }
-        // What follows is no end of the string, whatever it is; cJSON judges it.
+        // An escaped character never ends the string; cJSON checks whether the escape is valid.
         position += 1
       }
     }
     throw error("a string without end")
   }
 
-  /// C strings end at a NUL, so one inside would silently cut the text.
+  /// C strings end at a NUL, so one inside would silently truncate the text.
   private func escapesNUL() -> Bool {
     position + 5 <= bytes.count && bytes[position] == UInt8(ascii: "u")
       && bytes[(position + 1)..<(position + 5)].allSatisfy { $0 == UInt8(ascii: "0") }

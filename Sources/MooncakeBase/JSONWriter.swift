@@ -73,7 +73,7 @@ package struct JSONWriter {
   private mutating func quote(_ text: String) {
     bytes.append(UInt8(ascii: "\""))
     defer { bytes.append(UInt8(ascii: "\"")) }
-    // Names of segments, by far the most frequent, need no escapes.
+    // Segment names, by far the most frequent strings, need no escapes.
     if !text.utf8.contains(where: Self.needsEscape) {
       bytes.append(contentsOf: text.utf8)
       return

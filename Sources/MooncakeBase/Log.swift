@@ -26,7 +26,7 @@ public enum Log {
     let limiter = Lock(LogLimiter())
   }
 
-  // Replaced only in a forked child, before it has a second thread: another thread of the parent
+  // Replaced only in a forked child, before it has a second thread, because a thread of the parent
   // may have held a lock at the fork. The child's lines go to stderr until it sets a sink.
   private nonisolated(unsafe) static var output: Output = {
     Fork.inChild { output = Output() }
@@ -41,13 +41,13 @@ public enum Log {
   /// Replaces the place where lines go; nil means stderr.
   public static func setSink(_ newSink: Sink?) { output.sink.withLock { $0 = newSink } }
 
-  /// Uses the globals once, as `Fork.prepare` asks for it.
+  /// Uses the globals once, as `Fork.prepare` requires.
   package static func prepare() {
     _ = threshold.load(ordering: .relaxed)
     _ = output
   }
 
-  // Each place that logs is a kind of its own to the limiter; `peer` is who made it say this.
+  // To the limiter, each call site is a kind; `peer` is whoever caused the line.
 
   package static func debug(
     _ message: @autoclosure () -> String, about peer: @autoclosure () -> String = "",
@@ -77,17 +77,17 @@ public enum Log {
     write(.error, message, peer, .init(file, line))
   }
 
-  /// A line about the host's own call, which nobody else can cause: not limited.
+  /// Not rate-limited: for lines that only the host's own calls can cause.
   package static func unlimited(_ level: Level, _ message: @autoclosure () -> String) {
     if level.rawValue >= threshold.load(ordering: .relaxed) { send(level, message()) }
   }
 
-  /// The host of "host:port": connections of one peer differ in the port.
+  /// The host of "host:port", since connections of one peer differ in the port.
   package static func host(of peer: String) -> String {
     peer.utf8.lastIndex(of: UInt8(ascii: ":")).map { String(peer[..<$0]) } ?? peer
   }
 
-  /// Tells what was left out so far; for the end of an engine.
+  /// Reports the lines left out so far; called when an engine ends.
   package static func reportLeftOut() {
     for line in output.limiter.withLock({ $0.reports(now: Clock.now(), isEnd: true) }) {
       unlimited(.warning, line)
@@ -118,20 +118,20 @@ public enum Log {
   }
 
   private static func writeToStandardError(_ level: Level, _ line: String) {
-    // Where the host has closed its standard error, the number may be that of a socket, which a
-    // program that is executed does not get.
+    // If the host has closed its standard error, number 2 may be a socket of ours; those are
+    // close-on-exec, a real stderr is not.
     let flags = fcntl(STDERR_FILENO, F_GETFD)
     if flags < 0 || flags & FD_CLOEXEC != 0 { return }
     var now = timespec()
     clock_gettime(CLOCK_REALTIME, &now)
     var parts = tm()
-    // It locks, and nobody opens that in the child of a fork.
+    // localtime_r takes a lock that would stay locked in a forked child.
     _ = Fork.excluded { localtime_r(&now.tv_sec, &parts) }
     var stamp = [CChar](repeating: 0, count: 32)
     _ = strftime(&stamp, stamp.count, "%F %T", &parts)
     let time = stamp.withUnsafeBufferPointer { String(cString: $0.baseAddress!) }
     var text = "\(time).\(padded(now.tv_nsec / 1_000_000)) mooncake \(level): \(line)\n"
-    // One write keeps the line whole among other writers of the descriptor.
+    // A single write keeps the line whole among other writers of the descriptor.
     withoutWriteSignals {
       _ = text.withUTF8 { Glibc.write(STDERR_FILENO, $0.baseAddress!, $0.count) }
     }

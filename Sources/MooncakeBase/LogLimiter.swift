@@ -1,9 +1,8 @@
-/// Decides which lines go to the log, so that nobody can fill a disk by what he makes this process
-/// say. Each place in the code that logs is a kind of line, with a supply of lines of its own; each
-/// peer has a smaller one of each kind. What stays out is counted, and told with the next line of
-/// any kind.
+/// Limits the log, so that no peer can fill a disk by making this process log. Each call site is a
+/// kind of line with its own supply; within a kind, each peer has a smaller supply. Lines left out
+/// are counted and reported.
 package struct LogLimiter: Sendable {
-  /// A place in the code.
+  /// A call site.
   package struct Kind: Hashable, Sendable {
     let file: UInt
     let line: UInt
@@ -14,7 +13,7 @@ package struct LogLimiter: Sendable {
     }
   }
 
-  /// Lines that may come at once, and then one in each interval.
+  /// A burst of lines, then one per interval.
   struct Supply: Sendable {
     private var left: Int
     private var since: UInt64
@@ -28,7 +27,7 @@ package struct LogLimiter: Sendable {
       if now <= since { return }
       let steps = (now - since) / interval
       left = Int(min(UInt64(capacity), UInt64(left) &+ min(steps, UInt64(capacity))))
-      // While full it begins to count at the next line.
+      // While full, the interval starts with the next line.
       since = left == capacity ? now : since &+ steps &* interval
     }
 
@@ -42,7 +41,7 @@ package struct LogLimiter: Sendable {
     var peers: [String: Supply] = [:]
     var leftOutCount = 0
     var leftOutSince: UInt64 = 0
-    /// What the last line of this kind said, for the report.
+    /// The last logged line of this kind, as an example in the report.
     var example = ""
   }
 
@@ -50,9 +49,9 @@ package struct LogLimiter: Sendable {
   package static let kindInterval: UInt64 = 5_000_000_000
   package static let peerCapacity = 3
   package static let peerInterval: UInt64 = 10_000_000_000
-  /// Peers of a kind that are told apart; others share one supply.
+  /// Peers tracked per kind; further ones share one supply.
   package static let peerLimit = 64
-  /// After this long, what stayed out is told by itself.
+  /// After this long, left-out lines are reported in a line of their own.
   package static let reportInterval: UInt64 = 10_000_000_000
   private static let exampleBytes = 120
 
@@ -60,7 +59,7 @@ package struct LogLimiter: Sendable {
 
   package init() {}
 
-  /// Whether a line of this kind about this peer may go out now; it is counted if not.
+  /// Whether a line of this kind about this peer may be logged now; counts it if not.
   package mutating func admits(_ kind: Kind, _ peer: String, now: UInt64) -> Bool {
     var entry = entries[kind] ?? Entry(supply: Supply(Self.kindCapacity, now))
     defer { entries[kind] = entry }
@@ -88,7 +87,7 @@ package struct LogLimiter: Sendable {
     return isAdmitted
   }
 
-  /// What the line is to say of others of its kind that stayed out; nil if none did.
+  /// A note about left-out lines of the same kind, to append to this one; nil if there are none.
   package mutating func note(_ kind: Kind, _ line: String) -> String? {
     guard entries[kind] != nil else { return nil }
     entries[kind]?.example = PrintableText.make(line, limit: Self.exampleBytes)
@@ -97,7 +96,7 @@ package struct LogLimiter: Sendable {
     return count == 0 ? nil : "(\(count) similar lines left out)"
   }
 
-  /// Lines about what stayed out for so long that it is told by itself, or in any case if `isEnd`.
+  /// Reports on lines left out longer than the interval ago, or on all if `isEnd`.
   package mutating func reports(now: UInt64, isEnd: Bool = false) -> [String] {
     var lines: [String] = []
     for (kind, entry) in entries where entry.leftOutCount > 0 {
@@ -113,7 +112,7 @@ package struct LogLimiter: Sendable {
 }
 
 extension LogLimiter.Entry {
-  /// Makes room for peers that come now in place of those that have been quiet.
+  /// Forgets peers whose supply is full again, to make room for new ones.
   fileprivate mutating func forgetQuietPeers(_ now: UInt64) {
     peers = peers.filter { peer, supply in
       var supply = supply

@@ -1,7 +1,6 @@
-/// Makes text fit for a line of a log or a terminal, whoever wrote it.
+/// Makes untrusted text safe for a line of a log or a terminal.
 package enum PrintableText {
-  /// The text with what is not printable escaped, cut where it would become longer than `limit`
-  /// bytes.
+  /// The text with unprintable characters escaped, cut to at most `limit` bytes.
   package static func make(_ text: String, limit: Int = 4000) -> String {
     var text = text
     let isPlain = text.withUTF8 { bytes in
@@ -32,7 +31,7 @@ package enum PrintableText {
     }
   }
 
-  /// Not printable: control characters, and what breaks lines or turns the direction of writing.
+  /// False for control characters, line breaks and characters that change the writing direction.
   private static func isPrintable(_ scalar: Unicode.Scalar) -> Bool {
     switch scalar.value {
     case 0..<0x20, 0x7F..<0xA0, 0x061C, 0x200B...0x200F, 0x2028...0x202E, 0x2060...0x206F, 0xFEFF:

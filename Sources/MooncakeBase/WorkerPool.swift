@@ -2,8 +2,8 @@ import Glibc
 import MooncakeSystem
 import Synchronization
 
-/// Threads for what may block: asking peers, delivering notifications, running callbacks. Started
-/// when there is work and ended when there has been none for a while.
+/// Threads for work that may block: asking peers, delivering notifications, running callbacks.
+/// Started on demand and ended when idle for a while.
 package final class WorkerPool: Sendable {
   package typealias Job = @Sendable () -> Void
 
@@ -12,7 +12,7 @@ package final class WorkerPool: Sendable {
     var threadCount = 0
     var threads: Set<pthread_t> = []
     var idleCount = 0
-    /// Whether one thread stays until the pool stops.
+    /// Whether one thread is kept until the pool stops.
     var isReserved = false
     var isStopping = false
   }
@@ -24,13 +24,13 @@ package final class WorkerPool: Sendable {
   private let threadLimit: Int
   private static let idleMilliseconds: UInt64 = 2_000
 
-  /// With a limit of 1, jobs run one after the other in order.
+  /// With a limit of 1, jobs run one after another in order.
   package init(name: String, threadLimit: Int) {
     self.name = name
     self.threadLimit = threadLimit
   }
 
-  /// Keeps one thread from now on, so that `run` refuses nothing before the pool stops.
+  /// Keeps one thread from now on, so that `run` cannot fail before the pool stops.
   package func reserve() throws(EngineError) {
     let failure: Errno? = state.withLock { state in
       if state.isReserved || state.isStopping { return nil }
@@ -43,8 +43,8 @@ package final class WorkerPool: Sendable {
     }
   }
 
-  /// Runs a job soon; returns false, and does not run it, once the pool is stopping, or where there
-  /// is no thread and none can be started.
+  /// Runs a job soon. Returns false without running it if the pool is stopping, or if it has no
+  /// thread and cannot start one.
   package func run(_ job: @escaping Job) -> Bool {
     var failure: Errno?
     let isAccepted: Bool = state.withLock { state in
@@ -52,7 +52,7 @@ package final class WorkerPool: Sendable {
       if state.idleCount <= state.jobs.count && state.threadCount < threadLimit {
         failure = startThread(&state)
       }
-      // The threads there are get to it.
+      // The existing threads will get to it.
       if state.threadCount > 0 { state.jobs.append(job) }
       return state.threadCount > 0
     }
@@ -61,7 +61,8 @@ package final class WorkerPool: Sendable {
     return isAccepted
   }
 
-  /// Under the lock, so that every thread counted is one that runs. Returns why there is none.
+  /// Starts a thread; nil on success. Called under the lock, so that every counted thread really
+  /// runs.
   private func startThread(_ state: inout State) -> Errno? {
     do throws(Errno) {
       // The pool must outlive its threads: `stop` waits for them.
@@ -78,8 +79,8 @@ package final class WorkerPool: Sendable {
       + "the control group)"
   }
 
-  /// Refuses further jobs and waits until the accepted ones have run. Called from a job, when the
-  /// pool's user ends there, it waits for the other threads only.
+  /// Refuses further jobs and waits until the accepted ones have run. Called from a job of the
+  /// pool, it waits only for the other threads.
   package func stop() {
     let own = state.withLock { state in
       state.isStopping = true

@@ -1,6 +1,6 @@
 import Glibc
 
-/// A key or a name as the bytes it is made of: texts that only look alike are different ones.
+/// A key or name compared by its bytes: Swift would call some different texts equal.
 package struct MetadataKey: Hashable, Comparable, Sendable {
   package let text: String
 
@@ -14,7 +14,7 @@ package struct MetadataKey: Hashable, Comparable, Sendable {
     order(left, right) < 0
   }
 
-  /// Below zero if the left one comes first, zero if they are the same.
+  /// Negative if the left one comes first, zero if they are equal.
   private static func order(_ left: MetadataKey, _ right: MetadataKey) -> Int {
     left.withBytes { left in
       right.withBytes { right in
@@ -28,8 +28,8 @@ package struct MetadataKey: Hashable, Comparable, Sendable {
     }
   }
 
-  /// Keys in order. Most begin alike, so what follows is compared as numbers, side by side in
-  /// memory: going to the texts takes several times as long.
+  /// Keys in order. Most share a prefix, so the bytes after it are compared as numbers that lie
+  /// side by side in memory; following pointers to the texts takes several times as long.
   package static func sorted(_ keys: some Sequence<MetadataKey>) -> [MetadataKey] {
     let keys = Array(keys)
     guard let first = keys.first else { return [] }
@@ -50,7 +50,7 @@ package struct MetadataKey: Hashable, Comparable, Sendable {
     return places.map { keys[$0.index] }
   }
 
-  /// A key in a list, and the sixteen bytes behind what all begin with, zeros where it ends.
+  /// A key's index in the list and the sixteen bytes after the common prefix, padded with zeros.
   private struct Place {
     let first: UInt64
     let second: UInt64
@@ -72,8 +72,8 @@ package struct MetadataKey: Hashable, Comparable, Sendable {
     withBytes { hasher.combine(bytes: UnsafeRawBufferPointer($0)) }
   }
 
-  /// The bytes themselves: the views of texts take several times as long, and so does a copy of the
-  /// text, which counts its holders.
+  /// Runs `body` with the bytes themselves. String views take several times as long, and so does a
+  /// copy of the text, because of reference counting.
   private func withBytes<Result>(_ body: (UnsafeBufferPointer<UInt8>) -> Result) -> Result {
     if let result = text.utf8.withContiguousStorageIfAvailable(body) { return result }
     return Array(text.utf8).withUnsafeBufferPointer(body)

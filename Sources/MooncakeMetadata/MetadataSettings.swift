@@ -2,7 +2,7 @@ import MooncakeSystem
 
 /// Files that secure the connection to a metadata service.
 package struct TLSFiles: Equatable, Sendable {
-  /// Certificates that the service's is checked against; nil: the system's.
+  /// Certificates to verify the service's with; nil for the system's.
   package var authority: String?
   package var certificate: String?
   package var key: String?
@@ -14,17 +14,17 @@ package struct TLSFiles: Equatable, Sendable {
   }
 }
 
-/// What environment variables say about metadata services. What a URI says goes first; a value out
+/// Settings for metadata services from environment variables. The URI takes precedence; a value out
 /// of its range counts as absent.
 package struct MetadataSettings: Sendable {
   /// `MC_METADATA_CLUSTER_ID`: separates clusters that share a service.
   package var clusterID = ""
-  /// `MC_METADATA_TTL` (seconds): how long the keys of a dead process stay.
+  /// `MC_METADATA_TTL` (in seconds): how long the keys of a dead process stay.
   package var ttlMilliseconds: UInt64 = 10_000
   /// `MC_METADATA_USERNAME`, `MC_METADATA_PASSWORD`.
   package var user: String?
   package var password: String?
-  /// `MC_METADATA_HTTP_TOKEN`: what HTTP servers ask for, and what ours asks for.
+  /// `MC_METADATA_HTTP_TOKEN`: the token that HTTP servers, ours included, require.
   package var token: String?
   /// `MC_METADATA_CA_FILE`, `MC_METADATA_CERT_FILE`, `MC_METADATA_KEY_FILE`.
   package var tls = TLSFiles()

@@ -4,7 +4,7 @@ import MooncakeSystem
 /// How long a call to a metadata service may take, and what ends it early.
 package struct MetadataCall: Sendable {
   package let deadline: Deadline
-  /// A descriptor that becomes readable when the call is to be given up; -1 for none.
+  /// A descriptor that becomes readable to cancel the call; -1 for none.
   package let cancellation: Int32
 
   package init(until deadline: Deadline, cancellation: Int32 = -1) {
@@ -12,10 +12,10 @@ package struct MetadataCall: Sendable {
     self.cancellation = cancellation
   }
 
-  /// Waits for nothing: what it asks for is done in the background, or later.
+  /// Does not wait: the work is done in the background.
   package static let background = MetadataCall(until: Deadline(nanoseconds: 0))
 
-  /// Whether its time has passed or it was given up.
+  /// Whether its time is over or it was canceled.
   package var isOver: Bool { deadline.hasPassed || Waiting.isReadable(cancellation) }
 
   /// The same call with less time.
@@ -25,7 +25,7 @@ package struct MetadataCall: Sendable {
   }
 }
 
-/// A key and what stands under it.
+/// A key and its value.
 package struct MetadataEntry: Equatable, Sendable {
   package var key: String
   package var value: String
@@ -36,9 +36,9 @@ package struct MetadataEntry: Equatable, Sendable {
   }
 }
 
-/// What keys can hang on: without a sign of life of its owner for `ttlMilliseconds` they vanish.
+/// A lease: the service removes its keys if the owner does not renew it for `ttlMilliseconds`.
 package struct MetadataLease: Equatable, Sendable {
-  /// The service's number for it; 0 where it is no object of its own.
+  /// The service's number for it; 0 if the service has no lease objects.
   package let id: UInt64
   package let ttlMilliseconds: UInt64
 
@@ -48,10 +48,10 @@ package struct MetadataLease: Equatable, Sendable {
   }
 }
 
-/// Part of a listing, in order of keys.
+/// Part of a listing, ordered by key.
 package struct MetadataPage: Sendable {
   package var entries: [MetadataEntry]
-  /// The state that was listed: `changes` continues from here. 0 where the service counts none.
+  /// The revision that was listed, from which `changes` continues; 0 if the service has none.
   package var revision: UInt64
   /// Where the next page begins; nil for the last one.
   package var next: String?
@@ -76,78 +76,78 @@ package enum MetadataChange: Equatable, Sendable {
   }
 }
 
-/// What a wait for changes brought.
+/// The result of waiting for changes.
 package enum MetadataChanges: Sendable {
-  /// In order, and up to which state; none if the deadline passed first.
+  /// The changes in order, and the revision they lead to; none if the deadline passed first.
   case changes([MetadataChange], revision: UInt64)
-  /// The service cannot tell: list anew and compare.
+  /// The service cannot tell; list again and compare.
   case unknown
 }
 
-/// What the renewal of a lease found.
+/// The result of renewing a lease.
 package enum MetadataRenewal: Equatable, Sendable {
-  /// All that was put stands.
+  /// All entries are still there.
   case kept
-  /// These keys are gone, or somebody else's; the others stand.
+  /// These keys are gone or somebody else's; the others are still there.
   case lost([String])
-  /// Nothing stands any more.
+  /// No entry is left.
   case gone
 }
 
-/// A service that keeps texts under keys. Every call blocks, ends by its deadline and may be made
-/// from any thread, several at once. An error names the service, the phase and the cause.
+/// A service that stores texts under keys. Every call blocks, ends by its deadline and may be made
+/// from several threads at once. Errors name the service, the phase and the cause.
 package protocol MetadataStore: AnyObject, Sendable {
   var uri: MetadataURI { get }
 
-  /// nil if nothing stands there.
+  /// nil if the key does not exist.
   func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String?
 
-  /// What stands under each of many keys, in their order, in as few questions as it takes.
+  /// The values of many keys, in their order, in as few requests as possible.
   func values(of keys: [String], _ call: MetadataCall) throws(EngineError) -> [String?]
 
-  /// Replaces what stands there. Throws `notFound` if the lease is gone.
+  /// Puts an entry, replacing any value. Throws `notFound` if the lease is gone.
   func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
   ) throws(EngineError)
 
-  /// Returns false, and changes nothing, if something stands there.
+  /// Puts an entry if its key does not exist; otherwise returns false and changes nothing.
   func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
   ) throws(EngineError) -> Bool
 
-  /// Returns whether something stood there.
+  /// Deletes a key; returns whether it existed.
   func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool
 
-  /// Keys from a prefix on, those after the key `position` if it is given; not more than `limit`,
-  /// or than what the service gives at once.
+  /// Entries with a prefix, after the key `position` if given; at most `limit`, or as many as the
+  /// service gives at once.
   func list(
     prefix: String, from position: String?, limit: Int, _ call: MetadataCall
   ) throws(EngineError) -> MetadataPage
 
-  /// Waits until keys with a prefix change after a state, or the deadline passes.
+  /// Waits until keys with a prefix change after a revision, or the deadline passes.
   func changes(
     prefix: String, since revision: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataChanges
 
-  /// Makes a lease; nil if the service has none.
+  /// Creates a lease; nil if the service has no leases.
   func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease?
 
-  /// Gives a lease its full time again and looks whether what was put still stands. Adds to
-  /// `strays` what else hangs on the lease, where keys do: what has been put meanwhile, and what
-  /// was put without an answer and has come after it was deleted.
+  /// Gives a lease its full time again and checks whether its entries are still there. If the
+  /// service attaches keys to leases, adds to `strays` the other keys of the lease: those put
+  /// meanwhile, and those whose put got no answer and took effect after they were deleted.
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal
 
-  /// Ends a lease and removes what was put under it, but nothing that somebody else put since.
+  /// Ends a lease and removes its entries, except those that somebody else has put since.
   func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
   ) throws(EngineError)
 }
 
 extension MetadataStore {
-  /// As above, for whoever has put nothing else under the lease.
+  /// As above, for callers that have put nothing else under the lease.
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
@@ -155,7 +155,7 @@ extension MetadataStore {
     return try renew(lease, entries, strays: &strays, call)
   }
 
-  /// Asks one by one.
+  /// Reads them one by one.
   package func values(
     of keys: [String], _ call: MetadataCall
   ) throws(EngineError) -> [String?] {
@@ -164,7 +164,7 @@ extension MetadataStore {
     return values
   }
 
-  /// As `listAll`, a page at a time, for what nobody needs to keep.
+  /// As `listAll`, but one page at a time, for callers that do not keep the entries.
   package func forEach(
     prefix: String, _ call: MetadataCall,
     _ body: (MetadataEntry) throws(EngineError) -> Void
@@ -177,12 +177,12 @@ extension MetadataStore {
     } while position != nil
   }
 
-  /// Everything under a prefix, in order of keys.
+  /// Everything under a prefix, ordered by key.
   package func listAll(
     prefix: String, _ call: MetadataCall
   ) throws(EngineError) -> (entries: [MetadataEntry], revision: UInt64) {
     var page = try list(prefix: prefix, from: nil, limit: .max, call)
-    // Changes between the pages are told again by `changes`, so the first state is what counts.
+    // Keep the first page's revision: `changes` then repeats whatever changed between pages.
     let revision = page.revision
     var entries = page.entries
     while let next = page.next {
@@ -192,7 +192,7 @@ extension MetadataStore {
     return (entries, revision)
   }
 
-  /// An error of this service: where, in which phase, why, and what to do.
+  /// An error of this service: where, in which phase, why, and what to do about it.
   func failure(
     _ code: EngineError.Code, _ phase: String, _ cause: String, _ remedy: String
   ) -> EngineError {
@@ -202,7 +202,7 @@ extension MetadataStore {
 
 /// Opens stores by URI.
 package enum MetadataStores {
-  /// Does not connect yet, but loads the library that the service needs.
+  /// Loads the library that the service needs, but does not connect yet.
   package static func open(
     _ uri: MetadataURI, settings: MetadataSettings = .fromEnvironment()
   ) throws(EngineError) -> any MetadataStore {
@@ -212,7 +212,7 @@ package enum MetadataStores {
     case .redis: try RedisStore(uri, settings)
     case .peerToPeer:
       throw EngineError(
-        .invalidArgument, "metadata \(uri): there is no service that keeps anything: name one")
+        .invalidArgument, "metadata \(uri): this needs a metadata service: name one")
     }
   }
 }

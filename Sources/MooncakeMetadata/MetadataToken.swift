@@ -1,25 +1,25 @@
 import MooncakeBase
 
-/// The secret that an HTTP metadata server asks every client for, as Mooncake's servers and clients
-/// have it: `Authorization: Bearer TOKEN`. It is never part of a text that somebody reads.
+/// The secret that an HTTP metadata server requires of every client, in the form that Mooncake
+/// uses: `Authorization: Bearer TOKEN`. It never appears in messages or logs.
 package struct MetadataToken: Sendable {
-  /// Where both sides find it.
+  /// The environment variable from which both sides read it.
   package static let variable = "MC_METADATA_HTTP_TOKEN"
 
   private let bytes: [UInt8]
   private static let scheme = "bearer"
   private static let maximumBytes = 4096
 
-  /// `source` says in errors where the text is from.
+  /// `source` tells errors where the text came from.
   package init(_ text: String, from source: String) throws(EngineError) {
     bytes = Array(text.utf8)
-    // What is sent as a header's value must read the same at the other end.
+    // A header's value must arrive unchanged at the other end.
     let isPlain = bytes.allSatisfy { $0 >= 0x20 && $0 < 0x7F }
     if !isPlain || bytes.first == 0x20 || bytes.last == 0x20 {
       throw EngineError(
         .invalidArgument,
-        "\(source) has a character that is not printable ASCII, or a space at an end: correct it "
-          + "here and at the other side")
+        "\(source) has a character that is not printable ASCII, or a space at its start "
+          + "or end: correct it here and at the other side")
     }
     if bytes.isEmpty || bytes.count > Self.maximumBytes {
       throw EngineError(
@@ -27,11 +27,11 @@ package struct MetadataToken: Sendable {
     }
   }
 
-  /// The header that carries it.
+  /// The HTTP header that carries it.
   var header: String { "Authorization: Bearer \(String(decoding: bytes, as: UTF8.self))" }
 
-  /// Whether the value of an authorization header holds the token. The time that this takes tells
-  /// nothing about the token.
+  /// Whether an Authorization header's value contains the token. Runs in constant time, so that
+  /// timing reveals nothing about the token.
   package func isPresented(by value: some Collection<UInt8>) -> Bool {
     let end = value.firstIndex(of: 0x20) ?? value.endIndex
     guard value[..<end].lowercased(equals: Self.scheme) else { return false }

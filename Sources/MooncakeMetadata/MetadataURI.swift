@@ -1,7 +1,7 @@
 import MooncakeBase
 import MooncakeSystem
 
-/// Where metadata is kept: `P2PHANDSHAKE` or the address of a service.
+/// Where metadata is kept: `P2PHANDSHAKE` or the URI of a service.
 ///
 ///     etcd://[user:password@]host:port[,host:port...][?ca=FILE&cert=FILE&key=FILE]
 ///     redis://[user:password@]host[:port][/database]
@@ -12,40 +12,40 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
   package enum Service: Sendable { case peerToPeer, http, etcd, redis }
 
   package let service: Service
-  /// At least one except peer to peer; each with a port.
+  /// At least one, each with a port; none for `P2PHANDSHAKE`.
   package private(set) var endpoints: [HostPort] = []
   package private(set) var user: String?
   package private(set) var password: String?
-  /// With its slash; only of HTTP.
+  /// With its leading slash; HTTP only.
   package private(set) var path = ""
-  /// Only of Redis.
+  /// Redis only.
   package private(set) var database: UInt8?
   package private(set) var isSecure = false
   package private(set) var tls = TLSFiles()
-  /// As given, but without what may be a secret.
+  /// As given, with possible secrets hidden.
   package let description: String
 
   private static let maximumBytes = 4096
   private static let maximumEndpointCount = 64
 
-  /// Parses a text. Errors name it without what may be a secret.
+  /// Parses a text. Errors quote it with possible secrets hidden.
   package init(parsing text: String) throws(EngineError) {
     do throws(Malformed) {
       self = try Self.parse(text)
     } catch {
-      // Where a secret stands, a part of the text may be a part of that.
+      // If the text contains a secret, the part in error may be part of it, so do not quote it.
       let shown = RedactedURI.text(text)
       let hasSecret = text.contains("@") || shown.contains("***")
       let part = error.part.map { hasSecret ? "a part of it " : "'\($0.prefix(100))' " } ?? ""
       let hint =
-        text.contains("@") ? " (what a password holds beyond letters and digits is encoded)" : ""
+        text.contains("@") ? " (percent-encode all but letters and digits of a password)" : ""
       throw EngineError(.invalidArgument, "metadata \(shown): \(part)\(error.reason)\(hint)")
     }
   }
 
   private struct Malformed: Error {
     let reason: String
-    /// Of the text, what the reason is about.
+    /// The part of the text that the reason is about.
     var part: Substring?
   }
 
@@ -81,7 +81,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       rest = head
       try uri.readQuery(query)
     }
-    // etcd has no path, but programs for it write each endpoint with its scheme, and so slashes.
+    // etcd has no path, but each of its endpoints may carry a scheme, and so slashes.
     let slash = (service == .etcd ? nil : rest.firstIndex(of: "/")) ?? rest.endIndex
     try uri.readAuthority(rest[..<slash])
     try uri.readPath(rest[slash...])
@@ -123,11 +123,11 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
         endpoints.append(endpoint)
       } catch {
         throw Malformed(
-          reason: "is no host or host:port: \(error.reason)", part: part)
+          reason: "is neither host nor host:port: \(error.reason)", part: part)
       }
     }
     if endpoints.contains(where: { $0.port == 0 }) {
-      throw Malformed(reason: "port 0 reaches nobody")
+      throw Malformed(reason: "port 0 cannot be reached")
     }
     if endpoints.count > (service == .etcd ? Self.maximumEndpointCount : 1) {
       throw Malformed(
@@ -143,7 +143,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     case .redis:
       if text.isEmpty || text == "/" { return }
       guard let number = UInt8(text.dropFirst()) else {
-        throw Malformed(reason: "is no database number from 0 to 255", part: text)
+        throw Malformed(reason: "is not a database number from 0 to 255", part: text)
       }
       database = number
     default: break
@@ -154,7 +154,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
     if service == .redis { throw Malformed(reason: "a query has no meaning for redis") }
     for part in text.split(separator: "&") {
       guard let (name, value) = Self.split(part, at: "="), !value.isEmpty else {
-        throw Malformed(reason: "is no name=value", part: part)
+        throw Malformed(reason: "is not name=value", part: part)
       }
       let file = try Self.decoded(value)
       switch name {
@@ -173,7 +173,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
 
   private static func decoded(_ text: Substring) throws(Malformed) -> String {
     guard let value = PercentEncoding.decode(text), !value.utf8.contains(0) else {
-      throw Malformed(reason: "a percent sign begins no byte of a UTF-8 text")
+      throw Malformed(reason: "a percent sign does not begin a byte of a UTF-8 text")
     }
     return value
   }

@@ -1,8 +1,8 @@
 import MooncakeBase
 import MooncakeSystem
 
-/// Follows the keys under a prefix: first all that are there, then each change. Survives a service
-/// that forgets or restarts: then it lists anew and tells the difference.
+/// Follows the keys under a prefix: first reports all existing ones, then each change. If the
+/// service restarts or no longer has the changes, lists again and reports the difference.
 package final class MetadataWatch {
   private let store: any MetadataStore
   private let prefix: String
@@ -14,14 +14,14 @@ package final class MetadataWatch {
     self.prefix = prefix
   }
 
-  /// As below, everything within one call.
+  /// As below, with one call for listing and waiting.
   package func next(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
     try next(call, listing: call)
   }
 
-  /// Waits for changes; none if the deadline passed first. May be called again after an error.
-  /// Listing everything, at first and whenever changes are not known, may take longer than a wait:
-  /// `listing` bounds it.
+  /// Waits for changes; returns none if the deadline passed first. May be called again after an
+  /// error. Listing everything, at first and whenever changes are unknown, may take longer than a
+  /// wait and is bounded by `listing`.
   package func next(
     _ call: MetadataCall, listing: MetadataCall
   ) throws(EngineError) -> [MetadataChange] {
@@ -35,7 +35,7 @@ package final class MetadataWatch {
       do throws(EngineError) {
         outcome = try store.changes(prefix: prefix, since: revision, call)
       } catch {
-        // The service may come back empty, and count from the beginning again.
+        // The service may come back empty and count from the beginning again.
         self.revision = nil
         throw error
       }

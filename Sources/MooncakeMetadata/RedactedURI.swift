@@ -1,22 +1,22 @@
-/// The text of a URI as messages show it: cut, on one line, and without what is a secret, or may be
-/// one in a malformed text.
+/// A URI's text for messages: shortened, on one line, and without anything that is a secret, or may
+/// be one in a malformed text.
 package enum RedactedURI {
   private static let mark = "***"
   private static let shownBytes = 200
   private static let longestName = 16
-  /// What a query may hold: names of files.
+  /// Query parameters that are shown: they hold file names.
   private static let plainNames = ["ca", "cert", "key"]
 
   package static func text(_ text: String) -> String {
-    // A scheme has no password; what stands before a later "://" may be one.
+    // The scheme cannot contain a password, but the text before a later "://" may.
     let parts = MetadataURI.split(text, at: "://")
     let isScheme = parts.map { $0.head.utf8.allSatisfy { $0 >= 0x41 && $0 <= 0x7A } } ?? false
     let body = isScheme ? parts!.tail : text[...]
     var shown = String(text[..<body.startIndex])
-    // Bytes: a mark that combines with a letter must not hide that from here.
+    // Searches bytes: a combining mark after '@' must not hide it.
     if let at = body.utf8.lastIndex(of: UInt8(ascii: "@")) {
-      // A password with an unencoded slash or question mark reaches beyond the authority; it is
-      // hidden all the same.
+      // A password with an unencoded slash or question mark extends beyond the authority; hide it,
+      // too.
       if let colon = body[..<at].utf8.firstIndex(of: UInt8(ascii: ":")) {
         shown += "\(body[..<colon]):\(mark)\(hidingQuery(body[at...]))"
       } else if isName(body[..<at], shown) {
@@ -32,8 +32,8 @@ package enum RedactedURI {
     return isPlain && !shown.isEmpty ? shown : String(reflecting: shown)
   }
 
-  /// Whether what stands alone before a host is a user's name, not a token or a password. Redis
-  /// without users has passwords only.
+  /// Whether text without a colon before '@' is a user name and not a token or password. For Redis
+  /// it may be a password.
   private static func isName(_ text: Substring, _ scheme: String) -> Bool {
     if scheme.lowercased() == "redis://" { return text.isEmpty }
     return text.utf8.count <= longestName
@@ -42,7 +42,7 @@ package enum RedactedURI {
       }
   }
 
-  /// What stands where a port should be may be a password whose host is missing.
+  /// Text in place of a port may be a password whose host is missing.
   private static func hidingPasswords(_ body: Substring) -> String {
     var shown = ""
     var start = body.startIndex
@@ -59,7 +59,7 @@ package enum RedactedURI {
   private static func hidingPassword(_ endpoint: Substring) -> String {
     let rest = MetadataURI.split(endpoint, at: "://")?.tail ?? endpoint
     let authority = rest[..<(rest.utf8.firstIndex { "/?#".utf8.contains($0) } ?? rest.endIndex)]
-    // Several colons are those of an IPv6 address.
+    // Several colons belong to an IPv6 address.
     let mark = UInt8(ascii: ":")
     guard let colon = authority.utf8.firstIndex(of: mark),
       colon == authority.utf8.lastIndex(of: mark)

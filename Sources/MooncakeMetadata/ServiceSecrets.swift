@@ -1,15 +1,16 @@
 import MooncakeBase
 
-/// What a metadata service is sent to let this process in. A service that refuses may quote it, and
-/// so may what stands between: it is taken out of what people read.
+/// The secrets that this process sends to a metadata service. A service that refuses may quote
+/// them, and so may proxies; they are removed from all messages.
 ///
-/// What an answer means is found out from the answer itself: a mark might stand in a word of it.
+/// Interpret the original answer, not the hidden text: a mark may replace part of a word in it.
 package struct ServiceSecrets: Sendable {
   private let secrets: [[UInt8]]
-  /// One that is shorter may be a part of any word, and marks would tell where.
+  /// Shorter secrets may occur in any word, and marks would reveal where.
   private static let shortestMarked = 6
 
-  /// Each also as JSON quotes it. Longer ones go first: one may be a part of another.
+  /// Includes each secret in JSON's quoting. Longer ones come first, since one may be part of
+  /// another.
   package init(_ texts: String?...) {
     var secrets: Set<[UInt8]> = []
     for case .some(let text) in texts where !text.isEmpty {
@@ -21,7 +22,7 @@ package struct ServiceSecrets: Sendable {
     self.secrets = secrets.sorted { $0.count > $1.count }
   }
 
-  /// The text with marks instead of secrets; a mark alone if it holds a short one.
+  /// The text with marks in place of secrets; only a mark if it contains a short one.
   package func hidden(in text: some Collection<UInt8>) -> String {
     var rest = Array(text)[...]
     let isTold = secrets.contains { secret in

@@ -9,7 +9,7 @@ package enum Clock {
     read(CLOCK_MONOTONIC)
   }
 
-  /// The same, but it goes on while the machine is suspended. Not to be compared with `now`.
+  /// The same, but also counts time while the machine is suspended. Not comparable with `now`.
   package static func sinceBoot() -> UInt64 { read(CLOCK_BOOTTIME) }
 
   @inline(__always)
@@ -21,9 +21,9 @@ package enum Clock {
   }
 }
 
-/// The time of day, which may jump.
+/// The time of day, which may jump in either direction.
 package enum WallClock {
-  /// Since 1970.
+  /// Milliseconds since 1970.
   package static func milliseconds() -> UInt64 {
     var time = timespec()
     clock_gettime(CLOCK_REALTIME, &time)
@@ -31,9 +31,9 @@ package enum WallClock {
   }
 }
 
-/// A point in monotonic time by which an operation must have ended.
+/// The point in monotonic time by which an operation must end.
 public struct Deadline: Sendable, Comparable {
-  /// Absolute, on `Clock`; `UInt64.max` never comes.
+  /// Absolute, on `Clock`; `UInt64.max` means never.
   public let nanoseconds: UInt64
 
   @inlinable
@@ -41,7 +41,7 @@ public struct Deadline: Sendable, Comparable {
 
   public static let never = Deadline(nanoseconds: .max)
 
-  /// The given number of milliseconds from now; too large a number never comes.
+  /// The given number of milliseconds from now; never, if that overflows.
   public static func after(milliseconds: UInt64) -> Deadline {
     let (span, overflow) = milliseconds.multipliedReportingOverflow(by: 1_000_000)
     if overflow { return .never }
@@ -78,11 +78,11 @@ public struct Deadline: Sendable, Comparable {
   }
 }
 
-/// Gives the processor away for a while far below a second.
+/// Sleeps for much less than a second.
 package func sleepBriefly(nanoseconds: UInt64) {
   var time = timespec(tv_sec: 0, tv_nsec: Int(min(nanoseconds, 999_999_999)))
   nanosleep(&time, nil)
 }
 
-/// Lets other threads run that wait for this processor.
+/// Lets other threads that wait for this processor run.
 package func yieldProcessor() { sched_yield() }

@@ -5,8 +5,8 @@ import Glibc
 package struct DynamicLibrary: Sendable {
   private nonisolated(unsafe) let handle: UnsafeMutableRawPointer
 
-  /// Opens a library by its versioned name, such as "libcurl.so.4"; nil if it is not installed. To
-  /// be called inside `Fork.prepare`: the child of a fork in mid-load would have half a library.
+  /// Opens a library by its versioned name, such as "libcurl.so.4"; nil if it is not installed.
+  /// Call it inside `Fork.prepare`: a child forked during the load would have half a library.
   package init?(_ name: String) {
     guard let handle = dlopen(name, RTLD_NOW | RTLD_LOCAL) else { return nil }
     self.handle = handle

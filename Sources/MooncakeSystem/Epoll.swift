@@ -5,7 +5,7 @@ import Glibc
 package struct Epoll: ~Copyable, Sendable {
   private let descriptor: FileDescriptor
 
-  /// For those who wait for this set as for one descriptor: readable while one of it is ready.
+  /// For waiting on the whole set as one descriptor: readable while any member is ready.
   package var rawValue: Int32 { descriptor.rawValue }
 
   package static let readable = EPOLLIN.rawValue
@@ -14,19 +14,19 @@ package struct Epoll: ~Copyable, Sendable {
   package init() throws(Errno) {
     let file = try FileDescriptor(
       opening: { epoll_create1(Int32(EPOLL_CLOEXEC)) }, call: "epoll_create1")
-    // A thread that cannot wait would spin.
+    // Fails here if waiting is forbidden: a thread whose waits fail at once would spin.
     let number = file.rawValue
     var event = epoll_event()
     _ = try retryingInterrupts("epoll_wait") { epoll_wait(number, &event, 1, 0) }
     descriptor = file
   }
 
-  /// Starts to watch a descriptor, level-triggered; `token` comes back with each event.
+  /// Starts watching a descriptor, level-triggered; `token` comes back with each event.
   package func add(_ target: Int32, events: UInt32, token: UInt64) throws(Errno) {
     try control(EPOLL_CTL_ADD, target, events, token)
   }
 
-  /// Changes what a watched descriptor waits for.
+  /// Changes which events a descriptor is watched for.
   package func modify(_ target: Int32, events: UInt32, token: UInt64) throws(Errno) {
     try control(EPOLL_CTL_MOD, target, events, token)
   }
@@ -36,7 +36,7 @@ package struct Epoll: ~Copyable, Sendable {
     _ = epoll_ctl(descriptor.rawValue, EPOLL_CTL_DEL, target, &event)
   }
 
-  /// Waits for events; returns how many were written. An interruption counts as none.
+  /// Waits for events and returns how many were written; 0 if a signal interrupted the wait.
   package func wait(
     into events: UnsafeMutableBufferPointer<epoll_event>, timeoutMilliseconds: Int32
   ) -> Int {

@@ -4,8 +4,8 @@ import Glibc
 /// An error number of the operating system.
 public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   public let rawValue: Int32
-  /// The system call that failed, where a reader of the message should know it: one that a sandbox
-  /// may forbid.
+  /// The system call that failed; set only where the message should name it because a sandbox may
+  /// forbid it.
   public let call: StaticString?
 
   public init(_ rawValue: Int32, call: StaticString? = nil) {
@@ -19,8 +19,8 @@ public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   /// The calling thread's `errno`.
   package static var current: Errno { Errno(errno) }
 
-  /// The system's text, such as "Connection refused", with what it leaves open; after the call if
-  /// that is known.
+  /// The system's text, such as "Connection refused", plus a hint where that text is not enough;
+  /// prefixed by the call if known.
   public var description: String {
     let reason =
       switch self {
@@ -47,8 +47,8 @@ public struct Errno: Error, Equatable, Sendable, CustomStringConvertible {
   package static let tooManyOpenFilesInSystem = Errno(ENFILE)
 }
 
-/// Repeats a system call while a signal interrupts it; -1 becomes the thrown error number, with the
-/// name of the call if that is given.
+/// Repeats a system call while signals interrupt it; -1 becomes a thrown `Errno`, with the call's
+/// name if one is given.
 @inline(__always)
 package func retryingInterrupts<Result: FixedWidthInteger & SignedInteger>(
   _ name: StaticString? = nil, _ call: () -> Result

@@ -1,12 +1,12 @@
 import CLinux
 import Glibc
 
-/// Owns an open file descriptor and closes it at the end of its life.
+/// Owns an open file descriptor and closes it in `deinit`.
 package struct FileDescriptor: ~Copyable, Sendable {
   package let rawValue: Int32
 
-  /// Takes ownership of what a system call returns, which is repeated while a signal interrupts it.
-  /// Errors name the call if it is given.
+  /// Takes ownership of the descriptor that a system call returns; the call is repeated while
+  /// signals interrupt it. Errors name the call if one is given.
   package init(opening body: () -> Int32, call: StaticString? = nil) throws(Errno) {
     rawValue = try Self.aboveStandard(try retryingInterrupts(call, body))
   }
@@ -40,8 +40,8 @@ package struct FileDescriptor: ~Copyable, Sendable {
     try FileDescriptor(opening: { openat(directory, name, flags | O_CLOEXEC, mode) })
   }
 
-  /// Gives a descriptor of 0, 1 or 2 another number, which the host may have left free: whoever
-  /// prints in this process would write into our socket. On failure it is closed.
+  /// Renumbers a descriptor that came out as 0, 1 or 2 because the host had closed those: anything
+  /// that prints in this process would write into our socket. Closes it on failure.
   package static func aboveStandard(_ descriptor: Int32) throws(Errno) -> Int32 {
     if descriptor > STDERR_FILENO { return descriptor }
     let moved = fcntl(descriptor, F_DUPFD_CLOEXEC, STDERR_FILENO + 1)
@@ -51,18 +51,18 @@ package struct FileDescriptor: ~Copyable, Sendable {
     return moved
   }
 
-  /// Opens `/dev/null` for each of 0, 1 and 2 that is closed, before a library is called that opens
-  /// descriptors of its own.
+  /// Opens `/dev/null` for each of 0, 1 and 2 that is closed. Call it before calling a library that
+  /// opens descriptors itself.
   package static func fillStandard() {
     for descriptor in STDIN_FILENO...STDERR_FILENO where fcntl(descriptor, F_GETFD) < 0 {
       let null = Glibc.open("/dev/null", O_RDWR | O_CLOEXEC)
-      // Another thread was faster.
+      // Another thread has filled them meanwhile.
       if null > STDERR_FILENO { _ = Glibc.close(null) }
     }
   }
 }
 
-/// A counter that other threads wait for through a descriptor.
+/// An event that other threads wait for through a descriptor.
 package struct EventFD: ~Copyable, Sendable {
   package let descriptor: FileDescriptor
 

@@ -1,6 +1,6 @@
 import Glibc
 
-/// A path as the system knows it: bytes, which need not be UTF-8.
+/// A path as the system sees it: bytes that need not be UTF-8.
 public struct FilePath: Hashable, Sendable, CustomStringConvertible {
   public let bytes: [UInt8]
 
@@ -8,16 +8,16 @@ public struct FilePath: Hashable, Sendable, CustomStringConvertible {
 
   public init(_ text: String) { bytes = Array(text.utf8) }
 
-  /// For people: what is not UTF-8 is replaced.
+  /// For people: invalid UTF-8 is replaced.
   public var description: String { String(decoding: bytes, as: UTF8.self) }
 
-  /// The path of something in the directory that this one names.
+  /// The path of an entry in this directory.
   package func appending(_ name: String) -> FilePath {
     let slash = UInt8(ascii: "/")
     return FilePath(bytes: bytes + (bytes.last == slash ? [] : [slash]) + name.utf8)
   }
 
-  /// Calls `body` with the path as the system takes it.
+  /// Calls `body` with the path as a C string.
   package func withCString<Result>(_ body: (UnsafePointer<CChar>) -> Result) -> Result {
     (bytes + [0]).withUnsafeBytes { body($0.baseAddress!.assumingMemoryBound(to: CChar.self)) }
   }

@@ -2,33 +2,33 @@ import CLinux
 import Glibc
 import Synchronization
 
-/// Lets the child of a fork use the library anew, whatever the parent's threads were doing.
+/// Lets the child of a fork start afresh with the library, whatever the parent's threads were
+/// doing.
 ///
-/// State of the whole process is of three kinds: words that nobody locks; locks and tables that a
-/// handler of their own replaces in the child before `fork` returns there; and what has locks that
-/// cannot be replaced (other libraries, the first use of a global of Swift), which is used inside
-/// `excluded` only, and a fork waits for that. Objects behind handles are none of these: the child
-/// cannot reach them.
+/// Process-wide state is of three kinds: words without locks; locks and tables that a fork handler
+/// replaces in the child before `fork` returns there; and things whose locks cannot be replaced
+/// (other libraries, the first use of a Swift global). The last are used only inside `excluded`,
+/// which a fork waits for. Objects behind handles need none of this: the child cannot reach them.
 package enum Fork {
-  /// Threads inside `excluded`, and in the upper half threads that are about to fork.
+  /// Lower half: threads inside `excluded`. Upper half: threads about to fork.
   private static let gate = Atomic<UInt32>(0)
   private static let insideMask: UInt32 = 0xFFFF
   private static let forking: UInt32 = 0x1_0000
 
-  /// A fork waits no longer: somebody inside may itself wait for what the forking thread holds, as
-  /// when a library forks while it is being loaded.
+  /// How long a fork waits at most: a thread inside may itself be waiting for something the forking
+  /// thread holds, as when a library forks while being loaded.
   private static let patienceMilliseconds: UInt64 = 2000
 
   private static let forkCount = Atomic<UInt32>(1)
   private static let preparing = Atomic<UInt32>(LockWord.free)
 
-  /// Another one in a child than in its parent: what a thread remembers of itself is void when this
-  /// has changed. Never 0.
+  /// Differs between a child and its parent: whatever a thread has cached about itself is void once
+  /// this has changed. Never 0.
   @inline(__always)
   package static var generation: UInt32 { forkCount.load(ordering: .relaxed) }
 
-  /// Runs `body` while nobody forks. It must be short, wait for nobody and call nobody back, and is
-  /// not to be nested.
+  /// Runs `body` while no thread forks. `body` must be short, must not wait or call back, and must
+  /// not nest.
   package static func excluded<Result: ~Copyable, Failure: Error>(
     _ body: () throws(Failure) -> Result
   ) throws(Failure) -> Result {
@@ -37,9 +37,9 @@ package enum Fork {
     return try body()
   }
 
-  /// Runs `body` before anything else needs what it touches, and never again; `flag` says whether
-  /// that has been. For globals of Swift, whose first use takes a lock that names its thread: the
-  /// child could neither open it nor wait for it.
+  /// Runs `body` once, before anything else needs the globals it touches; `flag` records that it
+  /// ran. The first use of a Swift global takes a lock owned by its thread, which a forked child
+  /// could neither release nor wait for.
   @inline(__always)
   package static func prepare(_ flag: borrowing Atomic<Bool>, _ body: () -> Void) {
     if !flag.load(ordering: .acquiring) { prepareNow(flag, body) }
@@ -55,8 +55,8 @@ package enum Fork {
     }
   }
 
-  /// Has `body` run in every child before `fork` returns there. It must take no lock. Called once
-  /// for each body, inside `excluded`.
+  /// Makes `body` run in every child before `fork` returns there. It must take no lock. Call this
+  /// once per body, inside `excluded`.
   package static func inChild(_ body: @escaping @convention(c) () -> Void) {
     if pthread_atfork(nil, nil, body) != 0 { fatalError("no memory for a fork handler") }
   }
@@ -77,7 +77,7 @@ package enum Fork {
   }
 
   private static func leave() {
-    // 0: this is the child, and the parent's thread had been inside.
+    // 0 means this is the child and the parent forked from inside.
     var word = gate.load(ordering: .relaxed)
     while word & insideMask != 0 {
       let (exchanged, current) = gate.compareExchange(
@@ -90,8 +90,8 @@ package enum Fork {
 
   // MARK: Handlers
 
-  // At load time, so that no call of the library can come before them. Nothing of the runtime is
-  // needed for that.
+  // Installed at load time, before any call into the library. This needs nothing from the Swift
+  // runtime.
   @used
   @section(".init_array")
   private nonisolated(unsafe) static let register: @convention(c) () -> Void = {
@@ -118,7 +118,7 @@ package enum Fork {
 
   private static func finishInChild() {
     gate.store(0, ordering: .relaxed)
-    // A thread of the parent may be inside, where a fork did not wait for it any longer.
+    // A parent's thread may still be inside if the fork stopped waiting for it.
     preparing.store(LockWord.free, ordering: .relaxed)
     forkCount.wrappingAdd(1, ordering: .relaxed)
     if generation == 0 { forkCount.store(1, ordering: .relaxed) }

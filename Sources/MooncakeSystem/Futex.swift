@@ -35,7 +35,7 @@ package struct Futex: ~Copyable, @unchecked Sendable {
     word.pointee.exchange(value, ordering: .acquiringAndReleasing)
   }
 
-  /// Sleeps while the word holds `expected`, until a wake or the deadline; may return early.
+  /// Sleeps while the word equals `expected`, until a wake or the deadline; may return early.
   package func wait(while expected: UInt32, until deadline: Deadline) {
     word.withMemoryRebound(to: UInt32.self, capacity: 1) { raw in
       if var time = deadline.timespecValue {

@@ -1,8 +1,8 @@
 import CLinux
 import Glibc
 
-/// A nonblocking socket to processes of this machine that keeps messages apart and carries
-/// descriptors. Names are abstract: they vanish with their owner and belong to no file system.
+/// A nonblocking Unix socket that keeps message boundaries and carries descriptors. Names are
+/// abstract: they vanish with their owner and are in no file system.
 package struct LocalSocket: ~Copyable, Sendable {
   private let descriptor: FileDescriptor
 
@@ -49,7 +49,7 @@ package struct LocalSocket: ~Copyable, Sendable {
     }
   }
 
-  /// Process and user that connected, or that listened, at the other end.
+  /// The process and user at the other end.
   package func credentials() throws(Errno) -> (process: pid_t, user: uid_t) {
     var credentials = ucred()
     var length = socklen_t(MemoryLayout<ucred>.size)
@@ -66,8 +66,8 @@ package struct LocalSocket: ~Copyable, Sendable {
     }
   }
 
-  /// Receives one message into `bytes`; returns its size, 0 at the end, and the descriptors, which
-  /// the caller must close.
+  /// Receives one message into `bytes`; returns its size (0 once the other end has closed) and the
+  /// descriptors, which the caller must close.
   package func receive(
     _ bytes: UnsafeMutableRawBufferPointer
   ) throws(Errno) -> (byteCount: Int, descriptors: [Int32]) {
@@ -80,7 +80,7 @@ package struct LocalSocket: ~Copyable, Sendable {
     return (count, try Self.aboveStandard(descriptors.prefix(descriptorCount)))
   }
 
-  /// On failure all are closed.
+  /// Renumbers all descriptors, or closes them all on failure.
   private static func aboveStandard(_ descriptors: ArraySlice<Int32>) throws(Errno) -> [Int32] {
     var result: [Int32] = []
     for (index, descriptor) in zip(descriptors.indices, descriptors) {
@@ -94,7 +94,7 @@ package struct LocalSocket: ~Copyable, Sendable {
     return result
   }
 
-  /// Waits until a message or the end has arrived; gives up when `cancellation` is readable.
+  /// Waits for a message or the other end's close; gives up when `cancellation` is readable.
   package func waitReadable(until deadline: Deadline, cancellation: Int32) throws(Errno) {
     var items = [
       pollfd(fd: rawValue, events: Int16(POLLIN), revents: 0),
@@ -106,7 +106,7 @@ package struct LocalSocket: ~Copyable, Sendable {
     if items[1].revents != 0 { throw Errno(ECANCELED) }
   }
 
-  /// Whether the other end sends nothing any more.
+  /// Whether the other end has stopped sending.
   package var isHungUp: Bool {
     var item = pollfd(fd: rawValue, events: Int16(EPOLLRDHUP.rawValue), revents: 0)
     return poll(&item, 1, 0) > 0

@@ -3,16 +3,16 @@ import Synchronization
 
 /// A mutex that holds what it protects.
 ///
-/// Not the standard library's: its word holds the owner's thread number, which a thread looks up
-/// once. In the child of a fork the number is the parent's, and the first contended unlock ends the
-/// process. This word names nobody, so locks made in the child work like any other.
+/// Not the standard library's: that one stores the owner's thread number, which a thread looks up
+/// once. In a forked child the cached number is the parent's, and the first contended unlock ends
+/// the process. This lock stores no owner, so locks made in the child work.
 ///
-/// Public, frozen and transparent like the standard library's: otherwise its users call generic
-/// code that asks for metadata, some hundred instructions each time.
+/// Public, frozen and transparent like the standard library's: otherwise callers go through
+/// unspecialized generic code, about a hundred instructions per call.
 @frozen
 public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
-  // Unchecked: the value is only touched by the thread that holds the word.
-  // First the value: the thread sanitizer may take its change for one of the lock, at this address.
+  // Unchecked: only the thread that holds the word touches the value. The value is not first,
+  // because the thread sanitizer would take a change of it for one of the lock at the same address.
   @usableFromInline let value: _Cell<Value>
   @usableFromInline let word: Atomic<UInt32>
 
@@ -29,8 +29,8 @@ public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
   ) throws(Failure) -> sending Result {
     if !LockWord.tryTake(word) { LockWord.take(word) }
     defer { LockWord.release(word) }
-    // Through a pointer of its own: else the thread sanitizer takes the change of the value for one
-    // of the whole lock.
+    // Through a separate pointer: otherwise the thread sanitizer takes a change of the value for
+    // one of the whole lock.
     let address = value._address
     return try body(&address.pointee)
   }
@@ -41,10 +41,10 @@ public struct Lock<Value: ~Copyable>: ~Copyable, @unchecked Sendable {
 enum LockWord {
   @inlinable static var free: UInt32 { 0 }
   @inlinable static var held: UInt32 { 1 }
-  /// Held, and somebody may be asleep.
+  /// Held, and a thread may be asleep waiting for it.
   @inlinable static var awaited: UInt32 { 2 }
 
-  /// Most holders are gone within this.
+  /// Most holders let go within this many spins.
   private static let spinCount = 100
 
   @inlinable
@@ -55,7 +55,7 @@ enum LockWord {
     ).exchanged
   }
 
-  /// Takes a lock that somebody holds.
+  /// Takes a lock that is held.
   @usableFromInline
   @inline(never)
   static func take(_ word: borrowing Atomic<UInt32>) {
@@ -63,7 +63,7 @@ enum LockWord {
       if word.load(ordering: .relaxed) == free && tryTake(word) { return }
       relaxProcessor()
     }
-    // Whoever has slept takes the lock as awaited: others may sleep still.
+    // A thread that has slept takes the lock as awaited, since others may still be asleep.
     while word.exchange(awaited, ordering: .acquiring) != free {
       sleep(word, while: awaited, until: .never)
     }
@@ -75,7 +75,7 @@ enum LockWord {
     if word.exchange(free, ordering: .releasing) == awaited { wake(word, count: 1) }
   }
 
-  /// Sleeps while the word holds `value`, until a wake or the deadline; may return early.
+  /// Sleeps while the word equals `value`, until a wake or the deadline; may return early.
   static func sleep(
     _ word: borrowing Atomic<UInt32>, while value: UInt32, until deadline: Deadline
   ) {
@@ -94,7 +94,7 @@ enum LockWord {
     withAddress(of: word) { _ = linux_futex_wake($0, count) }
   }
 
-  /// An atomic stays where it is while it is borrowed.
+  /// Safe because an atomic does not move while it is borrowed.
   private static func withAddress(
     of word: borrowing Atomic<UInt32>, _ body: (UnsafeMutablePointer<UInt32>) -> Void
   ) {

@@ -16,7 +16,7 @@ package struct MemoryFile: ~Copyable, Sendable {
       opening: { memfd_create(name, UInt32(MFD_CLOEXEC) | UInt32(MFD_ALLOW_SEALING)) },
       call: "memfd_create")
     let number = file.rawValue
-    // The limit of file sizes counts for memory files, too.
+    // The file size limit applies to memory files too.
     _ = try withoutWriteSignals { () throws(Errno) in
       try retryingInterrupts("ftruncate") { ftruncate(number, size) }
     }
@@ -25,8 +25,8 @@ package struct MemoryFile: ~Copyable, Sendable {
     self.byteCount = size
   }
 
-  /// Takes a received descriptor whose size is sealed and at least `byteCount`; touching its pages
-  /// can then never end the process.
+  /// Takes a received descriptor whose size is sealed and at least `byteCount`, so touching its
+  /// pages cannot raise SIGBUS.
   package init(
     receiving descriptor: consuming FileDescriptor, byteCount: Int
   ) throws(Errno) {
@@ -49,14 +49,14 @@ package struct MemoryFile: ~Copyable, Sendable {
     return mapping
   }
 
-  /// Lets nobody map the memory writable any more or change its seals; existing mappings stay.
+  /// Forbids further writable mappings and changes of the seals; existing mappings stay.
   package func sealAgainstWriters() throws(Errno) {
     _ = try retryingInterrupts("fcntl") {
       fcntl(descriptor.rawValue, F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_SEAL)
     }
   }
 
-  /// A descriptor of the same memory that only reads.
+  /// A read-only descriptor of the same memory.
   package func readOnlyDescriptor() throws(Errno) -> FileDescriptor {
     try FileDescriptor.open("/proc/self/fd/\(descriptor.rawValue)", flags: O_RDONLY)
   }

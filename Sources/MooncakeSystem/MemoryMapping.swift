@@ -3,13 +3,13 @@ import Glibc
 
 /// Owns a range of mapped memory.
 package struct MemoryMapping: ~Copyable, @unchecked Sendable {
-  // Unchecked: the owner decides who touches the bytes.
+  // Unchecked: the owner decides which threads touch the bytes.
   package let bytes: UnsafeMutableRawBufferPointer
 
   package var address: UnsafeMutableRawPointer { bytes.baseAddress! }
   package var count: Int { bytes.count }
 
-  /// Takes ownership of a range that `munmap` may end.
+  /// Takes ownership of a range that will be unmapped with `munmap`.
   package init(owning bytes: UnsafeMutableRawBufferPointer) { self.bytes = bytes }
 
   /// Gives the range to the caller, who must unmap it.
@@ -21,7 +21,7 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
 
   deinit { munmap(bytes.baseAddress!, bytes.count) }
 
-  /// Maps zeroed private memory of a whole number of pages; asks for huge pages where they help.
+  /// Maps zeroed private memory, a whole number of pages; asks for huge pages where they help.
   package static func anonymous(byteCount: Int) throws(Errno) -> MemoryMapping {
     let size = try roundedToPages(byteCount)
     guard
@@ -34,8 +34,8 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
       owning: UnsafeMutableRawBufferPointer(start: pointer, count: size))
   }
 
-  /// Maps a descriptor's bytes shared with every other mapping of it; large ones so that huge pages
-  /// fit.
+  /// Maps a descriptor's bytes, shared with its other mappings; large ones are aligned for huge
+  /// pages.
   package static func shared(
     _ descriptor: Int32, byteCount: Int, writable: Bool
   ) throws(Errno) -> MemoryMapping {
@@ -55,14 +55,14 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
       owning: UnsafeMutableRawBufferPointer(start: pointer, count: size))
   }
 
-  /// Takes addresses without memory, from a huge page on; other mappings may be put over them.
+  /// Reserves addresses without memory, aligned to a huge page, for other mappings to be put over.
   package static func reserved(byteCount: Int) throws(Errno) -> MemoryMapping {
     let size = try roundedToPages(byteCount)
     let start = try reserveAligned(size)
     return MemoryMapping(owning: UnsafeMutableRawBufferPointer(start: start, count: size))
   }
 
-  /// Takes addresses for `size` bytes that begin at a huge page.
+  /// Reserves addresses for `size` bytes, aligned to a huge page.
   private static func reserveAligned(_ size: Int) throws(Errno) -> UnsafeMutableRawPointer {
     let (whole, overflow) = size.addingReportingOverflow(hugePageBytes)
     guard !overflow,
@@ -75,20 +75,21 @@ package struct MemoryMapping: ~Copyable, @unchecked Sendable {
     return start + head
   }
 
-  /// Has pages that are not there yet come from near a NUMA node, where that has room.
+  /// Makes pages not yet present come from near a NUMA node, if it has room.
   package func prefer(node: UInt32) throws(Errno) {
     if linux_prefer_node(address, count, node) != 0 { throw Errno.current }
   }
 
-  /// Puts huge pages under shared memory now. By itself the kernel does so only where
-  /// `shmem_enabled` lets it, and copies between small pages take up to twice as long.
+  /// Moves shared memory to huge pages now. The kernel alone does so only where `shmem_enabled`
+  /// allows, and copies between small pages take up to twice as long.
   package func gatherHugePages() {
     if count < Self.hugePageBytes || Self.sharesHugePages { return }
     for offset in stride(from: 0, to: count, by: Self.hugePageBytes) {
-      // What has no page at all is not gathered. The memory is new: this changes nothing.
+      // Ranges without any page are not collapsed. The memory is new, so writing zero changes
+      // nothing.
       (address + offset).storeBytes(of: 0, as: UInt8.self)
     }
-    // Refused where memory is short or the kernel older than 6.1: the small pages stay.
+    // Fails if memory is short or the kernel older than 6.1; the small pages then stay.
     madvise(address, count & ~(Self.hugePageBytes - 1), Self.madviseCollapse)
   }
 

@@ -1,13 +1,13 @@
 import Glibc
 
-/// How much more memory this process can have before the kernel ends a process for it: that of the
-/// machine and that of its control groups. Swap counts, and file pages that can be dropped.
+/// How much more memory this process can take before the OOM killer acts, on the machine or in its
+/// control groups. Counts swap and file pages that can be dropped.
 package struct MemoryRoom {
   package let byteCount: UInt64
-  /// What sets the limit.
+  /// What limits it, for messages.
   package let limit: String
 
-  /// nil where the system does not tell. `root` stands for "/" in tests.
+  /// nil if the system does not say. Tests put another folder for `root`.
   package static func now(root: String = "") -> MemoryRoom? {
     let memory = fields(of: root + "/proc/meminfo", unit: 1024)
     guard let available = memory["MemAvailable:"] else { return nil }
@@ -24,7 +24,7 @@ package struct MemoryRoom {
     var folder: String
     var isUnified: Bool
 
-    /// nil: it sets no limit.
+    /// nil if it sets no limit.
     func left(swap: UInt64) -> UInt64? {
       let names =
         isUnified
@@ -41,7 +41,7 @@ package struct MemoryRoom {
     }
 
     private func swapLeft(_ swap: UInt64) -> UInt64 {
-      // The old interface limits memory and swap together; then swap is not counted on.
+      // The v1 interface limits memory and swap together, so swap is not counted there.
       guard isUnified, let used = number("memory.swap.current") else { return 0 }
       let limit = number("memory.swap.max") ?? .max
       return min(swap, limit - min(limit, used))
@@ -54,7 +54,7 @@ package struct MemoryRoom {
     }
   }
 
-  /// The process's group and those that it is in.
+  /// The process's group and its ancestors.
   private static func groups(root: String) -> [Group] {
     var result: [Group] = []
     for line in text(of: root + "/proc/self/cgroup").split(separator: "\n") {

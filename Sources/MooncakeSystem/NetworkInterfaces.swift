@@ -12,7 +12,7 @@ package enum NetworkInterfaces {
     package let isRunning: Bool
   }
 
-  /// Every IPv4 and IPv6 address in the system's order; empty if it does not tell.
+  /// Every IPv4 and IPv6 address in the system's order; empty if the system does not say.
   package static func all() -> [Entry] {
     var list: UnsafeMutablePointer<ifaddrs>?
     if getifaddrs(&list) != 0 { return [] }
@@ -39,16 +39,16 @@ package enum NetworkInterfaces {
     return entries
   }
 
-  /// The first address on an interface that is up and running and not the loopback. Link-local IPv6
-  /// addresses do not count: without a scope they mean nothing to a peer.
+  /// The first address of an interface that is up, running and not the loopback. Link-local IPv6
+  /// addresses are skipped: without a scope they are useless to a peer.
   package static func firstUsable(ipv6: Bool = false) -> SocketAddress? {
     usable(ipv6: ipv6).first?.address
   }
 
-  /// The address that packets to the rest of the world come from: that of the default route's
-  /// interface. Without such a route the first usable one. Nothing is sent.
+  /// The source address of packets to the outside: that of the default route's interface, or
+  /// `firstUsable` without such a route. Sends nothing.
   package static func outgoing(ipv6: Bool = false) -> SocketAddress? {
-    // Documentation addresses: nobody's, so that only the default route leads to them.
+    // Documentation addresses belong to nobody, so only the default route leads to them.
     let target = SocketAddress(numeric: ipv6 ? "2001:db8::1" : "203.0.113.1", port: 9)
     if let target, let source = source(towards: target), !source.isLoopback, !source.isAny,
       !source.isLinkLocal
@@ -58,7 +58,7 @@ package enum NetworkInterfaces {
     return firstUsable(ipv6: ipv6)
   }
 
-  /// What a datagram to an address would bear as its source; port 0.
+  /// The source address that a datagram to `target` would carry; port 0.
   private static func source(towards target: SocketAddress) -> SocketAddress? {
     let type = Int32(SOCK_DGRAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue)
     do throws(Errno) {
@@ -83,7 +83,7 @@ package enum NetworkInterfaces {
     }
   }
 
-  /// Whether the host of `address` is this machine's. All of 127.0.0.0/8 is.
+  /// Whether the host of `address` is this machine; true for all of 127.0.0.0/8.
   package static func owns(_ address: SocketAddress) -> Bool {
     if address.isLoopback { return true }
     if address.isAny { return false }
@@ -93,7 +93,7 @@ package enum NetworkInterfaces {
 }
 
 extension SocketAddress {
-  /// The address in network order: 4 bytes for IPv4, also when mapped into IPv6, else 16.
+  /// The address in network order: 4 bytes for IPv4 (also if mapped into IPv6), else 16.
   package var hostBytes: [UInt8] {
     let bytes = withPointer { pointer, length in
       let raw = UnsafeRawBufferPointer(start: pointer, count: Int(length))

@@ -1,7 +1,7 @@
 import CLinux
 import Glibc
 
-/// Another process, or this one: tells its end apart from that of a later process of that number.
+/// Refers to a process without the risk that its number is reused.
 package struct ProcessHandle: ~Copyable, Sendable {
   package let id: pid_t
   private let descriptor: FileDescriptor
@@ -21,8 +21,8 @@ package struct ProcessHandle: ~Copyable, Sendable {
   }
 
   /// Whether a thread of the process executes nothing: a signal stopped it, or it is gone. A
-  /// stopped thread is on its way out of the kernel, never inside a system call; one that a
-  /// debugger holds may be, and counts as running.
+  /// stopped thread is never inside a system call; one held by a debugger may be, so it counts as
+  /// running.
   package func isStopped(thread: pid_t) -> Bool {
     if !exists(thread: thread) { return true }
     guard
@@ -30,12 +30,12 @@ package struct ProcessHandle: ~Copyable, Sendable {
     else { return false }
     var bytes = [UInt8](repeating: 0, count: 512)
     let count = read(file.rawValue, &bytes, bytes.count)
-    // "number (name) state": the name may hold any character.
+    // "number (name) state": the name may contain any character.
     guard count > 0, let end = bytes[..<count].lastIndex(of: UInt8(ascii: ")")), end + 2 < count
     else { return false }
     return [UInt8(ascii: "T"), UInt8(ascii: "Z"), UInt8(ascii: "X")].contains(bytes[end + 2])
   }
 
-  /// Whether the process has a thread of that number.
+  /// Whether the process has a thread with that number.
   package func exists(thread: pid_t) -> Bool { linux_thread_exists(id, thread) != 0 }
 }

@@ -6,15 +6,15 @@ package struct ProcessorSet: Sendable {
   // The bits of cpu_set_t, which has no other accessors here.
   private var bits = cpu_set_t()
 
-  /// Why a text names no processors.
+  /// Why a text is not a list of usable processors.
   package struct ParseError: Error, CustomStringConvertible {
     package let description: String
   }
 
   private static let limit = MemoryLayout<cpu_set_t>.size * 8
 
-  /// Reads a list as the kernel writes it, such as "0-3,8", or "node:1" for the processors of a
-  /// NUMA node. All of them must be open to the process.
+  /// Reads a list in the kernel's format, such as "0-3,8", or "node:1" for the processors of a NUMA
+  /// node. The process must be allowed to use all of them.
   package init(parsing text: String) throws(ParseError) {
     var list = text
     if text.hasPrefix("node:") {
@@ -30,22 +30,22 @@ package struct ProcessorSet: Sendable {
         first >= 0, first <= last, last < Self.limit
       else {
         throw ParseError(
-          description: "'\(text)' is no list of processors, such as 0-3,8, and no node:N")
+          description: "'\(text)' is neither a list of processors, such as 0-3,8, nor node:N")
       }
       for number in first...last { insert(number) }
     }
     let open = Self.open
     for number in 0..<Self.limit where contains(number) && !open.contains(number) {
-      throw ParseError(description: "processor \(number) is not open to this process")
+      throw ParseError(description: "this process may not run on processor \(number)")
     }
   }
 
   private init() {}
 
-  /// Those that the process may use.
+  /// The processors that the process may use.
   private static var open: ProcessorSet {
     var set = ProcessorSet()
-    // Without an answer the kernel decides when threads are bound.
+    // If this fails, the kernel refuses forbidden processors when a thread is bound.
     if sched_getaffinity(getpid(), MemoryLayout<cpu_set_t>.size, &set.bits) != 0 {
       for number in 0..<limit { set.insert(number) }
     }

@@ -3,7 +3,7 @@ import Glibc
 
 /// The processors of this process.
 package enum Processors {
-  /// How many the process may run on, affinity considered.
+  /// How many the process may run on, considering affinity.
   package static let count: Int = {
     var set = cpu_set_t()
     let size = MemoryLayout<cpu_set_t>.size

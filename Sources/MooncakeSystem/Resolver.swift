@@ -17,20 +17,19 @@ package struct ResolveError: Error, Equatable, Sendable, CustomStringConvertible
   }
 }
 
-/// Turns host names into addresses within a deadline.
+/// Resolves host names within a deadline.
 ///
-/// `getaddrinfo` cannot be interrupted, so it runs on a thread of its own that is left behind when
-/// the deadline passes, or the caller gives up, first. A fixed number of slots bounds these
-/// threads.
+/// `getaddrinfo` cannot be interrupted, so it runs on its own thread, which is left behind if the
+/// deadline passes or the caller gives up first. A fixed number of slots bounds these threads.
 package enum Resolver {
-  /// Lookups that may run at once, those left behind included; others wait for their turn.
+  /// Lookups that may run at once, including those left behind; others wait for a slot.
   package static let maximumLookups = 16
 
   package typealias Lookup =
     @Sendable (_ host: String, _ port: UInt16) -> Result<[SocketAddress], ResolveError>
 
-  /// Addresses of a host in the system's order of preference, at least one. The call is given up
-  /// once `cancellation` is readable.
+  /// Addresses of a host in the system's order of preference, at least one. Gives up once
+  /// `cancellation` is readable.
   package static func resolve(
     _ host: String, port: UInt16, deadline: Deadline, cancellation: Int32 = -1
   ) throws(ResolveError) -> [SocketAddress] {
@@ -39,7 +38,7 @@ package enum Resolver {
       host, port: port, deadline: deadline, cancellation: cancellation, lookup: systemLookup)
   }
 
-  /// As above with another source of addresses.
+  /// As above, with another source of addresses.
   package static func resolve(
     _ host: String, port: UInt16, deadline: Deadline, cancellation: Int32 = -1,
     lookup: @escaping Lookup
@@ -60,7 +59,8 @@ package enum Resolver {
     return try answer.wait(patience).get()
   }
 
-  // Replaced only in a forked child, before it has a second thread: the parent's lookups end there.
+  // Replaced only in a forked child, before it has a second thread: the parent's lookups do not
+  // exist there.
   private nonisolated(unsafe) static var slots: LookupSlots = {
     Fork.inChild { slots = LookupSlots(count: maximumLookups) }
     return LookupSlots(count: maximumLookups)
@@ -104,12 +104,12 @@ private struct Patience {
 
   private static let tickMilliseconds: UInt64 = 50
 
-  /// When to look again: a futex cannot wait for a descriptor, too.
+  /// When to check `cancellation` again: a futex cannot also wait for a descriptor.
   var tick: Deadline {
     cancellation < 0 ? deadline : min(deadline, .after(milliseconds: Self.tickMilliseconds))
   }
 
-  /// The error of a caller that waits no longer; `reason` is why it had to wait.
+  /// The error to throw if the caller must stop waiting; `reason` says what it waited for.
   func end(_ reason: String) -> ResolveError? {
     if Waiting.isReadable(cancellation) {
       return ResolveError(isTimeout: false, isCanceled: true, description: "given up")
@@ -118,7 +118,7 @@ private struct Patience {
   }
 }
 
-/// Where a lookup thread leaves its result for a caller that may have gone.
+/// Where a lookup thread leaves its result; the caller may already have given up.
 private final class Answer: Sendable {
   private let result = Lock<Result<[SocketAddress], ResolveError>?>(nil)
   private let ready = Futex()
@@ -149,7 +149,7 @@ private final class LookupSlots: Sendable {
 
   func acquire(_ patience: Patience) throws(ResolveError) {
     while true {
-      // Read before the check: a release in between makes the wait below return at once.
+      // Read before the check, so that a release in between makes the wait below return at once.
       let seen = releases.value
       let taken = free.withLock { count in
         if count == 0 { return false }

@@ -2,7 +2,7 @@ import CLinux
 import Glibc
 
 extension Socket {
-  /// Sends what the socket takes now; nil if that is nothing. A closed peer is an error, never a
+  /// Sends as much as the socket accepts now; nil if nothing. A closed peer is an error, never a
   /// signal.
   package func trySend(_ bytes: UnsafeRawBufferPointer) throws(Errno) -> Int? {
     do throws(Errno) {
@@ -15,7 +15,7 @@ extension Socket {
     }
   }
 
-  /// Sends of the bytes from an index on what the socket takes now; nil if that is nothing.
+  /// As above, for the bytes from `index` on.
   package func trySend(_ bytes: [UInt8], from index: Int) throws(Errno) -> Int? {
     let result = bytes.withUnsafeBytes { buffer in
       Result { () throws(Errno) in
@@ -25,7 +25,7 @@ extension Socket {
     return try result.get()
   }
 
-  /// Receives what is there; nil if that is nothing yet, 0 when the peer has finished sending.
+  /// Receives what has arrived; nil if nothing has, 0 when the peer has finished sending.
   package func tryReceive(into bytes: UnsafeMutableRawBufferPointer) throws(Errno) -> Int? {
     do throws(Errno) {
       return try retryingInterrupts { Glibc.recv(rawValue, bytes.baseAddress, bytes.count, 0) }

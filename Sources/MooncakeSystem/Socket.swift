@@ -23,7 +23,7 @@ package struct Socket: ~Copyable, Sendable {
   ) throws(Errno) -> Socket {
     let socket = try Socket(family: address.family)
     try socket.set(SOL_SOCKET, SO_REUSEADDR, 1)
-    // "::" serves IPv4 too, as peers expect of the any-address.
+    // "::" serves IPv4 too, as peers expect from the any-address.
     if address.isIPv6 { try socket.set(Int32(IPPROTO_IPV6), IPV6_V6ONLY, address.isAny ? 0 : 1) }
     if address.withPointer({ bind(socket.rawValue, $0, $1) }) != 0 {
       throw Errno(errno, call: "bind")
@@ -32,7 +32,7 @@ package struct Socket: ~Copyable, Sendable {
     return socket
   }
 
-  /// Starts a connect; writability tells its end, `takeError` its outcome.
+  /// Starts a connect; it is over when the socket is writable, and `takeError` tells how it ended.
   package func startConnect(to address: SocketAddress) throws(Errno) {
     if address.withPointer({ connect(rawValue, $0, $1) }) == 0 { return }
     let error = Errno.current
@@ -51,7 +51,7 @@ package struct Socket: ~Copyable, Sendable {
       let error = Errno.current
       switch error.rawValue {
       case EAGAIN: return nil
-      // The connection died in the queue: look at the next one.
+      // The connection died in the queue; try the next one.
       case EINTR, ECONNABORTED, EPROTO: continue
       default: throw error
       }
@@ -73,9 +73,9 @@ package struct Socket: ~Copyable, Sendable {
     }
   }
 
-  /// For a connection inside one host: fixes the sizes of the kernel's buffers instead of letting
-  /// it tune them, and takes the plain congestion control, which every kernel has and everybody may
-  /// use. The system's may be meant for networks: BBR paces what it sends, and is a third slower.
+  /// For a connection inside one host: fixes the kernel's buffer sizes instead of letting it tune
+  /// them, and selects Reno, which every kernel has and any user may choose. The system's default
+  /// may be meant for networks: BBR paces its sends and is a third slower here.
   package func setLocal(bufferBytes: Int32) {
     try? set(SOL_SOCKET, SO_SNDBUF, bufferBytes)
     try? set(SOL_SOCKET, SO_RCVBUF, bufferBytes)
@@ -88,13 +88,13 @@ package struct Socket: ~Copyable, Sendable {
   /// Gives the descriptor to the caller, who must close it.
   package consuming func release() -> Int32 { descriptor.release() }
 
-  /// Asks a silent peer after the time whether it is still there.
+  /// Enables keep-alive probes after `idleSeconds` of silence.
   package func keepAlive(idleSeconds: Int32) {
     try? set(SOL_SOCKET, SO_KEEPALIVE, 1)
     try? set(Int32(IPPROTO_TCP), TCP_KEEPIDLE, idleSeconds)
   }
 
-  /// How long the kernel tries to reach a peer that does not answer.
+  /// How long the kernel keeps trying to reach a peer that does not answer.
   package func setPatience(milliseconds: Int32) {
     try? set(Int32(IPPROTO_TCP), TCP_USER_TIMEOUT, milliseconds)
   }
@@ -109,7 +109,7 @@ package struct Socket: ~Copyable, Sendable {
     try SocketAddress.filled("getpeername") { getpeername(rawValue, $0, $1) }
   }
 
-  /// Makes the close a reset, which the peer cannot take for an orderly end.
+  /// Makes close send a reset, which the peer cannot mistake for an orderly end.
   package func resetOnClose() {
     var option = linger(l_onoff: 1, l_linger: 0)
     setsockopt(
@@ -119,7 +119,7 @@ package struct Socket: ~Copyable, Sendable {
   package func shutdownWrite() { _ = shutdown(rawValue, Int32(SHUT_WR)) }
 
   /// Waits until the socket has one of `events` (POLLIN, POLLOUT), an error or a hang-up. Throws
-  /// ECANCELED as soon as the descriptor `cancellation`, if there is one, is readable.
+  /// ECANCELED as soon as the descriptor `cancellation` (-1 for none) is readable.
   package func wait(
     for events: Int32, until deadline: Deadline, cancellation: Int32 = -1
   ) throws(Errno) {

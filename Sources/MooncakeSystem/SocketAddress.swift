@@ -56,8 +56,8 @@ package struct SocketAddress: Equatable, Sendable, CustomStringConvertible {
     }
   }
 
-  /// What whoever has this address cannot easily change: the network of 64 bits of an IPv6 address,
-  /// else the host.
+  /// The part of the address that its owner cannot easily change: the /64 network for IPv6, else
+  /// the host.
   package var networkOrHost: String {
     guard isIPv6 else { return host }
     return withUnsafeBytes(of: storage) { bytes in

@@ -1,4 +1,4 @@
-/// Uses each global of this module once, as `Fork.prepare` asks for it.
+/// Uses each global of this module once, as `Fork.prepare` requires.
 package enum SystemGlobals {
   package static func use() {
     Resolver.prepare()

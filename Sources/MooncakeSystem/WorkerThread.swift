@@ -4,10 +4,11 @@ import Glibc
 /// A thread of the library: named, with every signal blocked so that the host's handlers never run
 /// on it.
 package final class WorkerThread: @unchecked Sendable {
-  // Unchecked: `handle` is written once before the object is shared, `body` is the thread's.
+  // Unchecked: `handle` is written once before the object is shared, and only the thread uses
+  // `body`.
   private var handle = pthread_t()
-  /// Until it runs: what it holds may hold the thread, and must not outlive its run because of
-  /// that.
+  /// Cleared when it starts: its captures may retain this object, and the cycle would keep them
+  /// alive.
   private var body: (@Sendable () -> Void)?
   private let name: String
   private let processors: ProcessorSet?
@@ -18,7 +19,7 @@ package final class WorkerThread: @unchecked Sendable {
     self.body = body
   }
 
-  /// Starts a thread, on some processors only if they are named; end it with `join`, exactly once.
+  /// Starts a thread, bound to `processors` if given; end it with `join` or `detach`, exactly once.
   package static func start(
     name: String, on processors: ProcessorSet? = nil, _ body: @escaping @Sendable () -> Void
   ) throws(Errno) -> WorkerThread {
@@ -37,7 +38,7 @@ package final class WorkerThread: @unchecked Sendable {
   /// Waits until the thread has ended.
   package func join() { pthread_join(handle, nil) }
 
-  /// Instead of `join`: its resources go when it ends.
+  /// Instead of `join`: the thread's resources are freed when it ends.
   package func detach() { pthread_detach(handle) }
 
   /// Whether the caller runs on this thread.

@@ -1,9 +1,9 @@
 import CLinux
 import Glibc
 
-/// Runs `body`, which writes to a descriptor that others provide or calls a library that does so:
-/// a closed pipe (SIGPIPE) or a file at its size limit (SIGXFSZ) is then an error there and never a
-/// signal to the host.
+/// Runs `body`, which writes to a descriptor provided from outside or calls a library that does. A
+/// closed pipe (SIGPIPE) or a file at its size limit (SIGXFSZ) is then an error and never a signal
+/// to the host.
 package func withoutWriteSignals<Result: ~Copyable, Failure: Error>(
   _ body: () throws(Failure) -> Result
 ) throws(Failure) -> Result {
@@ -17,7 +17,7 @@ package func withoutWriteSignals<Result: ~Copyable, Failure: Error>(
   pthread_sigmask(SIG_BLOCK, &signals, &former)
   defer {
     let error = errno
-    // What waited before belongs to the host.
+    // A signal that was pending before belongs to the host.
     if sigismember(&pending, SIGPIPE) != 0 { sigdelset(&signals, SIGPIPE) }
     if sigismember(&pending, SIGXFSZ) != 0 { sigdelset(&signals, SIGXFSZ) }
     var now = timespec()

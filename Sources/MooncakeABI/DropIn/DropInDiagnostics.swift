@@ -1,20 +1,20 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
 
-// Section "Diagnostics" of transfer_engine_c.h, and what its "Engine" section says about topology
-// and the end of the process.
+// Section "Diagnostics" of transfer_engine_c.h, and from its "Engine" section topology and the end
+// of the process.
 import CMooncake
 import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Looks for RDMA devices; no transport of this version uses any.
+/// Discovers RDMA devices, which no transport of this version uses.
 @c @implementation
 package func discoverTopology(_ engine: transfer_engine_t?) -> Int32 {
   dropInCall(engine) { _ throws(EngineError) in 0 }
 }
 
-/// Tells the load of NICs, of which there are none.
+/// Reports the load of NICs; there are none.
 @c @implementation
 package func getNicLoadStats(
   _ engine: transfer_engine_t?, _ stats: UnsafeMutablePointer<nic_load_stat_t>?,

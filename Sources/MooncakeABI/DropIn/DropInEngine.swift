@@ -8,7 +8,7 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Creates an engine; its RPC port is listening and it serves peers at once.
+/// Creates an engine; when this returns, it listens and serves peers.
 @c @implementation
 package func createTransferEngine(
   _ metadata_conn_string: UnsafePointer<CChar>?, _ local_server_name: UnsafePointer<CChar>?,
@@ -20,7 +20,7 @@ package func createTransferEngine(
     var listen = DropInListenOptions(
       serverName: try messageText(
         local_server_name, "local_server_name", maximum: maximumNameBytes))
-    // The original never looks at it, so nothing in it may make a call fail.
+    // Mooncake ignores this argument, so nothing in it may make the call fail.
     listen.hostName = try? optionalText(ip_or_host_name, "ip_or_host_name")
     listen.port = rpc_port
 
@@ -38,7 +38,7 @@ package func createTransferEngine(
     }
     return transfer_engine_t(bitPattern: UInt(handle))
   } catch {
-    // Programs written for the original know no other place to look.
+    // Programs written for Mooncake look only at the log.
     if !ThreadState.isInsideLogCallback { Log.error("createTransferEngine: \(error.message)") }
     ThreadState.setMessage("createTransferEngine", error.message)
     return nil
@@ -98,7 +98,7 @@ private func timeoutFromEnvironment() -> UInt64? {
   let text = String(cString: value)
   guard let seconds = UInt64(text), seconds > 0 else {
     Log.warning(
-      "MC_TRANSFER_TIMEOUT is \(String(reflecting: text)), no positive number of seconds: ignored")
+      "MC_TRANSFER_TIMEOUT is \(String(reflecting: text)), not a positive number: ignored")
     return nil
   }
   let (milliseconds, overflow) = seconds.multipliedReportingOverflow(by: 1000)

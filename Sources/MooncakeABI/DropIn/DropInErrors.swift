@@ -1,18 +1,18 @@
-// The frame of the functions of transfer_engine_c.h: its two error spaces and how the engine's
-// errors map to them.
+// The frame of the functions of transfer_engine_c.h: its two kinds of error codes and how the
+// engine's errors map to them.
 import CMooncake
 import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// What the drop-in layer knows about an engine.
+/// The drop-in layer's state of an engine.
 final class DropInState: Sendable {
-  /// Whether `installTransport` or the creation itself installed TCP.
+  /// Whether `installTransport` or `createTransferEngine` has installed TCP.
   let isTransportInstalled = Atomic<Bool>(false)
   /// Whether the engine is destroyed when the process ends.
   let endsWithProcess = Atomic<Bool>(false)
-  /// What the host said about NICs.
+  /// The NIC priority matrix given by the host.
   let matrix = Lock(NICMatrix())
 }
 
@@ -37,14 +37,14 @@ extension EngineError.Code {
     case .canceled: (ERR_INVALID_ARGUMENT, 1)
     case .unsupported: (ERR_NOT_IMPLEMENTED, 8)
     case .system: (ERR_CONTEXT, 102)
-    // Of the store, which the drop-in interface does not have.
+    // Errors of the store, which the drop-in header does not have.
     case .exists, .notHeld, .sizeMismatch: (ERR_INVALID_ARGUMENT, 1)
     case .digestMismatch, .noHolder: (ERR_METADATA, 200)
     }
   }
 }
 
-/// Runs `body` with a drop-in engine; returns what it returns, or an `ERR_*` value.
+/// Runs `body` with a drop-in engine; returns its result, or an `ERR_*` value.
 @inline(__always)
 func dropInCall(
   _ handle: transfer_engine_t?, function: StaticString = #function,
@@ -85,7 +85,7 @@ func dropInValue<Value>(
   }
 }
 
-/// Runs `body`, which opens a segment; -1 for every failure, which is what programs compare with.
+/// Runs `body`, which opens a segment; every failure gives -1, because programs compare with that.
 @inline(__always)
 func dropInSegment(
   _ handle: transfer_engine_t?, function: StaticString = #function,
@@ -99,24 +99,25 @@ private func dropInFailure(
   _ function: StaticString, _ error: EngineError
 ) -> (error: Int32, batch: Int32) {
   ThreadState.setMessage(function, error.message)
-  // Programs know no other place to look than the log, which is locked while its callback runs.
+  // Log it, because programs look only there; but not inside the log callback, where the log is
+  // locked.
   if !ThreadState.isInsideLogCallback, error.code != .busy, !error.isLogged {
     let message = ThreadState.message.map { String(cString: $0) }
-    // Each function is a kind of line: a program that repeats a bad call does not fill the log.
+    // One kind of line per function, so that a program repeating a bad call does not fill the log.
     Log.warning(message ?? error.message, file: function, line: 0)
   }
   return error.code.dropIn
 }
 
-/// The number that a handle of transfer_engine_c.h stands for.
+/// The number inside a handle of transfer_engine_c.h.
 @inline(__always)
 func number(of handle: UnsafeMutableRawPointer?) -> UInt64 { UInt64(UInt(bitPattern: handle)) }
 
-/// A `size_t` argument, which Swift shows as signed.
+/// A `size_t` argument, which Swift imports as signed.
 @inline(__always)
 func unsigned(_ size: Int) -> UInt64 { UInt64(UInt(bitPattern: size)) }
 
-/// A text output that is cut silently.
+/// Writes a text and truncates it silently.
 func writeCut(
   _ text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: Int
 ) throws(EngineError) {

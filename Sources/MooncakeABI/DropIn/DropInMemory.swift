@@ -51,7 +51,7 @@ package func registerLocalMemoryBatch(
   }
 }
 
-/// Ends registrations, also after one that does not exist.
+/// Ends registrations; continues after one that does not exist.
 @c @implementation
 package func unregisterLocalMemoryBatch(
   _ engine: transfer_engine_t?, _ addr_list: UnsafeMutablePointer<UnsafeMutableRawPointer?>?,
@@ -66,7 +66,7 @@ package func unregisterLocalMemoryBatch(
   }
 }
 
-/// The original gives an empty location no meaning, so it counts as none.
+/// Mooncake gives an empty location no meaning, so it counts as none.
 private func locationText(_ location: UnsafePointer<CChar>?) throws(EngineError) -> String {
   guard let location, location.pointee != 0 else { return "*" }
   return try requiredText(location, "location")
@@ -74,7 +74,7 @@ private func locationText(_ location: UnsafePointer<CChar>?) throws(EngineError)
 
 // MARK: - Segments
 
-/// Finds a segment, in the cache if it is there.
+/// Opens a segment, from the cache if it is there.
 @c @implementation
 package func openSegment(
   _ engine: transfer_engine_t?, _ segment_name: UnsafePointer<CChar>?
@@ -87,7 +87,7 @@ package func openSegment(
   }
 }
 
-/// Finds a segment and fetches its descriptor even if it is in the cache.
+/// Opens a segment and fetches its descriptor even if it is in the cache.
 @c @implementation
 package func openSegmentNoCache(
   _ engine: transfer_engine_t?, _ segment_name: UnsafePointer<CChar>?
@@ -99,7 +99,7 @@ package func openSegmentNoCache(
     guard let id = engine.cachedSegment(name) else { return try engine.openSegment(name) }
     do throws(EngineError) {
       let again = try engine.openSegment(name)
-      // Each name counts as opened once, however often it is refetched.
+      // Each name counts as opened once, however often it is opened.
       try engine.closeSegment(again)
       return again
     } catch {
@@ -131,8 +131,8 @@ package func removeLocalSegment(
   dropInCall(engine) { record throws(EngineError) in
     let name = try segmentName(segment_name)
     if record.engine.isOwn(name) { return 0 }
-    // First opens that raced count more than once; the bound keeps a racing opener from holding
-    // this call.
+    // Racing first opens count more than once, so close repeatedly; bounded, so that a racing
+    // opener cannot hold this call.
     for _ in 0..<1024 {
       guard let id = record.engine.cachedSegment(name) else { return 0 }
       do throws(EngineError) {

@@ -16,7 +16,7 @@ package func allocateBatchID(_ engine: transfer_engine_t?, _ batch_size: Int) ->
         .invalidArgument,
         "batch_size is \(unsigned(batch_size)), more than \(maximumBatchCapacity)")
     }
-    // The original allows a batch of nothing.
+    // Mooncake allows an empty batch.
     return try record.engine.createBatch(capacity: max(1, capacity))
   } ?? INVALID_BATCH
 }
@@ -32,7 +32,7 @@ package func submitTransfer(
   }
 }
 
-/// As `submitTransfer` with a notification once everything is completed.
+/// As `submitTransfer`, with a notification once everything has completed.
 @c @implementation
 package func submitTransferWithNotify(
   _ engine: transfer_engine_t?, _ batch_id: UInt64,
@@ -41,7 +41,7 @@ package func submitTransferWithNotify(
   dropInBatchCall(engine) { record throws(EngineError) in
     if count == 0 {
       throw EngineError(
-        .invalidArgument, "count is 0: the first entry says who gets the notification")
+        .invalidArgument, "count is 0: the notification goes to the first entry's target")
     }
     let notification = try makeNotification(notify_msg.name, notify_msg.msg)
     try submit(record, batch_id, entries, count, notification)
@@ -76,7 +76,7 @@ package func getTransferStatus(
   _ engine: transfer_engine_t?, _ batch_id: UInt64, _ task_id: Int,
   _ status: UnsafeMutablePointer<transfer_status>?
 ) -> Int32 {
-  // Programs look at the status without looking at the code, and must not find an old one there.
+  // Programs read the status without checking the code, and must not find an old status there.
   status?.pointee = transfer_status(status: STATUS_FAILED, transferred_bytes: 0)
   return dropInBatchCall(engine) { record throws(EngineError) in
     let output = try checkOutput(status, "status")
@@ -87,7 +87,7 @@ package func getTransferStatus(
   }
 }
 
-/// Programs know two ends; any other state they wait on for ever or take for a good one.
+/// Programs know only two final states; any other they wait on forever or take for success.
 @inline(__always)
 private func dropInStatus(_ state: TransferState) -> Int32 {
   switch state {
@@ -116,7 +116,7 @@ package func getNotifsFromEngine(
   return dropInValue(engine) { record throws(EngineError) in
     let size = try checkOutput(size, "size")
     var received: [Notification] = []
-    // Senders could otherwise keep this call going for as long as they send.
+    // Bounded, because steady senders could otherwise keep this call going.
     while received.count < 1 << 16, let next = record.engine.receiveNotification() {
       received.append(next)
     }
@@ -153,8 +153,7 @@ package func genNotifyInEngine(
       try record.engine.notify(segment, notification)
       return 0
     } catch {
-      // To the original, an unknown id and a peer that does not take the message are failures of
-      // metadata.
+      // Mooncake reports an unknown id and a peer that refuses the message as metadata errors.
       switch error.code {
       case .invalidHandle, .full: throw EngineError(.notFound, error.message)
       default: throw error

@@ -1,7 +1,7 @@
 import MooncakeBase
 import MooncakeEngine
 
-/// Which NICs are near which memory: location -> preferred and available device names.
+/// Which NICs are near which memory: maps locations to preferred and available device names.
 struct NICMatrix: Sendable, Equatable {
   struct Row: Sendable, Equatable {
     var location: String
@@ -27,7 +27,7 @@ struct NICMatrix: Sendable, Equatable {
       throw Self.malformed(error.description)
     }
     rows = try document.read { value throws(EngineError) in
-      guard value.isObject else { throw Self.malformed("it is no object") }
+      guard value.isObject else { throw Self.malformed("it is not an object") }
       var rows: [Row] = []
       for member in value.elements { rows.append(try Self.row(member)) }
       return rows
@@ -38,7 +38,7 @@ struct NICMatrix: Sendable, Equatable {
     let location = member.name ?? ""
     let lists = member.isArray ? Array(member.elements) : []
     guard lists.count == 2 else {
-      throw malformed("\(String(reflecting: location)) is no array of two arrays")
+      throw malformed("\(String(reflecting: location)) is not an array of two arrays")
     }
     return Row(
       location: location, preferred: try names(lists[0], location),
@@ -47,12 +47,12 @@ struct NICMatrix: Sendable, Equatable {
 
   private static func names(_ list: JSONValue, _ location: String) throws(EngineError) -> [String] {
     guard list.isArray else {
-      throw malformed("\(String(reflecting: location)) holds something that is no array")
+      throw malformed("\(String(reflecting: location)) contains something other than arrays")
     }
     var names: [String] = []
     for element in list.elements {
       guard let name = element.string, !name.isEmpty else {
-        throw malformed("a device of \(String(reflecting: location)) is no name")
+        throw malformed("a device of \(String(reflecting: location)) is not a name")
       }
       names.append(name)
     }

@@ -1,5 +1,5 @@
-// The frame of every function of the two headers: find the engine, run, turn an error into a code
-// and the thread's message.
+// The frame of every C function: finds the engine, runs the body, turns an error into a code and
+// the thread's message.
 import CMooncake
 import MooncakeBase
 import MooncakeEngine
@@ -18,7 +18,7 @@ func nativeCall(
   }
 }
 
-/// As `nativeCall` with the engine behind a handle of mooncake.h.
+/// As `nativeCall`, with the engine behind a handle of mooncake.h.
 @inline(__always)
 func nativeCall(
   _ handle: OpaquePointer?, function: StaticString = #function,
@@ -34,7 +34,7 @@ func nativeCall(
   }
 }
 
-/// As `nativeCall` with an object behind another handle of mooncake.h.
+/// As `nativeCall`, with the object behind another handle of mooncake.h.
 func nativeCall<Object: HandleObject>(
   _ handle: OpaquePointer?, _ type: Object.Type, function: StaticString = #function,
   _ body: (Object) throws(EngineError) -> Void
@@ -53,7 +53,7 @@ private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
   return error.code.rawValue
 }
 
-/// Makes a failure the thread's message; who debugs sees it in the log as well.
+/// Stores a failure as the thread's message, and logs it at debug level.
 @inline(never)
 func report(_ function: StaticString, _ cause: String) {
   Globals.prepare()
@@ -63,7 +63,7 @@ func report(_ function: StaticString, _ cause: String) {
   Log.unlimited(.debug, ThreadState.message.map { String(cString: $0) } ?? cause)
 }
 
-/// The number that a handle of mooncake.h stands for.
+/// The number inside a handle of mooncake.h.
 @inline(__always)
 func number(of handle: OpaquePointer?) -> UInt64 { UInt64(UInt(bitPattern: handle)) }
 
@@ -82,7 +82,7 @@ func checkArray<Element>(
   return Int(count)
 }
 
-/// Checks that there is a place for a result.
+/// Checks that a result pointer is not null.
 @inline(__always)
 func checkOutput<Value>(
   _ pointer: UnsafeMutablePointer<Value>?, _ argument: StaticString
@@ -91,12 +91,12 @@ func checkOutput<Value>(
   return pointer
 }
 
-/// Access rights as callers give them.
+/// Checks the access rights that a caller gives.
 func checkAccess(_ bits: UInt32) throws(EngineError) -> Access {
   let all: Access = [.remoteRead, .remoteWrite]
   if bits & ~all.rawValue != 0 {
     throw EngineError(
-      .invalidArgument, "access 0x\(String(bits, radix: 16)) has bits that mean nothing")
+      .invalidArgument, "access 0x\(String(bits, radix: 16)) has unknown bits")
   }
   return Access(rawValue: bits)
 }

@@ -1,20 +1,20 @@
 // Handles of engines. A handle looks like a pointer to C but is a number that this table decodes:
-// nothing a caller passes is ever dereferenced, and a stale handle is told apart from a live one.
+// nothing a caller passes is ever dereferenced, and stale handles are recognized.
 import Glibc
 import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// What a handle was given out for; one header's handle is a wrong one to the other's functions.
+/// Which header a handle belongs to; the other header's functions refuse it.
 enum HandleKind: UInt64 {
   case native = 1
   case dropIn = 2
-  /// `transport_t`: no function takes one, so it never names a slot's engine.
+  /// `transport_t`: no function takes one, so it never refers to an engine.
   case transport = 3
 }
 
-/// An engine and what only the C layer knows about it.
+/// An engine with the C layer's state of it.
 final class EngineRecord: Sendable {
   let engine: TransferEngine
   let dropIn = DropInState()
@@ -24,8 +24,8 @@ final class EngineRecord: Sendable {
 
 /// The engines of the process.
 final class EngineTable: @unchecked Sendable {
-  // Unchecked: a slot's record is written by the thread that holds the slot reserved or closing,
-  // and read only by its counted users.
+  // Unchecked: a slot's record is written only by the thread that has reserved the slot or is
+  // closing it, and read only by its counted users.
   static var shared: EngineTable {
     @inline(__always) get {
       Globals.prepare()
@@ -36,21 +36,21 @@ final class EngineTable: @unchecked Sendable {
   static let capacity = 1024
 
   private struct Slot: ~Copyable {
-    /// Generation (upper half), two bits of state, number of calls inside.
+    /// Generation in the upper half, two state bits, number of calls inside.
     let word: Atomic<UInt64>
     var record: UnsafeMutableRawPointer?
-    // Engines used by different threads must not share a cache line.
+    // Slots of engines used by different threads must not share a cache line.
     private let padding: (UInt64, UInt64, UInt64, UInt64, UInt64, UInt64) = (0, 0, 0, 0, 0, 0)
 
     init() {
-      // Generations begin at 1: small integers are then no handles.
+      // Generations begin at 1, so that small integers are never handles.
       word = Atomic(1 << 32)
       record = nil
     }
   }
 
   private static let live: UInt64 = 1 << 31
-  /// Neither free nor usable: being created or being destroyed.
+  /// Neither free nor usable: the engine is being created or destroyed.
   private static let reserved: UInt64 = 1 << 30
   private static let userMask: UInt64 = (1 << 30) - 1
 
@@ -68,7 +68,7 @@ final class EngineTable: @unchecked Sendable {
     Fork.inChild { EngineTable.table.forgetEverything() }
   }
 
-  /// Makes an engine and a handle for it.
+  /// Creates an engine and a handle for it.
   func insert(
     _ kind: HandleKind, _ make: () throws(EngineError) -> TransferEngine
   ) throws(EngineError) -> UInt64 {
@@ -99,7 +99,7 @@ final class EngineTable: @unchecked Sendable {
     let slot = try acquire(handle, kind)
     defer { Self.release(slot, handle) }
     let record = Unmanaged<EngineRecord>.fromOpaque(slot.pointee.record!)
-    // A strong reference here would make every call of every thread count on one word more.
+    // A strong reference would make every call of every thread count on one more shared word.
     let result: Result<Value, EngineError> = record._withUnsafeGuaranteedRef { record in
       do throws(EngineError) {
         return .success(try body(record))
@@ -110,11 +110,12 @@ final class EngineTable: @unchecked Sendable {
     return try result.get()
   }
 
-  /// Ends the engine: refuses new calls, lets those inside return, then frees it.
+  /// Ends the engine: refuses new calls, waits for those inside to return, then frees it.
   func destroy(_ handle: UInt64, _ kind: HandleKind) throws(EngineError) {
     let slot = try acquire(handle, kind)
     let generation = Self.generation(of: handle)
-    // This call's own use ends here as well; whoever changes live to reserved is the destroyer.
+    // Also ends this call's own use. The thread that changes live to reserved is the one that
+    // destroys.
     let old = slot.pointee.word.load(ordering: .relaxed)
     var word = old
     while true {
@@ -130,7 +131,7 @@ final class EngineTable: @unchecked Sendable {
     }
     let record = Unmanaged<EngineRecord>.fromOpaque(slot.pointee.record!)
     record._withUnsafeGuaranteedRef { $0.engine.close() }
-    // Closing made blocked callers return; what is left are a few instructions each.
+    // Closing made blocked callers return; each has only a few instructions left.
     while slot.pointee.word.load(ordering: .acquiring) & Self.userMask != 0 { usleep(50) }
     slot.pointee.record = nil
     record.release()
@@ -148,8 +149,8 @@ final class EngineTable: @unchecked Sendable {
     }
   }
 
-  /// Makes every handle invalid without touching the engines; for the child of a fork, where their
-  /// threads do not exist and their locks may be held forever.
+  /// Invalidates every handle without touching the engines; for a forked child, where their threads
+  /// do not exist and their locks may be held forever.
   private func forgetEverything() {
     for index in 0..<Self.capacity {
       let word = slots[index].word.load(ordering: .relaxed)
@@ -194,7 +195,7 @@ final class EngineTable: @unchecked Sendable {
   @inline(__always)
   private static func release(_ slot: UnsafeMutablePointer<Slot>, _ handle: UInt64) {
     var word = slot.pointee.word.load(ordering: .relaxed)
-    // Another generation: a callback of this call forked, and this is the child.
+    // With another generation, a callback of this call has forked and this is the child.
     while word >> 32 == generation(of: handle) {
       let (exchanged, current) = slot.pointee.word.weakCompareExchange(
         expected: word, desired: word - 1, successOrdering: .releasing, failureOrdering: .relaxed)
@@ -203,7 +204,7 @@ final class EngineTable: @unchecked Sendable {
     }
   }
 
-  // A handle from its low end: 1 (so that it is no aligned pointer), kind, 10 bits of index,
+  // A handle from its low end: 1 (so that it is never an aligned pointer), kind, 10 bits of index,
   // generation.
   private static func encode(_ index: Int, _ generation: UInt64, _ kind: HandleKind) -> UInt64 {
     generation << 13 | UInt64(index) << 3 | kind.rawValue << 1 | 1

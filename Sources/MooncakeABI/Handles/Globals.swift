@@ -3,11 +3,11 @@ import MooncakeP2P
 import MooncakeSystem
 import Synchronization
 
-/// What the whole process shares.
+/// Process-wide state.
 enum Globals {
   private static let isPrepared = Atomic(false)
 
-  /// Uses each global once, in the first call of the library that needs any: see `Fork.prepare`.
+  /// Uses each global once, in the first call that needs any: see `Fork.prepare`.
   @inline(__always)
   static func prepare() {
     Fork.prepare(isPrepared) {

@@ -1,4 +1,4 @@
-// The end of the process by SIGTERM or SIGINT, as enableGracefulShutdown() promises it.
+// What happens on SIGTERM, SIGINT and exit() after enableGracefulShutdown().
 import Glibc
 import MooncakeBase
 import MooncakeEngine
@@ -7,9 +7,9 @@ import Synchronization
 
 /// Destroys the engines that asked for it before the process ends.
 enum GracefulShutdown {
-  /// The process whose watcher is running: the child of a fork inherits handlers but no thread.
+  /// The process whose watcher thread is running: a forked child inherits handlers but no thread.
   private static let owner = Atomic<pid_t>(0)
-  /// 0, or the signal that came.
+  /// 0, or the signal that arrived.
   private static let request = Futex()
   private static let exitHandler: Int32 = atexit { endEngines() }
 
@@ -18,12 +18,12 @@ enum GracefulShutdown {
     _ = exitHandler
   }
 
-  /// Puts handlers and watcher in place, once a process.
+  /// Installs the handlers and starts the watcher, once per process.
   static func enable() throws(EngineError) {
     let process = getpid()
     let former = owner.load(ordering: .acquiring)
     if former == process { return }
-    // The handlers use this word; from here on it exists.
+    // Create the word before the handlers that use it.
     request.store(0)
     if exitHandler != 0 { throw EngineError(.outOfMemory, "atexit() refused a handler") }
     let (exchanged, _) = owner.compareExchange(
@@ -43,17 +43,17 @@ enum GracefulShutdown {
     sigaction(SIGINT, &action, nil)
   }
 
-  /// Runs in the signal handler, so it allocates, locks and logs nothing.
+  /// Runs as the signal handler, so it must not allocate, lock or log.
   private static func handle(_ signal: Int32) {
     let before = errno
     defer { errno = before }
     if owner.load(ordering: .acquiring) != getpid() {
-      // No watcher would hear it; the default action follows when the handler returns.
+      // This process has no watcher; the default action follows when the handler returns.
       _ = Glibc.signal(signal, SIG_DFL)
       raise(signal)
       return
     }
-    // A second signal means that the orderly end takes too long for somebody.
+    // A second signal means that somebody does not want to wait for the orderly end.
     if request.exchange(UInt32(bitPattern: signal)) != 0 { _exit(128 &+ signal) }
     request.wakeAll()
   }
@@ -69,7 +69,7 @@ enum GracefulShutdown {
       record.dropIn.endsWithProcess.load(ordering: .acquiring)
     }
     for handle in handles {
-      // Somebody else may be destroying it already.
+      // Another thread may be destroying it already.
       try? EngineTable.shared.destroy(handle, .dropIn)
     }
   }

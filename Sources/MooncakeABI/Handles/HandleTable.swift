@@ -1,6 +1,5 @@
-// Handles of everything but engines, which have a table of their own that does not lock. A handle
-// looks like a pointer to C but is a number that is never used twice: nothing a caller passes is
-// ever dereferenced.
+// Handles of everything but engines, which have their own lock-free table. A handle looks like a
+// pointer to C but is a number that is never reused: nothing a caller passes is ever dereferenced.
 import CMooncake
 import Glibc
 import MooncakeBase
@@ -8,15 +7,15 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// What a handle of mooncake.h may stand for.
+/// An object that a handle of mooncake.h may refer to.
 protocol HandleObject: AnyObject, Sendable {
-  /// For messages, "a store".
+  /// For messages, such as "a store".
   static var noun: StaticString { get }
   /// How many of them a process may have.
   static var capacity: Int { get }
 }
 
-/// The objects that C programs hold by handles.
+/// The objects that C programs refer to by handles.
 final class HandleTable: Sendable {
   private struct Entry: Sendable {
     let object: any HandleObject
@@ -28,13 +27,13 @@ final class HandleTable: Sendable {
   private struct State: Sendable {
     var entries: [UInt64: Entry] = [:]
     var last: UInt64 = 0
-    /// Objects of each type, with those that are being made.
+    /// Objects of each type, including those being created.
     var counts: [ObjectIdentifier: Int] = [:]
   }
   private let state = Lock(State())
 
-  // Replaced only in a forked child, before it has a second thread: another thread of the parent
-  // may have held the lock at the fork, and the objects' threads do not exist there.
+  // Replaced only in a forked child, before it has a second thread: a thread of the parent may have
+  // held the lock at the fork, and the objects' threads do not exist in the child.
   private nonisolated(unsafe) static var current = HandleTable()
 
   static var shared: HandleTable {
@@ -48,13 +47,13 @@ final class HandleTable: Sendable {
   }
 
   private static func forget() {
-    // Its objects must not be ended: their threads cannot be joined.
+    // Keep the old objects: their threads cannot be joined.
     _ = Unmanaged.passRetained(current)
     current = HandleTable()
     current.state.withLock { $0.last = UInt64(getpid()) << 32 }
   }
 
-  /// Makes an object and a handle for it.
+  /// Creates an object and a handle for it.
   func insert<Object: HandleObject>(
     _ make: () throws(EngineError) -> Object
   ) throws(EngineError) -> OpaquePointer? {
@@ -67,7 +66,7 @@ final class HandleTable: Sendable {
     if !hasRoom {
       throw EngineError(
         .full,
-        "the process has \(Object.capacity) handles of the kind \(Object.noun): end one first")
+        "the process has \(Object.capacity) handles of this kind (\(Object.noun)): end one first")
     }
     let object: Object
     do throws(EngineError) { object = try make() } catch {
@@ -76,7 +75,7 @@ final class HandleTable: Sendable {
     }
     let handle = state.withLock { state in
       state.last += 1
-      // Odd, so that it is no aligned pointer; the bits of an engine's kind are 0.
+      // Odd, so that it is never an aligned pointer; the bits of an engine handle's kind are 0.
       let handle = state.last << 3 | 1
       state.entries[handle] = Entry(object: object)
       return handle
@@ -84,7 +83,7 @@ final class HandleTable: Sendable {
     return OpaquePointer(bitPattern: UInt(handle))
   }
 
-  /// Runs `body` with the object behind a handle; `remove` waits for that.
+  /// Runs `body` with the object behind a handle; `remove` waits until it returns.
   func with<Object: HandleObject, Value>(
     _ handle: OpaquePointer?, _ type: Object.Type,
     _ body: (Object) throws(EngineError) -> Value
@@ -96,8 +95,8 @@ final class HandleTable: Sendable {
     return try body(object)
   }
 
-  /// Refuses further calls, runs `close`, which makes those inside return, and forgets the object
-  /// once they have.
+  /// Refuses further calls, runs `close`, which must make the calls inside return, and releases the
+  /// object when they have.
   func remove<Object: HandleObject>(
     _ handle: OpaquePointer?, _ type: Object.Type, _ close: (Object) -> Void
   ) throws(EngineError) {
@@ -110,12 +109,12 @@ final class HandleTable: Sendable {
       state.counts[ObjectIdentifier(type), default: 1] -= 1
       return state.entries.removeValue(forKey: key)
     }
-    // Its end may take time: not under the lock.
+    // Released outside the lock, because its deinit may take time.
     _ = entry
   }
 
   private func release(_ key: UInt64) {
-    // Otherwise a callback of this call forked, and this is the child, where the lock may be held
+    // If not, a callback of this call has forked and this is the child, where the lock may be held
     // forever.
     if self === Self.shared { state.withLock { $0.entries[key]?.userCount -= 1 } }
   }

@@ -1,34 +1,34 @@
 // swift-format-ignore-file: AlwaysUseLowerCamelCase
 
-// Structs of mooncake.h that begin with their own size and grow only at their end: callers bring
-// any version of them, from the first on.
+// Structs of mooncake.h that begin with their own size and grow only at the end: callers may use
+// any version since the first.
 import CMooncake
 import Glibc
 import MooncakeBase
 import MooncakeEngine
 
-/// A larger struct_size is a mistake rather than a later version.
+/// A larger struct_size is taken for a mistake, not for a later version.
 private let maximumSize = 4096
 
 /// A struct whose first field is `uint32_t struct_size`. All zeros are the defaults.
 protocol SizedStruct {
   init()
   var struct_size: UInt32 { get set }
-  /// How C calls it.
+  /// Its name in C.
   static var typeName: StaticString { get }
-  /// Its size in the version that brought it.
+  /// Its size in the first version that had it.
   static var firstSize: Int { get }
 }
 
 extension SizedStruct {
   private static var currentSize: Int { MemoryLayout<Self>.size }
 
-  /// Brings a caller's struct to the current version; null gives the defaults.
+  /// Converts a caller's struct to the current version; null gives the defaults.
   static func read(_ given: UnsafePointer<Self>?) throws(EngineError) -> Self {
     var values = Self()
     guard let given else { return values }
     let bytes = UnsafeRawPointer(given)
-    // The rest may not exist before its size is known.
+    // Read only struct_size first: the memory may end right after the caller's version.
     let size = try checkSize(bytes.loadUnaligned(as: UInt32.self))
     if size > currentSize {
       let extra = UnsafeRawBufferPointer(start: bytes + currentSize, count: size - currentSize)
@@ -45,7 +45,7 @@ extension SizedStruct {
     return values
   }
 
-  /// Writes itself as the defaults into a struct of the caller's size.
+  /// Writes this value, the defaults, into a struct of the caller's size.
   func write(
     to output: UnsafeMutablePointer<Self>?, _ argument: StaticString, size: UInt32
   ) throws(EngineError) {
@@ -68,12 +68,12 @@ extension SizedStruct {
   }
 }
 
-/// Checks a field that later versions may give a meaning.
+/// Checks that a reserved field is 0.
 func checkReserved(_ value: UInt32, _ argument: StaticString) throws(EngineError) {
   if value != 0 { throw EngineError(.invalidArgument, "\(argument) is not 0") }
 }
 
-/// Checks a field that says yes or no.
+/// Checks a field that must be 0 or 1.
 func checkFlag(_ value: UInt32, _ argument: StaticString) throws(EngineError) -> Bool {
   if value > 1 { throw EngineError(.invalidArgument, "\(argument) is \(value), not 0 or 1") }
   return value == 1

@@ -1,4 +1,4 @@
-// How texts enter and leave: bounded, valid UTF-8, never beyond the caller's buffer.
+// Reads and writes C texts: bounded, valid UTF-8, never beyond the caller's buffer.
 import Glibc
 import MooncakeBase
 import MooncakeEngine
@@ -6,8 +6,8 @@ import MooncakeEngine
 /// Longest name, address, URI or location accepted, in bytes.
 let maximumNameBytes = 4096
 
-/// Longest notification text accepted, in bytes: name and JSON around it must fit one RPC message
-/// as well. What a peer takes may be less.
+/// Longest notification text accepted, in bytes; name and JSON around it must fit the RPC message,
+/// too. A peer may accept less.
 var maximumMessageBytes: Int { Notification.byteLimit }
 
 /// Copies a required, non-empty text.
@@ -20,7 +20,7 @@ func requiredText(
   return value
 }
 
-/// Copies a text that may be null but, if given, not empty.
+/// Copies a text that may be null but not empty.
 func optionalText(
   _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumNameBytes
 ) throws(EngineError) -> String? {
@@ -52,7 +52,8 @@ private func copiedText(
   return value
 }
 
-/// Writes a text by the rule of mooncake.h: cut to fit, full length told, a cut is an error.
+/// Writes a text by the rule of mooncake.h: truncates it to fit, returns the full length;
+/// truncation is an error.
 func writeText(
   _ text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
   _ length: UnsafeMutablePointer<UInt64>?

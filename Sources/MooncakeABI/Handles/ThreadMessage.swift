@@ -1,6 +1,6 @@
-// What the library keeps per thread of its callers: the text of the last failure, and whether the
-// thread is inside a callback. It lives in malloc'd memory behind a pthread key, so it needs no
-// runtime support and ends with the thread.
+// Per-thread state of the callers: the text of the last failure, and whether the thread is inside a
+// callback. It is malloc'd memory behind a pthread key, so it needs no runtime support and is freed
+// with the thread.
 import Glibc
 import MooncakeEngine
 
@@ -11,12 +11,12 @@ struct ThreadState {
   private var callbackDepth = 0
   private var logCallbackDepth = 0
 
-  /// Longer messages are cut.
+  /// Longer messages are truncated.
   private static let maximumMessageBytes = 8192
 
   private static let key: pthread_key_t = {
     var key = pthread_key_t()
-    // Without a key there are no messages, and everything else works.
+    // Without a key there are no messages, but everything else works.
     let result = pthread_key_create(&key) { state in
       guard let state else { return }
       free(state.assumingMemoryBound(to: ThreadState.self).pointee.message)
@@ -54,7 +54,7 @@ struct ThreadState {
   /// Replaces the message by "function: cause".
   static func setMessage(_ function: StaticString, _ cause: String) {
     guard let state = obtain() else { return }
-    // Of #function, only the name before the labels means something to callers.
+    // Callers know only the part of #function before the argument labels.
     let name = UnsafeBufferPointer(start: function.utf8Start, count: function.utf8CodeUnitCount)
       .prefix { $0 != UInt8(ascii: "(") }
     var cause = cause
@@ -86,16 +86,16 @@ struct ThreadState {
 
   // MARK: - Callbacks
 
-  /// Whether the thread runs a callback of the host, but for that of the log.
+  /// Whether the thread is inside a callback of the host other than the log's.
   static var isInsideCallback: Bool {
     (existing?.pointee.callbackDepth ?? 0) > 0
   }
 
-  /// Whether the thread runs the host's log callback.
+  /// Whether the thread is inside the host's log callback.
   @inline(__always)
   static var isInsideLogCallback: Bool { (existing?.pointee.logCallbackDepth ?? 0) > 0 }
 
-  /// Runs a callback of the host, but for that of the log.
+  /// Runs a callback of the host other than the log's.
   static func duringCallback<Value>(_ body: () -> Value) -> Value {
     guard let state = obtain() else { return body() }
     state.pointee.callbackDepth += 1
@@ -111,7 +111,7 @@ struct ThreadState {
     state.pointee.logCallbackDepth = max(0, state.pointee.logCallbackDepth - 1)
   }
 
-  /// Lets the child of a fork out of the callbacks that its only thread was in.
+  /// Tells a forked child that its only thread is no longer inside callbacks.
   static func forgetCallbacks() {
     existing?.pointee.callbackDepth = 0
     existing?.pointee.logCallbackDepth = 0

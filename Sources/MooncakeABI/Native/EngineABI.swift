@@ -15,7 +15,7 @@ package func mooncake_engine_options_init(
   }
 }
 
-/// Creates an engine whose ports are listening.
+/// Creates an engine; its ports listen when this returns.
 @c @implementation
 package func mooncake_engine_create(
   _ options: UnsafePointer<mooncake_engine_options_t>?,
@@ -68,7 +68,7 @@ package func mooncake_engine_metrics(
   }
 }
 
-/// A descriptor that tells of batches having become terminal.
+/// A descriptor that becomes readable when a batch becomes terminal.
 @c @implementation
 package func mooncake_engine_event_fd(
   _ engine: OpaquePointer?, _ fd: UnsafeMutablePointer<Int32>?

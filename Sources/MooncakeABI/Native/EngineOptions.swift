@@ -21,7 +21,7 @@ func writeDefaultOptions(
   try values.write(to: options, "options", size: size)
 }
 
-/// Reads what a caller asks for.
+/// Reads and checks a caller's options.
 func readOptions(
   _ given: UnsafePointer<mooncake_engine_options_t>?
 ) throws(EngineError) -> TransferEngine.Options {
@@ -29,7 +29,7 @@ func readOptions(
   let values = try mooncake_engine_options_t.read(given)
   try checkReserved(values.reserved, "options.reserved")
   guard let port = UInt16(exactly: values.port) else {
-    throw EngineError(.invalidArgument, "options.port \(values.port) is beyond 65535")
+    throw EngineError(.invalidArgument, "options.port \(values.port) is above 65535")
   }
   options.port = port
   options.name = try optionalText(values.name, "options.name")

@@ -5,14 +5,14 @@ import CMooncake
 import MooncakeBase
 import MooncakeEngine
 
-/// A callback of the host with the pointer that belongs to it.
+/// A callback of the host with its context pointer.
 private struct HostLogSink: @unchecked Sendable {
-  // Unchecked: the host answers for using its context from any thread.
+  // Unchecked: the host must be able to use its context on any thread.
   let callback: mooncake_log_callback_t
   let context: UnsafeMutableRawPointer?
 }
 
-/// Sends log lines to a callback or, without one, to stderr.
+/// Sends log lines to a callback or, if it is null, to stderr.
 @c @implementation
 package func mooncake_log_set_callback(
   _ callback: mooncake_log_callback_t?, _ context: UnsafeMutableRawPointer?
@@ -40,19 +40,20 @@ package func mooncake_log_set_level(_ level: Int32) -> Int32 {
   }
 }
 
-/// The log is locked while its callback runs.
+/// Throws inside the log callback, where the log is locked.
 func refuseInsideLogCallback() throws(EngineError) {
   if ThreadState.isInsideLogCallback {
     throw EngineError(.invalidArgument, "a log callback must not call the library")
   }
 }
 
-/// What ends something must not run on a thread that this something waits for.
+/// Throws inside a callback: destroying an object waits for its callbacks, so it would wait for
+/// itself.
 func refuseInsideCallback() throws(EngineError) {
   if ThreadState.isInsideCallback {
     throw EngineError(
       .invalidArgument,
-      "a callback of the library cannot do this, which waits for callbacks: leave it to another "
+      "a callback must not call this function, which waits for callbacks: leave it to another "
         + "thread")
   }
 }

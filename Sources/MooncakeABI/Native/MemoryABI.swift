@@ -5,7 +5,7 @@ import CMooncake
 import MooncakeBase
 import MooncakeEngine
 
-/// How the engine takes lists of buffers; laid out as `mooncake_buffer_t` and `buffer_entry_t` are.
+/// A buffer in the engine's lists; has the layout of `mooncake_buffer_t` and `buffer_entry_t`.
 typealias BufferEntry = (address: UInt64, length: UInt64)
 
 /// Registers one buffer.
@@ -49,7 +49,7 @@ package func mooncake_memory_register_batch(
   }
 }
 
-/// Ends registrations, also after one that does not exist.
+/// Ends registrations; continues after one that does not exist.
 @c @implementation
 package func mooncake_memory_unregister_batch(
   _ engine: OpaquePointer?, _ addresses: UnsafePointer<UnsafeMutableRawPointer?>?, _ count: UInt64
@@ -71,9 +71,9 @@ package func mooncake_memory_allocate(
   nativeCall(engine) { engine throws(EngineError) in
     let output = try checkOutput(address, "address")
     if length == 0 { throw EngineError(.invalidArgument, "length is 0") }
-    // No more fits an address space, and sizes stay clear of the sign.
+    // No address space holds more, and sizes stay clear of the sign bit.
     if length > 1 << 62 {
-      throw EngineError(.outOfMemory, "\(length) bytes are more than there can be")
+      throw EngineError(.outOfMemory, "\(length) bytes are more than any address space holds")
     }
     output.pointee = try engine.allocate(
       length: length, location: try optionalText(location, "location") ?? "*",

@@ -23,7 +23,7 @@ private func readOptions(
   let values = try mooncake_metadata_server_options_t.read(given)
   var options = MetadataServer.Options()
   guard let port = UInt16(exactly: values.port) else {
-    throw EngineError(.invalidArgument, "options.port \(values.port) is beyond 65535")
+    throw EngineError(.invalidArgument, "options.port \(values.port) is above 65535")
   }
   options.port = port
   if let host = try optionalText(values.host, "options.host") { options.host = host }
@@ -45,7 +45,7 @@ package func mooncake_metadata_server_options_init(
   }
 }
 
-/// Starts a server that listens.
+/// Starts a server; it listens when this returns.
 @c @implementation
 package func mooncake_metadata_server_start(
   _ options: UnsafePointer<mooncake_metadata_server_options_t>?,

@@ -51,7 +51,7 @@ func makeNotification(
     message: try messageText(message, "message"))
 }
 
-/// Struct and texts in one block, so that one free() ends it.
+/// Copies struct and texts into one block, so that a single free() releases it.
 private func copyOut(
   _ notification: Notification
 ) throws(EngineError) -> UnsafeMutablePointer<mooncake_notification_t> {
@@ -60,7 +60,7 @@ private func copyOut(
   let messageSize = notification.message.utf8.count + 1
   guard let block = malloc(headerSize + nameSize + messageSize) else {
     throw EngineError(
-      .outOfMemory, "no memory for a notification of \(messageSize) bytes, which is lost")
+      .outOfMemory, "no memory for a notification of \(messageSize) bytes; it is lost")
   }
   let name = (block + headerSize).assumingMemoryBound(to: CChar.self)
   let message = name + nameSize

@@ -18,7 +18,7 @@ package func mooncake_segment_open(
   }
 }
 
-/// Gives a segment's id back.
+/// Closes a segment.
 @c @implementation
 package func mooncake_segment_close(
   _ engine: OpaquePointer?, _ segment: mooncake_segment_t

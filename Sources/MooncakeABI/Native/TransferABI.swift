@@ -34,7 +34,7 @@ package func mooncake_batch_submit(
   }
 }
 
-/// As `mooncake_batch_submit` with a notification once everything is completed.
+/// As `mooncake_batch_submit`, with a notification once everything has completed.
 @c @implementation
 package func mooncake_batch_submit_notify(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t,
@@ -45,7 +45,7 @@ package func mooncake_batch_submit_notify(
     let count = try checkArray(requests, count, "requests", limit: maximumBatchCapacity)
     if count == 0 {
       throw EngineError(
-        .invalidArgument, "count is 0: the first request says who gets the notification")
+        .invalidArgument, "count is 0: the notification goes to the first request's segment")
     }
     let notification = try makeNotification(name, message)
     try engine.submit(
@@ -97,7 +97,7 @@ package func mooncake_batch_wait(
   }
 }
 
-/// Ends every request that is not terminal.
+/// Cancels every request that is not terminal.
 @c @implementation
 package func mooncake_batch_cancel(_ engine: OpaquePointer?, _ batch: mooncake_batch_t) -> Int32 {
   nativeCall(engine) { engine throws(EngineError) in try engine.cancel(batch) }
@@ -120,14 +120,14 @@ package func mooncake_batch_event_fd(
   }
 }
 
-/// A callback of the host with the pointer that belongs to it.
+/// A callback of the host with its context pointer.
 private struct HostBatchCallback: @unchecked Sendable {
-  // Unchecked: the host answers for using its context on the library's thread.
+  // Unchecked: the host must be able to use its context on the library's thread.
   let callback: mooncake_batch_callback_t
   let context: UnsafeMutableRawPointer?
 }
 
-/// Sets what is called each time a batch becomes terminal.
+/// Sets the callback for each time a batch becomes terminal.
 @c @implementation
 package func mooncake_batch_set_callback(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t, _ callback: mooncake_batch_callback_t?,
@@ -135,7 +135,7 @@ package func mooncake_batch_set_callback(
 ) -> Int32 {
   nativeCall(engine) { engine throws(EngineError) in
     guard let callback else {
-      // A batch that does not exist is the graver mistake.
+      // Report an unknown batch first.
       _ = try engine.poll(batch)
       throw EngineError(.invalidArgument, "callback is null")
     }
@@ -161,10 +161,10 @@ package func mooncake_transfer_sync(
   }
 }
 
-/// Most requests that one batch takes.
+/// Most requests in one batch.
 let maximumBatchCapacity = 1 << 20
 
-/// Makes the thread's message tell why transfers failed, where they did.
+/// Sets the thread's message to the reason why transfers failed, if they did.
 @inline(__always)
 func explain(
   _ state: TransferState, _ batch: UInt64, _ engine: TransferEngine, _ function: StaticString

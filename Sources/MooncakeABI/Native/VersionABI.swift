@@ -6,13 +6,13 @@ import Glibc
 import MooncakeBase
 import MooncakeEngine
 
-// Never written after this and never freed: callers keep it.
+// Never written again and never freed, because callers keep it.
 nonisolated(unsafe) private let versionText = strdup(
   "\(MOONCAKE_VERSION_MAJOR).\(MOONCAKE_VERSION_MINOR).\(MOONCAKE_VERSION_PATCH)")
 
 func prepareVersion() { _ = versionText }
 
-/// A literal as C sees it: NUL-terminated, in static storage.
+/// A literal for C: NUL-terminated, in static storage.
 private func cString(_ text: StaticString) -> UnsafePointer<CChar> {
   UnsafeRawPointer(text.utf8Start).assumingMemoryBound(to: CChar.self)
 }
@@ -41,7 +41,7 @@ package func mooncake_error_name(_ code: Int32) -> UnsafePointer<CChar>? {
   return cString(code.headerName)
 }
 
-/// What the calling thread's last failure ran into.
+/// Why the calling thread's last call failed.
 @c @implementation
 package func mooncake_error_message() -> UnsafePointer<CChar>? {
   Globals.prepare()

@@ -6,7 +6,7 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeP2P
 
-/// A store and whose engine it works on.
+/// A store and the engine it works on.
 final class StoreRecord: HandleObject {
   static var noun: StaticString { "a store" }
   static var capacity: Int { 1024 }
@@ -16,7 +16,7 @@ final class StoreRecord: HandleObject {
   let engine: UInt64
   private let isOwnEngine: Bool
 
-  /// A store on an engine of the caller.
+  /// Creates a store on the caller's engine.
   init(on engine: UInt64, _ options: P2PStore.Options) throws(EngineError) {
     self.engine = engine
     isOwnEngine = false
@@ -25,7 +25,7 @@ final class StoreRecord: HandleObject {
     }
   }
 
-  /// A store with its own engine.
+  /// Creates a store with its own engine.
   init(
     _ engineOptions: TransferEngine.Options, _ options: P2PStore.Options
   ) throws(EngineError) {
@@ -45,7 +45,7 @@ final class StoreRecord: HandleObject {
 
   func end() {
     store.close()
-    // A caller that destroyed the borrowed engine has only hurried.
+    // Fails only if the caller has already destroyed it through the handle that we gave out.
     if isOwnEngine { try? EngineTable.shared.destroy(engine, .native) }
   }
 }
@@ -74,7 +74,7 @@ package func mooncake_store_create(
     try refuseInsideLogCallback()
     if engine != nil && engine_options != nil {
       throw EngineError(
-        .invalidArgument, "engine and engine_options are given: an engine has its options already")
+        .invalidArgument, "engine and engine_options are both given: give only one of them")
     }
     let storeOptions = try readOptions(options)
     let engineOptions = try readOptions(engine_options)
@@ -112,7 +112,7 @@ extension Cancellation: HandleObject {
   static var capacity: Int { 65_536 }
 }
 
-/// Creates what ends operations.
+/// Creates a cancellation.
 @c @implementation
 package func mooncake_cancellation_create(
   _ cancellation: UnsafeMutablePointer<OpaquePointer?>?
@@ -126,7 +126,7 @@ package func mooncake_cancellation_create(
   }
 }
 
-/// Ends the operations that were given it.
+/// Cancels the operations that use it.
 @c @implementation
 package func mooncake_cancellation_cancel(_ cancellation: OpaquePointer?) -> Int32 {
   nativeCall(cancellation, Cancellation.self) { cancellation throws(EngineError) in
@@ -154,7 +154,7 @@ package func mooncake_store_operation_init(
 
 // MARK: - Results
 
-/// What a result holds.
+/// The contents of a result.
 @c @implementation
 package func mooncake_store_result_read(
   _ result: OpaquePointer?,

@@ -1,4 +1,4 @@
-// The sized structs and arrays that the store's functions take: checked before anything uses them.
+// Reads the structs and arrays that the store's functions take, and checks them before use.
 import CMooncake
 import MooncakeBase
 import MooncakeEngine
@@ -24,7 +24,7 @@ extension mooncake_store_get_options_t: SizedStruct {
   static var firstSize: Int { 32 }
 }
 
-/// Reads how a store is to be.
+/// Reads the options of a store.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_options_t>?
 ) throws(EngineError) -> P2PStore.Options {
@@ -36,7 +36,7 @@ func readOptions(
   return options
 }
 
-/// Reads how a payload is to be registered.
+/// Reads the options of a registration.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_register_options_t>?
 ) throws(EngineError) -> RegisterOptions {
@@ -50,7 +50,7 @@ func readOptions(
   return options
 }
 
-/// Reads how a payload is to be fetched.
+/// Reads the options of a get.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_get_options_t>?
 ) throws(EngineError) -> GetOptions {
@@ -70,7 +70,7 @@ func readOptions(
   return options
 }
 
-/// A progress callback of the host with the pointer that belongs to it.
+/// A progress callback of the host with its context pointer.
 private struct HostProgress: @unchecked Sendable {
   // Unchecked: it is called only on the thread that called the operation.
   let callback: mooncake_store_progress_callback_t
@@ -86,7 +86,7 @@ private struct HostProgress: @unchecked Sendable {
   }
 }
 
-/// Reads what bounds and watches an operation.
+/// Reads an operation's deadline, cancellation and progress callback.
 func readOperation(
   _ given: UnsafePointer<mooncake_store_operation_t>?
 ) throws(EngineError) -> StoreOperation {
@@ -105,7 +105,7 @@ func readOperation(
   return operation
 }
 
-/// Copies a list of buffers of which each could be real memory.
+/// Copies a list of buffers and checks that each could be real memory.
 func readBuffers(
   _ buffers: UnsafePointer<mooncake_buffer_t>?, _ count: UInt64
 ) throws(EngineError) -> [PayloadBuffer] {
@@ -121,7 +121,7 @@ func readBuffers(
     }
     try checkRange(address, buffer.length)
     total &+= buffer.length
-    // Each is below 1 << 63, so that a sum that leaves the range is seen before it wraps.
+    // Each is below 1 << 63, so a sum that is too large is noticed before it wraps.
     if total >> 62 != 0 {
       throw EngineError(.invalidArgument, "the buffers are longer than any memory")
     }
@@ -130,7 +130,7 @@ func readBuffers(
   return result
 }
 
-/// Most buffers of a payload.
+/// Most buffers in a payload.
 private let maximumBufferCount = 65_536
 
 /// Checks that a range could be memory of this process.
@@ -138,7 +138,7 @@ func checkRange(_ address: UnsafeRawPointer, _ length: UInt64) throws(EngineErro
   let start = UInt64(UInt(bitPattern: address))
   if length >> 62 != 0 || start.addingReportingOverflow(length).overflow {
     throw EngineError(
-      .invalidArgument, "\(length) bytes at 0x\(String(start, radix: 16)) are beyond all memory")
+      .invalidArgument, "\(length) bytes at 0x\(String(start, radix: 16)) exceed the address space")
   }
 }
 

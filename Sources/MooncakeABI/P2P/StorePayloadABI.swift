@@ -26,7 +26,7 @@ package func mooncake_store_get_options_init(
   }
 }
 
-/// Makes a result and its handle; for callers who want none, only runs `body`.
+/// Creates a result and its handle; only runs `body` if the caller wants none.
 private func writeResult(
   _ output: UnsafeMutablePointer<OpaquePointer?>?, _ body: () throws(EngineError) -> StoreReport
 ) throws(EngineError) {
@@ -57,7 +57,7 @@ package func mooncake_store_register(
   }
 }
 
-/// Withdraws what the store has registered.
+/// Withdraws a payload that the store has registered.
 @c @implementation
 package func mooncake_store_unregister(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
@@ -84,7 +84,7 @@ package func mooncake_store_get(
     let buffers = isAllocated ? nil : try readBuffers(buffers, count)
     if isAllocated && result == nil {
       throw EngineError(
-        .invalidArgument, "buffers and result are null: nobody would know where the payload is")
+        .invalidArgument, "buffers and result are both null: the payload could not be found")
     }
     let options = try readOptions(options)
     let operation = try readOperation(operation)
@@ -94,7 +94,7 @@ package func mooncake_store_get(
   }
 }
 
-/// Gives up what the store has got.
+/// Drops a payload that the store has fetched.
 @c @implementation
 package func mooncake_store_delete_replica(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
@@ -106,7 +106,7 @@ package func mooncake_store_delete_replica(
   }
 }
 
-/// Takes a name away from every store.
+/// Removes a name from every store.
 @c @implementation
 package func mooncake_store_remove(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
@@ -117,7 +117,7 @@ package func mooncake_store_remove(
   }
 }
 
-/// Finds payloads by the beginning of their names.
+/// Lists payloads by name prefix.
 @c @implementation
 package func mooncake_store_list(
   _ store: OpaquePointer?, _ prefix: UnsafePointer<CChar>?,

@@ -1,11 +1,11 @@
-// What calls of a store have found, as C reads it: structs and texts in memory of their own.
+// Results of store calls as C reads them: structs and texts in their own memory.
 import CMooncake
 import MooncakeEngine
 import MooncakeP2P
 
-/// Plain memory that C reads and that ends with this object.
+/// Memory for C to read, freed with this object.
 final class CMemory: @unchecked Sendable {
-  // Unchecked: filled before a second thread knows of it.
+  // Unchecked: filled before a second thread sees it.
   private var blocks: [UnsafeMutableRawPointer] = []
 
   deinit { for block in blocks { block.deallocate() } }
@@ -43,9 +43,9 @@ final class CMemory: @unchecked Sendable {
   }
 }
 
-/// What is behind a `mooncake_store_result_t`.
+/// The object behind a `mooncake_store_result_t`.
 final class StoreReport: HandleObject, @unchecked Sendable {
-  // Unchecked: written only while it is made.
+  // Unchecked: written only while it is created.
   static var noun: StaticString { "a result" }
   static var capacity: Int { 1 << 20 }
 

@@ -11,9 +11,9 @@ extension PayloadWatch: HandleObject {
   static var capacity: Int { 1024 }
 }
 
-/// A callback of the host with the pointer that belongs to it.
+/// A callback of the host with its context pointer.
 private struct HostWatchCallback: @unchecked Sendable {
-  // Unchecked: the host answers for using its context on the library's thread.
+  // Unchecked: the host must be able to use its context on the library's thread.
   let callback: mooncake_store_watch_callback_t
   let context: UnsafeMutableRawPointer?
 
@@ -35,7 +35,7 @@ private struct HostWatchCallback: @unchecked Sendable {
   }
 }
 
-/// Calls back with the changes of payloads.
+/// Starts a watch, which calls back with changes of payloads.
 @c @implementation
 package func mooncake_store_watch_create(
   _ store: OpaquePointer?, _ prefix: UnsafePointer<CChar>?,

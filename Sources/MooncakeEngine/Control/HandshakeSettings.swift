@@ -1,22 +1,22 @@
 import MooncakeSystem
 
-/// What environment variables say about the RPC side. A value out of its range counts as absent.
+/// RPC settings from environment variables. A value out of its range counts as absent.
 package struct HandshakeSettings: Sendable {
-  /// `MC_HANDSHAKE_PORT`: for names without a port.
+  /// `MC_HANDSHAKE_PORT`: the port for names without one.
   package var defaultPort: UInt16 = 12_001
-  /// `MC_HANDSHAKE_MAX_LENGTH`: bytes of a message, type byte included.
+  /// `MC_HANDSHAKE_MAX_LENGTH`: most bytes of a message, including the type byte.
   package var maximumLength = 1 << 20
   /// `MC_HANDSHAKE_CONNECT_TIMEOUT` (seconds): for each address of a peer.
   package var connectTimeoutMilliseconds: UInt64 = 5000
   /// `MC_HANDSHAKE_LISTEN_BACKLOG`.
   package var backlog: Int32 = 128
-  /// `MC_MIN_RPC_PORT` to `MC_MAX_RPC_PORT`: where the drop-in API takes ports from.
+  /// `MC_MIN_RPC_PORT` to `MC_MAX_RPC_PORT`: the range from which the drop-in API takes ports.
   package var portRange: ClosedRange<UInt16> = 15_000...17_000
-  /// `MC_USE_IPV6`, set at all.
+  /// `MC_USE_IPV6`: whether it is set, whatever the value.
   package var usesIPv6 = false
-  /// `MC_TCP_BIND_ADDRESS`: the advertised host where a metadata store is used.
+  /// `MC_TCP_BIND_ADDRESS`: the advertised host if a metadata service is used.
   package var advertisedAddress: String?
-  /// `MC_LEGACY_RPC_PORT_BINDING`, set at all.
+  /// `MC_LEGACY_RPC_PORT_BINDING`: whether it is set, whatever the value.
   package var isLegacyPortBinding = false
 
   package init() {}
@@ -43,7 +43,7 @@ package struct HandshakeSettings: Sendable {
     isLegacyPortBinding = variable("MC_LEGACY_RPC_PORT_BINDING") != nil
     advertisedAddress = variable("MC_TCP_BIND_ADDRESS").flatMap { $0.isEmpty ? nil : $0 }
 
-    // The second spelling is as old as the first.
+    // The misspelled name is as old as the right one.
     func port(_ name: String, _ other: String, _ standard: UInt16) -> UInt16? {
       guard let text = variable(name) ?? variable(other) else { return standard }
       guard let value = UInt16(text), value >= 1024, !(32_768...60_999).contains(value) else {

@@ -1,7 +1,6 @@
 import MooncakeSystem
 
-/// Work that waits for a thread, which may come too late: then its end is told at its deadline
-/// instead.
+/// Work that waits for a thread. If none takes it by its deadline, it is reported as late then.
 final class LateWork: Sendable {
   private struct Item: Sendable {
     let deadline: UInt64
@@ -10,24 +9,24 @@ final class LateWork: Sendable {
   private struct State {
     var items: [UInt64: Item] = [:]
     var nextToken: UInt64 = 0
-    /// When those whose deadline has passed are looked for next.
+    /// When to look for overdue items next.
     var watched = UInt64.max
   }
   private let caller: RPCCaller
   private let state = Lock(State())
 
-  /// What lies closer together is told together.
+  /// Items whose deadlines are closer together than this are reported together.
   private static let watchNanoseconds: UInt64 = 10_000_000
 
   init(_ caller: RPCCaller) { self.caller = caller }
 
-  /// Adds work that `take` must take away before it is done; else `isLate`, which must not wait, is
-  /// called once its deadline has passed.
+  /// Adds work; whoever is to do it must first `take` it. If that has not happened by the deadline,
+  /// `isLate`, which must not wait, is called once.
   func add(until deadline: UInt64, isLate: @escaping @Sendable () -> Void) -> UInt64 {
     let (token, watch): (UInt64, UInt64?) = state.withLock { state in
       state.nextToken += 1
       state.items[state.nextToken] = Item(deadline: deadline, isLate: isLate)
-      // A watch that is over without having looked could not be begun.
+      // A watch whose time has passed without a look could not be started; start another.
       if deadline >= state.watched && state.watched > Clock.now() { return (state.nextToken, nil) }
       state.watched = deadline
       return (state.nextToken, deadline)
@@ -36,17 +35,17 @@ final class LateWork: Sendable {
     return token
   }
 
-  /// Whether the work is still to be done.
+  /// Takes the work off the list; false if it was already reported as late.
   func take(_ token: UInt64) -> Bool {
     state.withLock { $0.items.removeValue(forKey: token) != nil }
   }
 
   private func watch(until deadline: UInt64?) {
     guard let deadline else { return }
-    caller.run(at: Deadline(nanoseconds: deadline)) { [weak self] in self?.tellLate() }
+    caller.run(at: Deadline(nanoseconds: deadline)) { [weak self] in self?.reportLate() }
   }
 
-  private func tellLate() {
+  private func reportLate() {
     let now = Clock.now()
     let (late, watch): ([Item], UInt64?) = state.withLock { state in
       if now < state.watched { return ([], nil) }

@@ -6,19 +6,19 @@ import MooncakeSystem
 package struct DropInListenOptions: Sendable {
   /// `local_server_name`.
   package var serverName: String
-  /// `ip_or_host_name`: used where the server name has no host.
+  /// `ip_or_host_name`: used if the server name has no host.
   package var hostName: String?
-  /// `rpc_port`: used where the server name has no port; 0 or beyond 65535 means none.
+  /// `rpc_port`: used if the server name has no port; 0 or above 65535 means none.
   package var port: UInt64 = 0
-  /// Whether a metadata store tells peers the address; else the name does.
+  /// Whether peers get the address from a metadata service; otherwise the name is the address.
   package var usesStore = false
 
   package init(serverName: String) { self.serverName = serverName }
 }
 
 extension ListenAddress {
-  /// Opens the RPC listener as programs written for the existing system expect: a wished port if it
-  /// is free, else another, and never a failure because of the advertised name.
+  /// Opens the RPC listener as programs written for Mooncake expect: on the wanted port if it is
+  /// free, else on another, and without failing because of the advertised name.
   package static func open(
     _ options: DropInListenOptions, settings: HandshakeSettings = .fromEnvironment(),
     deadline: Deadline = .after(milliseconds: 5000)
@@ -52,7 +52,7 @@ extension ListenAddress {
   private static func parse(_ options: DropInListenOptions) throws(EngineError) -> HostPort {
     let argument = UInt16(exactly: options.port) ?? 0
     do throws(HostPortError) {
-      // A malformed port reads as 0 here: none.
+      // A malformed port becomes 0, which means none.
       var parsed = try HostPort(parsing: options.serverName, defaultPort: 0)
       if parsed.port == 0 { parsed.port = argument }
       return parsed
@@ -64,12 +64,12 @@ extension ListenAddress {
       }
       throw EngineError(
         .invalidArgument,
-        "local_server_name \(String(reflecting: String(options.serverName.prefix(100)))) is no "
-          + "host or host:port: \(error)")
+        "local_server_name \(String(reflecting: String(options.serverName.prefix(100)))) is "
+          + "neither a host nor host:port: \(error)")
     }
   }
 
-  /// The advertised address if it is this machine's, else the any-address.
+  /// The advertised address if it belongs to this machine, else the any-address.
   private static func bindAddress(
     for host: String, settings: HandshakeSettings, deadline: Deadline
   ) -> SocketAddress {
@@ -77,13 +77,13 @@ extension ListenAddress {
     let reason: String
     if let numeric {
       if numeric.isAny || NetworkInterfaces.owns(numeric) { return numeric }
-      reason = "is no address of this machine"
+      reason = "is not an address of this machine"
     } else {
       do throws(ResolveError) {
         let addresses = try Resolver.resolve(host, port: 0, deadline: deadline)
         let own = preferred(
           addresses.filter { NetworkInterfaces.owns($0) }, ipv6: settings.usesIPv6)
-        // Many machines resolve their own name to the loopback, which peers never mean by it.
+        // Many machines resolve their own name to the loopback, where peers could not reach them.
         if let own, !own.isLoopback || isLocalhost(host) { return own }
         reason =
           own == nil

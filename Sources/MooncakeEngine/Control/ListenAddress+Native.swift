@@ -5,13 +5,13 @@ import MooncakeSystem
 package struct ListenOptions: Sendable {
   /// Numeric; "0.0.0.0" and "::" mean every interface.
   package var bindAddress: String?
-  /// What peers connect to, a name or an address.
+  /// The name or address that peers connect to.
   package var advertisedAddress: String?
   /// 0: the system chooses.
   package var port: UInt16 = 0
   /// The segment name.
   package var name: String?
-  /// Whether a metadata service tells peers the address, so that any name will do.
+  /// Whether peers get the address from a metadata service, so that the name need not be one.
   package var usesMetadataService = false
 
   package init() {}
@@ -25,7 +25,7 @@ extension ListenAddress {
   ) throws(EngineError) -> OpenedListener {
     var port = options.port
     if port == 0, !options.usesMetadataService, let name = options.name {
-      // A name that must hold the port is a wish for that port.
+      // Without a metadata service a name contains the port, so it asks for that port.
       port = (try? HostPort(parsing: name))?.port ?? 0
     }
     let advertised = try options.advertisedAddress.map { text throws(EngineError) in
@@ -56,7 +56,7 @@ extension ListenAddress {
       guard let address = SocketAddress(numeric: host, port: port) else {
         throw EngineError(
           .invalidArgument,
-          "bind_address \(host) is no numeric address: give one, such as 10.0.0.5 or ::")
+          "bind_address \(host) is not a numeric address: give one, such as 10.0.0.5 or ::")
       }
       return address
     }
@@ -73,8 +73,8 @@ extension ListenAddress {
     guard let own = preferred(addresses.filter { NetworkInterfaces.owns($0) || $0.isAny }) else {
       throw EngineError(
         .invalidArgument,
-        "advertised_address \(advertised ?? "") is no address of this machine: give bind_address "
-          + "too, such as 0.0.0.0, if peers reach it through address translation")
+        "advertised_address \(advertised ?? "") is not an address of this machine: give "
+          + "bind_address too, such as 0.0.0.0, if peers reach it through address translation")
     }
     return own
   }
@@ -95,13 +95,13 @@ extension ListenAddress {
     } catch {
       throw EngineError(
         .invalidArgument,
-        "\(option) \(String(reflecting: String(text.prefix(100)))) is no host: \(error)")
+        "\(option) \(String(reflecting: String(text.prefix(100)))) is not a host: \(error)")
     }
     throw EngineError(
       .invalidArgument, "\(option) \(text) contains a port: give the port in its own option")
   }
 
-  /// Addresses that peers can use before the loopback, IPv4 before IPv6.
+  /// Prefers addresses that peers can use to the loopback, and IPv4 to IPv6.
   static func preferred(_ addresses: [SocketAddress], ipv6: Bool = false) -> SocketAddress? {
     func rank(_ address: SocketAddress) -> Int {
       (address.isLoopback ? 2 : 0) + (address.isIPv6 == ipv6 ? 0 : 1)

@@ -2,21 +2,21 @@ import CLinux
 import MooncakeBase
 import MooncakeSystem
 
-/// Where an engine listens and under which name peers find it.
+/// Where an engine listens and the name by which peers find it.
 package struct ListenAddress: Sendable {
-  /// The RPC listener's address, its real port included.
+  /// The RPC listener's address with its real port.
   package let bound: SocketAddress
   /// The host that peers connect to, without brackets.
   package let advertisedHost: String
   /// The segment name.
   package let name: String
-  /// Where the data port is taken from; nil lets the system choose.
+  /// The range for the data port; nil lets the system choose.
   let dataPorts: ClosedRange<UInt16>?
 
   /// The RPC port.
   package var port: UInt16 { bound.port }
 
-  /// Opens the listener for data: same address, a port of its own.
+  /// Opens the data listener: same address, another port.
   package func openDataListener() throws(EngineError) -> Socket {
     var address = bound
     if let dataPorts {
@@ -29,7 +29,7 @@ package struct ListenAddress: Sendable {
   private static let dataBacklog: Int32 = 1024
 }
 
-/// A listening RPC socket with what belongs to it.
+/// A listening RPC socket with its address.
 package struct OpenedListener: ~Copyable {
   package let listener: Socket
   package let address: ListenAddress
@@ -38,7 +38,7 @@ package struct OpenedListener: ~Copyable {
   package consuming func takeListener() -> Socket { listener }
 }
 
-/// Finds a free port in a range, from a random one on so that processes rarely collide.
+/// Finds a free port in a range, starting at a random one so that processes rarely collide.
 struct PortSearch {
   var address: SocketAddress
   let range: ClosedRange<UInt16>
@@ -62,8 +62,8 @@ struct PortSearch {
   }
 }
 
-/// The address of this machine to give to peers when every interface is listened on; nil if there
-/// is none but the loopback. `remedy` says how to choose another.
+/// The address to give to peers when listening on every interface; nil if there is only the
+/// loopback. `remedy` says how to choose another.
 func advertisedAddress(ipv6: Bool, remedy: String) -> SocketAddress? {
   let family = [ipv6, false].first { NetworkInterfaces.outgoing(ipv6: $0) != nil }
   guard let family, let chosen = NetworkInterfaces.outgoing(ipv6: family) else { return nil }
@@ -79,7 +79,7 @@ func advertisedAddress(ipv6: Bool, remedy: String) -> SocketAddress? {
   return chosen
 }
 
-/// Listens on an address; the error says what to do.
+/// Listens on an address; errors say what to do.
 func openListener(
   on address: SocketAddress, backlog: Int32
 ) throws(EngineError) -> Socket {
@@ -90,7 +90,7 @@ func openListener(
   }
 }
 
-/// The address a socket is bound to, its real port included.
+/// The address a socket is bound to, with its real port.
 func boundAddress(of socket: borrowing Socket) throws(EngineError) -> SocketAddress {
   do throws(Errno) {
     return try socket.localAddress()
@@ -110,7 +110,7 @@ func listenFailure(_ error: Errno, _ address: SocketAddress) -> EngineError {
   case EADDRNOTAVAIL:
     return EngineError(
       .invalidArgument,
-      "listen on \(address): no address of this machine: give one that it has, or bind 0.0.0.0 "
+      "listen on \(address): not an address of this machine: give one of its own, or bind 0.0.0.0 "
         + "or :: and advertise this one")
   case EACCES:
     return EngineError(

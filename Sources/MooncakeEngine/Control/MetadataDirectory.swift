@@ -2,11 +2,11 @@ import MooncakeBase
 import MooncakeMetadata
 import MooncakeSystem
 
-/// Names, keys and texts as every process that shares a metadata service knows them.
+/// Keys and texts in a metadata service, in the form that all processes sharing it use.
 package final class MetadataDirectory: Sendable {
   package let store: any MetadataStore
   package let settings: MetadataSettings
-  /// Of every key: "mooncake/", and the cluster if there is one.
+  /// Prefix of every key: "mooncake/", plus the cluster if there is one.
   package let prefix: String
 
   /// Longest name of a segment, in bytes.
@@ -26,14 +26,14 @@ package final class MetadataDirectory: Sendable {
     return "mooncake/\(cluster)\(cluster.utf8.last == UInt8(ascii: "/") ? "" : "/")"
   }
 
-  /// Names with a slash say where they belong themselves.
+  /// Names with a slash already contain their folder.
   package func segmentKey(_ name: String) -> String {
     prefix + (name.utf8.contains(UInt8(ascii: "/")) ? "" : "ram/") + name
   }
 
   package func routeKey(_ name: String) -> String { prefix + "rpc_meta/" + name }
 
-  /// Refuses names that could not be keys.
+  /// Refuses names that cannot be part of a key.
   package static func check(_ name: String) throws(EngineError) {
     let reason =
       name.isEmpty
@@ -50,7 +50,7 @@ package final class MetadataDirectory: Sendable {
         + "in the metadata service")
   }
 
-  /// What a process published about its segment.
+  /// The descriptor that a process has published.
   package func descriptor(
     of name: String, _ call: MetadataCall
   ) throws(EngineError) -> SegmentDescriptor {
@@ -63,11 +63,11 @@ package final class MetadataDirectory: Sendable {
     } catch {
       throw EngineError(
         error.code,
-        "metadata \(store.uri): key '\(key)': \(error.message): its owner should publish it anew; "
+        "metadata \(store.uri): key '\(key)': \(error.message): its owner should publish it again; "
           + "else remove it with `mooncake metadata delete`")
     }
     if descriptor.tcpDataPort != 0 && descriptor.tcpDataHost.isEmpty {
-      // Releases up to 0.3.12 leave the host to the route.
+      // Mooncake up to 0.3.12 gives the host only in the route.
       descriptor.tcpDataHost = try route(to: descriptor.name, call).host
     }
     return descriptor
@@ -93,7 +93,7 @@ package final class MetadataDirectory: Sendable {
     return route
   }
 
-  /// The text under the route key. The incarnation is ours; others ignore it.
+  /// The text under the route key. The incarnation is our addition; Mooncake ignores it.
   package static func routeText(
     _ address: HostPort, incarnation: UInt64, metadataVersion: UInt64
   ) -> String {
@@ -107,7 +107,7 @@ package final class MetadataDirectory: Sendable {
     return writer.text
   }
 
-  /// The version in a descriptor or route; 0 if it says none.
+  /// The version in a descriptor or route; 0 if it has none.
   package static func metadataVersion(in text: String) -> UInt64 {
     guard let document = try? JSONDocument(parsing: text) else { return 0 }
     return document.read { $0["metadata_version"]?.unsigned ?? 0 }
@@ -124,6 +124,6 @@ package final class MetadataDirectory: Sendable {
     EngineError(
       .protocolViolation,
       "metadata \(store.uri): key '\(key)': malformed route: \(cause): its owner should publish it "
-        + "anew; else remove it with `mooncake metadata delete`")
+        + "again; else remove it with `mooncake metadata delete`")
   }
 }

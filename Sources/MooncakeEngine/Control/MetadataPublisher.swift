@@ -3,19 +3,19 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// Keeps what an engine publishes true: puts it, renews its lease, puts it again when the service
-/// has lost it, and removes it in the end. One thread, `mc-metadata`, which is the only one that
-/// waits for the service; it sleeps in between.
+/// Keeps an engine's published entries current: puts them, renews their lease, puts them again if
+/// the service has lost them, and removes them at the end. Its thread, `mc-metadata`, does all the
+/// waiting for the service and sleeps in between.
 package final class MetadataPublisher: Sendable {
   /// Counts since the start, except `isReachable`.
   package struct Counters: Sendable, Equatable {
     package var publications: UInt64 = 0
     package var renewals: UInt64 = 0
-    /// Publications of what had been lost.
+    /// Publications of entries that the service had lost.
     package var repetitions: UInt64 = 0
     package var failures: UInt64 = 0
     package var isReachable = true
-    /// Whether the service answers but refuses what should be published.
+    /// Whether the service answers but refuses the entries.
     package var isRefused = false
   }
 
@@ -24,14 +24,14 @@ package final class MetadataPublisher: Sendable {
   private let routeKey: String
   private let rpcAddress: HostPort
   private let incarnation: String
-  /// Readable when the engine closes: ends a running call.
+  /// Readable when the engine closes; cancels a running call.
   private let cancellation: Int32
 
-  /// Only of the thread, and of `start` and `stop` while there is none.
+  /// Used only by the thread, and by `start` and `stop` while there is no thread.
   private struct Work: Sendable {
     var lease: MetadataLease?
     var routeVersions = MetadataVersion()
-    /// What has been put under it.
+    /// The entries put under the lease.
     var entries: [MetadataEntry] = []
     var next = Deadline.never
     var backoffMilliseconds: UInt64 = 0
@@ -41,15 +41,15 @@ package final class MetadataPublisher: Sendable {
   private struct State: Sendable {
     var wanted: UInt64 = 0
     var published: UInt64 = 0
-    /// Up to where an attempt has ended, well or not.
+    /// The latest version for which an attempt has ended, successfully or not.
     var attempted: UInt64 = 0
     var isDown = false
-    /// How the last attempt ended, if the next would end alike.
+    /// The last attempt's error, if the next would fail the same way.
     var refusal: EngineError?
     var isStopping = false
     var counters = Counters()
 
-    /// Whether there are changes that must not wait for the next regular attempt.
+    /// Whether there are changes that cannot wait for the next regular attempt.
     var hasNews: Bool {
       wanted > published && (!isDown || refusal != nil && wanted > attempted)
     }
@@ -64,7 +64,7 @@ package final class MetadataPublisher: Sendable {
   private static let firstBackoffMilliseconds: UInt64 = 100
   private static let maximumBackoffMilliseconds: UInt64 = 1000
   private static let removalMilliseconds: UInt64 = 2000
-  /// How often a wait looks whether it is canceled.
+  /// How often a wait checks for cancellation.
   private static let cancellationMilliseconds: UInt64 = 50
 
   package init(
@@ -83,13 +83,14 @@ package final class MetadataPublisher: Sendable {
 
   package var counters: Counters { state.withLock { $0.counters } }
 
-  /// Publishes for the first time, replacing what a former process left, and starts the thread.
+  /// Publishes for the first time, replacing what an earlier process left, and starts the thread.
   package func start(until deadline: Deadline) throws(EngineError) {
     let call = MetadataCall(until: deadline, cancellation: cancellation)
     do throws(EngineError) {
       try work.withLock { work throws(EngineError) in
         try publish(&work, isFirst: true, call)
-        // A user who may put but not renew would be gone with the first lease.
+        // Renew at once: if the user may put but not renew, fail now instead of vanishing when the
+        // lease ends.
         _ = try directory.store.renew(work.lease, work.entries, call)
       }
     } catch {
@@ -107,9 +108,9 @@ package final class MetadataPublisher: Sendable {
     }
   }
 
-  /// Publishes what has changed and waits until it is done or the call is over, unless the service
-  /// cannot be reached: then that happens when it is back. Throws if the service refuses it for
-  /// good; what it has stays there.
+  /// Publishes changes and waits until it is done or the call is over. If the service is
+  /// unreachable, the changes are published when it is back. Throws if the service refuses them for
+  /// good; it then keeps the old entries.
   package func publishChanges(_ call: MetadataCall) throws(EngineError) {
     let version = local.buffers.version
     state.withLock { $0.wanted = max($0.wanted, version) }
@@ -126,7 +127,7 @@ package final class MetadataPublisher: Sendable {
         return
       }
       if call.isOver { return }
-      // A futex cannot wait for a descriptor, too.
+      // A futex cannot also wait for a descriptor.
       let tick =
         call.cancellation < 0
         ? Deadline.never : .after(milliseconds: Self.cancellationMilliseconds)
@@ -134,8 +135,8 @@ package final class MetadataPublisher: Sendable {
     }
   }
 
-  /// Ends the thread and removes what was published. The descriptor `cancellation` must be readable
-  /// by now, so that a running call ends.
+  /// Ends the thread and removes the entries. `cancellation` must already be readable, so that a
+  /// running call ends.
   package func stop() {
     let isFirst = state.withLock { state in
       defer { state.isStopping = true }
@@ -196,13 +197,13 @@ package final class MetadataPublisher: Sendable {
           succeeded(&work) { $0.renewals &+= 1 }
           return
         }
-        // Somebody else's, or gone: the lease is of no use any more.
+        // The entries belong to another process or are gone, so drop the lease.
         work.lease = nil
         work.entries = []
       }
       try publish(&work, isFirst: false, call)
     } catch {
-      // A service that refuses the news still keeps what it has.
+      // A service that refuses the changes still keeps the old entries.
       if error.isRefusal, work.entries.count == 2 {
         _ = try? directory.store.renew(work.lease, work.entries, call)
       }
@@ -220,12 +221,12 @@ package final class MetadataPublisher: Sendable {
         return
       }
     }
-    // Where there are no leases, what has been put stays.
+    // Without leases, entries stay until they are removed.
     if work.lease == nil && work.entries.isEmpty {
       work.lease = try directory.store.grant(
         ttlMilliseconds: directory.settings.ttlMilliseconds, call)
     }
-    // In this order: whoever needs the version must find it in the text.
+    // Read the version before the text: the text must contain everything up to that version.
     let version = local.buffers.version
     let segment = MetadataEntry(
       key: directory.segmentKey(local.name), value: directory.stored(local.json))
@@ -256,8 +257,8 @@ package final class MetadataPublisher: Sendable {
     if isRepetition { Log.info("segment \(local.name) is published again") }
   }
 
-  /// Whether another process has put the keys: then they stay its own. What is put here next is
-  /// newer in any case, or those that know the other's would keep that.
+  /// Whether another process has put the keys; if so, they stay. Also raises our version above the
+  /// other's: readers that know the newer one would ignore ours.
   private func isForeign(_ work: inout Work, _ call: MetadataCall) throws(EngineError) -> Bool {
     let segmentKey = directory.segmentKey(local.name)
     var isForeign = false
@@ -272,7 +273,7 @@ package final class MetadataPublisher: Sendable {
     return isForeign
   }
 
-  /// What stands under a key; empty if it is no text.
+  /// The value of a key; empty if it is not text.
   private func read(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
     do throws(EngineError) {
       return try directory.store.get(key, call)
@@ -317,12 +318,12 @@ package final class MetadataPublisher: Sendable {
   }
 
   private func failed(_ work: inout Work, _ error: EngineError, _ version: UInt64) {
-    // A lease that has ended is no failure of the service.
+    // That a lease has ended is not a failure of the service.
     let isLost = error.code == .notFound && work.backoffMilliseconds == 0
     work.backoffMilliseconds = min(
       Self.maximumBackoffMilliseconds,
       max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
-    // What is refused may be large, and will be refused again.
+    // Refused entries may be large and will be refused again, so wait longer.
     let pause =
       error.isRefusal && work.entries.count == 2
       ? directory.settings.ttlMilliseconds / 3 : work.backoffMilliseconds
@@ -347,13 +348,13 @@ package final class MetadataPublisher: Sendable {
           + "before, and no registration succeeds until the service takes it)")
     } else {
       Log.warning(
-        "segment \(local.name): \(error.message) (transfers go on; what this process publishes is "
+        "segment \(local.name): \(error.message) (transfers go on; the segment is "
           + "published again as soon as the service can be reached)")
     }
   }
 }
 
 extension MetadataDirectory {
-  /// A text as the existing system stores it: with a line end, except behind HTTP.
+  /// A text in the form that Mooncake stores: with a line end, except over HTTP.
   func stored(_ text: String) -> String { store.uri.service == .http ? text : text + "\n" }
 }

@@ -52,7 +52,7 @@ package final class NotificationQueue: Sendable {
       state.messages[state.head] = nil
       state.head += 1
       state.byteCount -= Self.size(of: first)
-      // Moving the rest once it is the smaller half keeps taking cheap on average.
+      // Moving the rest only when it is the smaller half keeps taking cheap on average.
       if state.head * 2 >= state.messages.count {
         state.messages.removeFirst(state.head)
         state.head = 0

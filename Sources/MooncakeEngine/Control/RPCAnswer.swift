@@ -1,12 +1,12 @@
 import MooncakeBase
 
-/// What the RPC daemon says to each kind of request.
+/// The RPC daemon's answer to each kind of request.
 package enum RPCAnswer {
-  /// Answers a call that no service takes.
+  /// The answer to a call that no service takes.
   package static let noService = #"{"error":"no such service"}"#
 
-  /// The JSON text that answers a message; an error if its body is no JSON. `keeps` becomes true if
-  /// it is a call of a service whose sender has more to ask on the connection.
+  /// The JSON answer to a message; throws if its body is not JSON. `keeps` becomes true for a
+  /// service call whose sender wants to keep the connection for more.
   package static func body(
     to message: RPCMessage, handlers: RPCServer.Handlers, keeps: inout Bool
   ) throws(JSONError) -> String {
@@ -41,7 +41,7 @@ package enum RPCAnswer {
     return writer.text
   }
 
-  /// Every field in exactly the type that initiators expect: they abort on others.
+  /// Every field has exactly the type that initiators expect: they abort on any other.
   private static func rejection(of request: JSONValue) -> String {
     var writer = JSONWriter()
     writer.beginObject()

@@ -1,13 +1,14 @@
-/// What the RPC daemon holds in memory for its peers: unfinished requests and unsent answers.
-/// Beyond the limit a connection of the peer that holds most is closed, so that nobody who hoards
-/// keeps others away.
+/// The memory that the RPC daemon holds for its peers: unfinished requests and unsent answers.
+/// Beyond the limit, a connection of the peer that holds most is closed, so that a hoarder cannot
+/// shut out others.
 struct RPCBudget {
-  /// Bytes of answers that several connections send and that the segment no longer gives out.
+  /// Bytes of outdated answers that connections are still sending; several connections may send the
+  /// same one.
   final class SharedBytes {
     fileprivate(set) var count = 0
   }
 
-  /// Connections of one peer, told by its address.
+  /// The connections of one peer, identified by its address.
   struct Group {
     var connectionCount = 0
     var byteCount = 0
@@ -31,23 +32,23 @@ struct RPCBudget {
     if groups[group]?.connectionCount == 0 { groups[group] = nil }
   }
 
-  /// Takes note that a connection holds other amounts than before: bytes of its own, and of an
-  /// answer that it shares with others.
+  /// Records a change of the bytes that a connection holds: its own, and those of an answer that it
+  /// shares with other connections.
   mutating func change(_ group: String, from old: RPCConnection.Held, to new: RPCConnection.Held) {
     ownBytes += new.own - old.own
     groups[group]?.byteCount += new.total - old.total
   }
 
-  /// The peer that holds most, and the one with most connections.
+  /// The peers that hold the most bytes (`largest`) and the most connections (`busiest`).
   var largest: String? { groups.max { $0.value.byteCount < $1.value.byteCount }?.key }
   var busiest: String? { groups.max { $0.value.connectionCount < $1.value.connectionCount }?.key }
 }
 
-/// The bytes of an answer; those of a descriptor are the same for every peer that asks for it.
+/// The bytes of an answer; every peer that asks for the descriptor gets the same object.
 final class RPCOutput {
   let bytes: [UInt8]
   let isShared: Bool
-  /// Whether the connection rests afterwards.
+  /// Whether the connection is kept open afterwards.
   let keeps: Bool
   private var outdated: RPCBudget.SharedBytes?
 
@@ -57,7 +58,7 @@ final class RPCOutput {
     self.isShared = isShared
   }
 
-  /// From now on only those hold it that have not sent it yet.
+  /// Counts the bytes in `sum` until the last connection that sends them is done.
   func outdate(_ sum: RPCBudget.SharedBytes) {
     outdated = sum
     sum.count += bytes.count

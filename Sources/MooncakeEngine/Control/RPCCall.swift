@@ -8,14 +8,14 @@ struct RPCCall {
   let type: RPCType
   let deadline: Deadline
   let settings: HandshakeSettings
-  /// A descriptor that becomes readable when the call is to be given up; -1 for none.
+  /// A descriptor that becomes readable to cancel the call; -1 for none.
   let cancellation: Int32
 
   private static let chunkBytes = 64 << 10
   private static let hint = "is the process running and is this its RPC port?"
 
   func run(_ body: String) throws(EngineError) -> String {
-    // Peers serve one connection at a time, so it is closed as soon as this returns.
+    // Some peers serve one connection at a time, so close it as soon as this returns.
     let socket = try connect()
     try send(RPCMessage.encoded(type: type, body: body), on: socket)
     return try text(of: try receive(from: socket))
@@ -36,7 +36,7 @@ struct RPCCall {
 
   private func connect() throws(EngineError) -> Socket {
     guard let port = peer.port, port != 0 else {
-      throw failure(.invalidArgument, "port 0 reaches nobody", "give the peer's RPC port")
+      throw failure(.invalidArgument, "port 0 cannot be reached", "give the peer's RPC port")
     }
     let addresses: [SocketAddress]
     do throws(ResolveError) {
@@ -61,7 +61,7 @@ struct RPCCall {
     throw last ?? failure(.unresolved, "the name has no address", "check the name")
   }
 
-  /// How long one address may take, where so many are left to be tried: one that drops packets
+  /// Time for one address when `addressCount` are left to try, so that one that drops packets
   /// leaves time for the others.
   func connectMilliseconds(addressCount: Int) -> UInt64 {
     let left = deadline.remainingNanoseconds / 1_000_000
@@ -77,7 +77,8 @@ struct RPCCall {
       try socket.startConnect(to: address)
       try socket.wait(for: POLLOUT, until: min(deadline, ownLimit), cancellation: cancellation)
       if let error = socket.takeError() { throw error }
-      // A port of the ephemeral range without a listener can connect to itself.
+      // Connecting to a port of the ephemeral range without a listener may connect the socket to
+      // itself.
       if try socket.localAddress() == address { throw .connectionRefused }
       socket.setNoDelay()
       return socket
@@ -89,7 +90,7 @@ struct RPCCall {
   func connectFailure(
     _ error: Errno, to address: SocketAddress, within milliseconds: UInt64
   ) -> EngineError {
-    // Numeric names need not be told twice.
+    // A numeric host is not repeated.
     let place = address.host == peer.host ? "" : " to \(address)"
     switch error.rawValue {
     case ECANCELED: return canceled
@@ -143,7 +144,7 @@ struct RPCCall {
         throw broken(error, "the answer was awaited")
       }
       if count == 0 { throw closed(afterBytes: parser.receivedByteCount) }
-      // A peer that streams without pause must not outlast the deadline.
+      // A peer that sends without pause must not outlast the deadline.
       if deadline.hasPassed { throw broken(.timedOut, "the answer was received") }
       let received = UnsafeRawBufferPointer(rebasing: chunk[..<count])
       do throws(RPCMessageError) {
@@ -158,7 +159,7 @@ struct RPCCall {
 
   private var canceled: EngineError {
     failure(
-      .canceled, "given up, as it was canceled or the engine destroyed",
+      .canceled, "given up because it was canceled or the engine was destroyed",
       "call again if it is still wanted")
   }
 

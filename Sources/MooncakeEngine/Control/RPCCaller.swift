@@ -2,8 +2,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Asks the RPC daemons of any number of peers on one thread, `mc-rpc-call`, so that those that
-/// stay silent keep nobody from being asked. A connection is kept a while for the next question.
+/// Calls the RPC daemons of any number of peers on one thread, `mc-rpc-call`, so that silent peers
+/// do not delay calls to others. A connection is kept for a while for the next call.
 package final class RPCCaller: Sendable {
   /// Runs on the caller's thread and must not wait.
   package typealias Completion = @Sendable (Result<String, EngineError>) -> Void
@@ -17,9 +17,9 @@ package final class RPCCaller: Sendable {
 
   package init() {}
 
-  /// Sends a call of a service, a JSON object that is not empty, to a daemon; `completion` is
-  /// called once, by the deadline. Where a peer has several addresses, one after the other is tried
-  /// until one can be reached.
+  /// Sends a service call, a non-empty JSON object, to a daemon; `completion` is called once, by
+  /// the deadline. If a peer has several addresses, they are tried one after another until one can
+  /// be reached.
   package func call(
     _ peer: HostPort, at addresses: ArraySlice<SocketAddress>, _ body: String,
     until deadline: Deadline, _ completion: @escaping Completion
@@ -58,8 +58,8 @@ package final class RPCCaller: Sendable {
     }
   }
 
-  /// Runs `body`, which must not wait, on the caller's thread soon after the deadline, unless the
-  /// caller is stopped before.
+  /// Runs `body`, which must not wait, on the caller's thread soon after the deadline, unless
+  /// stopped before.
   package func run(at deadline: Deadline, _ body: @escaping @Sendable () -> Void) {
     do throws(EngineError) { try loop().submit(at: deadline, body) } catch {
       if error.code == .canceled { return }
@@ -67,10 +67,10 @@ package final class RPCCaller: Sendable {
     }
   }
 
-  /// The body of a call that asks for the connection to be kept.
+  /// The body with a request to keep the connection.
   private static func kept(_ body: String) -> String { #"{"keep":true,"# + body.dropFirst() }
 
-  /// Waits until every question has been answered or has failed.
+  /// Waits until every call has been answered or has failed.
   package func drain(until deadline: Deadline) {
     guard let loop = state.withLock({ $0.loop }) else { return }
     while loop.pendingCount > 0 && !deadline.hasPassed {
@@ -78,7 +78,7 @@ package final class RPCCaller: Sendable {
     }
   }
 
-  /// Ends every question as canceled.
+  /// Ends every call as canceled.
   package func stop() {
     let running = state.withLock { state in
       state.isStopped = true
@@ -87,11 +87,12 @@ package final class RPCCaller: Sendable {
     }
     running.0?.requestStop()
     guard let thread = running.1 else { return }
-    // A completion may hold the engine last.
+    // A completion may have held the last reference to the engine, so this may run on the thread
+    // itself.
     if thread.isCurrent { thread.detach() } else { thread.join() }
   }
 
-  /// The loop, started at the first question.
+  /// The loop, started by the first call.
   private func loop() throws(EngineError) -> RPCCallerLoop {
     let outcome: Result<RPCCallerLoop, EngineError> = state.withLock { state in
       if let loop = state.loop { return .success(loop) }

@@ -5,8 +5,8 @@ import Synchronization
 /// The event loop of `RPCCaller`; everything but `submit`, `requestStop` and `pendingCount` belongs
 /// to its thread.
 final class RPCCallerLoop: @unchecked Sendable {
-  // Unchecked: one thread runs the loop; what others use is synchronized by itself.
-  /// A connection without a question, and until when it is kept.
+  // Unchecked: one thread runs the loop; members that others use are synchronized.
+  /// An idle connection, and until when it is kept.
   private final class Kept {
     var socket: Socket?
     let address: SocketAddress
@@ -20,9 +20,9 @@ final class RPCCallerLoop: @unchecked Sendable {
   }
 
   private let loop: RPCEventLoop
-  /// nil once nobody takes them any more.
+  /// nil once the loop takes no more questions.
   private let mailbox = Lock<[RPCQuestion]?>([])
-  /// What is to be run, and when.
+  /// Work to run at a certain time.
   private struct Timer {
     let end: Deadline
     let body: @Sendable () -> Void
@@ -33,10 +33,10 @@ final class RPCCallerLoop: @unchecked Sendable {
   private var kept: [UInt64: Kept] = [:]
   private var nextToken = RPCEventLoop.wakeToken + 1
 
-  /// Questions at a time; beyond it they fail at once.
+  /// Questions at a time; further ones fail at once.
   private static let questionLimit = 4096
   private static let keptLimit = 64
-  /// Less than a peer keeps it (`RPCServer.Limits`), so that few are found closed.
+  /// Shorter than peers keep connections (`RPCServer.Limits`), so that few are found closed.
   private static let keptMilliseconds: UInt64 = 3000
 
   init() throws(Errno) { loop = try RPCEventLoop() }
@@ -89,7 +89,7 @@ final class RPCCallerLoop: @unchecked Sendable {
     } else if let question = questions[token] {
       advance(question, token, scratch)
     } else {
-      // A peer has closed a connection that was kept, or talks out of turn.
+      // The peer has closed a kept connection or sent something unasked.
       kept[token] = nil
     }
   }
@@ -138,7 +138,7 @@ final class RPCCallerLoop: @unchecked Sendable {
     }
   }
 
-  /// The token stays the connection's: its end shows as an event.
+  /// The connection keeps its token, so that its close shows up as an event.
   private func keep(_ question: RPCQuestion, _ token: UInt64) {
     guard let socket = question.takeSocket() else { return }
     do throws(Errno) {
@@ -174,7 +174,7 @@ final class RPCCallerLoop: @unchecked Sendable {
       end(question, .failure(question.fail(.timedOut)))
     }
     for (token, connection) in kept where connection.end.hasPassed { kept[token] = nil }
-    // By one clock: what passes between two looks must not go without being run.
+    // Read the clock once: a timer that expired between two reads would be skipped.
     let now = Clock.now()
     let due = timers.withLock { timers in
       let due = timers.filter { $0.end.nanoseconds <= now }

@@ -1,11 +1,11 @@
 import MooncakeBase
 import MooncakeSystem
 
-/// Asks the RPC daemons of peers. Every call is one connection, blocks the caller and ends by its
+/// Calls the RPC daemons of peers. Every call uses a connection of its own, blocks, and ends by its
 /// deadline.
 package enum RPCClient {
-  /// Sends a request and returns the text of the answer. A peer without a port is asked at the
-  /// default one.
+  /// Sends a request and returns the answer's text. A peer without a port is asked at the default
+  /// port.
   package static func call(
     _ peer: HostPort, type: RPCType, body: String, deadline: Deadline,
     settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
@@ -16,14 +16,15 @@ package enum RPCClient {
     ).run(body)
   }
 
-  /// Fetches the segment descriptor of the peer that `name` ("host:port") says. `own` is the
-  /// caller's descriptor, which the protocol makes the request.
+  /// Fetches the segment descriptor of the peer at `name` ("host:port"). `own` is the caller's
+  /// descriptor, which the protocol uses as the request.
   package static func fetchDescriptor(
     of name: String, own: String, deadline: Deadline,
     settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
   ) throws(EngineError) -> SegmentDescriptor {
     let peer = try parse(name)
-    // Responders parse the request and then ignore it, so one too long for them may be left out.
+    // Responders parse the request but ignore it, so a request that is too long for them may be
+    // empty.
     let fits = !own.isEmpty && own.utf8.count < settings.maximumLength
     let answer = try call(
       peer, type: .metadata, body: fits ? own : "{}", deadline: deadline, settings: settings,
@@ -67,7 +68,7 @@ package enum RPCClient {
     }
     throw EngineError(
       .protocolViolation,
-      "peer \(peer): notification not accepted (notify RPC): the peer takes none")
+      "peer \(peer): notification not accepted (notify RPC): the peer does not take notifications")
   }
 
   /// Asks the peer for a sign of life.
@@ -88,7 +89,7 @@ package enum RPCClient {
     } catch {
       throw EngineError(
         .invalidArgument,
-        "peer name \(String(reflecting: String(name.prefix(100)))) is no host:port: \(error)")
+        "peer name \(String(reflecting: String(name.prefix(100)))) is not host:port: \(error)")
     }
   }
 
@@ -99,7 +100,7 @@ package enum RPCClient {
       return try JSONDocument(parsing: answer)
     } catch {
       throw EngineError(
-        .protocolViolation, "peer \(peer): the answer is no JSON (\(type) RPC): \(error)")
+        .protocolViolation, "peer \(peer): the answer is not JSON (\(type) RPC): \(error)")
     }
   }
 }

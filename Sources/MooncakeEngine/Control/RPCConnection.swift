@@ -2,18 +2,18 @@ import CLinux
 import MooncakeBase
 import MooncakeSystem
 
-/// One peer at the RPC daemon: receives a request, sends the answer, waits for the peer to close.
-/// After a call of a service it rests until the next one.
+/// One peer's connection at the RPC daemon: receives a request, sends the answer, waits for the
+/// peer to close. After a service call it may rest until the next one.
 final class RPCConnection {
   enum Outcome {
-    /// Waits for these epoll events.
+    /// Call `advance` again after one of these epoll events.
     case goOn(events: UInt32)
     case finished
-    /// Not the protocol: close without an answer.
+    /// Not our protocol: close without an answer.
     case rejected(reason: String)
   }
 
-  /// Bytes of memory that a connection takes.
+  /// Bytes of memory that a connection holds.
   struct Held: Equatable {
     var own = 0
     var shared = 0
@@ -23,7 +23,8 @@ final class RPCConnection {
   private enum Phase {
     case receiving
     case sending
-    /// The answer is out; the peer closes first so that it has certainly read it.
+    /// The answer is sent. The peer closes first: an earlier close could reset the connection
+    /// before it has read it.
     case closing
   }
 
@@ -37,22 +38,22 @@ final class RPCConnection {
   private var sentByteCount = 0
   private var discardedByteCount = 0
   private var mayRest = false
-  /// Whether the loop counts it among those that rest.
+  /// Whether the loop counts it as resting.
   var isCountedResting = false
 
-  /// What the budget knows that it takes.
+  /// The amount recorded in the budget.
   var accounted = Held()
-  /// Whose it is in the budget: the address, of IPv6 the half that names a network.
+  /// Its peer in the budget: the address, or the /64 network for IPv6.
   let group: String
 
   /// When bytes last moved, on `Clock`.
   private(set) var lastProgress: UInt64
 
-  /// What a peer may send behind its request before it is cut off.
+  /// Bytes a peer may send after its request before it is cut off.
   private static let maximumDiscardedBytes = 1 << 20
 
   init(socket: consuming Socket, limits: RPCServer.Limits) {
-    // Asked now: a socket that was reset no longer tells.
+    // Read now: a socket that has been reset no longer tells.
     peer = try? socket.peerAddress()
     group = peer?.networkOrHost ?? ""
     self.socket = socket
@@ -65,7 +66,7 @@ final class RPCConnection {
   var rawValue: Int32 { socket.rawValue }
   var peerName: String { peer?.description ?? "a peer" }
   var hasAnswered: Bool { if case .receiving = phase { isResting } else { true } }
-  /// Whether it has answered and may be asked again.
+  /// Whether it has answered and may get another request.
   var isResting: Bool { mayRest && parser.isEmpty && output == nil }
   var receivedByteCount: Int { parser.receivedByteCount }
 
@@ -75,14 +76,14 @@ final class RPCConnection {
     return Held(own: parser.heldByteCount + (isShared ? 0 : count), shared: isShared ? count : 0)
   }
 
-  /// When the connection has lasted too long.
+  /// When to close the connection as too slow.
   var deadline: Deadline {
     let idle = limits.idleMilliseconds &* 1_000_000
     return min(end, Deadline(nanoseconds: lastProgress &+ idle))
   }
 
-  /// Does what the socket permits now. `scratch` is free for its use during the call; `answer`
-  /// turns a request into the bytes of its answer.
+  /// Does as much as the socket permits now. `scratch` may be overwritten; `answer` turns a request
+  /// into its answer.
   func advance(
     scratch: UnsafeMutableRawBufferPointer, answer: (RPCMessage) throws(JSONError) -> RPCOutput
   ) -> Outcome {
@@ -93,7 +94,7 @@ final class RPCConnection {
       case .closing: return try discard(scratch)
       }
     } catch {
-      // Reset by the peer: nobody is left to be answered or to complain about.
+      // Reset by the peer, so there is nobody to answer and nothing to report.
       return .finished
     }
   }
@@ -126,7 +127,7 @@ final class RPCConnection {
         output = try answer(message)
         mayRest = output?.keeps == true && takenCount == count
       } catch {
-        return .rejected(reason: "a request that is no JSON (\(error))")
+        return .rejected(reason: "a request that is not JSON (\(error))")
       }
       parser = RPCMessageParser(limit: 0)
       phase = .sending

@@ -2,14 +2,14 @@ import CLinux
 import MooncakeSystem
 import Synchronization
 
-/// What the event loops of RPC share: the descriptors that their thread waits for, and an event by
-/// which other threads wake it or end it.
+/// Shared by the RPC event loops: the descriptors their thread waits for, and an event by which
+/// other threads wake or stop it.
 final class RPCEventLoop: Sendable {
   let epoll: Epoll
   private let event: EventFD
   private let isStopping = Atomic(false)
 
-  /// The token of the event; those of other descriptors are larger.
+  /// The event's token; other tokens are larger.
   static let wakeToken: UInt64 = 0
   private static let eventCount = 64
   private static let scratchBytes = 64 << 10
@@ -29,8 +29,8 @@ final class RPCEventLoop: Sendable {
     event.signal()
   }
 
-  /// Waits until `deadline` at most, hands the token of each event to `handle` with memory that it
-  /// may use meanwhile, calls `afterEach`, and so on until it is to stop.
+  /// Until a stop is requested: waits until `deadline` at most, calls `handle` with each event's
+  /// token and scratch memory, then `afterEach`.
   func run(
     until deadline: () -> Deadline, _ handle: (UInt64, UnsafeMutableRawBufferPointer) -> Void,
     afterEach: () -> Void

@@ -1,4 +1,4 @@
-/// What a message of the RPC daemon is about.
+/// The type of an RPC message.
 package enum RPCType: UInt8, Sendable, CaseIterable {
   /// Exchange of RDMA queue pairs.
   case connection = 0
@@ -6,15 +6,16 @@ package enum RPCType: UInt8, Sendable, CaseIterable {
   case metadata = 1
   case notify = 2
   case probe = 3
-  /// A call of a service that runs on top of an engine; only between engines of this library. No
-  /// JSON text begins with this byte.
+  /// A call of a service on top of an engine; only between engines of this library. No JSON text
+  /// begins with this byte.
   case service = 64
 }
 
 /// A received message.
 package struct RPCMessage: Sendable, Equatable {
   package var type: RPCType
-  /// Without a type byte: a connection message of old peers, to be answered likewise.
+  /// Without a type byte: a connection message from an old peer, which expects an answer without
+  /// one.
   package var isOldProtocol: Bool
   /// JSON text, not yet checked.
   package var body: [UInt8]
@@ -37,7 +38,7 @@ package struct RPCMessage: Sendable, Equatable {
   }
 }
 
-/// Why bytes are no message.
+/// Why bytes are not a message.
 package enum RPCMessageError: Error, Equatable, Sendable, CustomStringConvertible {
   case empty
   case tooLong(announced: UInt64, limit: Int)
@@ -53,8 +54,8 @@ package enum RPCMessageError: Error, Equatable, Sendable, CustomStringConvertibl
   }
 }
 
-/// Puts a message together from bytes in pieces of any size. Memory grows with the bytes received,
-/// never with the length announced.
+/// Assembles a message from pieces of any size. Memory grows with the bytes received, never with
+/// the announced length.
 package struct RPCMessageParser: Sendable {
   private let limit: Int
   private var header: UInt64 = 0
@@ -64,7 +65,7 @@ package struct RPCMessageParser: Sendable {
   private var body: [UInt8] = []
   private var remaining = 0
 
-  /// Accepts lengths from 1 to `limit`, type byte included.
+  /// Accepts lengths from 1 to `limit`, including the type byte.
   package init(limit: Int) { self.limit = limit }
 
   /// Whether no byte has arrived yet.
@@ -75,11 +76,11 @@ package struct RPCMessageParser: Sendable {
     headerByteCount + body.count + (type != nil && !isOldProtocol ? 1 : 0)
   }
 
-  /// Bytes of memory that it takes.
+  /// Bytes of memory that it holds.
   var heldByteCount: Int { body.capacity }
 
-  /// Takes bytes up to the end of the message; returns how many and, once complete, the message.
-  /// Afterwards, and after an error, the parser must not be used again.
+  /// Consumes bytes up to the end of the message; returns how many and, once complete, the message.
+  /// After that, or after an error, the parser must not be used again.
   package mutating func consume(
     _ bytes: UnsafeRawBufferPointer
   ) throws(RPCMessageError) -> (count: Int, message: RPCMessage?) {
@@ -109,7 +110,7 @@ package struct RPCMessageParser: Sendable {
     remaining = Int(header)
   }
 
-  /// Old peers send no type byte: what is none begins their JSON text.
+  /// Old peers send no type byte: a byte that is not a type begins their JSON text.
   private mutating func takeType(
     _ byte: UInt8, position: inout Int
   ) throws(RPCMessageError) {

@@ -2,15 +2,15 @@ import CLinux
 import MooncakeBase
 import MooncakeSystem
 
-/// One question on its way: connecting, sending, or waiting for the answer. Belongs to the caller's
-/// thread once it is submitted.
+/// One call in progress: connecting, sending, or waiting for the answer. Once submitted, only the
+/// caller's thread uses it.
 final class RPCQuestion: @unchecked Sendable {
-  // Unchecked: handed over once, through the loop's mailbox.
+  // Unchecked: handed over exactly once, through the loop's mailbox.
   enum Outcome {
-    /// Waits for these epoll events.
+    /// Call `advance` again after one of these epoll events.
     case goOn(events: UInt32)
     case ended(Result<String, EngineError>)
-    /// The connection had been kept and was closed meanwhile: a new one is to be tried.
+    /// The kept connection was closed meanwhile: try a new one.
     case retry
   }
 
@@ -18,7 +18,7 @@ final class RPCQuestion: @unchecked Sendable {
   let address: SocketAddress
   private let bytes: [UInt8]
   private let completion: RPCCaller.Completion
-  /// How many addresses of the peer share the time, this one included.
+  /// How many addresses of the peer share the remaining time, including this one.
   private let addressCount: Int
   private var connectMilliseconds: UInt64 = 0
   private var connectEnd = Deadline.never
@@ -42,12 +42,12 @@ final class RPCQuestion: @unchecked Sendable {
 
   var descriptor: Int32 { socket?.rawValue ?? -1 }
 
-  /// When it is over, unless something happens before.
+  /// When it times out.
   var end: Deadline { isConnected ? call.deadline : min(call.deadline, connectEnd) }
 
   func finish(_ result: Result<String, EngineError>) { completion(result) }
 
-  /// Takes over a connection that is open already.
+  /// Takes over an open connection.
   func reuse(_ kept: consuming Socket) {
     socket = consume kept
     (isConnected, isReused) = (true, true)
@@ -68,10 +68,10 @@ final class RPCQuestion: @unchecked Sendable {
     }
   }
 
-  /// The connection, if the peer may be asked on it again.
+  /// The connection, if it can be reused.
   func takeSocket() -> Socket? { socket.take() }
 
-  /// Does what the socket permits now.
+  /// Does as much as the socket permits now.
   func advance(_ scratch: UnsafeMutableRawBufferPointer) -> Outcome {
     do throws(EngineError) {
       if !isConnected {
@@ -104,7 +104,8 @@ final class RPCQuestion: @unchecked Sendable {
 
   private func finishConnect() throws(Errno) {
     if let error = socket?.takeError() { throw error }
-    // A port of the ephemeral range without a listener can connect to itself.
+    // Connecting to a port of the ephemeral range without a listener may connect the socket to
+    // itself.
     if try socket?.localAddress() == address { throw .connectionRefused }
     socket?.setNoDelay()
     isConnected = true

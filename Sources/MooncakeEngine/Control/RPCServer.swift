@@ -2,16 +2,16 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The RPC daemon: answers metadata, notify and probe requests of any number of peers on one
-/// thread, `mc-rpc`, which sleeps while nobody is connected.
+/// The RPC daemon: answers metadata, notify, probe and service requests of any number of peers on
+/// one thread, `mc-rpc`, which sleeps while nobody is connected.
 package final class RPCServer: Sendable {
-  /// What the daemon asks its engine; called on the daemon's thread, one call at a time.
+  /// How the daemon asks its engine; called on the daemon's thread, one at a time.
   package struct Handlers: Sendable {
     /// The engine's segment descriptor as JSON; nil while it serves none.
     package var descriptor: @Sendable () -> String?
     /// Takes a notification; returns nil, or why it was refused.
     package var notify: @Sendable (Notification) -> String?
-    /// Answers a call of a service; nil if nobody offers it.
+    /// Answers a service call; nil if no service takes it.
     package var service: @Sendable (JSONValue) -> String?
 
     package init(
@@ -25,20 +25,21 @@ package final class RPCServer: Sendable {
     }
   }
 
-  /// Bounds on what a peer may cost.
+  /// Limits on what peers may use.
   package struct Limits: Sendable {
-    /// Bytes of a request, type byte included.
+    /// Bytes of a request, including the type byte.
     package var messageLength: Int
-    /// Beyond it the quietest connection of the peer that has most is closed.
+    /// Beyond it, the quietest connection of the peer with the most connections is closed.
     package var connectionCount = 1024
-    /// Kept for the next call of a service; beyond it the one that rests longest is closed.
+    /// Connections kept for the next service call; beyond it, the one idle longest is closed.
     package var restingCount = 256
-    /// Bytes of unfinished requests and unsent answers of all; beyond it a connection of the peer
-    /// that holds most is closed.
+    /// Bytes of all unfinished requests and unsent answers; beyond it, a connection of the peer
+    /// that holds the most is closed.
     package var totalByteCount: Int
     /// Time without progress after which a connection is closed.
     package var idleMilliseconds: UInt64 = 5000
-    /// Time for a whole exchange, so that progress by the byte holds a connection no longer.
+    /// Time for a whole exchange, so that a peer that trickles bytes cannot hold a connection
+    /// forever.
     package var exchangeMilliseconds: UInt64 = 60_000
 
     package init(messageLength: Int = HandshakeSettings.fromEnvironment().maximumLength) {
@@ -47,7 +48,7 @@ package final class RPCServer: Sendable {
     }
   }
 
-  /// Counts since the start, except `openConnections`.
+  /// Totals since the start, except `openConnections`.
   package struct Counters: Sendable, Equatable {
     package var acceptedConnections: UInt64 = 0
     package var openConnections: UInt64 = 0
@@ -56,7 +57,7 @@ package final class RPCServer: Sendable {
     package var notifyRequests: UInt64 = 0
     package var probeRequests: UInt64 = 0
     package var serviceRequests: UInt64 = 0
-    /// Closed without an answer for what they sent.
+    /// Closed without an answer because of what they sent.
     package var rejectedConnections: UInt64 = 0
     /// Closed because they were silent or slow.
     package var expiredConnections: UInt64 = 0
@@ -66,10 +67,10 @@ package final class RPCServer: Sendable {
   package let address: SocketAddress
 
   private let loop: RPCServerLoop
-  // Holds the thread until it has been joined.
+  // The thread, until it has been joined.
   private let thread: Lock<WorkerThread?>
 
-  /// Starts to serve on a listening socket.
+  /// Starts serving on a listening socket.
   package init(
     listener: consuming Socket, handlers: Handlers, limits: Limits = Limits()
   ) throws(EngineError) {
@@ -88,11 +89,11 @@ package final class RPCServer: Sendable {
   package var counters: Counters { loop.counters.withLock { $0 } }
 
   /// Closes the listener and every connection and ends the thread; later calls do nothing. Returns
-  /// when all that is done, unless a handler calls it.
+  /// when that is done, unless called from a handler.
   package func stop() {
     loop.requestStop()
     thread.withLock { thread in
-      // The thread cannot wait for itself; whoever calls next joins it.
+      // The thread cannot wait for itself; the next caller joins it.
       guard let running = thread, !running.isCurrent else { return }
       running.join()
       thread = nil

@@ -3,7 +3,7 @@ import MooncakeSystem
 
 /// The RPC daemon's event loop; everything but `requestStop` and `counters` belongs to its thread.
 final class RPCServerLoop: @unchecked Sendable {
-  // Unchecked: one thread runs the loop; what others use is synchronized by itself.
+  // Unchecked: one thread runs the loop; members that others use are synchronized.
   let counters = Lock(RPCServer.Counters())
 
   private let handlers: RPCServer.Handlers
@@ -14,10 +14,10 @@ final class RPCServerLoop: @unchecked Sendable {
   private var connections: [UInt64: RPCConnection] = [:]
   private var nextToken = firstConnectionToken
   private var restingCount = 0
-  /// When accepting goes on after the process ran out of descriptors; nil while it accepts.
+  /// When to accept again after the process ran out of descriptors; nil while accepting.
   private var acceptPause: Deadline?
   private var budget: RPCBudget
-  /// The last descriptor, and the answer that it makes.
+  /// The last descriptor's text, and the answer made from it.
   private var descriptor = (text: "", output: RPCOutput([], isShared: true))
 
   private static let listenerToken = RPCEventLoop.wakeToken + 1
@@ -80,8 +80,8 @@ final class RPCServerLoop: @unchecked Sendable {
         guard let socket = try listener?.accept() else { return }
         try adopt(socket)
       } catch {
-        // Out of descriptors or memory. The waiting peer would make epoll return at once again and
-        // again, so the listener rests.
+        // Out of descriptors or memory. The waiting peer would make epoll return at once, again and
+        // again, so stop listening for a while.
         Log.warning("RPC daemon: cannot accept a connection: \(error)")
         if let listener = listener?.rawValue { loop.epoll.remove(listener) }
         acceptPause = .after(milliseconds: Self.acceptPauseMilliseconds)
@@ -109,7 +109,7 @@ final class RPCServerLoop: @unchecked Sendable {
     connection.accounted = held
   }
 
-  /// Makes room in the budget; false if there is nothing to close.
+  /// Closes a connection to make room in the budget; false if there is none to close.
   private func closeLargest() -> Bool {
     let group = budget.largest
     let members = connections.filter { $0.value.group == group }
@@ -118,7 +118,7 @@ final class RPCServerLoop: @unchecked Sendable {
     }
     let held = largest.value.held.total
     reject(
-      largest.key, "what takes \(held) of the \(limits.totalByteCount) bytes for all peers")
+      largest.key, "messages that hold \(held) of the \(limits.totalByteCount) bytes for all peers")
     return held > 0
   }
 
@@ -140,7 +140,7 @@ final class RPCServerLoop: @unchecked Sendable {
     restingCount += isResting ? 1 : -1
   }
 
-  /// Closes the connection that has not been asked for longest; false if none rests.
+  /// Closes the connection that has been resting longest; false if none is.
   @discardableResult
   private func closeResting() -> Bool {
     let resting = connections.filter { $0.value.isResting }
@@ -239,7 +239,7 @@ final class RPCServerLoop: @unchecked Sendable {
       isShared: false, keeps: keeps)
   }
 
-  /// One copy for all who ask while the descriptor stays the same.
+  /// One copy for all peers that ask while the descriptor stays the same.
   private func sharedOutput(_ body: String) -> RPCOutput {
     if body != descriptor.text {
       descriptor.output.outdate(budget.outdated)

@@ -2,9 +2,9 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// What runs on top of an engine and is called by its like in other processes.
+/// The services on top of an engine, which the same services in other processes call.
 package final class ServiceTable: Sendable {
-  /// Answers a call in JSON; nil if it is meant for another handler. Runs on the RPC daemon's
+  /// Answers a call with JSON; nil if the call is for another handler. Runs on the RPC daemon's
   /// thread and must not wait.
   package typealias Handler = @Sendable (JSONValue) -> String?
 
@@ -14,7 +14,7 @@ package final class ServiceTable: Sendable {
   }
   private let state = Lock(State())
 
-  /// Returns what `remove` takes.
+  /// Returns the token for `remove`.
   package func add(_ handler: @escaping Handler) -> UInt64 {
     state.withLock { state in
       state.next += 1
@@ -23,7 +23,7 @@ package final class ServiceTable: Sendable {
     }
   }
 
-  /// A call that runs on another thread may still end afterwards.
+  /// A call that is running on another thread may still end afterwards.
   package func remove(_ token: UInt64) { state.withLock { $0.handlers[token] = nil } }
 
   func answer(_ call: JSONValue) -> String? {
@@ -35,8 +35,8 @@ package final class ServiceTable: Sendable {
 }
 
 extension TransferEngine {
-  /// As below without waiting: `completion` is called once, by the deadline, on a thread that must
-  /// not be kept.
+  /// As below, but does not wait: `completion` is called once, by the deadline, on a thread that it
+  /// must not block.
   package func callService(
     at address: String, _ body: String, until deadline: Deadline,
     _ completion: @escaping RPCCaller.Completion
@@ -54,12 +54,12 @@ extension TransferEngine {
       return completion(
         .failure(
           EngineError(
-            .invalidArgument, "peer \(named): port 0 reaches nobody: give the peer's RPC port")))
+            .invalidArgument, "peer \(named): port 0 cannot be reached: give the peer's RPC port")))
     }
     if let numeric = SocketAddress(numeric: peer.host, port: port) {
       return caller.call(named, at: [numeric], body, until: deadline, completion)
     }
-    // A name takes time to resolve, and nothing else of it may keep a thread.
+    // Resolving a name takes a thread; nothing else about the call may.
     let isAccepted = workers.run { [self] in
       do throws(ResolveError) {
         let addresses = try Resolver.resolve(

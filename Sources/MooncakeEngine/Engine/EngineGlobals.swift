@@ -2,14 +2,14 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// What the whole process shares, of this module and below.
+/// Process-wide state of this module and those below.
 package enum EngineGlobals {
   private static let isPrepared = Atomic(false)
 
   /// Uses each global once: see `Fork.prepare`.
   package static func prepare() { Fork.prepare(isPrepared) { use() } }
 
-  /// As `prepare` for who has asked `Fork.prepare` already.
+  /// As `prepare`, for callers already inside `Fork.prepare`.
   package static func use() {
     MetadataGlobals.use()
     TCPTransport.prepare()

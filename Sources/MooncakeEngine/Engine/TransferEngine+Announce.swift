@@ -25,11 +25,11 @@ extension TransferEngine: BatchAnnouncer {
       batch.endNotification(
         EngineError(
           .timeout,
-          "the notification was not sent: the deadline passed while threads waited for other peers"
+          "the notification was not sent: the deadline passed while all threads waited for peers"
         ))
     }
     let isRunning = workers.run { [self] in
-      // It may have waited for a thread until its deadline.
+      // False if it waited for a thread beyond its deadline and was reported as late.
       guard deliveries.take(token) else { return }
       do throws(EngineError) {
         let name = try segments.segment(pending.segment).name

@@ -18,9 +18,9 @@ extension TransferEngine {
     return try batches.insert(Batch(capacity: capacity, pool: pool, announcer: self))
   }
 
-  /// Appends requests to a batch. Everything is checked before any request starts; a later failure
-  /// lives in the status. With a notification, the segment of the first request gets it once the
-  /// whole batch is completed.
+  /// Appends requests to a batch. Everything is checked before any request starts; later failures
+  /// are in the status. A notification is sent to the segment of the first request once the whole
+  /// batch has completed.
   public func submit(
     _ batch: BatchID, _ requests: UnsafeBufferPointer<TransferRequest>,
     timeoutMilliseconds: UInt64 = 0, notification: Notification? = nil
@@ -65,14 +65,14 @@ extension TransferEngine {
     }
   }
 
-  /// A count that changes while parts of answers arrive from a segment, which no status shows: that
+  /// Changes whenever part of an answer arrives from the segment. A status does not show that: it
   /// counts whole slices.
   package func partialArrivalCount(from segment: SegmentID) -> UInt64 {
     (try? segments.segment(segment))?.route.connections.peer.partialArrivalCount ?? 0
   }
 
-  /// Waits until every submitted request is terminal. Throws `.timeout` if they still run after the
-  /// timeout; 0 waits as long as they do.
+  /// Waits until every submitted request is terminal. Throws `.timeout` if some are not by then; 0
+  /// waits without limit.
   public func wait(
     _ id: BatchID, timeoutMilliseconds: UInt64 = 0
   ) throws(EngineError) -> BatchStatus {
@@ -87,14 +87,14 @@ extension TransferEngine {
     }
   }
 
-  /// The status; if it is terminal, every other sign of the end is there as well.
+  /// The status. If it is terminal, the event descriptor shows the end as well.
   private func finalStatus(of batch: Batch) -> BatchStatus {
     let status = batch.status
     if status.state.isTerminal { batch.waitUntilSignaled() }
     return status
   }
 
-  /// Ends every request that is not terminal as canceled, soon.
+  /// Soon ends as canceled every request that is not terminal.
   public func cancel(_ id: BatchID) throws(EngineError) {
     try batches.with(id) { batch throws(EngineError) in
       if batch.isTerminal { return }
@@ -114,12 +114,12 @@ extension TransferEngine {
     (try? batches.with(id) { batch throws(EngineError) in batch.failureMessage }) ?? ""
   }
 
-  /// A descriptor that is readable while every submitted request is terminal. The batch owns it.
+  /// A descriptor that is readable while every submitted request is terminal. Owned by the batch.
   public func eventDescriptor(of id: BatchID) throws(EngineError) -> Int32 {
     try batches.with(id) { batch throws(EngineError) in try batch.openEventDescriptor() }
   }
 
-  /// A descriptor that becomes readable when a batch has become terminal. The engine owns it.
+  /// A descriptor that becomes readable when any batch has become terminal. Owned by the engine.
   public func eventDescriptor() throws(EngineError) -> Int32 {
     try checkOpen()
     let existing = engineEvent.load(ordering: .acquiring)
@@ -133,11 +133,11 @@ extension TransferEngine {
     return stored ? event.keepOpen() : current
   }
 
-  /// Calls back, on a thread of the engine, each time the batch becomes terminal.
+  /// Calls `callback` on a thread of the engine each time the batch becomes terminal.
   package func setCallback(
     _ id: BatchID, _ callback: @escaping @Sendable (BatchID, BatchStatus) -> Void
   ) throws(EngineError) {
-    // Its thread now: at the end of the batch nobody could be told that there is none.
+    // Reserve its thread now: when the batch ends there is no caller left to return a failure to.
     try callbacks.reserve()
     try batches.with(id) { batch throws(EngineError) in try batch.setCallback(callback) }
   }
@@ -168,8 +168,8 @@ extension TransferEngine {
     if let code = status.error { throw EngineError(code, message) }
   }
 
-  /// Moves a request of moderate size through shared memory, if that is possible without waiting
-  /// for anybody; a batch would cost more than the copy.
+  /// Moves a request of moderate size through shared memory if that needs no waiting; a batch would
+  /// cost more than the copy.
   @inline(__always)
   private func copyAtOnce(_ raw: RawRequest) throws(EngineError) -> Bool {
     guard let sharedMemory, raw.length <= UInt64(SharedMemoryTransport.inlineBytes),

@@ -8,7 +8,7 @@ import Synchronization
 /// Memory that the engine allocated.
 package final class EngineMemory: Sendable {
   package let mapping: MemoryMapping
-  /// Names it to peers that can map it; nil for memory of this process alone.
+  /// Identifies it to peers that can map it; nil for memory private to this process.
   package let number: UInt32?
   private let file: MemoryFile?
   private let hasComplained = Atomic<Bool>(false)
@@ -32,11 +32,11 @@ package final class EngineMemory: Sendable {
   private static func place(_ mapping: borrowing MemoryMapping, _ node: UInt32?) {
     guard let node else { return }
     do throws(Errno) { try mapping.prefer(node: node) } catch {
-      Log.info("memory near NUMA node \(node): \(error); it may come from anywhere")
+      Log.info("memory near NUMA node \(node): \(error); it may come from any node")
     }
   }
 
-  /// Where a range lies in the memory; nil if it lies elsewhere or peers cannot map it.
+  /// Where a range lies in this memory; nil if it lies elsewhere or peers cannot map it.
   func place(_ address: UInt64, _ length: UInt64) -> BufferTable.SharedPlace? {
     let offset = address &- UInt64(UInt(bitPattern: mapping.address))
     let size = UInt64(mapping.count)
@@ -44,8 +44,8 @@ package final class EngineMemory: Sendable {
     return .init(memory: number, offset: offset)
   }
 
-  /// Runs `body` with a descriptor to give to a peer, which cannot write unless it may; false
-  /// where there is none.
+  /// Runs `body` with a descriptor to give to a peer, read-only unless `writable`; false if there
+  /// is none.
   func withDescriptor(writable: Bool, _ body: (Int32) -> Void) -> Bool {
     switch file {
     case .none: return false
@@ -71,8 +71,8 @@ package final class EngineMemory: Sendable {
 }
 
 extension TransferEngine {
-  /// Makes a range a buffer of the local segment. The memory stays the caller's and must stay
-  /// mapped until it is unregistered.
+  /// Makes a range a buffer of the local segment. The caller keeps owning the memory and must keep
+  /// it mapped until it is unregistered.
   public func register(
     _ address: UnsafeMutableRawPointer, length: UInt64, location: String = "*", access: Access
   ) throws(EngineError) {
@@ -83,8 +83,8 @@ extension TransferEngine {
     }
   }
 
-  /// Registers all ranges or none. `publishing` bounds how long the metadata service is waited
-  /// for; nil: as long as the default timeout.
+  /// Registers all ranges or none. `publishing` bounds the wait for the metadata service; nil means
+  /// the default timeout.
   package func register(
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
     access: Access, publishing: MetadataCall? = nil
@@ -96,7 +96,7 @@ extension TransferEngine {
       try publishChanges(call)
     } catch {
       var message =
-        "registering \(ranges.count) buffer(s), none of which remains: \(error.message)"
+        "registering \(ranges.count) buffer(s), all undone: \(error.message)"
       let starts = ranges.map(\.address)
       do throws(EngineError) {
         try withdraw(local.buffers.remove(starts), Set(starts), call)
@@ -107,8 +107,8 @@ extension TransferEngine {
     }
   }
 
-  /// Makes ranges buffers of the local segment, all or none. Those who ask the metadata service
-  /// find them after `publishChanges`.
+  /// Makes ranges buffers of the local segment, all or none. Only after `publishChanges` are they
+  /// in the metadata service.
   package func addBuffers(
     _ ranges: [(address: UInt64, length: UInt64)], location: String, access: Access
   ) throws(EngineError) {
@@ -128,9 +128,9 @@ extension TransferEngine {
     sharedMemory?.server.publish()
   }
 
-  /// Ends what peers do with buffers that have been removed, and unpublishes them. What the
-  /// metadata service refuses is tried again; peers that still find a buffer are refused here.
-  /// Throws BUSY where a copy does not end within the call; `starts` are then known as unfinished.
+  /// Ends peers' access to removed buffers and unpublishes them. What the metadata service refuses
+  /// is retried; a peer that still finds a buffer there is refused here. Throws BUSY if a peer's
+  /// copy does not end within the call; `starts` are then recorded as unfinished.
   private func withdraw(
     _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: MetadataCall
   ) throws(EngineError) {
@@ -147,7 +147,7 @@ extension TransferEngine {
     if let late { throw stillCopied(by: late) }
   }
 
-  /// Ends the registration that begins at `address`: no peer touches the memory afterwards.
+  /// Ends the registration that begins at `address`. No peer touches the memory after this returns.
   public func unregister(_ address: UnsafeMutableRawPointer) throws(EngineError) {
     let value = UInt64(UInt(bitPattern: address))
     try withUnsafePointer(to: value) { pointer throws(EngineError) in
@@ -162,15 +162,15 @@ extension TransferEngine {
     try removeBuffers(Array(addresses), nil)
   }
 
-  /// As above. The call bounds how long peers that are in the middle of a copy, and then the
-  /// metadata service, are waited for; nil: as long as the default timeout.
+  /// As above. The call bounds the wait for peers in the middle of a copy, and then for the
+  /// metadata service; nil means the default timeout.
   package func removeBuffers(
     _ addresses: [UInt64], _ call: MetadataCall?
   ) throws(EngineError) {
     try checkOpen()
     let removed = local.buffers.remove(addresses)
     var found = Set(removed.map(\.range.address))
-    // Those of an earlier call that gave up waiting: nobody is offered them any more.
+    // Buffers of an earlier call that gave up waiting; they are no longer offered to peers.
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
     try withdraw(removed, found, call ?? MetadataCall(until: deadline(0)))
     for address in addresses where !found.contains(address) {
@@ -196,11 +196,11 @@ extension TransferEngine {
     try allocate(length: length, location: location, access: access, publishing: nil)
   }
 
-  /// As above; `publishing` bounds how long the metadata service is waited for.
+  /// As above; `publishing` bounds the wait for the metadata service.
   package func allocate(
     length: UInt64, location: String = "*", access: Access, publishing: MetadataCall?
   ) throws(EngineError) -> UnsafeMutableRawPointer {
-    // Before the registration, which looks up where the range lies.
+    // Listed before the registration, which looks up where the range lies.
     let address = try allocate(length: length, location: location)
     do throws(EngineError) {
       let range = (address: UInt64(UInt(bitPattern: address)), length: length)
@@ -211,7 +211,7 @@ extension TransferEngine {
       }
     } catch {
       let key = UInt64(UInt(bitPattern: address))
-      // Not unmapped as long as a peer may touch it.
+      // Keep it mapped while a peer may touch it.
       if !unfinished.withLock({ $0.contains(key) }),
         let memory = mappings.withLock({ $0.removeValue(forKey: key) })
       {
@@ -222,7 +222,7 @@ extension TransferEngine {
     return address
   }
 
-  /// Allocates memory as above that whoever asked for it registers, and frees in the end.
+  /// Allocates memory as above without registering it; the caller registers and finally frees it.
   package func allocate(
     length: UInt64, location: String
   ) throws(EngineError) -> UnsafeMutableRawPointer {
@@ -259,8 +259,8 @@ extension TransferEngine {
     try free(address, publishing: nil)
   }
 
-  /// As above; `publishing` bounds how long the metadata service, and peers that are in the middle
-  /// of a copy, are waited for.
+  /// As above; `publishing` bounds the wait for peers in the middle of a copy and for the metadata
+  /// service.
   package func free(
     _ address: UnsafeMutableRawPointer, publishing: MetadataCall?
   ) throws(EngineError) {
@@ -270,7 +270,7 @@ extension TransferEngine {
       throw EngineError(
         .notRegistered, "0x\(String(key, radix: 16)) was not allocated by this engine")
     }
-    // Parts may have been registered anew.
+    // Parts of it may have been registered again.
     let end = key + UInt64(memory.mapping.count)
     let parts = local.buffers.snapshot.buffers.map(\.address) + unfinished.withLock { $0 }
     let others = parts.filter { $0 > key && $0 < end }
@@ -278,7 +278,7 @@ extension TransferEngine {
       try removeBuffers([key] + others, publishing)
     } catch {
       if error.code == .busy {
-        // Not unmapped as long as a peer may touch it.
+        // Keep it mapped while a peer may touch it.
         mappings.withLock { $0[key] = memory }
       } else {
         sharedMemory?.server.release(memory)

@@ -13,7 +13,7 @@ extension TransferEngine {
     return try MetadataDirectory(uri)
   }
 
-  /// Publishes the segment under its name; the ports listen by now.
+  /// Publishes the segment under its name; its ports already listen.
   func startPublishing() throws(EngineError) {
     guard let publisher else { return }
     try MetadataDirectory.check(name)
@@ -21,9 +21,10 @@ extension TransferEngine {
       until: min(deadline(0), .after(milliseconds: Self.publicationMilliseconds)))
   }
 
-  /// Tells the metadata service of changed registrations before the caller goes on to tell peers,
-  /// or, once `call` is over, in the background; without one the default timeout bounds it. Throws
-  /// if peers will never hear of them.
+  /// Publishes changed registrations and waits until it is done, so that the caller can then tell
+  /// peers. Once `call` (nil: the default timeout) is over, publishing goes on in the background.
+  /// Throws if peers will never learn of them: the metadata service refuses for good, or, without
+  /// one, the descriptor no longer fits a message.
   package func publishChanges(_ call: MetadataCall? = nil) throws(EngineError) {
     guard let publisher else { return try local.checkFitsMessage() }
     let limit = min(deadline(0), .after(milliseconds: Self.publicationMilliseconds))
@@ -32,14 +33,14 @@ extension TransferEngine {
         until: min(call?.deadline ?? limit, limit), cancellation: call?.cancellation ?? -1))
   }
 
-  /// Asks the metadata service, or without one the peer itself. `known` is what it said before.
+  /// Asks the metadata service, or without one the peer itself. `known` is the previous descriptor.
   func fetchDescriptor(
     _ name: String, known: SegmentDescriptor? = nil, deadline: Deadline
   ) throws(EngineError) -> SegmentDescriptor {
     guard let directory else { return try askPeer(name, deadline) }
     let fallback = known?.rpcAddress ?? ""
     do throws(EngineError) {
-      // Half of the time is left for the peer.
+      // Leave half of the time for asking the peer.
       let left = deadline.remainingNanoseconds / 2_000_000
       return try directory.descriptor(
         of: name,
@@ -47,7 +48,7 @@ extension TransferEngine {
           until: fallback.isEmpty ? deadline : min(deadline, .after(milliseconds: left)),
           cancellation: closeEvent.descriptor.rawValue))
     } catch {
-      // A service that is away keeps nobody from those it has found before.
+      // If the service is unreachable, peers found before can still be asked directly.
       let isAway = [.unreachable, .timeout, .unresolved].contains(error.code)
       guard isAway, !fallback.isEmpty, let descriptor = try? askPeer(fallback, deadline),
         descriptor.name == known?.name, descriptor.incarnation == known?.incarnation
@@ -64,7 +65,7 @@ extension TransferEngine {
       cancellation: closeEvent.descriptor.rawValue)
   }
 
-  /// Where the RPC daemon of a segment's owner is, "host:port".
+  /// The address of the RPC daemon of a segment's owner, "host:port".
   func rpcAddress(of name: String, deadline: Deadline) throws(EngineError) -> String {
     if isOwn(name) { return rpcAddress.description }
     guard let directory else { return name }

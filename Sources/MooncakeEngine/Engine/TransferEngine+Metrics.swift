@@ -79,19 +79,19 @@ extension TransferEngine {
     _ add: (String, String, String, Int) -> Void
   ) {
     counter(
-      "shared_memory_read_bytes", "Of these, bytes read from peers of the same host by memory.",
+      "shared_memory_read_bytes", "Of these, bytes read through shared memory.",
       shared.readBytes.load(ordering: .relaxed))
     counter(
-      "shared_memory_written_bytes", "Of these, bytes written to peers of the same host by memory.",
+      "shared_memory_written_bytes", "Of these, bytes written through shared memory.",
       shared.writtenBytes.load(ordering: .relaxed))
     counter(
-      "shared_memory_requests", "Slices completed by memory.",
+      "shared_memory_requests", "Slices completed through shared memory.",
       shared.completedSlices.load(ordering: .relaxed))
     counter(
-      "shared_memory_fallbacks", "Slices for a peer of the same host that went on over TCP.",
+      "shared_memory_fallbacks", "Slices for a peer of the same host that fell back to TCP.",
       shared.refusedSlices.load(ordering: .relaxed))
     add(
-      "shared_memory_peers", "gauge", "Peers of the same host that reach the buffers by memory.",
+      "shared_memory_peers", "gauge", "Peers that reach the buffers through shared memory.",
       sharedMemory?.server.connectionCount ?? 0)
   }
 
@@ -100,14 +100,14 @@ extension TransferEngine {
     _ add: (String, String, String, Int) -> Void
   ) {
     add(
-      "metadata_reachable", "gauge", "Whether the metadata service answered last time.",
+      "metadata_reachable", "gauge", "Whether the metadata service answered the last call.",
       counters.isReachable ? 1 : 0)
     add(
-      "metadata_refused", "gauge", "Whether the metadata service refuses what is to be published.",
+      "metadata_refused", "gauge", "Whether the metadata service refuses what is published.",
       counters.isRefused ? 1 : 0)
     counter("metadata_publications", "Publications of the descriptor.", counters.publications)
     counter(
-      "metadata_repetitions", "Of these, repetitions of what the service had lost.",
+      "metadata_repetitions", "Of these, repetitions of entries that the service had lost.",
       counters.repetitions)
     counter("metadata_renewals", "Renewals of the lease.", counters.renewals)
     counter("metadata_failures", "Calls to the metadata service that failed.", counters.failures)

@@ -3,7 +3,7 @@ import MooncakeSystem
 import Synchronization
 
 extension TransferEngine {
-  /// Whether a name is this engine's. Names are bytes: others may only look alike.
+  /// Whether a name is this engine's. Compares bytes: Swift would call some different texts equal.
   package func isOwn(_ name: String) -> Bool { name.utf8.elementsEqual(self.name.utf8) }
 
   /// Finds a peer and fetches its descriptor. A known name keeps its id and gets a fresh
@@ -21,7 +21,7 @@ extension TransferEngine {
   }
 
   private func openRemote(_ name: String, _ deadline: Deadline) throws(EngineError) -> SegmentID {
-    // Recovery needs it later, when a failure could not be told any more.
+    // Recovery needs a thread later, when there is no caller to report a failure to.
     try workers.reserve()
     if let known = segments.retain(name) {
       do throws(EngineError) {
@@ -50,7 +50,8 @@ extension TransferEngine {
     }
   }
 
-  /// Gives the id back; connections end when nobody holds it any more and its transfers are over.
+  /// Gives the id back. Connections end once it is closed as often as opened and its transfers are
+  /// over.
   public func closeSegment(_ id: SegmentID) throws(EngineError) {
     try checkOpen()
     if id == 0 { return }
@@ -60,12 +61,12 @@ extension TransferEngine {
     sharedMemory?.forget(route.sharedMemory)
   }
 
-  /// The id of a name that is open.
+  /// The id of an open segment; nil if the name is not open.
   package func cachedSegment(_ name: String) -> SegmentID? {
     segments.id(of: String(name.drop { $0 == "/" }))
   }
 
-  /// What is known of a segment.
+  /// The current descriptor of a segment.
   public func descriptor(of id: SegmentID) throws(EngineError) -> SegmentDescriptor {
     try checkOpen()
     return id == 0 ? local.descriptor : try segments.segment(id).route.descriptor
@@ -82,9 +83,9 @@ extension TransferEngine {
     }
   }
 
-  /// Fetches every open segment's descriptor anew; what cannot be fetched stays as it is.
+  /// Refetches every open segment's descriptor; where that fails, the old one stays.
   package func refreshAllSegments() {
-    // For all of them, or a service that stands still would be waited for once for each.
+    // One deadline for all, or an unresponsive service would cost its timeout once per segment.
     let deadline = deadline(0)
     for segment in segments.all where segment.id != 0 {
       do throws(EngineError) {
@@ -96,7 +97,7 @@ extension TransferEngine {
     }
   }
 
-  /// Writes a line for a failure that no transfer's status will tell.
+  /// Logs a failure that no transfer's status will report.
   package func logged<Result>(
     _ body: () throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
@@ -112,10 +113,10 @@ extension TransferEngine {
 // MARK: - Keeping descriptors true
 
 extension TransferEngine {
-  /// How long a peer's greeting is waited for by a thread that others need, too.
+  /// How long a thread that others need too waits for a peer's greeting.
   private static let retryMilliseconds: UInt64 = 1_000
 
-  /// Tries to reach the memory of a segment's peer again, in the background.
+  /// Retries to reach the memory of a segment's peer, in the background.
   package func retrySharedMemory(_ segment: OpenSegment, _ route: SegmentRoute) {
     let health = route.sharedMemoryHealth
     guard let sharedMemory, health.beginAttempt() else { return }
@@ -130,22 +131,22 @@ extension TransferEngine {
     if !isRunning { _ = health.noteFailure("no thread to connect with", isFinal: false) }
   }
 
-  /// Why the memory of a segment's peer is not reached, if the peer is on this host.
+  /// Why shared memory is not used for a segment's peer, if the peer is on this host.
   package func sharedMemoryFailure(of id: Int32) throws(EngineError) -> String? {
     try segments.segment(id).route.sharedMemoryHealth.failure
   }
 
-  /// The memory of a segment's peer, if it is reached so.
+  /// The shared-memory peer of a segment, if there is one.
   package func sharedMemoryPeer(of id: Int32) throws(EngineError) -> SharedMemoryPeer? {
     try segments.segment(id).route.sharedMemory
   }
 
-  /// Fetches a descriptor and replaces the route; a peer at another place gets new connections.
+  /// Fetches a descriptor and replaces the route; a peer that has moved gets new connections.
   func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
     let old = segment.route
     let new = try fetchDescriptor(segment.name, known: old.descriptor, deadline: deadline)
     if new.isOlder(than: old.descriptor) {
-      Log.info("segment \(segment.name): what was just fetched is older than what is known")
+      Log.info("segment \(segment.name): ignored a descriptor older than the known one")
       return
     }
     let isSameProcess = new.incarnation == old.descriptor.incarnation
@@ -155,7 +156,7 @@ extension TransferEngine {
       && new.name.utf8.elementsEqual(old.descriptor.name.utf8)
       && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
     if isSamePlace && isSameProcess {
-      // One that is lost is tried at once, one that could not be reached when its rest is over.
+      // A lost peer is retried at once; one that could not be reached, after its pause.
       let isLost = old.sharedMemory.map { !$0.isUsable } ?? false
       let health = old.sharedMemoryHealth
       let peer =
@@ -183,7 +184,7 @@ extension TransferEngine {
     former.connections.retire(
       successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in
         guard let self, let segment else {
-          return Batch.end(slice, .canceled, reason: "segment closed in mid-transfer")
+          return Batch.end(slice, .canceled, reason: "segment closed mid-transfer")
         }
         resubmit(segment, slice)
       })

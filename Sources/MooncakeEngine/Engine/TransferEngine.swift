@@ -4,30 +4,31 @@ import Synchronization
 
 /// Moves memory between this process and its peers. Owns registrations, connections and threads.
 ///
-/// Every method may be called from any thread at any time. After `close` they throw.
+/// Methods may be called from any thread at any time. After `close` they throw.
 public final class TransferEngine: @unchecked Sendable {
   // Unchecked: everything is set in `init` or synchronized.
   public struct Options: Sendable {
-    /// Segment name; default "advertised host:port". Without a metadata service it must be that.
+    /// Segment name; default "advertised host:port". Without a metadata service no other name
+    /// works.
     public var name: String?
-    /// Numeric address to listen on; default the advertised address if given, else 127.0.0.1.
+    /// Numeric address to listen on; by default the advertised address if given, else 127.0.0.1.
     public var bindAddress: String?
-    /// Host that peers connect to; default the bound address.
+    /// Host that peers connect to; by default the bound address.
     public var advertisedAddress: String?
     /// RPC port; 0 lets the system choose.
     public var port: UInt16 = 0
-    /// "P2PHANDSHAKE": peers ask each other. Else the service that knows everybody, such as
-    /// "etcd://host:2379", "redis://host:6379" or "http://host:8080/metadata".
+    /// "P2PHANDSHAKE": peers ask each other. Otherwise the metadata service: "etcd://host:2379",
+    /// "redis://host:6379" or "http://host:8080/metadata".
     public var metadataURI = "P2PHANDSHAKE"
-    /// In order of preference. "shm" reaches processes of this host through memory; "tcp" reaches
-    /// everybody and must be there. `MC_FORCE_TCP` in the environment leaves only that.
+    /// In order of preference. "shm" reaches processes of this host through shared memory; "tcp"
+    /// reaches every peer and is required. `MC_FORCE_TCP` in the environment leaves only "tcp".
     public var transports = ["shm", "tcp"]
-    /// Deadline of an operation that names none.
+    /// Timeout of operations that give none.
     public var defaultTimeoutMilliseconds: UInt64 = 30_000
     /// Threads per direction; 0 chooses by the number of processors.
     public var ioThreads = 0
-    /// Where the threads that move bytes run: a list such as "0-3,8", or "node:1" for those of a
-    /// NUMA node; nil for anywhere.
+    /// Processors for the threads that move bytes: a list such as "0-3,8", or "node:1" for a NUMA
+    /// node; nil for any.
     public var processors: String?
     /// Data connections to one peer; 0 chooses.
     public var connectionsPerPeer = 0
@@ -38,26 +39,26 @@ public final class TransferEngine: @unchecked Sendable {
     public init() {}
   }
 
-  /// How a taken port or a foreign name is dealt with.
+  /// What happens if a port is taken or a name does not fit.
   package enum ListenRules: Sendable {
-    /// As asked or an error.
+    /// Exactly as asked, or an error.
     case native
-    /// As programs written for the existing system expect.
+    /// As programs written for Mooncake expect.
     case dropIn(DropInListenOptions)
   }
 
   /// The segment name under which peers open this engine.
   public let name: String
-  /// Where the RPC daemon listens, with the host that is advertised.
+  /// The advertised host with the RPC daemon's port.
   public let rpcAddress: HostPort
   package let local: LocalSegment
   package let segments = SegmentTable()
-  /// Segments whose descriptor is fetched anew.
+  /// Segments whose descriptor is being refetched.
   let recoveries = RecoveringSegments()
   package let batches = BatchTable()
   package let pool = SlicePool()
   package let transport: TCPTransport
-  /// nil where it is switched off or the system does not offer it.
+  /// nil if it is switched off or the system does not support it.
   package private(set) var sharedMemory: SharedMemoryTransport?
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
@@ -70,21 +71,21 @@ public final class TransferEngine: @unchecked Sendable {
   package let directory: MetadataDirectory?
   package let publisher: MetadataPublisher?
   package let mappings = Lock<[UInt64: EngineMemory]>([:])
-  /// Where buffers began whose unregistration gave up waiting for a peer.
+  /// Start addresses of buffers whose unregistration gave up waiting for a peer.
   package let unfinished = Lock<Set<UInt64>>([])
   package let engineEvent = Atomic<Int32>(-1)
   package let spareBatches = Lock<[Batch]>([])
   package let defaultTimeoutMilliseconds: UInt64
   package let spinNanoseconds: UInt64
 
-  /// Becomes readable when the engine closes, so that no call waits for a peer any longer.
+  /// Becomes readable when the engine closes, so that calls stop waiting for peers.
   package let closeEvent: EventFD
   private let rpc: RPCServer
   private let closing = Atomic<Bool>(false)
   private let activeSubmits = Atomic<Int>(0)
   private let closeLock = Lock(false)
 
-  /// Creates an engine whose ports listen when this returns.
+  /// Creates an engine; its ports listen when this returns.
   public convenience init(_ options: Options = Options()) throws(EngineError) {
     EngineGlobals.prepare()
     try Self.validate(options)
@@ -151,7 +152,7 @@ public final class TransferEngine: @unchecked Sendable {
     try startPublishing()
   }
 
-  /// Without it, peers that try find nobody and use TCP.
+  /// If this fails, peers find no socket and use TCP.
   private func startSharedMemory(
     _ listener: SharedMemoryServer.Listener, _ threadCount: Int, _ processors: ProcessorSet?
   ) {
@@ -175,9 +176,8 @@ public final class TransferEngine: @unchecked Sendable {
 
   deinit { close() }
 
-  /// Half the processors, so that a host keeps some for its own work; four at most. Two at least:
-  /// sending and receiving take unequal time, and only with several threads do the processors even
-  /// that out.
+  /// Half the processors, so that the host keeps some for its own work; at most four. At least two:
+  /// sending and receiving take unequal time, which a single thread per direction cannot balance.
   private static func threadCount(_ options: Options, _ processors: ProcessorSet?) -> Int {
     if options.ioThreads > 0 { return options.ioThreads }
     return min(4, max(2, processors?.count ?? Processors.count / 2))
@@ -199,7 +199,7 @@ public final class TransferEngine: @unchecked Sendable {
     }
     if !options.transports.contains("tcp") {
       throw EngineError(
-        .invalidArgument, "the transports lack tcp, which carries what the others cannot")
+        .invalidArgument, "transports must include tcp, which carries what the others cannot")
     }
     guard (0...64).contains(options.ioThreads), (0...64).contains(options.connectionsPerPeer) else {
       throw EngineError(
@@ -231,7 +231,7 @@ public final class TransferEngine: @unchecked Sendable {
     }
   }
 
-  /// Segment 0 reaches this engine through its own data port, whatever address is advertised.
+  /// Segment 0 reaches this engine through its own data port, whichever address is advertised.
   private func openOwnSegment(dataAddress: ListenAddress) throws(EngineError) {
     var descriptor = local.descriptor
     descriptor.tcpDataHost =
@@ -253,7 +253,7 @@ public final class TransferEngine: @unchecked Sendable {
       isClosed = true
       closing.store(true, ordering: .sequentiallyConsistent)
       closeEvent.signal()
-      // A submit that passed the check is over in microseconds.
+      // A submit that has passed the check ends within microseconds.
       while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
       publisher?.stop()
       rpc.stop()
@@ -279,7 +279,7 @@ public final class TransferEngine: @unchecked Sendable {
       return Array(mappings.values)
     }
     guard let late else { return }
-    // Never unmapped: what lies there next would be written to.
+    // Never unmapped: a late copy would overwrite whatever is mapped there next.
     let kept = KeptMemory(memories)
     let pointer = UInt(bitPattern: Unmanaged.passRetained(kept).toOpaque())
     kept.previous = Self.keptMemory.exchange(pointer, ordering: .acquiringAndReleasing)
@@ -288,8 +288,8 @@ public final class TransferEngine: @unchecked Sendable {
         + "touch memory that was registered: do not reuse it before that thread has ended")
   }
 
-  /// Memory of engines that have ended which a peer may still touch. It stays mapped, and in sight
-  /// of tools that look for lost memory.
+  /// Memory of closed engines that a peer may still touch. It stays mapped, and referenced so that
+  /// leak checkers stay quiet.
   private final class KeptMemory {
     let memories: [EngineMemory]
     var previous: UInt = 0

@@ -5,8 +5,8 @@ import Synchronization
 extension TransferEngine {
   private static let recoveryMilliseconds: UInt64 = 3_000
 
-  /// What the connections to a segment do when they need its descriptor anew. The engine may be
-  /// gone by then, and with it the loops that call.
+  /// What connections to a segment call when they need a fresh descriptor. They hold the engine
+  /// weakly: it may be closed by then.
   package func handlers(for name: String) -> TCPPeer.Handlers {
     TCPPeer.Handlers(
       trouble: { [weak self] in
@@ -19,13 +19,13 @@ extension TransferEngine {
         guard let self else { return }
         guard let segment = try? segments.segment(slice.pointee.task.pointee.segment) else {
           return Batch.end(
-            slice, .failed(.notRegistered), reason: "segment \(name) was closed in mid-transfer")
+            slice, .failed(.notRegistered), reason: "segment \(name) was closed mid-transfer")
         }
         recover(segment, slice)
       })
   }
 
-  /// Fetches a descriptor anew in the background and then submits the slice again.
+  /// Refetches a descriptor in the background and then submits the slice again.
   package func recover(_ segment: OpenSegment, _ slice: SlicePointer?) {
     if let slice {
       if slice.pointee.isRefetched {
@@ -34,13 +34,13 @@ extension TransferEngine {
       }
       slice.pointee.isRefetched = true
     }
-    // Before: whoever cancels must find the segment, also once it is closed.
+    // First, so that a cancel finds the segment even after it is closed.
     recoveries.add(segment)
     switch segment.enqueueRecovery(slice) {
     case .first(let late):
       watch(segment, until: late)
       if workers.run({ [self] in runRecovery(segment, mayAsk: true) }) { return }
-      // The caller may drive connections, so it must not wait for a peer.
+      // The caller may be driving connections, so it must not wait for a peer.
       runRecovery(segment, mayAsk: false)
     case .behind(let late):
       recoveries.remove(segment)
@@ -51,11 +51,11 @@ extension TransferEngine {
     }
   }
 
-  /// Ends what waits beyond its deadline then. Slices of one recovery have deadlines of their own:
-  /// those that come first must not end the question for the others, nor wait for its end.
+  /// At `deadline`, ends the slices that are overdue. Slices of one recovery have different
+  /// deadlines: the earliest must neither end the fetch for the others nor wait for its end.
   private func watch(_ segment: OpenSegment, until deadline: UInt64?) {
     guard let deadline else { return }
-    // What waits keeps the segment; without that nobody needs it.
+    // Waiting slices keep the segment alive; without any, nobody needs it.
     caller.run(at: Deadline(nanoseconds: deadline)) { [weak self, weak segment] in
       guard let self, let segment else { return }
       var (late, next) = segment.takeLate(Clock.now())
@@ -63,7 +63,7 @@ extension TransferEngine {
         Batch.end(
           slice, .timeout,
           reason: "\(describeRefusal(segment, slice)); the deadline passed before the peer said "
-            + "what it has registered now: does it hang?")
+            + "what it has registered now: check whether its process hangs")
       }
       watch(segment, until: next)
     }
@@ -88,8 +88,8 @@ extension TransferEngine {
     recoveries.remove(segment)
   }
 
-  /// Ends the slices of canceled batches that wait for a descriptor. Nothing touches their memory
-  /// meanwhile.
+  /// Ends the slices of canceled batches that wait for a descriptor. Nothing else touches their
+  /// memory.
   func endCanceledRecoveries() {
     for segment in recoveries.all {
       var canceled = segment.takeCanceled()
@@ -116,7 +116,7 @@ extension TransferEngine {
     resubmit(segment, slice)
   }
 
-  /// Queues a slice again on the segment's present route.
+  /// Queues a slice again on the segment's current route.
   package func resubmit(_ segment: OpenSegment, _ slice: SlicePointer) {
     let route = segment.route
     let table = segment.id == 0 ? local.buffers.snapshot : route.table
@@ -142,12 +142,12 @@ extension TransferEngine {
     }
   }
 
-  /// Takes over a slice that shared memory could not move.
+  /// Sends a slice over TCP that shared memory could not move.
   package func fallBack(_ slice: SlicePointer) {
     let id = slice.pointee.task.pointee.segment
     guard let segment = try? segments.segment(id) else {
       return Batch.end(
-        slice, .failed(.invalidHandle), reason: "segment \(id) was closed in mid-transfer")
+        slice, .failed(.invalidHandle), reason: "segment \(id) was closed mid-transfer")
     }
     let table = id == 0 ? local.buffers.snapshot : segment.route.table
     let verdict = table.check(

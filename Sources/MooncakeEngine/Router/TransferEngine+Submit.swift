@@ -4,21 +4,21 @@ import Synchronization
 
 /// How requests are cut and spread over connections.
 private enum Striping {
-  /// Requests below this are chained into few pushes and gathered sends.
+  /// Smaller requests are chained, for few pushes and gathered sends.
   static let smallBytes = 64 << 10
-  /// Bytes of small requests that go to one connection before the next is chosen: less moves sooner
-  /// than another thread wakes up.
+  /// Bytes of small requests that go to one connection before the next is chosen: moving less is
+  /// faster than waking another thread.
   static let chainBytes = 1 << 20
-  /// Larger requests are cut, so that all connections work on one.
+  /// Larger requests are cut, so that all connections share one request.
   static let stripeBytes = 1 << 20
   static let stripeCountLimit = 1024
-  /// Waiters of more than this sleep instead of spinning.
+  /// Waiters for more than this sleep instead of spinning.
   static let bulkBytes = 1 << 20
 }
 
 extension TransferEngine {
-  /// Checks, cuts and queues `count` requests. Unless asynchronous, the caller waits for the batch
-  /// next and drives the loop itself.
+  /// Checks, cuts and queues `count` requests. Unless asynchronous, the caller will wait for the
+  /// batch next and drive the loop itself.
   @inline(__always)
   package func submit(
     _ batch: Batch, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
@@ -70,7 +70,7 @@ extension TransferEngine {
       throw EngineError(
         .invalidArgument, "request \(index): opcode \(raw.opcode) is neither read nor write")
     }
-    // A request of no bytes never touches its address.
+    // A request of zero bytes never touches its address.
     let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source))
     if source == nil && raw.length > 0 {
       throw EngineError(.invalidArgument, "request \(index): the local address is null")
@@ -87,7 +87,7 @@ extension TransferEngine {
       length: Int(raw.length), deadline: deadline, opcode: opcode, isPooled: false)
   }
 
-  /// Queues published tasks, in runs of the same segment.
+  /// Queues published tasks, in runs to the same segment.
   private func dispatch(_ batch: Batch, _ first: Int, _ count: Int, isAsynchronous: Bool) {
     var dispatcher = Dispatcher(engine: self, isAsynchronous: isAsynchronous)
     var index = first
@@ -102,7 +102,7 @@ extension TransferEngine {
     batch.drivenLoop = dispatcher.singleLoop
     if !isAsynchronous && dispatcher.singleLoop != nil { return }
     if let loop = dispatcher.singleLoop, !batch.isBulk {
-      // Small requests leave at once; whoever waits or polls next goes on with them.
+      // Send small requests at once; the next wait or poll continues with them.
       loop.pollIfFree()
       if !batch.hasListener && engineEvent.load(ordering: .relaxed) < 0 { return loop.nudge() }
     }
@@ -121,7 +121,7 @@ private struct Dispatcher {
     self.isAsynchronous = isAsynchronous
   }
 
-  /// The only loop that got slices.
+  /// The loop that got all slices, if only one did.
   var singleLoop: TCPClientLoop? {
     loopMask.nonzeroBitCount == 1
       ? engine.transport.loops[loopMask.trailingZeroBitCount] : nil
@@ -145,8 +145,7 @@ private struct Dispatcher {
     let route = segment.route
     if let shared = engine.sharedMemory {
       if let peer = route.sharedMemory, peer.isUsable {
-        // What a broken connection left at the target must land before anything new does, and only
-        // TCP waits for that.
+        // Writes of a broken connection must land before anything new, and only TCP waits for that.
         if route.connections.peer.unfenced.isEmpty {
           var rest = copy(batch, range, peer, shared)
           if !rest.isEmpty { send(segment, route) { rest.popFirst() } }
@@ -182,7 +181,7 @@ private struct Dispatcher {
       let verdict = table.check(
         slice.pointee.remote, UInt64(length), slice.pointee.opcode.requiredAccess)
       if verdict != .allowed {
-        // The peer may have registered the buffer since its descriptor was fetched.
+        // The peer may have registered the range since its descriptor was fetched.
         engine.recover(segment, slice)
         continue
       }
@@ -208,7 +207,7 @@ private struct Dispatcher {
     push(&chain, &chainBytes, connections)
   }
 
-  /// Copies slices through shared memory, at once or later; returns those that must go over TCP.
+  /// Copies slices through shared memory, now or queued; returns those that must go over TCP.
   private mutating func copy(
     _ batch: Batch, _ range: Range<Int>, _ peer: SharedMemoryPeer, _ shared: SharedMemoryTransport
   ) -> SliceQueue {
@@ -226,7 +225,7 @@ private struct Dispatcher {
       }
       return nil
     }
-    // A sum beyond all memory has a request that is refused below.
+    // If the sum overflows, one request is larger than memory and is refused below.
     if byteCount < 0 || byteCount <= SharedMemoryTransport.inlineBytes {
       return shared.copy(peer, totalBytes: byteCount, next: next)
     }
@@ -235,7 +234,7 @@ private struct Dispatcher {
     let view = peer.currentView()
     while let slice = next() {
       if !peer.grants(slice, view) {
-        // Nothing of a range may move before all of it is known to be right.
+        // No part of a range may move before all of it has been checked.
         refused.append(slice)
       } else if slice.pointee.length < 2 * Striping.stripeBytes {
         queue.append(slice)

@@ -1,7 +1,7 @@
 import MooncakeSystem
 
 extension TransferEngine {
-  /// A poller of a running batch does the loop's work if nobody else does.
+  /// Polling a running batch does the loop's work if no other thread does.
   func drivePolled(_ batch: Batch) {
     if batch.isTerminal { return }
     if batch.usesSharedMemory, let sharedMemory { _ = sharedMemory.help() }
@@ -21,13 +21,13 @@ extension TransferEngine {
           if batch.isTerminal { return true }
           if deadline.hasPassed { return false }
         } else if spinEnd == 0 {
-          // The driver may sleep on its sockets and not know of the submit yet.
+          // The driver may be asleep on its sockets and not know of the submit yet.
           loop.kick()
         }
       }
       let now = Clock.now()
       if spinEnd == 0 { spinEnd = now &+ spinNanoseconds }
-      // The last pieces of a large copy take other threads less time than a wake-up does.
+      // For the last pieces of a large copy, other threads need less time than a wake-up takes.
       if now < spinEnd && (!batch.isBulk || batch.usesSharedMemory) {
         relaxProcessor()
         continue

@@ -4,11 +4,11 @@ import Synchronization
 
 /// The buffers registered with one engine.
 package final class BufferTable: Sendable {
-  /// A registered range and what was said about it.
+  /// A registered range with its location, access and place.
   package struct Buffer: Sendable {
     package var range: RemoteBuffer
     package var location: String
-    /// Where it lies in memory that peers can map; nil for ordinary memory.
+    /// Where it lies in memory that peers can map; nil for the host's own memory.
     package var place: SharedPlace?
 
     package init(range: RemoteBuffer, location: String, place: SharedPlace? = nil) {
@@ -24,7 +24,7 @@ package final class BufferTable: Sendable {
     package var offset: UInt64
   }
 
-  /// How many buffers an engine holds at most: its descriptor must fit peers' message limits.
+  /// Most buffers of one engine; the descriptor that lists them must fit peers' message limits.
   package static let capacity = 1 << 20
 
   private struct State: Sendable {
@@ -34,7 +34,7 @@ package final class BufferTable: Sendable {
   }
 
   private let state = Lock(State())
-  /// Grows with every change; lets readers keep a snapshot without locking until it does.
+  /// Grows with every change; readers keep their snapshot, without locking, until then.
   private let versionWord = Atomic<UInt64>(1)
 
   package init() {}
@@ -42,7 +42,7 @@ package final class BufferTable: Sendable {
   @inline(__always)
   package var version: UInt64 { versionWord.load(ordering: .acquiring) }
 
-  /// The current set; `version` read before tells when to ask again.
+  /// The current set. Read `version` first: the snapshot is good until `version` changes.
   package var snapshot: RangeTable { state.withLock { $0.table } }
 
   package var buffers: [Buffer] { state.withLock { $0.buffers } }
@@ -63,7 +63,7 @@ package final class BufferTable: Sendable {
     if let conflict { throw conflict }
   }
 
-  /// One sort keeps a call with many buffers nearly linear.
+  /// Sorts once, so that registering many buffers in one call stays nearly linear.
   private static func merge(_ new: [Buffer], _ state: inout State) -> EngineError? {
     let merged = (state.buffers + new).sorted { $0.range.address < $1.range.address }
     for (left, right) in zip(merged, merged.dropFirst()) {
@@ -73,7 +73,7 @@ package final class BufferTable: Sendable {
     return nil
   }
 
-  /// Many calls with one buffer each must not sort every time.
+  /// Inserts without sorting, for many calls with one buffer each.
   private static func insertOne(_ new: Buffer, _ state: inout State) -> EngineError? {
     let index = position(of: new.range.address, in: state.buffers)
     if index > 0, let conflict = conflict(state.buffers[index - 1], new) { return conflict }
@@ -92,7 +92,7 @@ package final class BufferTable: Sendable {
         + "unregister that one first")
   }
 
-  /// Index of the first buffer that begins at the address or behind it.
+  /// Index of the first buffer that begins at or after the address.
   private static func position(of address: UInt64, in buffers: [Buffer]) -> Int {
     var low = 0
     var high = buffers.count

@@ -1,16 +1,16 @@
 import MooncakeBase
 import Synchronization
 
-/// The local side of requests. A range that touches registered memory must lie in it wholly, so
-/// that a wrong length is refused before it overwrites what lies behind a buffer; buffers that
-/// border on each other count as one. Memory that is registered nowhere is the caller's matter.
+/// Checks the local side of requests. A range that touches registered memory must lie wholly inside
+/// it, so that a wrong length is refused before it overwrites what follows a buffer; adjacent
+/// buffers count as one. Unregistered memory is not checked.
 ///
-/// Stretches found once are kept until the set of buffers changes, so that a look-up as a rule
-/// reads a few words and takes no lock.
+/// Stretches are cached until the set of buffers changes, so a look-up usually reads a few words
+/// and takes no lock.
 package final class LocalRanges: @unchecked Sendable {
-  // Unchecked: the entries are atomics that live as long as this.
+  // Unchecked: the entries are atomics that live as long as this object.
 
-  /// Memory that is registered throughout, or of which nothing is.
+  /// A range of memory that is either wholly registered or not registered at all.
   package struct Stretch {
     let start: UInt64
     let end: UInt64
@@ -24,7 +24,8 @@ package final class LocalRanges: @unchecked Sendable {
     }
   }
 
-  /// A stretch and the version of the buffers that it is true of. Odd sequence: being written.
+  /// A cached stretch and the buffer version that it holds for. An odd sequence means it is being
+  /// written.
   private struct Entry: ~Copyable {
     let sequence = Atomic<UInt64>(0)
     let version = Atomic<UInt64>(0)
@@ -33,7 +34,7 @@ package final class LocalRanges: @unchecked Sendable {
   }
 
   private static let entryCount = 16
-  /// Addresses that share an entry: threads with memory of their own rarely do.
+  /// Addresses within 2 MiB share an entry; threads that use different memory rarely collide.
   private static let entryShift: UInt64 = 21
 
   private let buffers: BufferTable
@@ -73,7 +74,8 @@ package final class LocalRanges: @unchecked Sendable {
   private func lookUp(
     _ address: UInt64, _ length: UInt64, _ request: Int, _ entry: UnsafeMutablePointer<Entry>
   ) throws(EngineError) -> Stretch {
-    // Before the snapshot: an entry that is newer than it says is only replaced too early.
+    // Read before the snapshot: at worst a newer entry carries an older version and is replaced
+    // early.
     let version = buffers.version
     let table = buffers.snapshot
     let stretch = Self.stretch(in: table, around: address, to: address &+ length)
@@ -94,7 +96,7 @@ package final class LocalRanges: @unchecked Sendable {
     return stretch
   }
 
-  /// The stretch that `address` lies in, at least as far as `end` if it goes there.
+  /// The stretch around `address`; followed at least up to `end` if it reaches that far.
   private static func stretch(
     in table: RangeTable, around address: UInt64, to end: UInt64
   ) -> Stretch {
@@ -126,7 +128,7 @@ package final class LocalRanges: @unchecked Sendable {
     return EngineError(
       .notRegistered,
       "request \(request): the local range \(BufferTable.describe(range)) \(what) "
-        + "\(BufferTable.describe(buffer)), which ends at 0x\(end), and is not registered as a "
-        + "whole: correct its length, or register all of it")
+        + "\(BufferTable.describe(buffer)), which ends at 0x\(end), and is only partly registered: "
+        + "correct its length, or register all of it")
   }
 }

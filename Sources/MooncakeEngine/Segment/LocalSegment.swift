@@ -5,7 +5,7 @@ import Synchronization
 /// The engine's own segment: what it publishes to peers.
 package final class LocalSegment: Sendable {
   package let buffers = BufferTable()
-  /// What the local side of requests is checked against.
+  /// Checks the local side of requests.
   package let ranges: LocalRanges
   private let identity: SegmentDescriptor
 
@@ -31,7 +31,7 @@ package final class LocalSegment: Sendable {
     return descriptor
   }
 
-  /// The descriptor's text, made anew only after a change.
+  /// The descriptor's text, rebuilt only after a change.
   package var json: String {
     published.withLock { published in
       let version = buffers.version
@@ -46,7 +46,7 @@ package final class LocalSegment: Sendable {
     }
   }
 
-  /// Makes the next text newer than what another process has published under the name.
+  /// Gives the next text a higher version than the one another process published under this name.
   package func renewText(after other: UInt64) {
     published.withLock { published in
       published.metadataVersions.pass(other)
@@ -54,7 +54,7 @@ package final class LocalSegment: Sendable {
     }
   }
 
-  /// Throws if the text has outgrown what peers take in one message. Without a metadata service
+  /// Throws if the text no longer fits into one message to a peer: without a metadata service
   /// nobody could open the segment any more.
   package func checkFitsMessage() throws(EngineError) {
     let limit = HandshakeSettings.fromEnvironment().maximumLength
@@ -62,7 +62,7 @@ package final class LocalSegment: Sendable {
     var writer = JSONWriter()
     writer.value(name)
     let nameByteCount = writer.text.utf8.count
-    // Far from the limit nothing needs to be counted.
+    // A cheap upper bound: far below the limit, nothing needs counting.
     if (buffers.count + 16) * (nameByteCount + 96) < limit { return }
     let fixed = 128 + identity.json().utf8.count
     let count = buffers.reduce(into: fixed) { count, buffer in

@@ -1,23 +1,22 @@
 import CLinux
 import Glibc
 
-/// Numbers that order what one owner publishes, as Mooncake's releases from 0.3.14 on have them:
-/// microseconds since 1970, each larger than the one before. Readers keep what they have if they
-/// find an older one.
+/// Version numbers of an owner's publications, as Mooncake has them since 0.3.14: microseconds
+/// since 1970, strictly increasing. Readers that find an older one keep what they have.
 package struct MetadataVersion: Sendable {
   private var last: UInt64 = 0
-  /// What others left there counts only up to so far ahead of this machine's clock: a day.
+  /// Other owners' versions count only up to this far ahead of our clock: one day.
   private static let aheadMicroseconds: UInt64 = 86_400_000_000
 
   package init() {}
 
-  /// A number larger than all before.
+  /// A number larger than all before it.
   package mutating func next() -> UInt64 {
     last = max(last + 1, Self.now())
     return last
   }
 
-  /// Makes the numbers to come larger than one that another owner has used.
+  /// Makes later numbers larger than one that another owner has used.
   package mutating func pass(_ other: UInt64) {
     if other <= Self.now() &+ Self.aheadMicroseconds { last = max(last, other) }
   }

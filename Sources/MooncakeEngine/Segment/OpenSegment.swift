@@ -8,9 +8,9 @@ package final class SegmentRoute: Sendable {
   package let descriptor: SegmentDescriptor
   package let table: RangeTable
   package let connections: TCPConnectionGroup
-  /// The peer's memory, if it is on this host and could be reached.
+  /// The peer's memory, if the peer is on this host and could be reached.
   package let sharedMemory: SharedMemoryPeer?
-  /// When it is tried again; one object for one place of the peer.
+  /// When shared memory is tried again; one object per location of the peer.
   package let sharedMemoryHealth: SharedMemoryHealth
 
   package init(
@@ -33,15 +33,15 @@ package final class OpenSegment: Sendable {
   private let routeBox: Lock<SegmentRoute>
   private let closed = Atomic<Bool>(false)
 
-  /// Slices that wait for a fresh descriptor. They stay here while it is fetched, so that whoever
-  /// cancels them can end them.
+  /// Slices that wait for a fresh descriptor. They stay here during the fetch, so that a cancel can
+  /// end them.
   private struct Recovery: @unchecked Sendable {
-    /// For the next fetch.
+    /// Waiting for the next fetch.
     var waiting = SliceQueue()
-    /// For the one that runs.
+    /// Waiting for the fetch in progress.
     var fetching = SliceQueue()
     var isRunning = false
-    /// When those whose deadline has passed are looked for next.
+    /// When to look for overdue slices next.
     var watched = UInt64.max
   }
   private let recovery = Lock(Recovery())
@@ -63,8 +63,8 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Takes over a peer that was reached later than its segment was opened, unless the segment has
-  /// been closed or leads elsewhere by now. Returns the peer that is not used any more: the former
+  /// Adopts a shared-memory peer that was reached after the segment was opened, unless the segment
+  /// has been closed or leads elsewhere by now. Returns the peer that is no longer used: the former
   /// one, or this one.
   package func adopt(
     _ peer: SharedMemoryPeer, _ health: SharedMemoryHealth
@@ -81,7 +81,7 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// No peer is adopted any more; returns the last view.
+  /// After this no peer is adopted; returns the last view.
   package func close() -> SegmentRoute {
     routeBox.withLock { route in
       closed.store(true, ordering: .relaxed)
@@ -89,26 +89,26 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// What has become of a slice that needs a fresh descriptor. `watch`: when those whose deadline
-  /// has passed are to be taken, if that is sooner than was said before.
+  /// What happened to a slice that needs a fresh descriptor. `watch`: when to call `takeLate`, if
+  /// that is sooner than arranged before.
   package enum Enqueued {
-    /// A recovery must be started.
+    /// The caller must start a recovery.
     case first(watch: UInt64?)
-    /// The one that runs fetches again for it.
+    /// The running recovery fetches again for it.
     case behind(watch: UInt64?)
-    /// It is not kept: its batch was canceled before.
+    /// It was not queued: its batch is canceled.
     case canceled
   }
 
-  /// Adds a slice, or only the wish for a fresh descriptor, to what waits.
+  /// Queues a slice, or (nil) only asks for a fresh descriptor.
   package func enqueueRecovery(_ slice: SlicePointer?) -> Enqueued {
     recovery.withLock { recovery in
       var watch: UInt64?
       if let slice {
-        // Later than `takeCanceled`, nobody would look at it.
+        // If `takeCanceled` has already run, nobody would end it.
         if slice.pointee.batch.isCancelRequested { return .canceled }
         recovery.waiting.append(slice)
-        // A watch that is over without having looked could not be begun.
+        // A watch whose time has passed without a look could not be started; start another.
         if slice.pointee.deadline < recovery.watched || recovery.watched <= Clock.now() {
           recovery.watched = slice.pointee.deadline
           watch = recovery.watched
@@ -119,10 +119,10 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Slices whose deadlines lie closer together are ended together.
+  /// Slices whose deadlines are closer together than this are ended together.
   private static let watchNanoseconds: UInt64 = 10_000_000
 
-  /// Takes those whose deadline has passed; `watch` says when to do it next, if that is needed.
+  /// Takes the slices whose deadline has passed; `watch` says when to call this again, if at all.
   package func takeLate(_ now: UInt64) -> (late: SliceQueue, watch: UInt64?) {
     recovery.withLock { recovery in
       if now < recovery.watched { return (SliceQueue(), nil) }
@@ -135,7 +135,7 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// A fetch begins for all that wait; returns the last deadline among them.
+  /// Starts a fetch for all waiting slices; returns their last deadline.
   package func beginFetch() -> UInt64 {
     recovery.withLock { recovery in
       recovery.fetching.append(contentsOf: &recovery.waiting)
@@ -143,10 +143,10 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Takes those for which it was.
+  /// Takes the slices that the fetch was for.
   package func endFetch() -> SliceQueue { recovery.withLock { $0.fetching.takeAll() } }
 
-  /// Takes those whose batch was canceled.
+  /// Takes the slices whose batch was canceled.
   package func takeCanceled() -> SliceQueue {
     recovery.withLock { recovery in
       if recovery.waiting.isEmpty && recovery.fetching.isEmpty { return SliceQueue() }
@@ -157,7 +157,7 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Ends the running recovery unless more slices have come; returns whether it ended.
+  /// Ends the running recovery unless more slices are waiting; returns whether it ended.
   package func endRecovery() -> Bool {
     recovery.withLock { recovery in
       if !recovery.waiting.isEmpty { return false }
@@ -207,7 +207,7 @@ package final class SegmentTable: Sendable {
     }
   }
 
-  /// Adds a segment, or counts one more open if another thread was faster; then `isNew` is false.
+  /// Adds a segment; if another thread was faster, counts one more open and `isNew` is false.
   package func insert(
     _ name: String, route: SegmentRoute
   ) throws(EngineError) -> (segment: OpenSegment, isNew: Bool) {

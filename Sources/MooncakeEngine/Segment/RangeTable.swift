@@ -1,5 +1,5 @@
-/// An immutable, sorted set of buffers that finds the one holding a range. Shared by snapshots of
-/// local registrations and of remote descriptors.
+/// An immutable, sorted set of buffers that finds the one containing a range. Used for local
+/// registrations and for remote descriptors.
 package final class RangeTable: Sendable {
   package enum Verdict: Equatable, Sendable {
     case allowed
@@ -9,7 +9,7 @@ package final class RangeTable: Sendable {
 
   package let buffers: [RemoteBuffer]
 
-  /// `buffers` in order of address, without overlap.
+  /// `buffers` must be sorted by address and must not overlap.
   package init(_ buffers: [RemoteBuffer]) { self.buffers = buffers }
 
   /// Whether the whole range lies inside one buffer that grants `right`.
@@ -20,7 +20,7 @@ package final class RangeTable: Sendable {
     return buffers[index].access.contains(right) ? .allowed : .accessDenied
   }
 
-  /// Index of the buffer that holds the whole range; -1 if there is none.
+  /// Index of the buffer that contains the whole range; -1 if there is none.
   @inline(__always)
   package func find(_ address: UInt64, _ length: UInt64) -> Int {
     buffers.withUnsafeBufferPointer { buffers in
@@ -55,6 +55,6 @@ package final class RangeTable: Sendable {
 }
 
 extension Opcode {
-  /// What the target must have granted.
+  /// The right that the target must have granted.
   package var requiredAccess: Access { self == .read ? .remoteRead : .remoteWrite }
 }

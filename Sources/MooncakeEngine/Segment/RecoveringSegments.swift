@@ -1,7 +1,7 @@
 import MooncakeSystem
 
-/// The segments whose slices may wait for a fresh descriptor, closed ones, too. A segment counts as
-/// often as it was added.
+/// The segments, closed ones included, with slices that may wait for a fresh descriptor. A segment
+/// stays until it was removed as often as it was added.
 final class RecoveringSegments: Sendable {
   private struct Item {
     let segment: OpenSegment

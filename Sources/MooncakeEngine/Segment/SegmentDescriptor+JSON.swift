@@ -4,7 +4,7 @@ import MooncakeBase
 import MooncakeSystem
 
 extension SegmentDescriptor {
-  /// More buffers than this make a descriptor unacceptable.
+  /// A descriptor with more buffers is refused.
   package static let maximumBufferCount = 1_048_576
 
   /// Parses a descriptor as any peer publishes it.
@@ -24,7 +24,7 @@ extension SegmentDescriptor {
     if value.isNull {
       throw EngineError(.notFound, "the peer serves no segment yet; try again once it has started")
     }
-    if !value.isObject { throw malformed("it is no object") }
+    if !value.isObject { throw malformed("it is not an object") }
     guard let name = value["name"]?.string, !name.isEmpty else { throw malformed("it has no name") }
     let protocols = try parseProtocols(value["protocol"])
     self.init(name: name, protocolName: protocols.contains("tcp") ? "tcp" : protocols[0])
@@ -37,7 +37,7 @@ extension SegmentDescriptor {
     hostIdentity = try optionalString(value, "mooncake_host") ?? ""
     sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
     rpcAddress = try optionalString(value, "mooncake_rpc") ?? ""
-    // Other protocols name their buffers by other means than an address.
+    // Other protocols identify their buffers by other means than an address.
     let isStrict = protocols.contains("tcp") || protocols.contains("rdma")
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
   }
@@ -48,7 +48,8 @@ extension SegmentDescriptor {
     return String(repeating: "0", count: 16 - digits.utf8.count) + digits
   }
 
-  /// The descriptor as peers of every version read it. Buffers without remote rights stay out.
+  /// The descriptor in the form that peers of every version read. Buffers without remote rights are
+  /// left out.
   public func json() -> String {
     let published = buffers.filter { !$0.access.isDisjoint(with: [.remoteRead, .remoteWrite]) }
     var writer = JSONWriter()
@@ -90,7 +91,7 @@ extension SegmentDescriptor {
 }
 
 extension RemoteBuffer {
-  /// Bytes that it adds to a descriptor's text, comma included; nothing without remote rights.
+  /// Bytes that the buffer adds to a descriptor's text, comma included; 0 without remote rights.
   package func textByteCount(nameByteCount: Int) -> Int {
     let access = access.intersection([.remoteRead, .remoteWrite])
     if access.isEmpty { return 0 }
@@ -104,7 +105,7 @@ private func malformed(_ what: String) -> EngineError {
   EngineError(.protocolViolation, "malformed segment descriptor: \(what)")
 }
 
-/// One name, or the array that builds with several transports publish; never empty.
+/// One name, or an array as published by builds with several transports; never empty.
 private func parseProtocols(_ value: JSONValue?) throws(EngineError) -> [String] {
   guard let value else { throw malformed("it names no protocol") }
   var names: [String] = []
@@ -112,7 +113,7 @@ private func parseProtocols(_ value: JSONValue?) throws(EngineError) -> [String]
     names = [name]
   } else if value.isArray {
     for element in value.elements {
-      guard let name = element.string else { throw malformed("a protocol is no string") }
+      guard let name = element.string else { throw malformed("a protocol is not a string") }
       names.append(name)
     }
   }
@@ -132,7 +133,7 @@ private func parseBuffers(
   _ value: JSONValue?, isStrict: Bool
 ) throws(EngineError) -> [RemoteBuffer] {
   guard let value else { return [] }
-  if !value.isArray { throw malformed("buffers is no array") }
+  if !value.isArray { throw malformed("buffers is not an array") }
   var buffers: [RemoteBuffer] = []
   var index = 0
   for element in value.elements {
@@ -156,10 +157,10 @@ private func parseBuffer(_ value: JSONValue, index: Int) throws(EngineError) -> 
     throw malformed("buffer \(index) has no name")
   }
   guard let address = value["addr"]?.unsigned, address != 0 else {
-    throw malformed("the address of buffer \(index) is no positive 64-bit integer")
+    throw malformed("the address of buffer \(index) is not a positive 64-bit integer")
   }
   guard let length = value["length"]?.unsigned, length != 0 else {
-    throw malformed("the length of buffer \(index) is no positive 64-bit integer")
+    throw malformed("the length of buffer \(index) is not a positive 64-bit integer")
   }
   if address.addingReportingOverflow(length).overflow {
     throw malformed("buffer \(index) wraps around the address space")
@@ -178,7 +179,7 @@ private func optionalString(
   _ value: JSONValue, _ name: String
 ) throws(EngineError) -> String? {
   guard let field = value[name], !field.isNull else { return nil }
-  guard let text = field.string else { throw malformed("\(name) is no string") }
+  guard let text = field.string else { throw malformed("\(name) is not a string") }
   return text
 }
 
@@ -187,7 +188,7 @@ private func optionalInteger(
 ) throws(EngineError) -> UInt64? {
   guard let field = value[name], !field.isNull else { return nil }
   guard let number = field.unsigned, number <= maximum else {
-    throw malformed("\(name) is no integer from 0 to \(maximum)")
+    throw malformed("\(name) is not an integer from 0 to \(maximum)")
   }
   return number
 }
@@ -197,7 +198,7 @@ private func localTimestamp() -> String {
   var now = timespec()
   clock_gettime(CLOCK_REALTIME, &now)
   var parts = tm()
-  // It locks, and nobody opens that in the child of a fork.
+  // localtime_r takes a lock that would stay locked in a forked child.
   _ = Fork.excluded { localtime_r(&now.tv_sec, &parts) }
   var text = [CChar](repeating: 0, count: 32)
   _ = strftime(&text, text.count, "%F %T", &parts)

@@ -17,7 +17,7 @@ public struct RemoteBuffer: Equatable, Sendable {
   public var length: UInt64
   public var access: Access
 
-  /// More than any address space holds, and few enough for sums of many to stay far from overflow.
+  /// Larger than any user address space, and small enough that sums of many stay far from overflow.
   package static let lengthLimit: UInt64 = 1 << 48
 
   public init(address: UInt64, length: UInt64, access: Access) {
@@ -30,23 +30,24 @@ public struct RemoteBuffer: Equatable, Sendable {
 /// What a process publishes about its segment: where to connect and what is registered.
 public struct SegmentDescriptor: Equatable, Sendable {
   public var name: String
-  /// "tcp", "rdma", ...: how the existing system routes.
+  /// "tcp", "rdma", ...: Mooncake chooses the transport by it.
   public var protocolName: String
   public var tcpDataHost: String
   /// 0 when the peer serves no TCP.
   public var tcpDataPort: UInt16
-  /// 1: bare framing, 2: acknowledged framing.
+  /// 1: bare framing; 2: acknowledged framing.
   public var tcpProtocolVersion: Int
-  /// Random per engine: tells a restarted process from its former self; 0 when the peer says none.
+  /// Random per engine, so a restarted process can be told from its predecessor; 0 if the peer
+  /// gives none.
   public var incarnation: UInt64
-  /// Grows with every change of what is published, in microseconds since 1970; 0 when the peer says
-  /// none.
+  /// Grows with every published change, in microseconds since 1970; 0 if the peer gives none.
   public var metadataVersion: UInt64 = 0
-  /// Where the peer runs, as `HostIdentity` tells it; empty when the peer says none.
+  /// The peer's host, as `HostIdentity` names it; empty if the peer gives none.
   public var hostIdentity = ""
-  /// Socket under which processes of the same host share its memory; empty when it does not.
+  /// Name of the socket through which the peer shares memory with processes of its host; empty if
+  /// it does not.
   public var sharedMemoryName = ""
-  /// "host:port" where the peer answers RPCs; empty when the peer says none, as one whose name is
+  /// "host:port" where the peer answers RPCs; empty if the peer gives none, as when its name is
   /// that address.
   public var rpcAddress = ""
   /// In order of address.
@@ -65,8 +66,8 @@ public struct SegmentDescriptor: Equatable, Sendable {
     self.buffers = buffers
   }
 
-  /// Whether the same process has published the other after this one: a replica of the metadata
-  /// service that lags behind, or two answers that overtook each other.
+  /// Whether the same process published `other` later. Older ones arrive from a lagging replica of
+  /// the metadata service, or when two answers overtake each other.
   package func isOlder(than other: SegmentDescriptor) -> Bool {
     metadataVersion != 0 && metadataVersion < other.metadataVersion
       && incarnation == other.incarnation && tcpDataPort == other.tcpDataPort

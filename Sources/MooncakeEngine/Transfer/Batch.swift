@@ -3,24 +3,25 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Requests submitted and waited for together.
+/// Requests that are submitted and waited for together.
 ///
-/// Life: `beginSubmit`, slices queued, each ended by `Batch.end`; the end that brings `outstanding`
-/// to zero announces the batch. `announcing` keeps `free` away until that announcement has let go.
+/// Life: `beginSubmit`, slices are queued, and `Batch.end` ends each of them. The end that brings
+/// `outstanding` to zero announces the batch. `announcing` holds `free` off until that announcement
+/// is over.
 ///
-/// Pollers see the end of the last request a few instructions before that of the batch; `settle`
-/// waits for the second where the first was seen.
+/// Pollers may see the last request end a few instructions before the batch; once every request is
+/// seen to have ended, `settle` waits for the batch.
 package final class Batch: @unchecked Sendable {
   // Unchecked: tasks are written by one submitter before they are published, then through atomics.
   package let capacity: Int
   package let tasks: UnsafeMutablePointer<TransferTask>
-  /// The first, and for most requests only, slice of each task.
+  /// The first slice of each task; for most requests the only one.
   package let slices: UnsafeMutablePointer<Slice>
   package var id: UInt64 = 0
 
   private let isSubmitting = Atomic<Bool>(false)
   private let submitted = Atomic<Int>(0)
-  /// What the batch waits for: requests in the low half, above them its notifications.
+  /// What the batch still waits for: requests in the low half, its notifications above them.
   private let outstanding = Atomic<UInt64>(0)
   private let announcing = Atomic<Int>(0)
   private let terminal = Atomic<Int>(0)
@@ -38,7 +39,7 @@ package final class Batch: @unchecked Sendable {
   private let callback = Lock<Callback?>(nil)
   // Written before the first submit, read after it.
   private var hasCallback = false
-  /// Sent to the segment of the first request once everything is completed.
+  /// A notification to the first request's segment, sent once everything has completed.
   package struct PendingNotification: Sendable {
     package var segment: SegmentID
     package var notification: Notification
@@ -54,15 +55,15 @@ package final class Batch: @unchecked Sendable {
 
   // Parts of `outstanding`.
   private static let requestMask: UInt64 = 1 << 32 - 1
-  /// A notification waits for the last request. Who ends that one must take it.
+  /// A notification waits for the last request; the thread that ends that request must take it.
   private static let holdsNotification: UInt64 = 1 << 32
-  /// One notification on its way; after another submit there may be several.
+  /// One notification being delivered; after another submit there may be several.
   private static let delivery: UInt64 = 1 << 33
 
   // The engine outlives every use of its batches.
   package unowned(unsafe) let announcer: (any BatchAnnouncer)?
   package let pool: SlicePool
-  /// The loop that carries all of the batch's slices, if one does: waiters may drive it.
+  /// The loop that carries all of the batch's slices, if a single one does: waiters may drive it.
   package var drivenLoop: TCPClientLoop? {
     get {
       let pointer = UnsafeRawPointer(bitPattern: drivenLoopWord.load(ordering: .acquiring))
@@ -83,7 +84,7 @@ package final class Batch: @unchecked Sendable {
     set { bulkFlag.store(newValue, ordering: .relaxed) }
   }
   private let bulkFlag = Atomic<Bool>(false)
-  /// Whether slices of it were queued for shared memory: waiters may copy them.
+  /// Whether any of its slices were queued for shared memory: waiters may copy them.
   package var usesSharedMemory: Bool {
     get { sharedMemoryFlag.load(ordering: .relaxed) }
     set { sharedMemoryFlag.store(newValue, ordering: .relaxed) }
@@ -108,7 +109,7 @@ package final class Batch: @unchecked Sendable {
 
   private var initializedTasks = 0
 
-  /// Makes a batch that has ended fit for other requests; only its sole user may call it.
+  /// Clears a terminal batch for reuse; only its sole user may call this.
   package func reset() {
     submitted.store(0, ordering: .relaxed)
     terminal.store(0, ordering: .relaxed)
@@ -160,17 +161,18 @@ extension Batch {
 
   /// Publishes `count` prepared tasks; from here each must end through `Batch.end`.
   package func publish(_ count: Int, notification pending: PendingNotification?) {
-    // A batch whose requests had all ended ends before it begins anew.
+    // If all earlier requests have ended, let the batch end before it starts again.
     _ = settle()
     var old = outstanding.load(ordering: .acquiring)
     while true {
       if old & Self.requestMask == 0, old & Self.holdsNotification != 0 {
-        // The former notification belongs to what has ended; who ended it takes it right now.
+        // The former notification belongs to requests that have ended; the thread that ended the
+        // last is about to take it.
         sched_yield()
         old = outstanding.load(ordering: .acquiring)
         continue
       }
-      // The former end is announced with its own status, before there is another.
+      // Let the former end be announced with its own status first.
       if old == 0 { waitUntilQuiet() }
       let held = pending == nil ? old : old | Self.holdsNotification
       let (isAdded, current) = outstanding.weakCompareExchange(
@@ -179,7 +181,7 @@ extension Batch {
       if isAdded { break }
       old = current
     }
-    // None of the requests ends before this returns, so nobody takes the notification meanwhile.
+    // None of the new requests ends before this returns, so nobody takes the notification yet.
     if let pending { notification.withLock { $0 = pending } }
     submitted.wrappingAdd(count, ordering: .releasing)
     if old == 0 {
@@ -188,7 +190,7 @@ extension Batch {
     }
   }
 
-  /// Ends what `beginSubmit` began; tasks that were not published are given back.
+  /// Ends what `beginSubmit` began; unpublished tasks are given back.
   package func endSubmit() { isSubmitting.store(false, ordering: .releasing) }
 
   private func clearEvent() {
@@ -202,8 +204,8 @@ extension Batch {
 // MARK: - Ending
 
 extension Batch {
-  /// Ends a slice: nothing of the engine touches its memory afterwards. `reason` is only evaluated
-  /// for the batch's first failure.
+  /// Ends a slice; the engine must not touch its memory afterwards. `reason` is evaluated only for
+  /// the batch's first failure.
   @inline(__always)
   package static func end(
     _ slice: SlicePointer, _ outcome: Outcome, reason: @autoclosure () -> String = ""
@@ -212,7 +214,7 @@ extension Batch {
     let batch = task.pointee.batch
     let length = slice.pointee.length
     if outcome != .completed { batch.recordFailure(outcome, task.pointee.segment, reason) }
-    // Before the task's end: afterwards the batch, and with it a slice of its own, may be gone.
+    // Before the task ends: afterwards the batch, with the slices it owns, may be gone.
     if slice.pointee.isPooled { batch.pool.give(slice) }
     if let final = task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task, final) }
   }
@@ -228,18 +230,18 @@ extension Batch {
   }
 
   private func endTask(_ task: UnsafeMutablePointer<TransferTask>, _ final: Outcome) {
-    // The counters first: who sees the task's end sees it counted.
+    // Counters first: whoever sees the task's end must see it counted.
     if final == .completed { completed.wrappingAdd(1, ordering: .relaxed) }
     transferredBytes.wrappingAdd(task.pointee.byteCount, ordering: .relaxed)
     terminal.wrappingAdd(1, ordering: .relaxed)
     task.pointee.publish(final)
     let left = outstanding.wrappingSubtract(1, ordering: .sequentiallyConsistent).newValue
-    // Unless one of these holds, the batch may be gone.
+    // If neither holds, the batch may be gone already.
     if left == 0 { return announce() }
     if left & Self.requestMask == 0, left & Self.holdsNotification != 0 { releaseNotification() }
   }
 
-  /// Sends the notification that the last request has left over, or drops it after a failure.
+  /// Sends the notification that waited for the last request, or drops it after a failure.
   private func releaseNotification() {
     let pending = notification.withLock { slot in
       defer { slot = nil }
@@ -248,12 +250,12 @@ extension Batch {
     guard let pending, let announcer, failureWord.load(ordering: .acquiring) == 0 else {
       return endHold(Self.holdsNotification)
     }
-    // One step, so that the batch never looks ended in between.
+    // In one step, so that the batch never looks ended in between.
     outstanding.wrappingAdd(Self.delivery - Self.holdsNotification, ordering: .releasing)
     announcer.deliver(pending, of: self)
   }
 
-  /// Ends the hold that a notification on its way has on the batch.
+  /// Ends the hold of a notification in delivery on the batch.
   package func endNotification(_ error: EngineError?) {
     if let error { recordFailure(.failed(error.code), tasks[0].segment) { error.message } }
     endHold(Self.delivery)
@@ -264,8 +266,8 @@ extension Batch {
     if left == 0 { announce() }
   }
 
-  /// Status of one request. A completed one is held back while the batch owes its notification, so
-  /// that whoever polls requests sees the end only when the peer has been told.
+  /// Status of one request. Completion is not shown while the batch owes a notification, so that
+  /// pollers of requests see the end only after the peer has been told.
   package func status(of index: Int) -> TransferStatus {
     var status = tasks[index].status
     if status.state == .completed, owesNotification { status.state = .waiting }
@@ -280,7 +282,7 @@ extension Batch {
     let finalStatus = callback == nil ? nil : status
     doorbell.increment()
     if sleepers.load(ordering: .sequentiallyConsistent) > 0 { doorbell.wakeAll() }
-    // A driver may sleep on the loop's sockets while another thread ended the batch.
+    // A driver may be asleep on the loop's sockets although another thread ended the batch.
     if drivers.load(ordering: .sequentiallyConsistent) > 0 { drivenLoop?.kick() }
     let descriptor = eventDescriptor.load(ordering: .acquiring)
     if descriptor >= 0 {
@@ -303,14 +305,14 @@ extension Batch {
   @inline(__always)
   package var isTerminal: Bool { outstanding.load(ordering: .sequentiallyConsistent) == 0 }
 
-  /// As `isTerminal`, and true for whoever has seen the end of every request: the threads that
-  /// ended them are a few instructions from ending the batch.
+  /// As `isTerminal`, but also waits for the batch if every request is seen to have ended: the
+  /// threads that ended them are a few instructions from ending the batch.
   @inline(__always)
   package func settle() -> Bool {
     while true {
       let left = outstanding.load(ordering: .sequentiallyConsistent)
       if left == 0 { return true }
-      // A notification on its way may take long; until then nobody has seen every end.
+      // A delivery may take long, and until it is over pollers do not see every request end.
       if left >= Self.delivery { return false }
       let count = submitted.load(ordering: .acquiring)
       if terminal.load(ordering: .acquiring) != count { return false }
@@ -320,7 +322,7 @@ extension Batch {
     }
   }
 
-  /// Whether somebody is told of the batch's end who does not wait or poll for it.
+  /// Whether anybody is told of the batch's end without waiting or polling for it.
   package var hasListener: Bool {
     eventDescriptor.load(ordering: .acquiring) >= 0 || hasCallback || owesNotification
   }
@@ -336,7 +338,7 @@ extension Batch {
   package var status: BatchStatus {
     while true {
       let seen = currentStatus
-      // Another thread's submit in between would mix the counts of before and after it.
+      // Retry if another thread submitted in between: the counts would mix before and after.
       if seen.submittedCount == UInt64(submittedCount) { return seen }
     }
   }
@@ -375,7 +377,7 @@ extension Batch {
     }
   }
 
-  /// The descriptor that is readable while the batch is terminal, made at the first call.
+  /// The descriptor that is readable while the batch is terminal; created on first use.
   package func openEventDescriptor() throws(EngineError) -> Int32 {
     let existing = eventDescriptor.load(ordering: .acquiring)
     if existing >= 0 { return existing }
@@ -398,13 +400,13 @@ extension Batch {
     hasCallback = true
   }
 
-  /// Waits until no announcement touches the batch any more. One in progress lasts microseconds: it
-  /// only signals.
+  /// Waits until no announcement touches the batch any more. An announcement only signals and takes
+  /// microseconds.
   package func waitUntilQuiet() {
     while announcing.load(ordering: .acquiring) > 0 { sched_yield() }
   }
 
-  /// Makes sure that the event descriptor shows an end of the batch that the caller has seen.
+  /// Makes sure that the event descriptor shows the end that the caller has seen.
   package func waitUntilSignaled() {
     if eventDescriptor.load(ordering: .acquiring) >= 0 { waitUntilQuiet() }
   }

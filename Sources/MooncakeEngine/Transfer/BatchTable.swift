@@ -3,15 +3,15 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Resolves batch ids. An id carries its slot's generation, so a freed or invented one is refused;
-/// a slot counts its users, so a batch is never freed under a caller.
+/// Resolves batch ids. An id carries its slot's generation, so freed and made-up ids are refused. A
+/// slot counts its users, so a batch is never freed under a caller.
 package final class BatchTable: @unchecked Sendable {
-  // Unchecked: slots are published through atomics, the rest lies under `free`.
+  // Unchecked: slots are published through atomics, the rest is guarded by `free`.
   package static let capacity = 65_536
-  /// Requests of all batches together: what may be queued at once is bounded by it.
+  /// Capacity of all batches together; bounds what may be queued at once.
   package static let requestLimit = 1 << 24
 
-  /// Word: generation in the high half; bit 31: live; below: users.
+  /// Word: generation in the high half, live flag in bit 31, user count below.
   private struct Slot: ~Copyable {
     let word = Atomic<UInt64>(0)
     var batch: Batch?
@@ -28,7 +28,7 @@ package final class BatchTable: @unchecked Sendable {
   private let free = Lock(Free())
 
   package init() {
-    // Untouched pages of a large allocation cost nothing until a slot is used.
+    // Untouched pages of this large allocation cost no memory.
     slots = .allocate(capacity: Self.capacity)
   }
 
@@ -54,7 +54,7 @@ package final class BatchTable: @unchecked Sendable {
     let index: UInt32? = free.withLock { free in
       if let index = free.indices.popLast() { return index }
       if free.nextUnused == UInt32(Self.capacity) { return nil }
-      // Initialized under the lock and before the count that lookups check.
+      // Initialized under the lock, before the count that lookups check.
       (slots + Int(free.nextUnused)).initialize(to: Slot())
       free.nextUnused += 1
       used.store(Int(free.nextUnused), ordering: .releasing)

@@ -1,8 +1,8 @@
 import MooncakeSystem
 import Synchronization
 
-/// What a request is cut into for one connection. Lives in its batch (the first of a request)
-/// or in the slice pool (the others); owned by one queue at a time.
+/// The part of a request that travels over one connection. Lives in its batch (a request's first
+/// slice) or in the slice pool (the others); is owned by one queue at a time.
 package struct Slice {
   package var next: UnsafeMutablePointer<Slice>?
   package let task: UnsafeMutablePointer<TransferTask>
@@ -12,11 +12,11 @@ package struct Slice {
   /// On `Clock`.
   package let deadline: UInt64
   package let opcode: Opcode
-  /// How often a connection failed with it in flight.
+  /// How many connections have failed with it in flight.
   package var attempts: UInt8 = 0
-  /// Whether any of it was sent on a connection that has ended since.
+  /// Whether any of it was sent on a connection that has since ended.
   package var wasSent = false
-  /// Whether the target's descriptor was fetched anew for it.
+  /// Whether the target's descriptor was refetched for it.
   package var isRefetched = false
   package let isPooled: Bool
 
@@ -81,7 +81,7 @@ package struct SliceQueue {
     return self
   }
 
-  /// The first deadline among the slices; `max` without any.
+  /// The earliest deadline of the slices; `max` if there are none.
   package var earliestDeadline: UInt64 {
     var earliest = UInt64.max
     var cursor = first
@@ -92,7 +92,7 @@ package struct SliceQueue {
     return earliest
   }
 
-  /// The last deadline among the slices; `max` without any.
+  /// The latest deadline of the slices; `max` if there are none.
   package var latestDeadline: UInt64 {
     var latest: UInt64 = 0
     var cursor = first
@@ -115,8 +115,8 @@ package struct SliceQueue {
   }
 }
 
-/// A queue into which any thread appends and one thread takes everything, without locks: pushed
-/// chains form a stack, which the taker reverses.
+/// A lock-free queue: any thread appends, one thread takes everything. Pushed chains form a stack,
+/// which the taker reverses.
 package struct SliceInbox: ~Copyable {
   private let top = Atomic<UInt>(0)
 
@@ -125,8 +125,8 @@ package struct SliceInbox: ~Copyable {
   @inline(__always)
   package var isEmpty: Bool { top.load(ordering: .acquiring) == 0 }
 
-  /// Appends a queue. Its links are reversed first, so that the taker's one reversal restores the
-  /// order both within and between pushes.
+  /// Appends a queue. Its links are reversed first, so that the taker's single reversal restores
+  /// the order within and between pushes.
   package func push(_ queue: consuming SliceQueue) {
     guard let oldest = queue.first else { return }
     var newest: SlicePointer? = nil
@@ -147,7 +147,7 @@ package struct SliceInbox: ~Copyable {
     }
   }
 
-  /// Takes everything, oldest first. Only the queue's owner may call it.
+  /// Takes everything, oldest first. Only the inbox's owner may call it.
   package func takeAll() -> SliceQueue {
     var cursor = SlicePointer(bitPattern: top.exchange(0, ordering: .acquiring))
     var reversed: SlicePointer? = nil
@@ -165,8 +165,8 @@ package struct SliceInbox: ~Copyable {
   }
 }
 
-/// Slices beyond the one that every task holds. Each carries a stripe of a megabyte or more, beside
-/// which a lock is nothing.
+/// Slices beyond each task's first. Each carries at least a megabyte, so a lock costs nothing in
+/// comparison.
 package final class SlicePool: Sendable {
   private struct State {
     var free: SlicePointer?
@@ -174,7 +174,7 @@ package final class SlicePool: Sendable {
     var slabs: [UnsafeMutablePointer<Slice>] = []
   }
 
-  // Unchecked pointers inside: only touched under the lock.
+  // Unchecked: the pointers inside are touched only under the lock.
   private struct Box: @unchecked Sendable { var state = State() }
   private let box = Lock(Box())
   private static let slabCount = 1024
@@ -210,7 +210,7 @@ package final class SlicePool: Sendable {
   }
 
   private static func grow(_ state: inout State) {
-    // Slices are trivial, so zeroed memory is a valid free one.
+    // Slices are trivial, so zeroed memory is a valid free slice.
     let slab = UnsafeMutableRawPointer.allocate(
       byteCount: slabCount * MemoryLayout<Slice>.stride, alignment: 64)
     slab.initializeMemory(

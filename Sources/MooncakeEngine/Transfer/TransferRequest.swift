@@ -37,7 +37,7 @@ public struct TransferRequest {
   }
 }
 
-/// A request as it comes from outside: nothing about it is checked yet.
+/// A request from outside, with nothing checked yet.
 package struct RawRequest {
   package var opcode: Int32
   package var segment: SegmentID
@@ -102,7 +102,7 @@ public struct Notification: Sendable, Equatable {
     self.message = message
   }
 
-  /// What fits one RPC message together with the JSON around it.
+  /// What fits into one RPC message together with the JSON around it.
   package static let byteLimit = HandshakeSettings.fromEnvironment().maximumLength - (8 << 10)
 
   package func validate() throws(EngineError) {

@@ -1,7 +1,7 @@
 import MooncakeBase
 import Synchronization
 
-/// How a request or slice ended, packed into one word so that it can be published atomically.
+/// How a request or slice ended, in one word so that it can be published atomically.
 package struct Outcome: Equatable, Sendable {
   package let rawValue: UInt32
 
@@ -57,7 +57,7 @@ package struct TransferTask: ~Copyable {
       transferredBytes: transferredBytes.load(ordering: .relaxed))
   }
 
-  /// Says into how many slices the request is cut, before any is queued.
+  /// Sets the number of slices of the request, before any is queued.
   package func start(sliceCount: Int) {
     outcomeWord.store(0, ordering: .relaxed)
     failureWord.store(0, ordering: .relaxed)
@@ -65,17 +65,18 @@ package struct TransferTask: ~Copyable {
     remainingSlices.store(UInt32(sliceCount), ordering: .relaxed)
   }
 
-  /// Counts one slice as ended; returns how the task ends if that was its last. `publish` follows.
+  /// Counts one slice as ended; if it was the last, returns the task's outcome, which `publish`
+  /// must then be called with.
   @inline(__always)
   package func endSlice(_ outcome: Outcome, byteCount: Int) -> Outcome? {
     if outcome == .completed {
       transferredBytes.wrappingAdd(UInt64(byteCount), ordering: .relaxed)
     } else {
-      // The first failure names the task's end.
+      // The first failure decides the task's outcome.
       _ = failureWord.compareExchange(
         expected: 0, desired: outcome.rawValue, ordering: .relaxed)
     }
-    // Acquire-release: the last slice's end must see what the others' ends wrote.
+    // Acquire-release: whoever ends the last slice must see what the other ends wrote.
     let left = remainingSlices.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
     if left != 0 { return nil }
     let failure = failureWord.load(ordering: .relaxed)
@@ -85,7 +86,7 @@ package struct TransferTask: ~Copyable {
   /// Bytes of the slices that completed.
   package var byteCount: UInt64 { transferredBytes.load(ordering: .relaxed) }
 
-  /// Shows pollers the end.
+  /// Makes the end visible to pollers.
   @inline(__always)
   package func publish(_ final: Outcome) {
     outcomeWord.store(final.rawValue, ordering: .releasing)

@@ -2,8 +2,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Asks the JSON gateway of an etcd cluster: endpoint by endpoint until one answers, with a token
-/// where there is a user.
+/// Calls the JSON gateway of an etcd cluster: tries one endpoint after another until one answers;
+/// logs in if there is a user.
 final class EtcdClient: Sendable {
   let uri: MetadataURI
   private let client: HTTPClient
@@ -14,13 +14,13 @@ final class EtcdClient: Sendable {
   private struct State: Sendable {
     /// The endpoint that answered last.
     var endpoint = 0
-    /// When, on `Clock`.
+    /// When it answered, on `Clock`.
     var answered: UInt64 = 0
     var token: String?
   }
   private let state = Lock(State())
 
-  /// One endpoint may take so long while there are others.
+  /// Longest time for one endpoint while there are others to try.
   private static let attemptMilliseconds: UInt64 = 5000
 
   init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
@@ -32,26 +32,25 @@ final class EtcdClient: Sendable {
     isSecure = uri.isSecure || tls != TLSFiles()
   }
 
-  /// Milliseconds since an endpoint has answered.
+  /// Milliseconds since any endpoint last answered.
   var silentMilliseconds: UInt64 {
     let now = Clock.now()
     return state.withLock { now > $0.answered ? (now - $0.answered) / 1_000_000 : 0 }
   }
 
-  /// What a call is about.
+  /// A call to the gateway.
   struct Query {
     var path: String
     var body: String
     var phase: String
-    /// Whether the answer may be long in coming, so that its lateness says nothing.
+    /// Whether the answer may take long, so that a late one does not mean a dead endpoint.
     var isWatch = false
     /// As in `HTTPRequest`.
     var isOnce = false
     var end: LineMark?
   }
 
-  /// The answer's text. `isRepeated` is set if an attempt failed that may have taken effect all the
-  /// same.
+  /// The answer's text. `isRepeated` is set if an attempt failed that may still have taken effect.
   func ask(
     _ query: Query, _ call: MetadataCall, isRepeated: inout Bool
   ) throws(EngineError) -> [UInt8] {
@@ -76,7 +75,7 @@ final class EtcdClient: Sendable {
       } catch {
         last = error
         failures.append(error.message)
-        // What another endpoint would answer alike.
+        // Stop on errors that every endpoint would give.
         let isEndpoints = [.unreachable, .timeout, .unresolved, .accessDenied].contains(error.code)
         if !isEndpoints || error.code == .accessDenied && !isCertificate(error) { break }
         if call.deadline.hasPassed { break }
@@ -87,7 +86,7 @@ final class EtcdClient: Sendable {
     throw EngineError(last.code, failures.joined(separator: "; "))
   }
 
-  /// A certificate belongs to one endpoint, a password to the cluster.
+  /// Certificates differ by endpoint; a refused password is refused by the whole cluster.
   private func isCertificate(_ error: EngineError) -> Bool {
     error.message.utf8.holds("certificate files")
   }
@@ -106,16 +105,16 @@ final class EtcdClient: Sendable {
         throw error
       }
       if response.status == 200 { return response.body }
-      // A member that waited in vain for the others may see it done later.
+      // The member may have timed out waiting for the others, and the change may still happen.
       if response.status >= 500 { isRepeated = true }
       if user != nil && !isRetry && wantsLogin(response) { continue }
       throw refusal(response, token, query.phase, endpoint)
     }
-    throw failure(.unreachable, query.phase, "its tokens end at once", "check the clocks")
+    throw failure(.unreachable, query.phase, "its tokens expire at once", "check the clocks")
   }
 
-  /// Whether a new token may help: the old one has ended, the cluster has restarted, its users have
-  /// been changed, or it has users only since then.
+  /// Whether a new token may help: the old one has expired, the cluster has restarted, or its users
+  /// were changed or enabled since.
   private func wantsLogin(_ response: HTTPResponse) -> Bool {
     let reason = reason(response)
     return response.status == 401 || EtcdRefusal.isStaleToken(reason)
@@ -138,7 +137,7 @@ final class EtcdClient: Sendable {
     var isUnsent = false
     let response = try send(query, at: endpoint, token: nil, call, isUnsent: &isUnsent)
     if response.status != 200 {
-      // A cluster without users needs no token.
+      // A cluster without authentication needs no token.
       if reason(response).utf8.holds("authentication is not enabled") { return nil }
       throw refusal(response, nil, query.phase, endpoint)
     }
@@ -168,18 +167,18 @@ final class EtcdClient: Sendable {
     }
   }
 
-  /// As the service gives it, secrets included.
+  /// The reason in the service's words, possibly with secrets.
   private func reason(_ response: HTTPResponse) -> String {
     let document = try? JSONDocument(parsing: response.body)
     return document?.read { ($0["error"] ?? $0["message"])?.string }
       ?? String(decoding: response.body.prefix(Self.quotedBytes), as: UTF8.self)
   }
 
-  /// Bytes of an answer that are looked at for its reason.
+  /// Bytes of an answer that are searched for its reason.
   private static let quotedBytes = 4096
   private static let shownCount = 400
 
-  /// `token`: what was sent.
+  /// `token` is the one that was sent; it is hidden in the message.
   private func refusal(
     _ response: HTTPResponse, _ token: String?, _ phase: String, _ endpoint: HostPort
   ) -> EngineError {

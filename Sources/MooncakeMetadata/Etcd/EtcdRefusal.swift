@@ -1,13 +1,13 @@
 import MooncakeBase
 
-/// What the errors of etcd mean to whoever uses it as a metadata service.
+/// What etcd's errors mean for its use as a metadata service.
 package enum EtcdRefusal {
   package struct Meaning: Sendable {
     package var code: EngineError.Code
     package var remedy: String
   }
 
-  /// What is said of a token that has ended, or is older than the cluster's users.
+  /// Whether the reason says that a token has expired or is older than the cluster's users.
   package static func isStaleToken(_ reason: String) -> Bool {
     [
       "invalid auth token", "auth store is old", "revision in header is old", "token is expired",
@@ -20,18 +20,17 @@ package enum EtcdRefusal {
     if says("CommonName of client", "common name") {
       return Meaning(
         code: .accessDenied,
-        remedy: "with users, etcd's JSON gateway takes no certificate with a common name: give a "
+        remedy: "with users, etcd's JSON gateway refuses certificates with a common name: give a "
           + "client certificate without one (CN), and user and password")
     }
     if says("lease not found") {
-      return Meaning(code: .notFound, remedy: "the lease has ended; it is made anew")
+      return Meaning(code: .notFound, remedy: "the lease has ended; a new one is requested")
     }
     if isStaleToken(reason) {
-      // A new token was asked for and is stale, too: the users are being changed, or the members
-      // do not all know of it yet.
+      // Even a new token is stale: the users are being changed, or not all members know it yet.
       return Meaning(
         code: .unreachable,
-        remedy: "it is asked again with a new token; if this stays, check the members' clocks and "
+        remedy: "it is retried with a new token; if this persists, check the members' clocks and "
           + "that all have the same --auth-token")
     }
     if says(
@@ -40,7 +39,7 @@ package enum EtcdRefusal {
     {
       return Meaning(
         code: .accessDenied,
-        remedy: "give the right user and password, and that user the right to the keys")
+        remedy: "give the right user and password, and grant that user access to the keys")
     }
     if says("request is too large", "message larger than max") {
       return Meaning(
@@ -52,7 +51,7 @@ package enum EtcdRefusal {
       return Meaning(code: .full, remedy: "compact and defragment etcd, or raise its quota")
     }
     if says("too many requests") || [408, 425, 429].contains(status) {
-      return Meaning(code: .unreachable, remedy: "the cluster is overloaded; it is asked again")
+      return Meaning(code: .unreachable, remedy: "the cluster is overloaded; it is retried")
     }
     if says("no leader", "timed out", "leader changed", "Unavailable", "connection refused")
       || status >= 500

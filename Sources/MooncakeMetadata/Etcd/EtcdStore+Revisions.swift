@@ -1,8 +1,8 @@
 import MooncakeBase
 
 extension EtcdStore {
-  /// What stands under a key, and the revision that wrote it; nil if nothing does. What is not
-  /// UTF-8 is an error, unless any value will do.
+  /// The value of a key and the revision that wrote it; nil if the key does not exist. A value that
+  /// is not UTF-8 is an error, unless the caller accepts any value.
   package func getRevised(
     _ key: String, isText: Bool = true, _ call: MetadataCall
   ) throws(EngineError) -> (value: String, revision: UInt64)? {
@@ -21,7 +21,7 @@ extension EtcdStore {
     }
   }
 
-  /// In one transaction for as many keys as etcd takes in one unless told otherwise.
+  /// One transaction for as many keys as etcd allows by default.
   package func values(
     of keys: [String], _ call: MetadataCall
   ) throws(EngineError) -> [String?] {
@@ -56,7 +56,7 @@ extension EtcdStore {
   }
 
   /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
-  /// `revision`, 0 if it does not exist. Returns false, and changes nothing, otherwise.
+  /// `revision` (0 if it does not exist). Otherwise returns false and changes nothing.
   package func replace(
     _ key: String, writtenBy revision: UInt64, with value: String?, _ call: MetadataCall
   ) throws(EngineError) -> Bool {
@@ -84,7 +84,7 @@ extension EtcdStore {
     } answer: {
       $0["succeeded"]?.isTrue ?? false
     }
-    // The attempt that seemed to fail may be the one that took effect.
+    // An earlier attempt that seemed to fail may have taken effect.
     if isDone || !isRepeated { return isDone }
     return try get(key, call) == value
   }

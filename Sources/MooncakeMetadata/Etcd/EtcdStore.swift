@@ -7,7 +7,8 @@ package final class EtcdStore: MetadataStore {
   let client: EtcdClient
   private static let pageCount = 500
   static let transactionCount = 128
-  /// After so long without an answer a watch asks whether its member is still one of the cluster.
+  /// After this long without an answer, a watch checks whether its member still belongs to the
+  /// cluster.
   private static let silenceMilliseconds: UInt64 = 5000
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
@@ -54,7 +55,7 @@ package final class EtcdStore: MetadataStore {
     } answer: {
       $0["succeeded"]?.isTrue ?? false
     }
-    // The attempt that seemed to fail may be the one that put it.
+    // An earlier attempt that seemed to fail may have put it.
     if isDone || !isRepeated { return isDone }
     return try get(entry.key, call) == entry.value
   }
@@ -66,7 +67,7 @@ package final class EtcdStore: MetadataStore {
     } answer: {
       number($0["deleted"]) > 0
     }
-    // The attempt that seemed to fail may be the one that deleted it.
+    // An earlier attempt that seemed to fail may have deleted it.
     return isDone || isRepeated
   }
 
@@ -94,8 +95,9 @@ package final class EtcdStore: MetadataStore {
     prefix: String, since revision: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
-    // A member that is frozen or cut off is silent like one without news, and so is one whose long
-    // answer has come in part. Any that answers this knows the latest state.
+    // A member that is frozen or cut off is as silent as one without changes, and so is one whose
+    // long answer has arrived only in part. A member that answers this query knows the latest
+    // state.
     if client.silentMilliseconds >= Self.silenceMilliseconds {
       if try !isUnchanged(prefix, since: revision, phase, call) { return .unknown }
     }
@@ -108,7 +110,7 @@ package final class EtcdStore: MetadataStore {
     writer.member("start_revision", String(revision &+ 1))
     writer.endObject()
     writer.endObject()
-    // The answer is a stream of lines; the first that tells of something ends it.
+    // The answer is a stream of lines; stop at the first one that reports anything.
     let query = EtcdClient.Query(
       path: "/v3/watch", body: writer.text, phase: phase, isWatch: true,
       end: LineMark("\"events\"", "\"canceled\":true", "\"error\""))
@@ -118,7 +120,7 @@ package final class EtcdStore: MetadataStore {
       text = try client.ask(
         query, call.within(milliseconds: Self.silenceMilliseconds), isRepeated: &isRepeated)
     } catch {
-      // Nothing has happened.
+      // Nothing has changed.
       if error.code == .timeout { return .changes([], revision: revision) }
       throw error
     }
@@ -130,8 +132,8 @@ package final class EtcdStore: MetadataStore {
     return .changes(changes, revision: latest)
   }
 
-  /// Whether no key with the prefix has been put after a revision, or deleted, as far as that can
-  /// be told from the keys that are there.
+  /// Whether, as far as the existing keys tell, no key with the prefix was put or deleted after a
+  /// revision.
   private func isUnchanged(
     _ prefix: String, since revision: UInt64, _ phase: String, _ call: MetadataCall
   ) throws(EngineError) -> Bool {
@@ -143,13 +145,13 @@ package final class EtcdStore: MetadataStore {
       $0.name("keys_only")
       $0.value(true)
     } answer: { value in
-      // Another cluster, or one that came back without what it had, counts from the beginning.
+      // Another cluster, or one that lost its data, counts from the beginning again.
       number(value["header"]?["revision"]) >= revision
         && !(value["kvs"]?.elements ?? .none).contains { _ in true }
     }
   }
 
-  /// Takes the changes of one line; false if the service has forgotten what was asked for.
+  /// Adds the changes of one line; false if the service no longer has the requested revision.
   private func read(
     _ line: [UInt8], _ phase: String, _ changes: inout [MetadataChange], _ latest: inout UInt64
   ) throws(EngineError) -> Bool {
@@ -209,7 +211,7 @@ package final class EtcdStore: MetadataStore {
       number($0["result"]?["TTL"]) > 0
     }
     if !isAlive { return .gone }
-    // A key that somebody else has put since no longer hangs on the lease.
+    // A key that somebody else has put since is no longer attached to the lease.
     let (renewal, others) = try ask("/v3/lease/timetolive", phase, call) {
       $0.member("ID", String(lease.id))
       $0.name("keys")
@@ -253,14 +255,15 @@ package final class EtcdStore: MetadataStore {
     prefix.isEmpty ? [0] : Array(prefix.utf8)
   }
 
-  /// The first key behind all with the prefix. UTF-8 has no byte 0xFF that could not be raised.
+  /// The first key after all those with the prefix. The last byte can always be incremented: UTF-8
+  /// never contains 0xFF.
   private static func end(_ prefix: String) -> [UInt8] {
     var bytes = Array(prefix.utf8)
     guard let last = bytes.popLast() else { return [0] }
     return bytes + [last + 1]
   }
 
-  /// The gateway writes integers as strings and leaves out those that are 0.
+  /// The gateway writes integers as strings and omits zeros.
   func number(_ value: JSONValue?) -> UInt64 {
     value?.string.flatMap { UInt64($0) } ?? value?.unsigned ?? 0
   }
@@ -280,7 +283,7 @@ package final class EtcdStore: MetadataStore {
 
   func malformed(_ phase: String) -> EngineError {
     client.failure(
-      .protocolViolation, phase, "the answer lacks what belongs there", "is this etcd?")
+      .protocolViolation, phase, "the answer lacks expected members", "is this etcd?")
   }
 
   private func decode<Result>(
@@ -291,7 +294,7 @@ package final class EtcdStore: MetadataStore {
       document = try JSONDocument(parsing: text)
     } catch {
       throw client.failure(
-        .protocolViolation, phase, "the answer is no JSON: \(error)", "is this etcd?")
+        .protocolViolation, phase, "the answer is not JSON: \(error)", "is this etcd?")
     }
     return try document.read(body)
   }
@@ -306,7 +309,7 @@ package final class EtcdStore: MetadataStore {
     return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
   }
 
-  /// The same for what is answered differently a second time.
+  /// The same for calls whose repetition would be answered differently.
   func ask<Result>(
     _ path: String, _ phase: String, _ call: MetadataCall, isRepeated: inout Bool,
     _ write: (inout JSONWriter) -> Void,

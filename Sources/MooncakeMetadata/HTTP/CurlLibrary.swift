@@ -40,8 +40,9 @@ struct CurlLibrary: Sendable {
     return try loaded.get()
   }
 
-  /// Runs calls that use connections, which may be the caller's thread: the host gets no signal, no
-  /// connection is taken for its standard streams, and no child inherits a lock.
+  /// Runs libcurl calls that use connections, possibly on the host's thread: the host gets no
+  /// signal, no connection takes the number of a standard stream, and no forked child inherits a
+  /// lock.
   static func contained<Value>(_ body: () -> Value) -> Value {
     FileDescriptor.fillStandard()
     return withoutWriteSignals { Fork.excluded(body) }
@@ -54,7 +55,7 @@ struct CurlLibrary: Sendable {
           .unsupported,
           "metadata over HTTP needs libcurl.so.4: install the Debian package libcurl4"))
     }
-    // curl_multi_poll is the youngest function used here.
+    // curl_multi_poll (7.66) is the newest function used here.
     guard let functions = CurlLibrary(library) else {
       return .failure(
         EngineError(

@@ -22,35 +22,35 @@ struct HTTPRequest {
   var headers: [String] = []
   /// Name and password for basic authentication.
   var credentials: String?
-  /// libcurl sends a request again by itself if a connection that it had kept ends unanswered. For
-  /// one whose repetition would be answered differently it makes a new connection.
+  /// libcurl itself repeats a request if a kept connection ends without an answer. If a repetition
+  /// would be answered differently, set this to use a new connection.
   var isOnce = false
-  /// When what has been received is enough, for answers that the server does not end.
+  /// Where to stop reading, for answers that the server does not end.
   var end: LineMark?
 }
 
-/// What a server answered.
+/// A server's answer.
 struct HTTPResponse {
   var status: Int
   var body: [UInt8]
 }
 
-/// Why there is no answer; the caller adds whom it asked for what.
+/// Why there is no answer; the caller adds the service and the phase.
 struct HTTPFailure: Error {
   let code: EngineError.Code
   let cause: String
   let remedy: String
-  /// The server cannot have seen it.
+  /// Whether the server cannot have seen the request.
   var isUnsent = false
 
   static var canceled: HTTPFailure {
     HTTPFailure(
-      code: .canceled, cause: "given up, as it was canceled or the engine destroyed",
+      code: .canceled, cause: "given up because it was canceled or the engine was destroyed",
       remedy: "call again if it is still wanted")
   }
 }
 
-/// Asks HTTP servers through libcurl. Connections are kept; threads do not wait for each other.
+/// Calls HTTP servers through libcurl. Keeps connections; threads do not wait for each other.
 final class HTTPClient: Sendable {
   private let curl: CurlLibrary
   private let tls: TLSFiles
@@ -81,7 +81,7 @@ final class HTTPClient: Sendable {
       throw HTTPFailure(code: .outOfMemory, cause: "no memory for a client", remedy: "free some")
     }
     let response = try lane.perform(request, addresses, call)
-    // A lane that failed is dropped, and with it what its connections may still receive.
+    // A lane that failed is dropped, since its connections may still receive old answers.
     idle.withLock { if $0.count < Self.idleLimit { $0.append(lane) } }
     return response
   }

@@ -5,8 +5,8 @@ import MooncakeSystem
 
 /// One libcurl handle with its connections, used by one thread at a time.
 final class HTTPLane: @unchecked Sendable {
-  // Unchecked: the client lends it to one caller at a time.
-  /// Bytes of an answer; beyond it the server is not one of ours.
+  // Unchecked: the client gives it to one caller at a time.
+  /// Bytes of an answer; a larger one is not from a metadata service.
   static let answerLimit = 256 << 20
   static let connectMilliseconds = 1500
 
@@ -16,7 +16,7 @@ final class HTTPLane: @unchecked Sendable {
   private let multi: CurlLibrary.Handle
   private let errorBuffer = UnsafeMutablePointer<CChar>.allocate(capacity: Int(CURL_ERROR_SIZE))
 
-  // Of the running request.
+  // State of the current request.
   private var received: [UInt8] = []
   private var end: LineMark?
   private var stopReason = StopReason.none
@@ -52,7 +52,7 @@ final class HTTPLane: @unchecked Sendable {
     errorBuffer.pointee = 0
     var lists: [UnsafeMutablePointer<curl_slist>] = []
     defer { for list in lists { curl.freeList(list) } }
-    // The body must outlive the transfer: libcurl reads it in place.
+    // The body must outlive the transfer, because libcurl reads it in place.
     let body = request.body ?? []
     let result = body.withUnsafeBytes { bytes in
       Result { () throws(HTTPFailure) in
@@ -75,7 +75,7 @@ final class HTTPLane: @unchecked Sendable {
     return HTTPResponse(status: status, body: received)
   }
 
-  /// Of the latest request, its head included.
+  /// Bytes sent of the latest request, including its head.
   private var sentByteCount: Int {
     var count = 0
     let isKnown =
@@ -98,7 +98,7 @@ final class HTTPLane: @unchecked Sendable {
     _ lists: inout [UnsafeMutablePointer<curl_slist>]
   ) {
     curl.easyReset(easy)
-    // Signals belong to the host; redirects and proxies would reach servers nobody named.
+    // Signals belong to the host; redirects and proxies would lead to servers that nobody named.
     set(CURLOPT_NOSIGNAL, 1)
     set(CURLOPT_PROXY, "")
     set(CURLOPT_PROTOCOLS, request.isSecure ? 2 : 1)
@@ -116,7 +116,7 @@ final class HTTPLane: @unchecked Sendable {
       }, Unmanaged.passUnretained(self).toOpaque())
     if let body {
       set(CURLOPT_POSTFIELDSIZE, body.count)
-      // An empty body has no address of its own, and a null would make libcurl read standard input.
+      // An empty array may have a null address, which would make libcurl read standard input.
       let empty: StaticString = ""
       _ = curl_set_pointer(
         curl.setOption, easy, CURLOPT_POSTFIELDS, body.baseAddress ?? .init(empty.utf8Start))
@@ -127,7 +127,7 @@ final class HTTPLane: @unchecked Sendable {
     }
     if let credentials = request.credentials { set(CURLOPT_USERPWD, credentials) }
     if request.isSecure { prepareTLS() }
-    // Without the empty Expect, libcurl waits a second for servers that do not know it.
+    // Without the empty Expect header, libcurl waits a second for servers that do not support it.
     setList(CURLOPT_HTTPHEADER, request.headers + ["Expect:"], &lists)
     if SocketAddress(numeric: request.server.host, port: 0) == nil {
       let hosts = addresses.map { $0.isIPv6 ? "[\($0.host)]" : $0.host }.joined(separator: ",")
@@ -172,7 +172,7 @@ final class HTTPLane: @unchecked Sendable {
     guard curl.multiAdd(multi, easy) == CURLM_OK else {
       throw HTTPFailure(code: .system, cause: "libcurl refuses the request", remedy: "see its log")
     }
-    // Ends the connection of a request that is given up.
+    // Also closes the connection of a request that was given up.
     defer { CurlLibrary.contained { _ = curl.multiRemove(multi, easy) } }
     while true {
       var running: Int32 = 0

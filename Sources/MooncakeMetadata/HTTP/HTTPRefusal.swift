@@ -1,22 +1,22 @@
 import MooncakeBase
 
-/// Tells failures that pass by themselves from those that last until somebody mends them. Only what
-/// is known to last may fail a registration; everything else is tried again.
+/// Distinguishes failures that pass by themselves from those that last until somebody fixes them.
+/// Only a failure known to last may fail a registration; everything else is retried.
 package enum HTTPRefusal {
-  /// Whether a service with this status is overloaded, starting, or late.
+  /// Whether this status means that the service is overloaded, starting, or slow.
   package static func isPassing(_ status: Int) -> Bool {
     [408, 425, 429].contains(status) || (500...599).contains(status)
   }
 
-  /// What the TLS libraries say when a side will not have the other one's certificate, or speaks
-  /// no TLS or no common version of it.
+  /// Parts of TLS libraries' messages when one side refuses the other's certificate, does not speak
+  /// TLS, or shares no version of it.
   private static let lasting = [
     "certificate", "unknown ca", "access denied", "decrypt error", "handshake failure",
     "fatal alert", "protocol version", "wrong version", "unsupported protocol", "cipher",
     "http request", "packet length too long", "unexpected tls packet",
   ]
 
-  /// Whether a failed handshake was refused; else its connection broke on the way.
+  /// Whether a failed handshake was refused; otherwise the connection broke.
   package static func isLasting(handshake text: String) -> Bool {
     let text = text.lowercased()
     return lasting.contains { text.utf8.holds($0) }

@@ -2,36 +2,36 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Metadata behind `GET`, `PUT` and `DELETE` of an HTTP server. Leases, listings and changes are
-/// there only if the server is `mooncake metadata serve`.
+/// Metadata on an HTTP server with `GET`, `PUT` and `DELETE`. Leases, listings and changes need
+/// `mooncake metadata serve` as the server.
 package final class HTTPStore: MetadataStore {
   package let uri: MetadataURI
   private let client: HTTPClient
   private let credentials: String?
-  /// Instead of name and password.
+  /// Used instead of name and password.
   private let token: MetadataToken?
   private let secrets: ServiceSecrets
   private let renewals = Atomic(0)
-  /// One renewal in so many compares names, and not only their number.
+  /// Every so many renewals, compare the keys' names and not only their number.
   private static let comparedRenewals = 4
-  /// Bytes of an answer that are looked at for its reason.
+  /// Bytes of an answer that are searched for its reason.
   private static let quotedBytes = 4096
-  /// Keys in one question, and bytes of it, which the server bounds.
+  /// Keys and bytes of one request for values, within the server's limits.
   private static let valueCount = 1000
   private static let questionBytes = 1 << 20
-  /// How long an answer of a waiting server may take beyond the wait.
+  /// How much longer than its wait a server's answer may take.
   private static let answerMilliseconds: UInt64 = 500
 
   package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
     self.uri = uri
     if !uri.isSecure && settings.tls != TLSFiles() {
       Log.warning(
-        "metadata \(uri): it goes over the network unencrypted, and the certificate files in "
-          + "MC_METADATA_CA_FILE, ..._CERT_FILE and ..._KEY_FILE are not used: say https:// if the "
+        "metadata \(uri): the connection is unencrypted, and the certificate files in "
+          + "MC_METADATA_CA_FILE, ..._CERT_FILE and ..._KEY_FILE are not used: use https:// if the "
           + "service has TLS")
     }
     client = try HTTPClient(tls: uri.tls.filled(from: settings))
-    // What the URI says goes first.
+    // The URI takes precedence.
     let token = uri.user == nil ? settings.token : nil
     self.token = try token.map { text throws(EngineError) in
       try MetadataToken(text, from: MetadataToken.variable)
@@ -70,7 +70,7 @@ package final class HTTPStore: MetadataStore {
     let parameters = parameters(entry.key, lease)
     var response = try ask(.put, parameters, phase, call, body: body)
     if response.status == 400 && entry.key.utf8.holds("rpc_meta") {
-      // Servers of the existing system refuse to replace the route of a process, even a dead one.
+      // Mooncake's servers refuse to replace the route of a process, even a dead one.
       _ = try delete(entry.key, call)
       response = try ask(.put, parameters, phase, call, body: body)
     }
@@ -83,7 +83,7 @@ package final class HTTPStore: MetadataStore {
     let phase = "put '\(entry.key)' if absent"
     var parameters = parameters(entry.key, lease)
     parameters["absent"] = "1"
-    // A server that does not know the parameter would replace the value.
+    // Check that it is our server: others would ignore the parameter and replace the value.
     _ = try page(prefix: entry.key, from: nil, phase, limit: 1, call)
     let response = try ask(
       .put, parameters, phase, call, body: Array(entry.value.utf8), isOnce: true)
@@ -130,7 +130,7 @@ package final class HTTPStore: MetadataStore {
     return values
   }
 
-  /// A list of the first keys, as many as fit.
+  /// The body of a request for the first keys, as many as fit.
   private static func question(
     for keys: ArraySlice<String>
   ) -> (part: ArraySlice<String>, text: [UInt8]) {
@@ -158,7 +158,7 @@ package final class HTTPStore: MetadataStore {
     var parameters = ["prefix": prefix, "limit": String(limit)]
     parameters["after"] = position
     let response = try ask(.get, parameters, phase, call)
-    // Others say that the key is missing.
+    // Other servers say that the key is missing.
     if [400, 404, 405].contains(response.status) {
       throw failure(
         .unsupported, phase, "this server only gets, puts and deletes",
@@ -181,7 +181,7 @@ package final class HTTPStore: MetadataStore {
     prefix: String, since revision: UInt64, _ call: MetadataCall
   ) throws(EngineError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
-    // The server answers before the client gives up.
+    // Make the server answer before the client gives up.
     let left = call.deadline.remainingNanoseconds / 1_000_000
     let wait = min(30_000, left - min(left / 2, Self.answerMilliseconds))
     let parameters = ["prefix": prefix, "since": String(revision), "wait_ms": String(wait)]
@@ -189,9 +189,8 @@ package final class HTTPStore: MetadataStore {
     do throws(EngineError) {
       response = try ask(.get, parameters, phase, call)
     } catch {
-      // A server that does not even say that nothing has happened stands still, or its answer takes
-      // longer than the whole call: asking for it again would go on for ever. Too short a wait
-      // tells nothing of that.
+      // A server that does not even report "no changes" hangs, or its answer takes longer than the
+      // whole call, and repeating the request would never end. Too short a wait proves neither.
       if error.code == .timeout && left - wait < Self.answerMilliseconds * 3 / 4 {
         return .changes([], revision: revision)
       }
@@ -224,7 +223,7 @@ package final class HTTPStore: MetadataStore {
       .post, ["ttl_ms": String(ttlMilliseconds)], phase, call, at: "/lease", isOnce: true)
     if response.status == 400 && response.body.starts(with: "ttl_ms".utf8) {
       throw failure(
-        .invalidArgument, phase, "\(ttlMilliseconds) ms are no time that the server grants",
+        .invalidArgument, phase, "\(ttlMilliseconds) ms is not a time that the server grants",
         "say 100 ms to an hour")
     }
     if Self.isUnknown(response) { return nil }
@@ -242,7 +241,7 @@ package final class HTTPStore: MetadataStore {
     _ call: MetadataCall
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else {
-      // Without leases only a look tells whether the server has forgotten everything.
+      // Without leases, only reading a key tells whether the server has lost everything.
       guard let first = entries.first else { return .kept }
       return try get(first.key, call) == first.value ? .kept : .gone
     }
@@ -254,9 +253,9 @@ package final class HTTPStore: MetadataStore {
       guard let count = value["keys"]?.unsigned else { throw malformed(phase) }
       return count
     }
-    // As many as there should be may be others: one that is lost, and a stray.
-    let turn = renewals.wrappingAdd(1, ordering: .relaxed).oldValue
-    if count == UInt64(entries.count) && turn % Self.comparedRenewals != 0 { return .kept }
+    // Even if the number is right, one key may be lost and another one a stray.
+    let renewal = renewals.wrappingAdd(1, ordering: .relaxed).oldValue
+    if count == UInt64(entries.count) && renewal % Self.comparedRenewals != 0 { return .kept }
     if count >= UInt64(entries.count) {
       var held = Set(try keys(of: lease, call).map { MetadataKey($0) })
       if held.isEmpty { return .kept }
@@ -266,11 +265,11 @@ package final class HTTPStore: MetadataStore {
     }
     let values = try values(of: entries.map(\.key), call)
     let lost = zip(entries, values).filter { $0.value != $1 }.map(\.0.key)
-    // Where all are as they were put, one of them hangs on another lease.
+    // If all values are as they were put, one of them is attached to another lease.
     return .lost(lost.isEmpty ? entries.map(\.key) : lost)
   }
 
-  /// What hangs on a lease; nothing where the server is of a release that does not tell.
+  /// The keys of a lease; empty from older servers, which do not tell.
   private func keys(
     of lease: MetadataLease, _ call: MetadataCall
   ) throws(EngineError) -> [String] {
@@ -302,8 +301,8 @@ package final class HTTPStore: MetadataStore {
     for entry in entries { try deleteUnchanged(entry, call) }
   }
 
-  /// Deletes a key if it holds a value: in one step on our server, in two on others, where what
-  /// somebody puts between them is deleted with it.
+  /// Deletes a key if it has a certain value. Atomic on our server; on others it takes two steps,
+  /// and a value put in between is deleted, too.
   private func deleteUnchanged(
     _ entry: MetadataEntry, _ call: MetadataCall
   ) throws(EngineError) {
@@ -315,7 +314,7 @@ package final class HTTPStore: MetadataStore {
     if let value, value.elementsEqual(entry.value.utf8) { _ = try delete(entry.key, call) }
   }
 
-  /// Whether a server does not have what was asked for, as other ones and older releases of ours.
+  /// Whether the server does not support the request, like others and older releases of ours.
   private static func isUnknown(_ response: HTTPResponse) -> Bool {
     [400, 404, 405, 501].contains(response.status)
   }
@@ -364,7 +363,7 @@ package final class HTTPStore: MetadataStore {
     case 401, 403:
       throw failure(.accessDenied, phase, cause, authorizationRemedy)
     case 412 where lease != nil:
-      throw failure(.notFound, phase, cause, "the lease has ended; it is made anew")
+      throw failure(.notFound, phase, cause, "the lease has ended; a new one is requested")
     case 413: throw failure(.full, phase, cause, "register fewer and larger buffers")
     case 507: throw failure(.full, phase, cause, "give the server more memory or disk")
     case let status where HTTPRefusal.isPassing(status):
@@ -377,7 +376,7 @@ package final class HTTPStore: MetadataStore {
 
   private var authorizationRemedy: String {
     let variable = MetadataToken.variable
-    if token != nil { return "\(variable) must be here what it is at the server" }
+    if token != nil { return "\(variable) must be the same here as at the server" }
     let isNamed = credentials != nil
     return "a server with a token needs the same \(variable) here\(isNamed ? " and no user" : ""), "
       + "another one the right user and password"
@@ -385,7 +384,7 @@ package final class HTTPStore: MetadataStore {
 
   private func malformed(_ phase: String) -> EngineError {
     failure(
-      .protocolViolation, phase, "the answer lacks what belongs there",
+      .protocolViolation, phase, "the answer lacks expected members",
       "is this the URI of a metadata server?")
   }
 
@@ -398,13 +397,13 @@ package final class HTTPStore: MetadataStore {
       document = try JSONDocument(parsing: response.body)
     } catch {
       throw failure(
-        .protocolViolation, phase, "the answer is no JSON: \(error)",
+        .protocolViolation, phase, "the answer is not JSON: \(error)",
         "is this the URI of a metadata server?")
     }
     return try document.read(body)
   }
 
-  /// Values that are no JSON text travel as Base64; one that is not UTF-8 is told as it is not.
+  /// Values that JSON text cannot carry arrive as Base64; one that is not UTF-8 is an error.
   private func entry(
     _ value: JSONValue, _ phase: String
   ) throws(EngineError) -> MetadataEntry {
@@ -424,7 +423,7 @@ package final class HTTPStore: MetadataStore {
 }
 
 extension TLSFiles {
-  /// What is not said here comes from the environment.
+  /// Fills in from the environment what the URI does not say.
   func filled(from settings: MetadataSettings) -> TLSFiles {
     TLSFiles(
       authority: authority ?? settings.tls.authority,

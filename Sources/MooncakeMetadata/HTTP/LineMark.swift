@@ -1,16 +1,17 @@
 import MooncakeBase
 
-/// Finds the first complete line that holds one of some marks, in a text that grows. Each byte is
-/// looked at once or twice, however small the pieces are that it comes in.
+/// Finds the first complete line that contains one of the marks, in a text that grows. Examines
+/// each byte once or twice, however small the pieces that arrive.
 package struct LineMark: Sendable {
   package let marks: [String]
-  /// Up to where there is no line end.
+  /// Where to search for the next line end.
   private var searchedCount = 0
   private var lineStart = 0
 
   package init(_ marks: String...) { self.marks = marks }
 
-  /// Whether it is there by now; `text` is what it was at the last call and more behind it.
+  /// Whether such a line has arrived; `text` must be the text of the last call, possibly with more
+  /// appended.
   package mutating func isFound(in text: [UInt8]) -> Bool {
     while let end = text[searchedCount...].firstIndex(of: UInt8(ascii: "\n")) {
       let line = text[lineStart..<end]

@@ -5,8 +5,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The functions of hiredis, opened when the first connection needs them. It formats and parses;
-/// the socket is ours, because its own blocks beyond deadlines.
+/// The functions of hiredis, opened when the first connection needs them. hiredis formats and
+/// parses; the socket is ours, because hiredis's own blocks beyond deadlines.
 struct HiredisLibrary: Sendable {
   let createReader: @convention(c) () -> UnsafeMutablePointer<redisReader>?
   let freeReader: @convention(c) (UnsafeMutablePointer<redisReader>) -> Void
@@ -26,7 +26,7 @@ struct HiredisLibrary: Sendable {
   private static let isPrepared = Atomic(false)
   private static let loaded: HiredisLibrary? = HiredisLibrary()
 
-  /// The library, loaded once. Later versions have other structures.
+  /// The library, loaded once. Only this version: later ones have different structures.
   static func shared() throws(EngineError) -> HiredisLibrary {
     Fork.prepare(isPrepared) { _ = loaded }
     if let loaded { return loaded }
@@ -77,7 +77,7 @@ package struct RedisFailure: Error {
     switch error.rawValue {
     case ECANCELED:
       RedisFailure(
-        code: .canceled, cause: "given up, as it was canceled or the engine destroyed",
+        code: .canceled, cause: "given up because it was canceled or the engine was destroyed",
         remedy: "call again if it is still wanted")
     case ETIMEDOUT where deadline.hasPassed:
       RedisFailure(
@@ -93,7 +93,7 @@ package struct RedisFailure: Error {
 
 /// A connection to Redis, used by one thread at a time.
 final class RedisConnection: @unchecked Sendable {
-  // Unchecked: the store lends it to one caller at a time.
+  // Unchecked: the store gives it to one caller at a time.
   private static let answerLimit = 256 << 20
   private static let chunkBytes = 64 << 10
   private static let connectMilliseconds: UInt64 = 1500
@@ -115,7 +115,7 @@ final class RedisConnection: @unchecked Sendable {
 
   deinit { library.freeReader(reader) }
 
-  /// The service has closed it, or said something that nobody asked for.
+  /// Whether the service has closed it or sent something unasked.
   var isStale: Bool { Waiting.isReadable(socket.rawValue) }
 
   private static func connect(
@@ -135,7 +135,7 @@ final class RedisConnection: @unchecked Sendable {
     }
     var last = RedisFailure(code: .unresolved, cause: "no address", remedy: "check the name")
     for (index, address) in addresses.enumerated() {
-      // One that drops packets leaves time for the others.
+      // Split the time, so that an address that drops packets leaves some for the others.
       let left = call.deadline.remainingNanoseconds / 1_000_000
       let share = min(connectMilliseconds, left / UInt64(addresses.count - index) + 1)
       do throws(Errno) {
@@ -145,7 +145,8 @@ final class RedisConnection: @unchecked Sendable {
           for: POLLOUT, until: min(call.deadline, .after(milliseconds: share)),
           cancellation: call.cancellation)
         if let error = socket.takeError() { throw error }
-        // A port of the ephemeral range without a listener can connect to itself.
+        // Connecting to a port of the ephemeral range without a listener may connect the socket to
+        // itself.
         if try socket.localAddress() == address { throw .connectionRefused }
         socket.setNoDelay()
         return socket
@@ -161,7 +162,7 @@ final class RedisConnection: @unchecked Sendable {
     throw last
   }
 
-  /// Sends commands together and waits for all answers.
+  /// Sends commands in one go and waits for all answers.
   func run(_ commands: [[String]], _ call: MetadataCall) throws(RedisFailure) -> [RedisReply] {
     do throws(Errno) {
       try send(commands.flatMap(format), call)
@@ -208,7 +209,7 @@ final class RedisConnection: @unchecked Sendable {
       var found: UnsafeMutableRawPointer?
       guard library.takeReply(reader, &found) == 0 else {
         throw RedisFailure(
-          code: .protocolViolation, cause: "it sent what is no answer of Redis",
+          code: .protocolViolation, cause: "it sent something that is not an answer of Redis",
           remedy: "is this the port of Redis?")
       }
       if let found {
@@ -226,7 +227,7 @@ final class RedisConnection: @unchecked Sendable {
         throw .broken(error, call.deadline)
       }
       if count == 0 { throw .broken(Errno(ECONNRESET), call.deadline) }
-      // A server that streams without pause must not outlast the deadline.
+      // A server that sends without pause must not outlast the deadline.
       if call.deadline.hasPassed { throw .broken(.timedOut, call.deadline) }
       receivedCount += count
       if receivedCount > Self.answerLimit {
@@ -238,7 +239,7 @@ final class RedisConnection: @unchecked Sendable {
     }
   }
 
-  /// hiredis bounds the depth.
+  /// Recursion is safe: hiredis bounds the depth.
   private static func reply(_ reply: UnsafeMutablePointer<redisReply>) -> RedisReply {
     var text: [UInt8] {
       guard let start = reply.pointee.str else { return [] }

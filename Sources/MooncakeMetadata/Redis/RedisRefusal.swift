@@ -1,23 +1,24 @@
 import MooncakeBase
 
-/// What the errors of Redis mean to whoever uses it as a metadata service.
+/// What Redis's errors mean for its use as a metadata service.
 package enum RedisRefusal {
-  /// What a user needs on the keys below mooncake/.
+  /// The commands a user needs on the keys below mooncake/.
   package static let commands = "+get +set +del +mget +scan +eval +pexpire"
-  /// Of a password, of AUTH with a user before Redis 6, and of a database that is not there.
+  /// Refusals of a password, of AUTH with a user before Redis 6, and of a missing database.
   private static let loginRefusals = [
     "invalid password", "'auth'", "no password is set", "DB index", "'select'", "unknown command",
   ]
   private static let noCluster =
-    "cluster mode is not supported, as the keys would lie on several nodes: name a Redis with "
+    "cluster mode is not supported because keys would be on several nodes: name a Redis with "
     + "cluster-enabled no, which may have replicas, or use etcd or mooncake metadata serve"
 
-  /// Refuses what cannot keep metadata; `reply` is the answer to HELLO.
+  /// Throws if the server cannot keep metadata; `reply` is its answer to HELLO.
   package static func check(
     hello reply: RedisReply, hiding secrets: ServiceSecrets = ServiceSecrets()
   ) throws(RedisFailure) {
     if case .refusal(let text) = reply {
-      // Those before 6 do not know it; where a login is missing or wrong, the next command says so.
+      // Redis before 6 does not know HELLO; if a login is missing or wrong, the next command says
+      // so.
       if text.utf8.holds("unknown command") || text.hasPrefix("NOAUTH") { return }
       throw failure(text, isLogin: true, hiding: secrets)
     }
@@ -39,12 +40,12 @@ package enum RedisRefusal {
     }
   }
 
-  /// The failure behind an error's text.
+  /// The failure for an error's text.
   package static func failure(
     _ text: String, isLogin: Bool, hiding secrets: ServiceSecrets = ServiceSecrets()
   ) -> RedisFailure {
     let cause = "the service answers '\(secrets.hidden(in: text.utf8).prefix(200))'"
-    // An error inside of a script comes wrapped, in a manner of each version's own.
+    // Errors inside a script arrive wrapped, differently in each version.
     func says(_ words: String...) -> Bool {
       words.contains { text.hasPrefix($0) || text.utf8.holds("-\($0) ") }
     }
@@ -53,23 +54,23 @@ package enum RedisRefusal {
     }
     if says("READONLY", "MASTERDOWN") {
       return failure(
-        .unreachable, "this server is not the master now; what its name leads to is asked again")
+        .unreachable, "this server is not the master now; its name is resolved again")
     }
     if says("LOADING") {
-      return failure(.unreachable, "this server still reads its data; it is asked again")
+      return failure(.unreachable, "this server is still loading its data; it is retried")
     }
     if says("NOREPLICAS") {
       return failure(
         .unreachable,
-        "fewer replicas are up to date than its min-replicas-to-write; it is asked again")
+        "fewer replicas are up to date than its min-replicas-to-write; it is retried")
     }
     if text.utf8.holds("max number of clients") {
-      return failure(.unreachable, "it is asked again; raise its maxclients if this stays")
+      return failure(.unreachable, "it is retried; raise its maxclients if this persists")
     }
     if says("DENIED") {
       return failure(
         .accessDenied,
-        "Redis without a password takes local clients only: give it one (requirepass), or set "
+        "Redis without a password accepts only local clients: give it one (requirepass), or set "
           + "protected-mode no")
     }
     if says("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
@@ -90,7 +91,7 @@ package enum RedisRefusal {
     {
       return failure(
         .full,
-        "the service takes no writes, or none of this size: see its log, maxmemory and "
+        "the service accepts no writes, or none of this size: see its log, maxmemory and "
           + "proto-max-bulk-len")
     }
     if says("NOAUTH", "WRONGPASS") || text.utf8.holds("AUTH")
@@ -101,7 +102,7 @@ package enum RedisRefusal {
         "give the right user, password and database in the URI or in MC_REDIS_USERNAME, "
           + "MC_REDIS_PASSWORD and MC_REDIS_DB_INDEX")
     }
-    if isLogin { return failure(.unreachable, "it is asked again; see the service's log") }
+    if isLogin { return failure(.unreachable, "it is retried; see the service's log") }
     return failure(.protocolViolation, "is this Redis 5 or newer?")
   }
 }

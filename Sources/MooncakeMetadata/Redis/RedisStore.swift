@@ -2,8 +2,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Metadata in Redis. Keys expire one by one instead of hanging on a lease, and changes are found
-/// by listing, since Redis tells of them only where it is configured to.
+/// Metadata in Redis. Each key has its own expiry instead of a lease, and changes are found by
+/// listing, since Redis reports them only if configured to.
 package final class RedisStore: MetadataStore {
   package let uri: MetadataURI
   private let library: HiredisLibrary
@@ -15,13 +15,13 @@ package final class RedisStore: MetadataStore {
   private static let scanCount = 1000
   private static let listPauseMilliseconds: UInt64 = 500
 
-  /// Gives a key its time again if it still holds what this process has put: another's may have
-  /// been put to stay.
+  /// Renews a key's expiry if it still has the value that this process put: another's may be meant
+  /// to stay.
   private static let renewOwn =
     "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('pexpire',KEYS[1],ARGV[2]) "
     + "else return 0 end"
 
-  /// Removes a key if it still holds what this process has put.
+  /// Removes a key if it still has the value that this process put.
   private static let deleteOwn =
     "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('del',KEYS[1]) else return 0 end"
 
@@ -60,7 +60,7 @@ package final class RedisStore: MetadataStore {
     var isRepeated = false
     let replies = try ask([Self.set(entry, lease) + ["NX"]], phase, call, isRepeated: &isRepeated)
     guard case .none = replies[0] else { return true }
-    // The attempt that seemed to fail may be the one that put it.
+    // An earlier attempt that seemed to fail may have put it.
     return isRepeated ? try get(entry.key, call) == entry.value : false
   }
 
@@ -68,7 +68,7 @@ package final class RedisStore: MetadataStore {
     var isRepeated = false
     let replies = try ask([["DEL", key]], "delete '\(key)'", call, isRepeated: &isRepeated)
     if case .number(let count) = replies[0], count > 0 { return true }
-    // The attempt that seemed to fail may be the one that deleted it.
+    // An earlier attempt that seemed to fail may have deleted it.
     return isRepeated
   }
 
@@ -103,14 +103,14 @@ package final class RedisStore: MetadataStore {
       else { throw unexpected(.none, phase) }
       cursor = String(decoding: next, as: UTF8.self)
       for case .text(let key) in found {
-        // A key that is not UTF-8 is none of ours.
+        // A key that is not UTF-8 is not ours.
         guard let key = String(validating: key, as: UTF8.self) else { continue }
         if let position, !position.utf8.lexicographicallyPrecedes(key.utf8) { continue }
         keys.insert(MetadataKey(key))
       }
     } while cursor != "0"
     var entries: [MetadataEntry] = []
-    // Redis keeps no order, so that every page has to look at all keys; only its values are few.
+    // Redis keeps no order, so every page scans all keys but fetches only its own values.
     let sorted = keys.sorted().prefix(max(1, limit)).map(\.text)
     for start in stride(from: 0, to: sorted.count, by: Self.scanCount) {
       let part = sorted[start..<min(start + Self.scanCount, sorted.count)]
@@ -118,7 +118,7 @@ package final class RedisStore: MetadataStore {
         throw unexpected(.none, phase)
       }
       for (key, value) in zip(part, values) {
-        // Other types of values, and keys that have gone meanwhile, have none.
+        // Values of other types and keys that have vanished have no text.
         guard case .text(let bytes) = value else { continue }
         entries.append(MetadataEntry(key: key, value: String(decoding: bytes, as: UTF8.self)))
       }
@@ -145,7 +145,7 @@ package final class RedisStore: MetadataStore {
     MetadataLease(id: 0, ttlMilliseconds: ttlMilliseconds)
   }
 
-  /// There are no strays: a key that is not among the entries is renewed by nobody.
+  /// There are no strays: a key that is not among the entries is not renewed and expires.
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: MetadataCall
@@ -179,7 +179,7 @@ package final class RedisStore: MetadataStore {
     ["SET", entry.key, entry.value] + (lease.map { ["PX", String($0.ttlMilliseconds)] } ?? [])
   }
 
-  /// A prefix as a pattern; what has a meaning in patterns is escaped.
+  /// A prefix as a pattern, with special characters escaped.
   private static func pattern(_ prefix: String) -> String {
     var pattern = ""
     for scalar in prefix.unicodeScalars {
@@ -202,7 +202,7 @@ package final class RedisStore: MetadataStore {
     return try ask(commands, phase, call, isRepeated: &isRepeated)
   }
 
-  /// Whoever repeats after `isRepeated` was set cannot tell whether the first attempt took effect.
+  /// `isRepeated` is set if an attempt failed that may still have taken effect.
   private func ask(
     _ commands: [[String]], _ phase: String, _ call: MetadataCall, isRepeated: inout Bool
   ) throws(EngineError) -> [RedisReply] {
@@ -212,7 +212,7 @@ package final class RedisStore: MetadataStore {
         do throws(RedisFailure) {
           return try run(commands, connection, phase, call)
         } catch {
-          // It may have been closed while nobody used it, or lead to what is the master no more.
+          // The idle connection may have been closed, or lead to a former master: try a new one.
           if error.code != .unreachable { throw error }
           isRepeated = true
         }
@@ -230,7 +230,7 @@ package final class RedisStore: MetadataStore {
     do throws(RedisFailure) {
       try check(replies, phase)
     } catch {
-      // Others may lead to the same server, which is not the one to ask any more.
+      // Other connections may lead to the same server, so drop them.
       if error.code == .unreachable { idle.withLock { $0 = [] } } else { keep(connection) }
       throw error
     }
@@ -238,7 +238,7 @@ package final class RedisStore: MetadataStore {
     return replies
   }
 
-  /// A connection that is still open, as far as one can see before anything is sent on it.
+  /// An idle connection that still looks open.
   private func takeIdle() -> RedisConnection? {
     while let connection = idle.withLock({ $0.popLast() }) {
       if !connection.isStale { return connection }
@@ -255,8 +255,8 @@ package final class RedisStore: MetadataStore {
     var commands: [[String]] = []
     if let password { commands.append(["AUTH"] + (user.map { [$0] } ?? []) + [password]) }
     if database != 0 { commands.append(["SELECT", String(database)]) }
-    // Before anything else, and whatever rights the user has: what kind of Redis is this? Those
-    // before 6 do not know the command.
+    // Ask first what kind of Redis this is; the user needs no rights for that. Redis before 6 does
+    // not know the command.
     commands.insert(["HELLO", "2"], at: password == nil ? 0 : 1)
     var replies = try connection.run(commands, call)
     let hello = replies.remove(at: password == nil ? 0 : 1)
@@ -274,6 +274,6 @@ package final class RedisStore: MetadataStore {
 
   private func unexpected(_ reply: RedisReply, _ phase: String) -> EngineError {
     failure(
-      .protocolViolation, phase, "the answer is of an unexpected type", "is this Redis 5 or newer?")
+      .protocolViolation, phase, "the answer has an unexpected type", "is this Redis 5 or newer?")
   }
 }

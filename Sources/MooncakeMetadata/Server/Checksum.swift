@@ -1,6 +1,6 @@
-/// The checksum of Ethernet and zip files.
+/// CRC-32 as used by Ethernet and zip.
 enum Checksum {
-  /// Eight tables of 256: what each of eight bytes does to the sum. They are never freed.
+  /// Eight tables of 256 entries, for eight bytes at a time. Never freed.
   nonisolated(unsafe) private static let tables: UnsafePointer<UInt32> = {
     let tables = UnsafeMutablePointer<UInt32>.allocate(capacity: 8 * 256)
     for index in 0..<256 {
@@ -17,7 +17,7 @@ enum Checksum {
 
   static func prepare() { _ = tables }
 
-  /// The checksum of some bytes, or of what has the checksum `sum` and these behind it.
+  /// The checksum of `bytes`, or of data with checksum `sum` followed by `bytes`.
   static func crc32(_ bytes: UnsafeRawBufferPointer, after sum: UInt32 = 0) -> UInt32 {
     let tables = tables
     var sum = ~sum

@@ -2,26 +2,26 @@ import Glibc
 import MooncakeBase
 import MooncakeSystem
 
-/// The door of a metadata server: accepts connections, hands them to libmicrohttpd, and closes
-/// those that take too long or that others need the place of. Belongs to the server's thread.
+/// Manages a metadata server's connections: accepts them, hands them to libmicrohttpd, and closes
+/// those that are too slow or whose place others need. Used only by the server's thread.
 final class MetadataClients {
   private let library: MicroHTTPLibrary
   private let daemon: OpaquePointer
   private let limits: MetadataLimits
   private var listener: Socket?
   private var connections: MetadataConnections
-  /// What is being handed over.
+  /// The connection being handed to libmicrohttpd.
   private var arriving: (socket: Int32, group: String)?
-  /// When accepting goes on; nil while it does.
+  /// When to accept again; nil while accepting.
   private var pauseEnd: UInt64?
-  /// When the first came whom the daemon has not listened to yet.
+  /// When the first connection arrived that the daemon has not read from yet.
   private var unheardSince: UInt64?
   private var farewells = MetadataFarewells()
-  /// Answers a wait for changes at once; false if there is none on the connection.
+  /// Answers a connection's wait for changes at once; false if it has none.
   var endWatch: (MetadataConnections.Key) -> Bool = { _ in false }
 
   static let listenerToken: UInt64 = 2
-  /// Connections of the daemon that are closing, beside the others.
+  /// Room in the daemon for connections that are closing, beyond the open ones.
   static let closingCount = 512
   private static let acceptsPerTurn = 256
   private static let pauseNanoseconds: UInt64 = 100_000_000
@@ -45,7 +45,7 @@ final class MetadataClients {
     try epoll.add(descriptor, events: Epoll.readable, token: Self.listenerToken)
   }
 
-  /// Closes the listener; connections are the daemon's.
+  /// Closes the listener; the daemon owns the connections.
   func stop() { listener = nil }
 
   /// When to call `tend`, in nanoseconds on `Clock`.
@@ -55,7 +55,7 @@ final class MetadataClients {
 
   var isEmpty: Bool { connections.isEmpty }
 
-  /// Does what is due without a request.
+  /// Does timed work: closes overdue connections and resumes accepting.
   func tend(_ epoll: borrowing Epoll, now: UInt64) {
     farewells.tend(now: now)
     for key in connections.overdue(now: now) { expire(key) }
@@ -66,8 +66,8 @@ final class MetadataClients {
 
   // MARK: Accepting
 
-  /// Takes in who waits, up to a number, so that the others are served in between. Returns whether
-  /// there may be more.
+  /// Accepts waiting connections, up to a limit so that others are served in between. Returns
+  /// whether there may be more.
   func accept(_ epoll: borrowing Epoll) -> Bool {
     if pauseEnd != nil { return false }
     unheardSince = nil
@@ -91,7 +91,7 @@ final class MetadataClients {
           let key = connections.stalest(now: Clock.now())
         {
           close(key)
-          // It closes what is shut down.
+          // The daemon closes sockets that have been shut down.
           _ = library.run(daemon)
           hasMadeRoom = true
           continue
@@ -109,7 +109,7 @@ final class MetadataClients {
     return poll(&entry, 1, 0) == 1
   }
 
-  /// Makes a connection idle, which may then give way.
+  /// Ends the longest wait for changes, so that its connection becomes idle and may be closed.
   private func endLongestWatch(group: String?) -> Bool {
     guard let key = connections.longestWatch(group: group, now: Clock.now()), endWatch(key) else {
       return false
@@ -121,7 +121,8 @@ final class MetadataClients {
     return true
   }
 
-  /// Who waits would make epoll return at once again and again, so the listener rests.
+  /// A waiting client would make epoll return at once, again and again, so stop listening for a
+  /// while.
   private func pause(_ epoll: borrowing Epoll, _ cause: String) {
     Log.warning(
       "metadata server: it accepts no connections for the moment: \(cause): clients wait; if this "
@@ -131,7 +132,7 @@ final class MetadataClients {
   }
 
   private func adopt(_ socket: consuming Socket) {
-    // Who has gone already has no address.
+    // A client that has gone has no address.
     guard let address = try? socket.peerAddress() else { return }
     let group = address.networkOrHost
     switch verdict(group: group) {
@@ -153,7 +154,7 @@ final class MetadataClients {
     let descriptor = socket.release()
     arriving = (descriptor, group)
     defer { arriving = nil }
-    // It closes the socket if it does not take it.
+    // On failure the daemon closes the socket.
     _ = address.withPointer { library.add(daemon, descriptor, $0, $1) }
   }
 
@@ -162,7 +163,7 @@ final class MetadataClients {
     switch verdict {
     case .welcome: return verdict
     case .instead(let key):
-      // Nobody is closed before the daemon has looked for a request.
+      // Close no connection before the daemon has looked for a request on it.
       guard let start = unheardSince, let since = connections[key]?.since, since >= start else {
         return verdict
       }
@@ -180,7 +181,7 @@ final class MetadataClients {
       ("HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
         + "Content-Type: text/plain; charset=utf-8\r\nContent-Length: \(text.utf8.count)\r\n\r\n"
         + text).utf8)
-    // A few bytes always fit into a new connection.
+    // A few bytes always fit into a new connection's send buffer.
     _ = try? socket.trySend(answer, from: 0)
     farewells.add(socket, now: Clock.now())
   }
@@ -191,7 +192,7 @@ final class MetadataClients {
     UInt(bitPattern: connection)
   }
 
-  /// The daemon has taken a connection, or is about to close its socket.
+  /// Called when the daemon has taken a connection, or is about to close its socket.
   func changed(_ connection: OpaquePointer, isStart: Bool) {
     if !isStart { return connections.remove(key(connection)) }
     guard let arriving else { return }
@@ -199,7 +200,7 @@ final class MetadataClients {
       key(connection), socket: arriving.socket, group: arriving.group, now: Clock.now())
   }
 
-  /// It is shut down, and what it still receives is not answered any more.
+  /// Whether the connection is shut down; requests on it are no longer answered.
   func isClosing(_ connection: OpaquePointer) -> Bool {
     connections[key(connection)]?.isClosing ?? false
   }
@@ -208,20 +209,21 @@ final class MetadataClients {
     connections.enter(phase, key(connection), now: Clock.now())
   }
 
-  /// The client has its answer.
+  /// Called when the client has taken its answer.
   func finish(_ connection: OpaquePointer, isKnown: Bool) {
     connections.finish(key(connection), isKnown: isKnown, now: Clock.now())
   }
 
-  /// How much memory a connection takes.
+  /// Records how much memory a connection holds.
   func hold(_ byteCount: Int, _ connection: OpaquePointer) {
     connections.hold(byteCount, key(connection))
   }
 
-  /// While the server did not run, nobody could be served.
+  /// Gives all connections more time: while the server did not run, nobody could be served.
   func postpone(nanoseconds: UInt64) { connections.postpone(nanoseconds: nanoseconds) }
 
-  /// Closes one of those who hold memory in a phase for long, unless enough is becoming free.
+  /// Closes a connection that has long held memory in `phase`, unless enough memory is being freed
+  /// already.
   func closeHeaviest(in phase: MetadataConnections.Phase, neededBytes: Int) {
     let key = connections.heaviest(in: phase, neededBytes: neededBytes, now: Clock.now())
     guard let key else { return }
@@ -244,7 +246,7 @@ final class MetadataClients {
     close(key)
   }
 
-  /// The daemon sees the end of the stream at its next turn.
+  /// Shuts the socket down; the daemon sees the end of the stream on its next run.
   private func close(_ key: MetadataConnections.Key) {
     guard let connection = connections[key] else { return }
     connections.startClosing(key)

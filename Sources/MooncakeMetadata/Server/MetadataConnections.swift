@@ -1,31 +1,31 @@
-/// Who is connected to a metadata server and since when it waits for them: which connections have
-/// taken too long, and which make room for others. Without sockets or a clock.
+/// Decides which of a metadata server's connections have taken too long and which are closed to
+/// make room for others. Pure bookkeeping without sockets or a clock.
 package struct MetadataConnections {
   package typealias Key = UInt
 
   /// What a connection does.
   package enum Phase: Sendable {
-    /// The server waits for the head of a request; it may be idle.
+    /// Waiting for the head of a request; the connection may be idle.
     case head
     case body
-    /// The request is there, its answer not yet: the server's business.
+    /// The request has arrived and the server is working on the answer.
     case work
-    /// Likewise, and the answer waits for changes.
+    /// As `work`, but the answer waits for changes.
     case watch
-    /// The client has not taken the whole answer.
+    /// The client has not yet taken the whole answer.
     case answer
   }
 
-  // Without a text, so that looking through all of them is cheap.
+  // Holds no text, so that scanning all connections is cheap.
   package struct Connection: Sendable {
     package let socket: Int32
     fileprivate let group: Int
     package fileprivate(set) var phase = Phase.head
     /// When the phase began, on `Clock`, in nanoseconds.
     package fileprivate(set) var since: UInt64
-    /// Of a value that is coming in, or of an answer.
+    /// Bytes of an incoming value or of an answer.
     fileprivate var heldBytes = 0
-    /// It has been answered once: it belongs to somebody who asks.
+    /// It has been given a useful answer once, so it belongs to a real client.
     fileprivate var isKnown = false
     package fileprivate(set) var isClosing = false
 
@@ -35,19 +35,19 @@ package struct MetadataConnections {
     fileprivate var isCandidate: Bool { !isClosing && !isAtWork }
   }
 
-  /// Whom connections count for.
+  /// The connections of one address.
   private struct Group {
     var name: String
-    /// That are not closing.
+    /// Connections that are not closing.
     var openCount = 0
     var count = 0
   }
 
   package enum Verdict: Equatable, Sendable {
     case welcome
-    /// Welcome when this one has been closed.
+    /// Welcome after closing this one.
     case instead(of: Key)
-    /// Its address has all that one may have, and all of them are at work.
+    /// Its address has as many as allowed, and all of them are at work.
     case refused
     /// Every connection is at work.
     case full
@@ -60,14 +60,15 @@ package struct MetadataConnections {
   private var all: [Key: Connection] = [:]
   private var groups: [Group] = []
   private var indexes: [String: Int] = [:]
-  /// Places in `groups`.
+  /// Unused indexes of `groups`.
   private var free: [Int] = []
   /// Connections that are not closing.
   package private(set) var count = 0
-  /// None has taken too long before, in nanoseconds on `Clock`.
+  /// No connection is overdue before this time, in nanoseconds on `Clock`.
   package private(set) var nextCheck = UInt64.max
 
-  /// Who takes longer than the grace may have to give way, who takes longer than the patience ends.
+  /// Connections slower than the grace may be closed if others need the place; those slower than
+  /// the patience are closed anyway.
   package init(
     limit: Int, groupLimit: Int, patienceMilliseconds: UInt64, graceMilliseconds: UInt64
   ) {
@@ -81,7 +82,7 @@ package struct MetadataConnections {
 
   package var isEmpty: Bool { all.isEmpty }
 
-  /// Whom a connection counts for.
+  /// The name of a connection's group.
   package func group(of key: Key) -> String { all[key].map { groups[$0.group].name } ?? "" }
 
   package mutating func add(_ key: Key, socket: Int32, group name: String, now: UInt64) {
@@ -107,7 +108,7 @@ package struct MetadataConnections {
     if all.isEmpty { nextCheck = .max }
   }
 
-  /// It is as good as closed: its place is free.
+  /// Marks a connection as closing and frees its place.
   package mutating func startClosing(_ key: Key) {
     guard let connection = all[key], !connection.isClosing else { return }
     all[key]?.isClosing = true
@@ -121,17 +122,18 @@ package struct MetadataConnections {
     nextCheck = min(nextCheck, now &+ patience)
   }
 
-  /// The client has its answer; `isKnown` if that was more than anybody gets.
+  /// Called when the client has its answer; `isKnown` if the answer was one that only real clients
+  /// get.
   package mutating func finish(_ key: Key, isKnown: Bool, now: UInt64) {
     if isKnown { all[key]?.isKnown = true }
     all[key]?.heldBytes = 0
     enter(.head, key, now: now)
   }
 
-  /// How much memory a connection takes.
+  /// Records how much memory a connection holds.
   package mutating func hold(_ byteCount: Int, _ key: Key) { all[key]?.heldBytes = byteCount }
 
-  /// The server did not run for a while: nobody is to blame for that.
+  /// Gives all connections more time after the server itself did not run for a while.
   package mutating func postpone(nanoseconds: UInt64) {
     for key in all.keys { all[key]?.since &+= nanoseconds }
     if nextCheck != .max { nextCheck &+= nanoseconds }
@@ -139,7 +141,7 @@ package struct MetadataConnections {
 
   // MARK: Choices
 
-  /// Whether one more may come from a group.
+  /// Whether one more connection of a group is accepted.
   package func verdict(group name: String, now: UInt64) -> Verdict {
     if let group = indexes[name], groups[group].openCount >= groupLimit {
       return stalest(of: group, now: now).map { .instead(of: $0) } ?? .refused
@@ -148,14 +150,14 @@ package struct MetadataConnections {
     return stalest(now: now).map { .instead(of: $0) } ?? .full
   }
 
-  /// There is no place, and nobody to make one.
+  /// Whether no place is free and none can be freed.
   package var isFull: Bool {
     count >= limit && !all.values.contains { $0.isCandidate }
   }
 
-  /// Whom to close first: of the group with the most connections, who was never answered for longer
-  /// than the grace; then whom the server has waited for longest; at last who has just come or is
-  /// in the midst of a request. Never one at work.
+  /// Which connection to close first. Of the group with the most connections: first one that was
+  /// never answered and is older than the grace, then the one waited for longest, last one that is
+  /// new or in the middle of a request. Never one at work.
   package func stalest(now: UInt64) -> Key? { stalest(of: nil, now: now) }
 
   private func stalest(of group: Int?, now: UInt64) -> Key? {
@@ -167,8 +169,8 @@ package struct MetadataConnections {
     }
   }
 
-  /// Which wait for changes to end first, of a group or of the one with the most connections, if
-  /// it has had its grace.
+  /// Which wait for changes to end first, in the given group or else the one with the most
+  /// connections; only waits older than the grace.
   package func longestWatch(group name: String?, now: UInt64) -> Key? {
     let group = name.map { indexes[$0] ?? -1 }
     return first { connection in
@@ -179,9 +181,8 @@ package struct MetadataConnections {
     }
   }
 
-  /// Whom to close for the memory that connections in a phase hold: of the group that holds most,
-  /// whom the server has waited for longest. Nobody if those that are closing already hold what is
-  /// needed.
+  /// Which connection in `phase` to close to free memory: of the group that holds most, the one
+  /// waited for longest. nil if connections already closing will free enough.
   package func heaviest(in phase: Phase, neededBytes: Int, now: UInt64) -> Key? {
     var closingBytes = 0
     var bytes = [Int](repeating: 0, count: groups.count)
@@ -198,7 +199,7 @@ package struct MetadataConnections {
     }
   }
 
-  /// The one with the lowest rank; those without are not meant.
+  /// The connection with the lowest rank; those ranked nil are not considered.
   private func first(_ rank: (Connection) -> (Int, Int, UInt64)?) -> Key? {
     var best: (key: Key, rank: (Int, Int, UInt64))?
     for (key, connection) in all {
@@ -208,7 +209,7 @@ package struct MetadataConnections {
     return best?.key
   }
 
-  /// Those that have taken too long.
+  /// The connections that have taken too long.
   package mutating func overdue(now: UInt64) -> [Key] {
     if now < nextCheck { return [] }
     nextCheck = .max

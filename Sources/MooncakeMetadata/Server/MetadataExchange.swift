@@ -21,9 +21,9 @@ final class MetadataExchange {
   /// A wait for changes.
   struct Watch {
     var prefix: String
-    /// Up to where nothing has matched.
+    /// The revision up to which nothing has matched.
     var seen: UInt64
-    /// On `Clock`, in nanoseconds.
+    /// Deadline on `Clock`, in nanoseconds.
     var end: UInt64
   }
 
@@ -31,13 +31,13 @@ final class MetadataExchange {
   let method: Method
   let path: String
   var body: [UInt8] = []
-  /// More was sent than may be kept; the rest is thrown away as it comes.
+  /// The body exceeds the limit; the rest is discarded as it arrives.
   var isTooLarge = false
   var answer: Answer?
-  /// Of the answer, until it has been taken.
+  /// Bytes of the answer, until the client has taken it.
   var sentBytes = 0
   var watch: Watch?
-  /// It was not for everybody, so that its client is one who belongs here.
+  /// Whether only a real client would send it: it is authorized and not a health check.
   var isUseful: Bool { isAuthorized && path != "/health" }
   var isAuthorized = true
 

@@ -1,8 +1,8 @@
 import Glibc
 import MooncakeSystem
 
-/// Connections that were refused: each has its answer and is open for a moment longer. Closing a
-/// socket with bytes that nobody has read resets it, and the client might lose the answer.
+/// Refused connections, kept open for a moment after the answer. Closing a socket with unread bytes
+/// resets it, and the client could lose the answer.
 struct MetadataFarewells: ~Copyable {
   private var waiting: [(socket: Int32, end: UInt64)] = []
   private static let countLimit = 64
@@ -15,14 +15,14 @@ struct MetadataFarewells: ~Copyable {
   /// When to call `tend`, in nanoseconds on `Clock`.
   func nextTime(now: UInt64) -> UInt64 { waiting.isEmpty ? .max : now &+ Self.tickNanoseconds }
 
-  /// Takes a socket over whose answer is written.
+  /// Takes over a socket whose answer has been written.
   mutating func add(_ socket: consuming Socket, now: UInt64) {
     if waiting.count >= Self.countLimit { _ = close(waiting.removeFirst().socket) }
     socket.shutdownWrite()
     waiting.append((socket.release(), now &+ Self.patienceNanoseconds))
   }
 
-  /// Reads what comes, and closes those whose client has gone or has had its time.
+  /// Discards what arrives, and closes sockets whose client has gone or whose time is over.
   mutating func tend(now: UInt64) {
     if waiting.isEmpty { return }
     withUnsafeTemporaryAllocation(byteCount: 16 << 10, alignment: 1) { chunk in

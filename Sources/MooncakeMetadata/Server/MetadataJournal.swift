@@ -3,14 +3,13 @@ import Glibc
 import MooncakeBase
 import MooncakeSystem
 
-/// The changes of a metadata server in a file, so that a restart loses none. Each record is added
-/// behind the others and synced before its request is answered; a commit is only written when the
-/// one before is safe. A file that has grown far beyond its contents is written anew beside and
-/// renamed.
+/// A metadata server's changes in a file, so that a restart loses none. Each record is appended and
+/// synced before its request is answered, and a commit is written only when the previous one is
+/// safe. A file much larger than its live contents is replaced by a new one through a rename.
 package final class MetadataJournal {
   package typealias Record = MetadataJournalFormat.Record
 
-  /// How files are made safe; tests put slow and failing disks here.
+  /// The system calls that make files safe; tests replace them by slow and failing disks.
   package struct Disk: Sendable {
     package var syncData: @Sendable (Int32) -> Int32 = { fdatasync($0) }
     package var sync: @Sendable (Int32) -> Int32 = { fsync($0) }
@@ -25,34 +24,32 @@ package final class MetadataJournal {
   private let path: String
   private let disk: Disk
   private var fileBytes: Int
-  /// Of these, those that were synced.
+  /// Of these, the synced ones.
   private var safeBytes = 0
   private var head = MetadataJournalFormat.Head(file: .random(in: 0 ... .max))
-  /// Tells what this run of the server has written from what others have left there.
+  /// Distinguishes what this run of the server has written from what earlier runs left.
   private let run = UInt32.random(in: 0 ... .max)
   private var pending: [Record] = []
-  /// A record could not be written, and what follows makes no sense without it; or the file is of a
-  /// former format. The next commit writes it anew.
+  /// Records are missing from the file, or it has an old format, so the next commit rewrites it.
   private var isBehind = false
-  /// The file as it was when it could not be written anew.
+  /// Size of the file when the last rewrite failed.
   private var failedFileBytes = 0
   private static let name = "journal"
   private static let slackBytes = 4 << 20
   private static let chunkBytes = 1 << 20
-  /// Of records that could not be written and wait for the next attempt.
+  /// Limit on records that could not be written and wait for the next attempt.
   private static let heldBytes = 4 << 20
   private var pendingBytes = 0
-  /// Of them, those with which the last write has failed.
+  /// How many of them the last failed write included.
   private var triedCount = 0
-  /// Why the file could not be written anew, and when that is tried again.
+  /// The last write's error, and when to try again.
   private var lastError = Errno(EIO)
   private var nextAttempt: UInt64 = 0
   private static let pauseNanoseconds: UInt64 = 1_000_000_000
 
-  /// Opens or creates the journal of a directory and reads every record of it in order; `replay`
-  /// says what is wrong with one that makes no sense. What a crash has left of the last commit, if
-  /// that was never safe, is cut off where it is damaged. Anything else that is wrong is an error,
-  /// and the file stays as it is.
+  /// Opens or creates the journal of a directory and reads its records in order; `replay` returns
+  /// what is wrong with a record that makes no sense. A damaged last commit that was never safe, as
+  /// after a crash, is cut off. Any other damage is an error, and the file stays as it is.
   package init(
     directory path: String, disk: Disk = Disk(), _ replay: (Record) -> String?
   ) throws(EngineError) {
@@ -61,7 +58,8 @@ package final class MetadataJournal {
     if mkdir(path, 0o700) != 0 && Errno.current.rawValue != EEXIST {
       throw Self.failure(path, "\(Errno.current)")
     }
-    // From here on the directory is meant that is open, wherever the host goes or the path leads.
+    // From here on use the open directory, even if the host changes its directory or the path
+    // moves.
     directory = try Self.open(path, in: AT_FDCWD, path, flags: O_RDONLY | O_DIRECTORY)
     lockFile = try Self.open(path, in: directory.rawValue, "lock", flags: O_RDWR | O_CREAT)
     if flock(lockFile.rawValue, LOCK_EX | LOCK_NB) != 0 {
@@ -75,8 +73,8 @@ package final class MetadataJournal {
     if fileBytes == 0 { try create() }
   }
 
-  /// Closing alone would not do while a child of a fork has the file open. That child never ends
-  /// the journal itself: what it inherits is behind handles that it has lost.
+  /// Unlocks explicitly: closing is not enough while a forked child has the file open. The child
+  /// itself never gets here, since its handles are void.
   deinit { _ = flock(lockFile.rawValue, LOCK_UN) }
 
   private static func open(
@@ -95,14 +93,14 @@ package final class MetadataJournal {
 
   // MARK: Start
 
-  /// Reads what a former run has left.
+  /// Reads what an earlier run has left.
   private func start(_ replay: (Record) -> String?) throws(EngineError) {
     var reader = MetadataJournalReader(
       file.rawValue, path: path + "/" + Self.name, fileBytes: fileBytes)
     let contents = try reader.read(replay)
     try cut(to: contents)
     if fileBytes == 0 { return }
-    // A former process may have written it and not have come to sync it.
+    // An earlier process may have written it but not synced it.
     if disk.syncData(file.rawValue) != 0 {
       throw Self.failure(path, "syncing \(Self.name): \(Errno.current)")
     }
@@ -131,7 +129,7 @@ package final class MetadataJournal {
   private func syncNames() throws(EngineError) {
     do throws(Errno) {
       try syncDirectory(directory.rawValue)
-      // It may be closed to this user, who then has not made the directory either.
+      // If this user may not read the parent, it did not create the directory either.
       let parent = try? FileDescriptor.open(
         "..", in: directory.rawValue, flags: O_RDONLY | O_DIRECTORY)
       guard let parent else { return }
@@ -144,11 +142,11 @@ package final class MetadataJournal {
   private func syncDirectory(_ directory: Int32) throws(Errno) {
     if disk.sync(directory) == 0 { return }
     let error = Errno.current
-    // Some file systems have nothing to sync there.
+    // Some file systems cannot sync directories and do not need to.
     if error.rawValue != EINVAL { throw error }
   }
 
-  /// Drops what a crash has left half-written.
+  /// Cuts off what a crash has left half-written.
   private func cut(to contents: MetadataJournalReader.Contents) throws(EngineError) {
     let keptBytes = contents.byteCount
     if keptBytes == fileBytes { return }
@@ -177,9 +175,9 @@ package final class MetadataJournal {
 
   package var hasPending: Bool { !pending.isEmpty }
 
-  /// Makes what was added safe. After an error none of it is, and the file is as before. What could
-  /// not be written, as the disk was full, is written with what follows. What the disk has failed
-  /// to make safe may be lost in any part: then the whole contents go into a new file.
+  /// Makes the added records safe. After an error none of them is, and the file is as before. If
+  /// writing failed, as on a full disk, they are written with the next records. If syncing failed,
+  /// any part may be lost, so the next commit writes the whole contents to a new file.
   package func commit(_ contents: () -> [Record]) throws(Errno) {
     if pending.isEmpty { return }
     if isBehind { return try catchUp(contents) }
@@ -192,7 +190,7 @@ package final class MetadataJournal {
         isBehind = true
         drop()
       } else {
-        // With nothing new it is not tried again at once: whoever only reads calls this, too.
+        // Without new records, wait before the next attempt: reads call this too.
         (triedCount, lastError) = (pending.count, error)
         nextAttempt = Clock.now() &+ Self.pauseNanoseconds
       }
@@ -216,7 +214,7 @@ package final class MetadataJournal {
     triedCount = 0
   }
 
-  /// Writes the file anew, which has everything, but not at every change while that fails.
+  /// Rewrites the whole file; after a failure, not again before a pause.
   private func catchUp(_ contents: () -> [Record]) throws(Errno) {
     drop()
     if Clock.now() < nextAttempt { throw lastError }
@@ -229,8 +227,8 @@ package final class MetadataJournal {
     }
   }
 
-  /// Tells what follows that everything before is safe. Nobody waits until that is safe itself, and
-  /// without it the next commit tells the same.
+  /// Appends a mark that everything before is safe. It is not synced: if it is lost, the next
+  /// commit says the same.
   private func mark() {
     do throws(Errno) {
       fileBytes = try Self.write(
@@ -244,12 +242,12 @@ package final class MetadataJournal {
     MetadataJournalFormat.Commit(file: head.file, run: run, safeBytes: safeBytes)
   }
 
-  /// Whether the file is mostly history.
+  /// Whether most of the file is outdated.
   package func isWorthRewriting(liveBytes: Int) -> Bool {
     fileBytes > max(failedFileBytes, liveBytes * 2) + Self.slackBytes
   }
 
-  /// Replaces the file by one that says the same in fewer records. After an error it is as before.
+  /// Replaces the file by one with only the given records. After an error the file is as before.
   package func rewrite(_ records: [Record]) throws(Errno) {
     let newName = Self.name + ".new"
     let directory = self.directory.rawValue
@@ -271,13 +269,13 @@ package final class MetadataJournal {
       failedFileBytes = fileBytes
       throw error
     }
-    // Until that is safe, too, a crash may bring the former file back.
+    // Until the rename is synced, a crash may bring the old file back.
     isBehind = true
     try syncDirectory(directory)
     isBehind = false
   }
 
-  /// Writes records behind what a file holds; returns where they end.
+  /// Appends records at `offset`; returns where they end.
   private static func write(
     _ records: [Record], to file: Int32, at offset: Int, of commit: MetadataJournalFormat.Commit
   ) throws(Errno) -> Int {

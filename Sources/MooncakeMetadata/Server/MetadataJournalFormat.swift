@@ -1,18 +1,18 @@
-/// How the changes of a metadata server lie in a file: a head, then record behind record.
+/// The file format of a metadata server's journal: a head, then one record after another.
 ///
-/// The head is a line of text, a random number of the file, how many of its bytes were safe on the
+/// The head is a line of text, a random number for the file, how many of its bytes were safe on
 /// disk before it got its name, and a checksum.
 ///
 /// A record is a header and the rest: kind, number, length of the key, key, value, end mark. The
 /// header has the length and a checksum of the rest; how many bytes of the file were safe when the
-/// record was written; a random number of the server's run; and a checksum of its own. That one
-/// also covers the number of the file and the record's position: neither what a disk still has of
-/// other files nor a client's value passes for a record.
+/// record was written; a random number for the server's run; and its own checksum, which also
+/// covers the file's number and the record's position. So neither remains of other files on the
+/// disk nor a client's value can pass for a record.
 ///
-/// Behind a commit that is safe comes a mark, a record that changes nothing and that nobody waits
-/// for: it tells what was safe even if no other commit follows. It becomes safe with the next one,
-/// whose records tell of as many bytes. Nothing that was told to be safe is ever written over, so a
-/// copy that is made meanwhile is whole, too.
+/// After each safe commit comes a mark, a record that changes nothing and that nobody waits for. It
+/// says what is safe even if no other commit follows; it becomes safe itself with the next commit,
+/// whose records give the same number of bytes. Safe bytes are never overwritten, so a copy taken
+/// at any time is whole.
 package enum MetadataJournalFormat {
   /// One change, or a mark.
   package enum Record: Equatable, Sendable {
@@ -23,7 +23,7 @@ package enum MetadataJournalFormat {
     case mark
   }
 
-  /// What a file of this version begins with.
+  /// The beginning of a file of this version.
   package struct Head: Equatable, Sendable {
     package var file: UInt64
     package var safeBytes: Int
@@ -44,12 +44,12 @@ package enum MetadataJournalFormat {
     }
   }
 
-  /// What is found where a file begins.
+  /// What was found at the beginning of a file.
   package enum Beginning: Equatable {
     case head(Head)
-    /// Format 2: its records do not tell what was safe.
+    /// Format 2, whose records do not say what was safe.
     case former(next: Int)
-    /// Less than a head, as a crash leaves it when the file was just made.
+    /// Less than a head, as a crash leaves it while the file is created.
     case unfinished
     /// Written by another version of the server.
     case version(String)
@@ -57,7 +57,7 @@ package enum MetadataJournalFormat {
     case damage
   }
 
-  /// What a record belongs to.
+  /// The commit that a record belongs to.
   package struct Commit: Equatable, Sendable {
     package var file: UInt64
     package var run: UInt32
@@ -77,7 +77,7 @@ package enum MetadataJournalFormat {
   private static let endMark: UInt8 = 0xA5
   private static let markKind: UInt8 = 5
 
-  /// Looks at the first bytes of a file: as many as a head has, all if there are fewer.
+  /// Examines the first bytes of a file: as many as a head has, or all if there are fewer.
   package static func readBeginning(
     _ bytes: UnsafeRawBufferPointer, fileBytes: Int
   ) -> Beginning {
@@ -103,7 +103,7 @@ package enum MetadataJournalFormat {
       safeBytes: Int(clamping: bytes.number(at: sumOffset - 8, UInt64.self)))
   }
 
-  /// Whether it is nothing but a part of a head, maybe with zeros behind.
+  /// Whether the file is only part of a head, possibly followed by zeros.
   private static func isUnfinished(_ bytes: UnsafeRawBufferPointer, fileBytes: Int) -> Bool {
     if fileBytes > Head.byteCount { return false }
     let count = bytes.lastIndex { $0 != 0 }.map { $0 + 1 } ?? 0
@@ -117,7 +117,7 @@ package enum MetadataJournalFormat {
 
   // MARK: Writing
 
-  /// Adds a record that will stand at a position of the file.
+  /// Appends a record that will be written at a certain position of the file.
   package static func encode(
     _ record: Record, at position: Int, of commit: Commit, into bytes: inout [UInt8]
   ) {
@@ -163,7 +163,7 @@ package enum MetadataJournalFormat {
 // MARK: Reading
 
 extension MetadataJournalFormat {
-  /// Reads the rest of a record; nil if it is none that this version knows.
+  /// Reads the rest of a record; nil if this version does not know its kind.
   static func decode(_ rest: UnsafeRawBufferPointer) -> Record? {
     guard rest.count >= fixedBytes, rest.last == endMark else { return nil }
     let keyStart = fixedBytes - 1
@@ -184,7 +184,7 @@ extension MetadataJournalFormat {
     }
   }
 
-  /// What stands before the rest of a record.
+  /// The header of a record.
   struct Header {
     var length: Int
     var sum: UInt32
@@ -201,8 +201,8 @@ extension MetadataJournalFormat {
       self.run = run
     }
 
-    /// Reads a header at a position of a file, nil for one of format 2, which knows only length and
-    /// checksums. nil if its checksum does not match.
+    /// Reads a header at a position of a file; nil if its checksum does not match. `file` is nil
+    /// for format 2, which has only length and checksums.
     init?(_ bytes: UnsafeRawBufferPointer, at position: Int, of file: UInt64?) {
       let sumOffset = (file == nil ? Self.formerByteCount : Self.byteCount) - 4
       let covered = UnsafeRawBufferPointer(rebasing: bytes[..<sumOffset])
@@ -237,7 +237,8 @@ extension MetadataJournalFormat {
       safeBytes == other.safeBytes && run == other.run
     }
 
-    /// Whether bytes, if they are a header, tell of so many safe bytes: faster than to read one.
+    /// Whether the bytes, read as a header, would give a number in this range: a quick check before
+    /// reading one.
     static func mayTell(_ bytes: UnsafeRawBufferPointer, safeBytes: ClosedRange<Int>) -> Bool {
       safeBytes.contains(Int(clamping: bytes.number(at: 8, UInt64.self)))
     }
@@ -245,7 +246,7 @@ extension MetadataJournalFormat {
 }
 
 extension UnsafeRawBufferPointer {
-  /// Numbers in files begin with their lowest byte.
+  /// Numbers in files are little-endian.
   func number<Number: FixedWidthInteger & BitwiseCopyable>(
     at offset: Int, _ type: Number.Type
   ) -> Number {

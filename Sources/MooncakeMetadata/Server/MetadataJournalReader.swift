@@ -3,41 +3,41 @@ import Glibc
 import MooncakeBase
 import MooncakeSystem
 
-/// Reads the journal of a metadata server when it starts. Tells what a crash leaves of a commit
-/// that was never safe, so that nobody has been told of it, from damage to what was.
+/// Reads a metadata server's journal when it starts. Distinguishes the remains of a commit that was
+/// never safe, and so never confirmed to a client, from damage to safe data.
 struct MetadataJournalReader {
   private typealias Format = MetadataJournalFormat
 
   /// What a file holds.
   struct Contents {
-    /// nil if the file has none, or is of format 2.
+    /// nil if the file has none or is of format 2.
     var head: MetadataJournalFormat.Head?
     var isFormer = false
-    /// Of the file, those to keep.
+    /// How many bytes of the file to keep.
     var byteCount = 0
-    /// It says that everything it holds was safe.
+    /// Whether the file says that everything in it was safe.
     var isMarked = false
-    /// Why what follows is not kept.
+    /// Why the bytes after that are not kept.
     var loss = ""
   }
 
-  /// What stands at a place of a file.
+  /// What was found at a position of the file.
   private enum Found {
     case record(Format.Header, MetadataJournal.Record, next: Int)
-    /// A whole one that this version does not know.
+    /// A complete record of a kind that this version does not know.
     case unknown(kind: UInt8)
-    /// Nothing, or only the beginning of a record, as far as is loaded.
+    /// Nothing, or only the beginning of a record, in the bytes loaded so far.
     case beginning
-    /// What no writer leaves, and what is wrong with it.
+    /// Something no writer leaves behind, and what is wrong with it.
     case damage(String)
   }
 
   private let file: Int32
   private let path: String
   private let fileBytes: Int
-  /// Without zeros at the end.
+  /// The end of the file without trailing zeros.
   private var end = 0
-  /// What is loaded, and from where on.
+  /// The loaded bytes, and their position.
   private var bytes: [UInt8] = []
   private var start = 0
   /// nil: format 2.
@@ -51,7 +51,8 @@ struct MetadataJournalReader {
     self.fileBytes = fileBytes
   }
 
-  /// Hands every record over in order; `replay` says what is wrong with one that makes no sense.
+  /// Passes every record to `replay` in order, which returns what is wrong with one that makes no
+  /// sense.
   mutating func read(
     _ replay: (MetadataJournal.Record) -> String?
   ) throws(EngineError) -> Contents {
@@ -91,7 +92,7 @@ struct MetadataJournalReader {
       case .unknown(let kind):
         throw refusal(
           at: position,
-          "a record of kind \(kind) is none that this version knows: a newer one may have written "
+          "this version does not know records of kind \(kind): a newer one may have written "
             + "it")
       case .beginning where start + bytes.count < end:
         let known = start + bytes.count
@@ -137,19 +138,19 @@ struct MetadataJournalReader {
     }
   }
 
-  /// Refuses if anything tells that what follows a position was safe once.
+  /// Throws if anything says that the bytes after a position were once safe.
   private func checkWasNeverSafe(_ position: Int, _ what: String) throws(EngineError) {
     guard let head else { return }
-    let problem = "\(what), though it was safe on the disk, as byte"
-    if position < head.safeBytes { throw refusal(at: position, "\(problem) 0 tells") }
-    if let teller = try teller(behind: position) {
-      throw refusal(at: position, "\(problem) \(teller) tells")
+    let problem = "\(what), though it was safe on the disk according to byte"
+    if position < head.safeBytes { throw refusal(at: position, "\(problem) 0") }
+    if let proof = try proof(behind: position) {
+      throw refusal(at: position, "\(problem) \(proof)")
     }
   }
 
-  /// Where a record behind a position tells that more was safe. A commit is only written when the
-  /// one before is safe, so one that was not has no such record behind it.
-  private func teller(behind position: Int) throws(EngineError) -> Int? {
+  /// The position of a later record that says more was safe. A commit is written only when the
+  /// previous one is safe, so an unsafe commit has no such record after it.
+  private func proof(behind position: Int) throws(EngineError) -> Int? {
     guard let head else { return nil }
     let headerBytes = Format.Header.byteCount
     var from = position + 1
@@ -170,7 +171,7 @@ struct MetadataJournalReader {
 
   // MARK: Bytes
 
-  /// Where the zeros begin in which the file ends, if it does.
+  /// Where the trailing zeros of the file begin.
   private func endWithoutZeros() throws(EngineError) -> Int {
     var end = fileBytes
     while end > 0 {
@@ -181,7 +182,7 @@ struct MetadataJournalReader {
     return 0
   }
 
-  /// Bytes of the file. They are not mapped, since a disk's error would end the process.
+  /// Reads bytes of the file. It is not mapped, because a disk error would then end the process.
   private func load(_ offset: Int, _ count: Int) throws(EngineError) -> [UInt8] {
     do throws(Errno) {
       return try readWhole(offset, count)
@@ -202,7 +203,7 @@ struct MetadataJournalReader {
           }
         }
       }.get()
-      // Somebody has cut the file.
+      // The file was truncated meanwhile.
       if more == 0 { throw Errno(EIO) }
       done += more
     }

@@ -1,14 +1,13 @@
 import MooncakeBase
 import MooncakeSystem
 
-/// What a metadata server does for each request: the rules of the existing system's servers, and
-/// beside them leases, listings and waits for changes. Works on the table and says what the journal
-/// must keep.
+/// What a metadata server does for each request: the rules of Mooncake's servers, plus leases,
+/// listings and waits for changes. Works on the table and collects what the journal must keep.
 struct MetadataRules {
   typealias Answer = MetadataExchange.Answer
 
   var table: MetadataTable
-  /// What has changed since the journal took it.
+  /// Changes that the journal has not taken yet.
   var records: [MetadataJournal.Record] = []
   private static let pageBytes = 4 << 20
   private static let leaseMilliseconds: ClosedRange<UInt64> = 100...3_600_000
@@ -16,7 +15,7 @@ struct MetadataRules {
 
   init(table: MetadataTable) { self.table = table }
 
-  /// The answer to a request; nil if it waits, and then its `watch` says for what.
+  /// The answer to a request; nil if it waits for changes, described by its `watch`.
   mutating func answer(
     _ exchange: MetadataExchange, parameter: (String) -> Parameter, now: UInt64
   ) -> Answer? {
@@ -55,7 +54,7 @@ struct MetadataRules {
     return MetadataKey(text)
   }
 
-  /// nil if the parameter is no number.
+  /// nil if the parameter is not a number.
   private func number(_ parameter: Parameter, default value: UInt64) -> UInt64? {
     parameter == .absent ? value : parameter.text.flatMap { UInt64($0) }
   }
@@ -74,12 +73,12 @@ struct MetadataRules {
     return Answer(200, value, isJSON: true)
   }
 
-  /// What stands under each of a list of keys, in order; as many as an answer takes, one at least.
+  /// The values of a list of keys, in order: as many as fit an answer, at least one.
   private func values(_ exchange: MetadataExchange) -> Answer {
-    if exchange.isTooLarge { return Answer(413, "too many keys at once\n") }
+    if exchange.isTooLarge { return Answer(413, "too many keys in one request\n") }
     let document = try? JSONDocument(parsing: exchange.body)
     let text: String?? = document?.read { list in list.isArray ? values(of: list.elements) : nil }
-    guard let text = text ?? nil else { return Answer(400, "the body is no list of keys\n") }
+    guard let text = text ?? nil else { return Answer(400, "the body is not a list of keys\n") }
     return Answer(200, text, isJSON: true)
   }
 
@@ -107,7 +106,7 @@ struct MetadataRules {
   ) -> Answer {
     guard let key = key(parameter) else { return Self.keyMissing }
     guard let lease = number(parameter("lease"), default: 0) else {
-      return Answer(400, "the lease is no number\n")
+      return Answer(400, "the lease is not a number\n")
     }
     let verdict =
       exchange.isTooLarge
@@ -125,7 +124,7 @@ struct MetadataRules {
         413,
         "at most \(table.limits.keyBytes) bytes of key and \(table.limits.valueBytes) of "
           + "value\n")
-    case .full: return Answer(507, "the server holds \(table.usedBytes) bytes and takes no more\n")
+    case .full: return Answer(507, "the server is full with \(table.usedBytes) bytes\n")
     }
   }
 
@@ -136,7 +135,7 @@ struct MetadataRules {
     return Answer(200, "metadata deleted\n")
   }
 
-  /// Deletes a key if its value is the body; whatever else stands there stays.
+  /// Deletes a key if its value equals the body; any other value stays.
   private mutating func deleteIfUnchanged(
     _ exchange: MetadataExchange, _ parameter: (String) -> Parameter
   ) -> Answer {
@@ -169,7 +168,7 @@ struct MetadataRules {
     return Answer(200, writer.text, isJSON: true)
   }
 
-  /// Text where JSON can carry it.
+  /// As text if JSON can carry it, else as Base64.
   private func write(_ key: MetadataKey, _ value: [UInt8]?, _ writer: inout JSONWriter) {
     writer.beginObject()
     writer.member("key", key.text)
@@ -197,21 +196,21 @@ struct MetadataRules {
   ) -> Answer? {
     guard let since = number(parameter("since"), default: 0),
       let wait = number(parameter("wait_ms"), default: 0)
-    else { return Answer(400, "since or wait_ms is no number\n") }
+    else { return Answer(400, "since or wait_ms is not a number\n") }
     exchange.watch = MetadataExchange.Watch(
       prefix: prefix, seen: since,
       end: now &+ min(wait, Self.waitMilliseconds) &* 1_000_000)
     return answer(toWatch: exchange, now: now)
   }
 
-  /// The answer to a request that waits; nil if it goes on waiting.
+  /// The answer to a waiting request; nil if it goes on waiting.
   func answer(toWatch exchange: MetadataExchange, now: UInt64) -> Answer? {
     guard let watch = exchange.watch else { return nil }
     let isOver = now >= watch.end
     if watch.seen == table.revision && !isOver { return nil }
-    // Nothing has matched up to what was seen, so what follows is all.
+    // Nothing has matched up to the revision seen, so only later changes matter.
     guard let changes = table.changes(prefix: watch.prefix, since: watch.seen) else {
-      return Answer(410, "the changes since then are not remembered: list anew\n")
+      return Answer(410, "the changes since then are no longer kept: list again\n")
     }
     if changes.isEmpty && !isOver {
       exchange.watch?.seen = table.revision
@@ -233,7 +232,7 @@ struct MetadataRules {
   private mutating func postLease(_ parameter: (String) -> Parameter, _ now: UInt64) -> Answer {
     if parameter("id") != .absent {
       guard let id = number(parameter("id"), default: 0) else {
-        return Answer(400, "the id is no number\n")
+        return Answer(400, "the id is not a number\n")
       }
       guard let lease = table.renew(id, now: now) else {
         return Answer(404, "there is no such lease\n")
@@ -245,7 +244,7 @@ struct MetadataRules {
     else {
       return Answer(
         400,
-        "ttl_ms is no number from \(Self.leaseMilliseconds.lowerBound) to "
+        "ttl_ms is not a number from \(Self.leaseMilliseconds.lowerBound) to "
           + "\(Self.leaseMilliseconds.upperBound)\n")
     }
     let id = UInt64.random(in: 1...UInt64(Int64.max))
@@ -259,7 +258,7 @@ struct MetadataRules {
   private func describe(_ id: UInt64, _ ttl: UInt64, keyCount: Int) -> Answer {
     var writer = JSONWriter()
     writer.beginObject()
-    // A text: other readers of JSON round numbers of this size.
+    // As text, because other JSON readers round numbers of this size.
     writer.member("lease", String(id))
     writer.member("ttl_ms", ttl)
     writer.member("keys", UInt64(keyCount))
@@ -270,7 +269,7 @@ struct MetadataRules {
   /// The keys of a lease, in order.
   private func listLease(_ parameter: (String) -> Parameter) -> Answer {
     guard let id = number(parameter("id"), default: 0), parameter("after") != .malformed else {
-      return Answer(400, "the id is no number, or after is malformed\n")
+      return Answer(400, "the id is not a number, or after is malformed\n")
     }
     guard let lease = table.leases[id] else { return Answer(404, "there is no such lease\n") }
     var keys = lease.keys.sorted()
@@ -297,14 +296,14 @@ struct MetadataRules {
 
   private mutating func deleteLease(_ parameter: (String) -> Parameter) -> Answer {
     guard let id = number(parameter("id"), default: 0) else {
-      return Answer(400, "the id is no number\n")
+      return Answer(400, "the id is not a number\n")
     }
     if !table.revoke(id) { return Answer(404, "there is no such lease\n") }
     records.append(.revoke(lease: id))
     return Answer(200, "lease revoked\n")
   }
 
-  /// Ends the leases whose time is over.
+  /// Ends the leases that have expired.
   mutating func expire(now: UInt64) {
     let ids = table.expired(now: now)
     if ids.isEmpty { return }
@@ -326,12 +325,12 @@ struct MetadataRules {
 
   // MARK: Journal
 
-  /// Takes a record of the journal over; returns what is wrong with it if it makes no sense.
+  /// Applies a record of the journal; returns what is wrong with it if it makes no sense.
   mutating func replay(_ record: MetadataJournal.Record) -> String? {
     switch record {
     case .put(let key, let value, let lease):
       if table.restore(MetadataKey(key), value, lease: lease) { return nil }
-      return "a key hangs on the lease \(lease), which no record before has granted"
+      return "a key belongs to the lease \(lease), which no earlier record has granted"
     case .delete(let key):
       _ = table.delete(MetadataKey(key))
       return nil
@@ -346,10 +345,10 @@ struct MetadataRules {
     }
   }
 
-  /// Begins to count the time of leases: every owner gets the full time to find the server again.
+  /// Starts the leases' time: every owner gets the full time to find the server again.
   mutating func startLeases(now: UInt64) { table.renewAll(now: now) }
 
-  /// Records that lead to the present state.
+  /// Records that reproduce the current state.
   var snapshot: [MetadataJournal.Record] {
     table.leases.map { .grant(lease: $0.key, ttlMilliseconds: $0.value.ttlMilliseconds) }
       + table.allEntries.map {

@@ -5,20 +5,20 @@ import MooncakeSystem
 import Synchronization
 
 /// An HTTP metadata server inside this process, on one thread, `mc-metaserver`. Serves every
-/// process that is given "http://host:port/metadata", those of the existing system too.
+/// process that is given "http://host:port/metadata", including Mooncake's.
 public final class MetadataServer: Sendable {
   public struct Options: Sendable {
-    /// Numeric address to listen on. Whoever reaches it, and has the token if there is one, may
+    /// Numeric address to listen on. Anybody who reaches it, and has the token if there is one, may
     /// read and change everything.
     public var host = "127.0.0.1"
     /// 0 lets the system choose.
     public var port: UInt16 = 0
-    /// Where the contents are kept beyond the server's life; nil: nowhere.
+    /// Directory in which the contents survive the server; nil keeps them in memory only.
     public var directory: String?
-    /// Bytes of keys and values that the server takes.
+    /// Limit on the bytes of keys and values.
     public var maximumBytes = 1 << 30
-    /// What clients must present; nil: what `MC_METADATA_HTTP_TOKEN` says, nothing if that is not
-    /// set.
+    /// The token that clients must present; nil takes `MC_METADATA_HTTP_TOKEN`, or none if that is
+    /// not set.
     public var token: String?
 
     public init() {}
@@ -27,14 +27,14 @@ public final class MetadataServer: Sendable {
   /// Where it listens.
   public let address: HostPort
   private let loop: MetadataServerLoop
-  // Holds the thread until it has been joined.
+  // The thread, until it has been joined.
   private let thread: Lock<WorkerThread?>
 
-  /// Starts to serve; it listens when this returns.
+  /// Starts serving; the server listens when this returns.
   public convenience init(_ options: Options = Options()) throws(EngineError) {
     var limits = MetadataLimits()
     guard (1 << 20...1 << 40).contains(options.maximumBytes) else {
-      throw EngineError(.invalidArgument, "metadata server: a limit of 1 MiB to 1 TiB, please")
+      throw EngineError(.invalidArgument, "metadata server: the limit must be 1 MiB to 1 TiB")
     }
     limits.totalBytes = options.maximumBytes
     try self.init(options, limits)
@@ -47,15 +47,15 @@ public final class MetadataServer: Sendable {
     guard let target = SocketAddress(numeric: options.host, port: options.port) else {
       throw EngineError(
         .invalidArgument,
-        "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is no "
+        "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is not a "
           + "numeric address: give one, such as 127.0.0.1 or 0.0.0.0")
     }
     let token = try Self.token(options)
     if token == nil && !target.isLoopback {
       Log.warning(
-        "metadata server: it listens on \(target.host) and asks for no token, so whoever reaches "
-          + "it may read and change everything: set \(MetadataToken.variable) here and at every "
-          + "client, or listen on 127.0.0.1")
+        "metadata server: it listens on \(target.host) and asks for no token, so anybody who "
+          + "reaches it may read and change everything: set \(MetadataToken.variable) here and at "
+          + "every client, or listen on 127.0.0.1")
     }
     var now = timespec()
     clock_gettime(CLOCK_REALTIME, &now)
@@ -86,7 +86,7 @@ public final class MetadataServer: Sendable {
     let mebibytes = (used + (1 << 20) - 1) >> 20
     throw EngineError(
       .invalidArgument,
-      "metadata server: \(directory): what it keeps takes \(used) bytes, and the limit is "
+      "metadata server: \(directory): its contents take \(used) bytes, and the limit is "
         + "\(limit): start with --memory \(mebibytes)MiB or more (maximum_bytes in C), or with "
         + "another directory to start empty; nothing is lost")
   }
@@ -127,7 +127,7 @@ public final class MetadataServer: Sendable {
     return "http://\(HostPort(host: host, port: address.port))/metadata"
   }
 
-  /// Answers what waits, closes every connection and ends the thread; later calls do nothing.
+  /// Answers waiting requests, closes every connection and ends the thread; later calls do nothing.
   public func stop() {
     loop.requestStop()
     thread.withLock { thread in

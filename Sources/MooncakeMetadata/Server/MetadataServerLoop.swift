@@ -5,47 +5,47 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The one thread of a metadata server: libmicrohttpd drives the connections, this decides what
-/// they are answered and when those that wait go on. A turn takes in what has come, ends leases,
-/// makes the journal safe and answers; what comes meanwhile is for the next turn, so that no number
-/// of clients keeps one of these from happening.
+/// The thread of a metadata server. libmicrohttpd drives the connections; this class decides the
+/// answers and when waiting requests continue. Each turn takes in requests, ends leases, makes the
+/// journal safe and answers; requests that arrive meanwhile are left to the next turn, so that no
+/// number of clients can hold up one of these steps.
 final class MetadataServerLoop: @unchecked Sendable {
-  // Unchecked: all but `isStopping` and the doorbell belongs to the thread once it runs.
+  // Unchecked: once the thread runs, only it uses anything but `isStopping` and the doorbell.
   private let library: MicroHTTPLibrary
   private let daemon: OpaquePointer
   private let epoll: Epoll
   private let doorbell: EventFD
   private let isStopping = Atomic(false)
   private var rules: MetadataRules
-  /// Its directory is free for another server when this one has stopped.
+  /// Released when the server stops, so that another one can use the directory.
   private var journal: MetadataJournal?
   private let token: MetadataToken?
   private let clients: MetadataClients
-  /// Suspended until something changes.
+  /// Requests suspended until something changes.
   private var watchers: [MetadataExchange] = []
-  /// Suspended until the journal is safe.
+  /// Requests suspended until the journal is safe.
   private var committing: [MetadataExchange] = []
   private var bodyBytes = 0
-  /// Of answers that clients have not taken yet.
+  /// Bytes of answers that clients have not taken yet.
   private var answerBytes = 0
   private var isDaemonStopped = false
-  /// Suspended connections go on with the daemon's next run.
+  /// Whether suspended connections were resumed; they continue with the daemon's next run.
   private var hasResumed = false
-  /// When requests were last taken in.
+  /// When requests were last taken in, on `Clock`.
   private var last = Clock.now()
 
   private static var stopping: MetadataExchange.Answer { .init(503, "the server is stopping\n") }
   private static var crowded: MetadataExchange.Answer {
-    .init(503, "too many values come in at once: try again\n")
+    .init(503, "too many values are arriving at once: try again\n")
   }
   private static var unauthorized: MetadataExchange.Answer {
     .init(401, "unauthorized: this server asks for the token in \(MetadataToken.variable)\n")
   }
-  /// Answers made before they are sent.
+  /// Bytes of answers prepared before they are sent.
   private static let turnBytes = 16 << 20
   private static let memoryBytes = 16 << 10
   private static let tickMilliseconds: Int32 = 1000
-  /// Of a time without taking requests in, what counts for leases at most.
+  /// The most of a stall that counts against leases and clients.
   private static let stallNanoseconds: UInt64 = 500_000_000
   private static let roundsAfterStall = 16
 
@@ -91,7 +91,7 @@ final class MetadataServerLoop: @unchecked Sendable {
           connection, isStart: Int(event.rawValue) == mhd_connection_started)
       }, Unmanaged.passUnretained(owner).toOpaque())
     guard let daemon else {
-      throw EngineError(.system, "metadata server: libmicrohttpd does not start: \(Errno.current)")
+      throw EngineError(.system, "metadata server: cannot start libmicrohttpd: \(Errno.current)")
     }
     self.daemon = daemon
     self.owner = owner
@@ -108,7 +108,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     }
   }
 
-  /// What the daemon's callbacks get: it exists before the loop does.
+  /// The context of the daemon's callbacks; it must exist before the loop does.
   private final class Box { weak var loop: MetadataServerLoop? }
   private let owner: Box
 
@@ -132,7 +132,8 @@ final class MetadataServerLoop: @unchecked Sendable {
       let now = Clock.now()
       let isAfterStall = postponeAfterStall(now, waited: now &- start, pause)
       let events = events[..<count]
-      // Before leases end: what came while the disk kept the thread may be renewals.
+      // Before leases are ended: requests that arrived while the disk blocked the thread may be
+      // renewals.
       if isAfterStall || events.contains(where: { $0.data.u64 == MetadataClients.listenerToken }) {
         var rounds = isAfterStall ? Self.roundsAfterStall : 1
         while clients.accept(epoll), rounds > 1 {
@@ -144,11 +145,12 @@ final class MetadataServerLoop: @unchecked Sendable {
       rules.expire(now: now)
       commit()
       serveWatchers(Clock.now())
-      // Of the time before: who has spoken while the disk kept the thread is not silent.
+      // With the time from before the commit: a client that spoke while the disk blocked the thread
+      // is not silent.
       clients.tend(epoll, now: now)
     }
     commit()
-    // Suspended connections must not meet the end of the daemon.
+    // The daemon must not be stopped with suspended connections.
     for exchange in watchers {
       exchange.answer = Self.stopping
       resume(exchange)
@@ -179,9 +181,9 @@ final class MetadataServerLoop: @unchecked Sendable {
 
   /// Milliseconds until there is something to do without a request.
   private var pause: Int32 {
-    // What came in while the journal was written.
+    // Changes came in while the journal was written.
     if !rules.records.isEmpty { return 0 }
-    // A long sleep would not be told from a stall.
+    // While there are leases or clients, sleep briefly: a long sleep would look like a stall.
     let isQuiet = rules.table.leases.isEmpty && clients.isEmpty
     var wait = isQuiet ? Int32.max : Self.tickMilliseconds
     var milliseconds: UInt64 = 0
@@ -194,9 +196,9 @@ final class MetadataServerLoop: @unchecked Sendable {
     return wait == .max ? -1 : wait
   }
 
-  /// While the process was stopped, or the disk was slow, it took no requests; clients are not to
-  /// blame. A part of the time counts all the same: leases end on the slowest disk. Returns whether
-  /// it was so.
+  /// Extends leases and clients' time after a stall, when the process was stopped or the disk slow
+  /// and no requests were taken. Part of the stall still counts, so that leases end even on the
+  /// slowest disk. Returns whether there was a stall.
   private func postponeAfterStall(_ now: UInt64, waited: UInt64, _ pause: Int32) -> Bool {
     defer { last = now }
     if pause < 0 { return false }
@@ -207,7 +209,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     return true
   }
 
-  /// Makes the journal safe, then lets those go on whose changes it holds.
+  /// Makes the journal safe, then answers the requests whose changes it holds.
   private func commit() {
     guard journal != nil else {
       rules.records = []
@@ -226,12 +228,12 @@ final class MetadataServerLoop: @unchecked Sendable {
           507, "in memory only, a restart loses it: the journal cannot be written: \(error)\n")
       }
     }
-    letGo()
+    answerCommitted()
     if isSafe { compact() }
   }
 
-  /// Answers those who wait for the journal, and takes in what has come meanwhile.
-  private func letGo() {
+  /// Answers the requests that wait for the journal, and takes in new ones.
+  private func answerCommitted() {
     if committing.isEmpty { return }
     let exchanges = committing
     committing = []
@@ -239,22 +241,23 @@ final class MetadataServerLoop: @unchecked Sendable {
     runDaemon()
   }
 
-  /// Writes the journal anew if it is mostly history; nobody waits for that whose change is safe.
+  /// Rewrites the journal if it is mostly outdated. Requests whose changes are safe have been
+  /// answered before.
   private func compact() {
     guard journal?.isWorthRewriting(liveBytes: rules.table.usedBytes) == true else { return }
     do throws(Errno) {
       try journal?.rewrite(rules.snapshot)
     } catch {
-      Log.warning("metadata server: the journal goes on growing: writing it anew: \(error)")
+      Log.warning("metadata server: the journal keeps growing: cannot rewrite it: \(error)")
       return
     }
-    // What came just before is in the new file.
+    // Changes that came in just before are in the new file.
     rules.records = []
-    letGo()
+    answerCommitted()
   }
 
   private func serveWatchers(_ now: UInt64) {
-    // The daemon's callbacks add to the list.
+    // Taken out first: the daemon's callbacks add to the list.
     let waiting = watchers
     watchers = []
     var answeredBytes = 0
@@ -273,7 +276,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     if hasResumed { runDaemon() }
   }
 
-  /// Answers a wait for changes before its time, since others need the place.
+  /// Answers a wait for changes early because others need its place.
   private func endWatch(_ key: MetadataConnections.Key) -> Bool {
     let index = watchers.firstIndex { UInt(bitPattern: $0.connection) == key }
     guard let index else { return false }
@@ -291,7 +294,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     _ connection: OpaquePointer, _ path: String, _ method: String, _ bytes: UnsafeRawBufferPointer,
     _ count: UnsafeMutablePointer<Int>, _ slot: UnsafeMutablePointer<UnsafeMutableRawPointer?>
   ) -> MHD_Result {
-    // Its client never hears what becomes of this request, and sends it again elsewhere.
+    // Its client will not get an answer and sends the request again on another connection.
     if clients.isClosing(connection) { return MicroHTTPLibrary.no }
     guard let known = slot.pointee else {
       let exchange = MetadataExchange(connection, method: method, path: path)
@@ -357,7 +360,7 @@ final class MetadataServerLoop: @unchecked Sendable {
     clients.hold(0, exchange.connection)
   }
 
-  /// Everybody may ask for a sign of life.
+  /// The health check needs no token.
   private func isAuthorized(_ exchange: MetadataExchange) -> Bool {
     guard let token, exchange.path != "/health" else { return true }
     var value: UnsafePointer<CChar>?
@@ -401,12 +404,12 @@ final class MetadataServerLoop: @unchecked Sendable {
   private func send(
     _ given: MetadataExchange.Answer, _ exchange: MetadataExchange
   ) -> MHD_Result {
-    // Clients that ask and do not read must not fill the memory.
+    // Clients that send requests but do not read answers must not fill the memory.
     let excess = answerBytes + given.body.count - rules.table.limits.passingBytes
     let isTooMuch = excess > 0
     if isTooMuch { clients.closeHeaviest(in: .answer, neededBytes: excess) }
     let answer =
-      isTooMuch ? MetadataExchange.Answer(503, "too many answers wait to be read\n") : given
+      isTooMuch ? MetadataExchange.Answer(503, "too many answers are waiting to be read\n") : given
     clients.enter(.answer, exchange.connection)
     exchange.answer = nil
     dropBody(exchange)
@@ -427,6 +430,6 @@ final class MetadataServerLoop: @unchecked Sendable {
 }
 
 extension Int32 {
-  /// -1, which means never, becomes the largest number.
+  /// -1, which means never, becomes the largest value.
   fileprivate var magnitude32: Int32 { self < 0 ? .max : self }
 }

@@ -1,23 +1,23 @@
-/// What a metadata server may hold.
+/// Limits of a metadata server.
 package struct MetadataLimits: Sendable {
   package var keyBytes = 2048
   package var valueBytes = 16 << 20
-  /// A list of keys that are asked for together: it is parsed on the only thread.
+  /// Bytes of a list of keys in one request; bounded because the only thread parses it.
   package var questionBytes = 2 << 20
-  /// Keys, values and what they cost beside.
+  /// Bytes of keys and values with their overhead.
   package var totalBytes = 1 << 30
   package var leaseCount = 100_000
-  /// Changes remembered for those who watch.
+  /// Changes kept for watchers.
   package var historyCount = 4096
   package var historyBytes = 8 << 20
   package var connectionCount = 2048
-  /// The rest stays for others.
+  /// Leaves the rest for others.
   package var connectionsPerHost = 1536
-  /// For a whole request, and for the client to take a whole answer; also for silence in between.
+  /// Time for a whole request, for the client to take a whole answer, and for silence in between.
   package var requestMilliseconds: UInt64 = 60_000
-  /// Who takes longer than this may have to give way to others.
+  /// Slower connections may be closed if others need their place.
   package var graceMilliseconds: UInt64 = 1000
-  /// Of values that are coming in, and of answers that clients have not taken; each.
+  /// Limit on the bytes of incoming values, and separately of answers that clients have not taken.
   package var passingBytes = 256 << 20
 
   package init() {}
@@ -27,18 +27,18 @@ package struct MetadataLimits: Sendable {
 package struct MetadataTable {
   package struct Entry: Sendable {
     package var value: [UInt8]
-    /// 0: none.
+    /// 0 for none.
     package var lease: UInt64
   }
 
   package struct Lease: Sendable {
     package var ttlMilliseconds: UInt64
-    /// On `Clock`, in nanoseconds.
+    /// When it expires on `Clock`, in nanoseconds.
     package var expiry: UInt64
     package var keys: Set<MetadataKey> = []
   }
 
-  /// A change that happened; no value: the key was deleted.
+  /// A change; without a value, the key was deleted.
   package struct Change: Sendable {
     package var revision: UInt64
     package var key: MetadataKey
@@ -47,11 +47,11 @@ package struct MetadataTable {
 
   package enum Verdict: Equatable, Sendable { case done, exists, noLease, tooLarge, full }
 
-  /// What an entry costs beside its bytes, roughly.
+  /// Approximate overhead of an entry.
   private static let overheadBytes = 256
 
   package let limits: MetadataLimits
-  /// Counts changes. It starts at a time, so that it never repeats after a restart.
+  /// Counts changes. It starts at the current time, so that it never repeats after a restart.
   package private(set) var revision: UInt64
   package private(set) var usedBytes = 0
   package private(set) var leases: [UInt64: Lease] = [:]
@@ -61,7 +61,7 @@ package struct MetadataTable {
   private var isRestoring = false
   private var history: [Change] = []
   private var historyBytes = 0
-  /// No lease ends before.
+  /// No lease ends before this time.
   private var earliestExpiry = UInt64.max
 
   package init(revision: UInt64, limits: MetadataLimits = MetadataLimits()) {
@@ -92,7 +92,7 @@ package struct MetadataTable {
     return .done
   }
 
-  /// From here to `finishRestore` nobody lists or watches.
+  /// Until `finishRestore`, nothing may be listed or watched.
   package mutating func startRestore() { isRestoring = true }
 
   package mutating func finishRestore() {
@@ -100,7 +100,8 @@ package struct MetadataTable {
     order = MetadataKey.sorted(entries.keys)
   }
 
-  /// Puts what a server with other limits may have taken; false if there is no such lease.
+  /// Puts an entry regardless of limits, since a server with other limits may have accepted it;
+  /// false if there is no such lease.
   package mutating func restore(_ key: MetadataKey, _ value: [UInt8], lease: UInt64) -> Bool {
     if lease != 0 && leases[lease] == nil { return false }
     store(key, value, lease)
@@ -128,14 +129,14 @@ package struct MetadataTable {
     entries[key]?.value == value && delete(key)
   }
 
-  /// Returns whether it was there.
+  /// Deletes a key; returns whether it was there.
   package mutating func delete(_ key: MetadataKey) -> Bool {
     if !forget(key) { return false }
     if !isRestoring { order.remove(at: place(of: key)) }
     return true
   }
 
-  /// Deletes a key everywhere but in the order.
+  /// Deletes a key everywhere but in `order`.
   private mutating func forget(_ key: MetadataKey) -> Bool {
     guard let old = entries.removeValue(forKey: key) else { return false }
     usedBytes -= cost(key, old.value)
@@ -144,8 +145,8 @@ package struct MetadataTable {
     return true
   }
 
-  /// Deletes keys, which come in order and are there, in one pass: each one alone would move all
-  /// that are behind it.
+  /// Deletes existing keys, given in order, in a single pass: deleting them one by one would each
+  /// time move all later ones.
   private mutating func delete(_ keys: [MetadataKey]) {
     guard let first = keys.first else { return }
     for key in keys { _ = forget(key) }
@@ -163,7 +164,7 @@ package struct MetadataTable {
     order.removeLast(order.count - kept)
   }
 
-  /// Keys with a prefix behind a position, in order, up to a number of them and of bytes.
+  /// Keys with a prefix after a position, in order, limited in number and bytes.
   package func list(
     prefix: String, after position: String?, limit: Int, byteLimit: Int
   ) -> (entries: [(key: MetadataKey, value: [UInt8])], isCut: Bool) {
@@ -200,7 +201,7 @@ package struct MetadataTable {
 
   // MARK: Changes
 
-  /// Changes of keys with a prefix after a state; nil if they are not remembered.
+  /// Changes of keys with a prefix since a revision; nil if they are no longer kept.
   package func changes(prefix: String, since state: UInt64) -> [Change]? {
     let oldest = history.first?.revision ?? revision &+ 1
     guard state <= revision, state &+ 1 >= oldest else { return nil }
@@ -215,7 +216,7 @@ package struct MetadataTable {
     revision &+= 1
     history.append(Change(revision: revision, key: key, value: value))
     historyBytes += cost(key, value ?? [])
-    // In batches: removing from the front moves everything.
+    // In batches, because removing from the front moves everything.
     guard history.count > limits.historyCount * 2 || historyBytes > limits.historyBytes * 2 else {
       return
     }
@@ -231,13 +232,14 @@ package struct MetadataTable {
 
   // MARK: Leases
 
-  /// False if there are too many, or the number is taken.
+  /// Returns false if there are too many leases or the number is taken.
   package mutating func grant(_ id: UInt64, ttlMilliseconds: UInt64, now: UInt64) -> Bool {
     if leases.count >= limits.leaseCount { return false }
     return restoreLease(id, ttlMilliseconds: ttlMilliseconds, now: now)
   }
 
-  /// Grants a lease that a server with other limits may have granted; false if the number is taken.
+  /// Grants a lease regardless of limits, since a server with other limits may have granted it;
+  /// false if the number is taken.
   package mutating func restoreLease(_ id: UInt64, ttlMilliseconds: UInt64, now: UInt64) -> Bool {
     if id == 0 || leases[id] != nil { return false }
     let expiry = now &+ ttlMilliseconds &* 1_000_000
@@ -246,7 +248,7 @@ package struct MetadataTable {
     return true
   }
 
-  /// The lease with its full time again; nil if there is none.
+  /// Gives a lease its full time again; nil if there is none.
   package mutating func renew(_ id: UInt64, now: UInt64) -> Lease? {
     guard var lease = leases.removeValue(forKey: id) else { return nil }
     lease.expiry = now &+ lease.ttlMilliseconds &* 1_000_000
@@ -264,7 +266,7 @@ package struct MetadataTable {
   /// Ends leases, all of which exist, and deletes their keys.
   package mutating func revoke(_ ids: [UInt64]) {
     let keys = ids.flatMap { leases.removeValue(forKey: $0)?.keys ?? [] }.sorted()
-    // A few are quicker to find than to look for among all.
+    // Searching for a few keys is faster than passing over all.
     if keys.count > 8 { return delete(keys) }
     for key in keys { _ = delete(key) }
   }
@@ -272,7 +274,7 @@ package struct MetadataTable {
   /// When to call `expire`, in nanoseconds on `Clock`.
   package var nextExpiry: UInt64 { leases.isEmpty ? .max : earliestExpiry }
 
-  /// Leases whose time is over, still to be revoked.
+  /// Leases that have expired and are still to be revoked.
   package mutating func expired(now: UInt64) -> [UInt64] {
     if now < nextExpiry { return [] }
     earliestExpiry = leases.values.lazy.map(\.expiry).filter { $0 > now }.min() ?? .max
@@ -289,7 +291,7 @@ package struct MetadataTable {
     earliestExpiry = leases.values.lazy.map(\.expiry).min() ?? .max
   }
 
-  /// Gives every lease more time: nobody could renew while the server did not run.
+  /// Gives every lease more time, since nobody could renew while the server did not run.
   package mutating func postpone(nanoseconds: UInt64) {
     leases = leases.mapValues { lease in
       var lease = lease

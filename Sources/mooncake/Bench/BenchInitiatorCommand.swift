@@ -2,14 +2,14 @@ import ArgumentParser
 import MooncakeBase
 import MooncakeEngine
 
-/// Reads and writes the buffer of a target and measures it.
+/// Reads and writes a target's buffer and measures the rate.
 struct BenchInitiatorCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "initiator",
-    abstract: "Reads and writes a target's buffer and measures it.",
+    abstract: "Reads and writes a target's buffer and measures the rate.",
     discussion: """
       --block-size, --batch-size and --threads take lists such as 4KiB,64KiB,1MiB: one row for \
-      each combination. With several segments, the requests of a batch go to them by turns. \
+      each combination. With several segments, the requests of a batch go to them in rotation. \
       Rates count 1 GB as 10^9 bytes; latencies are those of a whole batch. With --verify the \
       rates include the time for checking. Exit code 1 if any transfer failed or any byte was \
       wrong.
@@ -17,7 +17,7 @@ struct BenchInitiatorCommand: ParsableCommand {
 
   @OptionGroup var engine: EngineArguments
 
-  @Option(help: "Segment name of the target, as it printed it; host:port. A list: several targets.")
+  @Option(help: "Segment name that the target printed, host:port; a list for several targets.")
   var segment: Sweep<String>
 
   @Option(help: "Which of the segment's buffers, counted from 0 in order of address.")
@@ -27,7 +27,7 @@ struct BenchInitiatorCommand: ParsableCommand {
   var operation = Operation.read
 
   @Option(
-    name: .customLong("protocol"), help: "shm: memory where the peer is on this host, or tcp.")
+    name: .customLong("protocol"), help: "shm: shared memory if the peer is on this host; or tcp.")
   var protocolName = "shm"
 
   @Option(help: "Bytes of one request.")
@@ -51,7 +51,7 @@ struct BenchInitiatorCommand: ParsableCommand {
   @Option(help: "Order of the target's blocks; same: the first ones; fixed: one, to one place.")
   var accessPattern = AccessPattern.sequential
 
-  @Option(help: "Local memory that transfers are spread over, all threads together.")
+  @Option(help: "Local memory that transfers use, for all threads together.")
   var localSize = ByteCount(256 << 20)
 
   @Flag(help: "Checks every byte; without --pattern the target's contents are overwritten.")
@@ -71,7 +71,7 @@ struct BenchInitiatorCommand: ParsableCommand {
       throw ValidationError("--protocol \(protocolName) is not known; this build has: shm, tcp.")
     }
     if duration != nil && iterations != nil {
-      throw ValidationError("--duration and --iterations exclude each other.")
+      throw ValidationError("Give --duration or --iterations, not both.")
     }
     if iterations == 0 { throw ValidationError("--iterations must be at least 1.") }
     if pattern != nil && operation != .read {
@@ -101,7 +101,7 @@ struct BenchInitiatorCommand: ParsableCommand {
     if !isClean { throw ExitCode(1) }
   }
 
-  /// Runs every combination until one fails or a signal arrives; returns whether all went well.
+  /// Runs every combination until one fails or a signal arrives; returns whether all succeeded.
   private func measure(_ engine: TransferEngine, _ stop: StopRequest) throws(EngineError) -> Bool {
     var targets: [BenchTarget] = []
     defer { for target in targets { try? engine.closeSegment(target.segment) } }
@@ -156,7 +156,7 @@ struct BenchInitiatorCommand: ParsableCommand {
       } else {
         .nanoseconds((duration ?? TimeSpan(seconds: 5)).nanoseconds)
       }
-    // Counted runs measure exactly what was asked for unless a warm-up is, too.
+    // Counted runs do exactly what was asked for, so they warm up only on request.
     let warmup = self.warmup?.nanoseconds ?? (iterations == nil ? 500_000_000 : 0)
     var verification: Workload.Verification?
     if let pattern {

@@ -11,7 +11,7 @@ struct BenchReport {
 
   let isJSON: Bool
   let segments: [String]
-  /// What was asked for.
+  /// The protocol that was asked for.
   let protocolName: String
 
   func printTitles() {

@@ -4,14 +4,14 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// What a run has measured.
+/// The result of a run.
 struct BenchResult {
   var workload: Workload
   var tally: Tally
   var seconds: Double
   var processorSeconds: Double
   var wasInterrupted: Bool
-  /// The transports that carried bytes, such as "tcp"; nil: none was moved.
+  /// The transports that carried bytes, such as "tcp"; nil if no bytes were moved.
   var carriers: String?
 
   var bytesPerSecond: Double { seconds > 0 ? Double(tally.bytes) / seconds : 0 }
@@ -32,14 +32,14 @@ struct BenchRun {
   let engine: TransferEngine
   /// Not empty.
   let targets: [BenchTarget]
-  /// Bytes of local memory to spread transfers over, all threads together.
+  /// Bytes of local memory to spread transfers over, for all threads together.
   let localBytes: Int
   let stop: StopRequest
 
-  /// What of each target is used.
+  /// How much of each target is used.
   private var bufferBytes: UInt64 { targets.map(\.buffer.length).min() ?? 0 }
 
-  /// Bytes from one thread's part of a target to the next; whole pages if that costs no block.
+  /// Bytes from one thread's part of a target to the next; whole pages if no block is lost by that.
   private func partBytes(_ workload: Workload) -> UInt64 {
     let share = bufferBytes / UInt64(workload.threadCount)
     let aligned = share & ~4095
@@ -47,7 +47,7 @@ struct BenchRun {
     return aligned / block == share / block ? aligned : share
   }
 
-  /// Blocks of all targets together that each thread has to itself.
+  /// Blocks that each thread has to itself, over all targets.
   private func blocksPerThread(_ workload: Workload) throws(EngineError) -> UInt64 {
     let blocks = partBytes(workload) / UInt64(workload.blockBytes) &* UInt64(targets.count)
     if blocks < UInt64(workload.batchSize) {
@@ -59,7 +59,7 @@ struct BenchRun {
     }
     if workload.pattern == .same { return UInt64(workload.batchSize) }
     if workload.verification == nil { return blocks }
-    // A verified run keeps a counter per block: more than this many would cost too much memory.
+    // A verified run keeps a counter per block; more than this many would take too much memory.
     return min(blocks, max(1 << 24, UInt64(workload.batchSize)))
   }
 
@@ -85,7 +85,7 @@ struct BenchRun {
       wasInterrupted: stop.isRequested, carriers: EngineCounters(engine).carriers(since: before))
   }
 
-  /// Runs every worker on a thread of its own, or none if a thread cannot be started.
+  /// Runs each worker on its own thread, or none if a thread cannot be started.
   private func runTogether(_ workers: [BenchWorker]) throws(EngineError) -> Snapshot {
     let shared = SharedRun(threadCount: workers.count)
     var threads: [WorkerThread] = []
@@ -136,18 +136,18 @@ struct BenchRun {
   }
 }
 
-/// When the measured phase began and what the processor had done until then and at its end.
+/// The time and the processor time at the beginning and the end of the measured phase.
 private struct Snapshot {
   var begin: UInt64 = 0
   var processorBegin = 0.0
   var processorEnd = 0.0
 }
 
-/// What the threads of a run share.
+/// State shared by the threads of a run.
 private final class SharedRun: Sendable {
   let snapshot = Mutex(Snapshot())
   private let barrier: PhaseBarrier
-  /// 0: wait, 1: run, 2: end at once.
+  /// 0: wait; 1: run; 2: end at once.
   private let gate = Futex()
 
   init(threadCount: Int) { barrier = PhaseBarrier(count: threadCount) }

@@ -39,7 +39,7 @@ struct BenchTargetCommand: ParsableCommand {
   @Option(help: "What peers may do with the buffer: read, write or all.")
   var access = AccessChoice.all
 
-  @Flag(help: "Registers ordinary memory instead of memory that processes of this host can map.")
+  @Flag(help: "Registers ordinary memory instead of memory that other processes can map.")
   var ordinary = false
 
   @Option(help: "Fills the buffer with the pattern of this seed, for `initiator --pattern`.")
@@ -63,7 +63,7 @@ struct BenchTargetCommand: ParsableCommand {
       throw ValidationError("--port is for one engine; leave it out with --engines.")
     }
     if pattern != nil && fill != nil {
-      throw ValidationError("--pattern and --fill exclude each other.")
+      throw ValidationError("Give --pattern or --fill, not both.")
     }
   }
 
@@ -102,7 +102,7 @@ struct BenchTargetCommand: ParsableCommand {
     if !ordinary { return try engine.allocate(length: length, access: access.access) }
     let memory: UnsafeMutableRawPointer
     do throws(Errno) {
-      // Stays until the process ends.
+      // Never freed: in use until the process ends.
       memory = try MemoryMapping.anonymous(byteCount: Int(length)).release().baseAddress!
     } catch {
       throw EngineError(.outOfMemory, "\(length) bytes: \(error)")
@@ -111,7 +111,8 @@ struct BenchTargetCommand: ParsableCommand {
     return memory
   }
 
-  /// Writes every page, so that no measurement pays for page faults or reads the shared zero page.
+  /// Writes to every page, so that no measurement includes page faults or reads the shared zero
+  /// page.
   private func touch(_ memory: UnsafeMutableRawPointer, count: Int) {
     if let pattern {
       BlockPattern(seed: pattern).fill(memory, count: count, offset: 0, generation: 0)
@@ -129,5 +130,5 @@ struct BenchTargetCommand: ParsableCommand {
   }
 }
 
-/// An address as the number that transfer requests count in.
+/// An address as a number, as in transfer requests.
 func address(_ pointer: UnsafeMutableRawPointer) -> UInt64 { UInt64(UInt(bitPattern: pointer)) }

@@ -4,9 +4,9 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// What one thread has measured.
+/// One thread's measurements.
 struct Tally {
-  /// Nanoseconds of each batch, from before it is submitted until its end is known.
+  /// Nanoseconds of each batch, from before the submit until its end is seen.
   var latencies = Histogram<UInt64>(
     highestTrackableValue: 86_400_000_000_000, numberOfSignificantValueDigits: .three)
   var bytes: UInt64 = 0
@@ -18,22 +18,22 @@ struct Tally {
   var end: UInt64 = 0
 }
 
-/// The part of the targets that one thread uses, and its own memory.
+/// The part of the targets that one thread uses, and its local memory.
 struct WorkArea {
   var targets: [BenchTarget]
-  /// From the start of each target's buffer to the thread's part of it.
+  /// Offset of the thread's part in each target's buffer.
   var partOffset: UInt64
-  /// Blocks of all targets together; neighbors lie in different targets.
+  /// Blocks over all targets; consecutive ones are in different targets.
   var blockCount: UInt64
   var local: UnsafeMutableRawPointer
   var localSlots: Int
-  /// Where blocks are read back to; one batch long; nil unless writes are verified.
+  /// Memory of one batch for reading blocks back; nil unless writes are verified.
   var readBack: UnsafeMutableRawPointer?
 }
 
 /// Runs the batches of one thread.
 final class BenchWorker: @unchecked Sendable {
-  // Unchecked: used by one thread until that has been joined.
+  // Unchecked: used by one thread only, until it has been joined.
   private(set) var tally = Tally()
 
   private let engine: TransferEngine
@@ -72,8 +72,8 @@ final class BenchWorker: @unchecked Sendable {
     blocks.deallocate()
   }
 
-  /// Writes the pattern into everything that a verified run will read. It depends on the offset
-  /// alone, so the pieces need not be blocks.
+  /// Writes the pattern to everything that a verified run will read. The pattern depends only on
+  /// the offset, so the pieces need not be blocks.
   func prepare() {
     guard workload.writesFirst, let contents = workload.verification?.contents else { return }
     let targetCount = UInt64(area.targets.count)
@@ -119,7 +119,7 @@ final class BenchWorker: @unchecked Sendable {
 
   private var hasEnded: Bool { stop.isRequested || tally.errorCount > 0 }
 
-  /// One batch, and what verification asks for around it; returns the time at its end.
+  /// Runs one batch with its verification; returns the time at its end.
   private func runBatch() -> UInt64 {
     let count = workload.batchSize
     let writes =
@@ -167,7 +167,7 @@ final class BenchWorker: @unchecked Sendable {
     localPosition = (localPosition + workload.batchSize) % area.localSlots
   }
 
-  /// Makes sure that what is checked after a read has arrived with it.
+  /// Overwrites memory before a read, so that only bytes of this read can pass the check.
   private func spoil(_ memory: UnsafeMutableRawPointer) {
     memset(memory, 0x55, workload.blockBytes)
   }
@@ -198,7 +198,7 @@ final class BenchWorker: @unchecked Sendable {
       return
     }
     let batch = try engine.createBatch(capacity: count)
-    // Not free while a request is in flight; the engine's end frees it then.
+    // This fails while a request is in flight; then the engine frees the batch when it ends.
     defer { try? engine.freeBatch(batch) }
     try engine.submit(
       batch, batchRequests, timeoutMilliseconds: workload.timeoutMilliseconds, notification: nil)

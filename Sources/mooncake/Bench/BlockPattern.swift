@@ -1,5 +1,5 @@
-/// Bytes that depend on a seed, a generation and their offset, so that a block which is missing,
-/// misplaced, stale or torn is noticed. Generation 0 is what `bench target --pattern` fills in.
+/// Bytes that depend on a seed, a generation and their offset, so that missing, misplaced, stale
+/// and torn blocks are noticed. `bench target --pattern` fills in generation 0.
 struct BlockPattern {
   let seed: UInt64
 
@@ -15,7 +15,7 @@ struct BlockPattern {
     seed &* 0xD1B5_4A32_D192_ED03 &+ UInt64(generation) &* 0x2545_F491_4F6C_DD1D
   }
 
-  /// Fills memory that stands for `[offset, offset + count)` of the pattern.
+  /// Fills memory with `[offset, offset + count)` of the pattern.
   func fill(_ memory: UnsafeMutableRawPointer, count: Int, offset: UInt64, generation: UInt32) {
     let base = base(generation)
     var position = 0
@@ -62,7 +62,7 @@ struct BlockPattern {
   }
 }
 
-/// Visits the numbers below `count` in a scattered order, each once a round.
+/// Visits the numbers below `count` in a scattered order, each once per round.
 struct ScatteredOrder {
   private let count: UInt64
   private let mask: UInt64
@@ -78,8 +78,8 @@ struct ScatteredOrder {
   /// The number at a position of the order. `position` wraps around at `count`.
   @inline(__always)
   func callAsFunction(_ position: UInt64) -> UInt64 {
-    // A bijection of the next power of two; walking on from a value outside of the range keeps it
-    // a bijection of the range.
+    // A bijection on the next power of two; applying it again to values outside the range makes it
+    // a bijection on the range.
     var value = position % count
     repeat {
       value = (value &* 0xD134_2543_DE82_EF95 &+ 0x1405_7B7E_F767_814F) & mask

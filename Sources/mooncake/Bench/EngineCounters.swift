@@ -1,11 +1,11 @@
 import MooncakeEngine
 
-/// What carried an engine's bytes.
+/// Which transports carried an engine's bytes.
 struct EngineCounters {
-  /// Bytes that this engine read and wrote, and those of them that went by memory.
+  /// Bytes that this engine read and wrote, and how many of them through shared memory.
   var moved: UInt64 = 0
   var movedByMemory: UInt64 = 0
-  /// Bytes that peers took through sockets.
+  /// Bytes sent to peers through sockets.
   var sentOverTCP: UInt64 = 0
 
   init(_ engine: TransferEngine) {
@@ -23,7 +23,7 @@ struct EngineCounters {
     }
   }
 
-  /// The transports that have carried something since an earlier look; nil: nothing was.
+  /// The transports that have carried bytes since `former`; nil if no bytes were moved.
   func carriers(since former: EngineCounters) -> String? {
     let memory = movedByMemory &- former.movedByMemory
     let all = moved &- former.moved

@@ -9,7 +9,7 @@ final class PhaseBarrier: Sendable {
 
   init(count: Int) { self.count = count }
 
-  /// Waits for all threads. The last to arrive runs `whenAllAreHere` before any is let go.
+  /// Waits for all threads. The last to arrive runs `whenAllAreHere` before any continues.
   func wait(_ whenAllAreHere: () -> Void) {
     let current = phase.value
     let isLast = arrived.withLock { arrived in

@@ -1,6 +1,6 @@
 import Glibc
 
-/// Processor time that the process has used, in user and kernel mode together.
+/// Processor time of the process, in user and kernel mode together.
 struct ProcessorTime {
   let seconds: Double
 

@@ -1,7 +1,7 @@
 import Glibc
 import MooncakeSystem
 
-/// Tries whether a port takes a connection, and closes it again.
+/// Tests whether a port accepts a connection, and closes it again.
 enum ConnectTest {
   static func connect(to address: SocketAddress, deadline: Deadline) throws(Errno) {
     let socket = try Socket(family: address.family)

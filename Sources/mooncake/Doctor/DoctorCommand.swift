@@ -1,7 +1,7 @@
 import ArgumentParser
 import MooncakeEngine
 
-/// Looks for what keeps this machine, or a peer, from working well.
+/// Looks for problems with this machine, a peer or a metadata service.
 struct DoctorCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "doctor",

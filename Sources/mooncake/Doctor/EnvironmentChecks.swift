@@ -2,18 +2,19 @@ import Glibc
 import MooncakeEngine
 import MooncakeMetadata
 
-/// Environment variables of the existing system, as far as this library reads them.
+/// Checks Mooncake's environment variables, those that this library reads and some that it does
+/// not.
 enum EnvironmentChecks {
   private enum Rule {
     case integer(ClosedRange<Int>)
-    /// Outside of the ports that the system chooses for others.
+    /// Outside the range from which the system chooses ports.
     case port
     case text
     case uri
     case oneOf([String])
-    /// Set at all means on.
+    /// On if set, whatever the value.
     case flag
-    /// Known to the existing system, without effect here.
+    /// Used by Mooncake, without effect here.
     case unused(String)
   }
 
@@ -76,7 +77,7 @@ enum EnvironmentChecks {
     let isSecret = ["PASSWORD", "TOKEN", "SECRET"].contains(where: name.hasSuffix)
     let shown = isSecret ? "(hidden)" : "\"\(value)\""
     guard let rule = rules[name] else {
-      // Its value may be a secret under a misspelled name.
+      // Do not show the value: it may be a secret under a misspelled name.
       return .warning(
         name, "it has no effect in this version",
         advice: "check the spelling; the documentation lists what is read")

@@ -1,4 +1,4 @@
-/// One thing that `doctor` looked at.
+/// One result of `doctor`.
 struct Finding {
   enum Level: String {
     case ok
@@ -7,7 +7,7 @@ struct Finding {
   }
 
   var level: Level
-  /// What was looked at, such as "locked memory".
+  /// What was checked, such as "locked memory".
   var subject: String
   /// What was found.
   var detail: String
@@ -27,7 +27,7 @@ struct Finding {
   }
 }
 
-/// Findings that belong together.
+/// A group of related findings.
 struct FindingGroup {
   var title: String
   var findings: [Finding]

@@ -1,10 +1,10 @@
 import MooncakeSystem
 
-/// Shared libraries that parts of the library open when they are first used.
+/// Shared libraries that parts of the library open on first use.
 enum LibraryChecks {
   private struct Entry {
     var title: String
-    /// Versioned names, the newest first.
+    /// Versioned names, newest first.
     var names: [String]
     var purpose: String
     var package: String
@@ -41,7 +41,7 @@ enum LibraryChecks {
       return .ok(entry.title, "\(name) (\(entry.purpose))")
     }
     let advice = "apt-get install \(entry.package)"
-    // Without the device nobody misses its library.
+    // Without RDMA devices the RDMA libraries are not missed.
     if entry.purpose == "RDMA" && !SystemFiles.names(in: "/sys/class/infiniband").isEmpty {
       return .warning(
         entry.title, "not installed, but there are RDMA devices", advice: advice)

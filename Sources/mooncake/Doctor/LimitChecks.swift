@@ -1,7 +1,7 @@
 import Glibc
 import MooncakeSystem
 
-/// What the system grants to one process.
+/// The system's limits for one process.
 enum LimitChecks {
   static func run() -> [Finding] {
     [

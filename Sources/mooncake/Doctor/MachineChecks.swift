@@ -1,7 +1,7 @@
 import Glibc
 import MooncakeSystem
 
-/// What runs where.
+/// Kernel, processors, memory and container.
 enum MachineChecks {
   static func run() -> [Finding] {
     [version(), kernel(), processors(), memory(), container()]
@@ -63,7 +63,7 @@ enum MachineChecks {
         + " ports (the RPC port and the data port)")
   }
 
-  /// A file of the process's own version 2 control group.
+  /// A file of the process's own control group (version 2).
   private static func cgroupValue(_ name: String) -> String? {
     let line = (SystemFiles.text("/proc/self/cgroup") ?? "").split(separator: "\n").first {
       $0.hasPrefix("0::")

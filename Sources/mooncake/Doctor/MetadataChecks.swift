@@ -4,16 +4,16 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// Follows what an engine does with a metadata service: reach it, put, get, lease, and what others
-/// have left there.
+/// Does what an engine does with a metadata service: connect, put, get, lease; then checks the
+/// existing entries.
 struct MetadataChecks {
   let uri: String
   let timeoutMilliseconds: UInt64
 
-  /// Owners asked for a sign of life.
+  /// Most owners that are probed.
   private static let ownerLimit = 256
   private static let leaseMilliseconds: UInt64 = 2000
-  /// Services may know seconds only, or have a shortest lease; beyond this nobody waits.
+  /// Services may count in seconds or have a minimum lease; longer leases are not waited for.
   private static let longestLeaseMilliseconds: UInt64 = 60_000
 
   func run() -> [Finding] {
@@ -27,14 +27,14 @@ struct MetadataChecks {
       directory = try MetadataDirectory(parsed)
     } catch {
       return [
-        .problem("service", error.message, advice: "correct the URI or install what it names")
+        .problem("service", error.message, advice: "correct the URI or install the named library")
       ]
     }
     var findings: [Finding] = []
     let endpoints = parsed.endpoints.map(connect)
     let isAnyThere = endpoints.contains { $0.level == .ok }
     findings += endpoints.map { finding in
-      // The others of a cluster stand in.
+      // The cluster's other endpoints can take over, so this is only a warning.
       var finding = finding
       if isAnyThere && finding.level == .problem { finding.level = .warning }
       return finding
@@ -77,7 +77,7 @@ struct MetadataChecks {
         + " MC_METADATA_CERT_FILE, MC_METADATA_KEY_FILE), and the user the right to the keys"
     case .timeout: "the service takes connections but does not answer: stopped, overloaded or full?"
     case .unreachable, .unresolved: "start the service, or correct the address"
-    case .unsupported: "use a service that can do it"
+    case .unsupported: "use a service that supports this"
     case .full: "give the service room, or raise its limit"
     default: "check that the URI names this kind of service, with its path"
     }
@@ -100,11 +100,11 @@ struct MetadataChecks {
       findings.append(
         .problem(
           "round trip", "a key just put reads as something else",
-          advice: "is there a cache or a replica that lags behind in between?"))
+          advice: "check for a cache or a lagging replica in between"))
     }
   }
 
-  /// Puts a key under a short lease and looks when it vanishes.
+  /// Puts a key under a short lease and checks when it vanishes.
   private func leases(
     _ directory: MetadataDirectory, _ findings: inout [Finding]
   ) throws(EngineError) {
@@ -153,7 +153,7 @@ struct MetadataChecks {
         : .ok("leases", detail))
   }
 
-  /// Renews a key as engines do, and ends another lease; false if the first did not work.
+  /// Renews a key as engines do, and ends another lease; false if the renewal failed.
   private func renewal(
     _ store: any MetadataStore, _ lease: MetadataLease, _ entry: MetadataEntry,
     _ findings: inout [Finding]
@@ -207,7 +207,7 @@ struct MetadataChecks {
       }
     }
     for entry in routes.prefix(Self.ownerLimit) {
-      // By bytes: a slash and a mark that combines with it are one character.
+      // By bytes: a slash and a combining mark after it are one character.
       let name = String(decoding: entry.key.utf8.dropFirst(prefix.utf8.count), as: UTF8.self)
       if let finding = owner(entry, directory, name) {
         findings.append(finding)
@@ -240,7 +240,7 @@ struct MetadataChecks {
     }
   }
 
-  /// The command for a shell, for which anybody may have chosen the key.
+  /// The shell command to delete a key. It is quoted, because anybody may have chosen the key.
   private static func deletion(of key: String, _ directory: MetadataDirectory) -> String {
     func quoted(_ word: String) -> String {
       let parts = word.split(separator: "'", omittingEmptySubsequences: false)

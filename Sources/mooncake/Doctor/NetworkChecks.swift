@@ -22,7 +22,7 @@ enum NetworkChecks {
     if NetworkInterfaces.firstUsable() == nil && NetworkInterfaces.firstUsable(ipv6: true) == nil {
       findings.append(
         .warning(
-          "reachability", "this machine has no address but the loopback's",
+          "reachability", "this machine has only the loopback address",
           advice: "peers on other machines cannot connect; processes of this machine can"))
     }
     return findings

@@ -3,7 +3,7 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Follows a transfer to a peer step by step: name, RPC port, descriptor, data port, one byte.
+/// Checks a transfer to a peer step by step: name, RPC port, descriptor, data port, one byte.
 struct PeerChecks {
   let name: String
   let timeoutMilliseconds: UInt64
@@ -15,7 +15,7 @@ struct PeerChecks {
         parsing: name, defaultPort: HandshakeSettings.fromEnvironment().defaultPort)
     } catch {
       return [
-        .problem("name", "\"\(name)\" is no host:port: \(error)", advice: "use host:rpc_port")
+        .problem("name", "\"\(name)\" is not host:port: \(error)", advice: "use host:rpc_port")
       ]
     }
     var findings: [Finding] = []
@@ -51,7 +51,7 @@ struct PeerChecks {
     }
   }
 
-  /// Connects to the first address that takes the connection.
+  /// Connects to the first address that accepts.
   private func connects(
     _ addresses: [SocketAddress], what: String, _ findings: inout [Finding]
   ) -> Bool {
@@ -90,7 +90,7 @@ struct PeerChecks {
   private func examine(port: UInt16, _ findings: inout [Finding]) throws(EngineError) {
     var options = TransferEngine.Options()
     options.defaultTimeoutMilliseconds = timeoutMilliseconds
-    // Otherwise a peer on this host would hide what its ports do.
+    // Only TCP, because shared memory would hide problems with the ports of a peer on this host.
     options.transports = ["tcp"]
     let engine = try TransferEngine(options)
     defer { engine.close() }
@@ -113,7 +113,7 @@ struct PeerChecks {
       findings.append(
         .warning(
           "probe", error.message,
-          advice: "peers before 0.3.11 do not know it; otherwise the peer hangs or this is another"
+          advice: "Mooncake before 0.3.11 does not know it; else the peer hangs or this is another"
             + " service's port"))
     }
   }
@@ -135,7 +135,7 @@ struct PeerChecks {
   }
 
   private func describe(_ descriptor: SegmentDescriptor, _ findings: inout [Finding]) {
-    let kind = descriptor.incarnation == 0 ? "an existing Mooncake peer" : "a libmooncake peer"
+    let kind = descriptor.incarnation == 0 ? "a Mooncake peer" : "a libmooncake peer"
     findings.append(
       .ok(
         "segment descriptor", "\(descriptor.name), protocol \(descriptor.protocolName), \(kind)"))
@@ -165,7 +165,7 @@ struct PeerChecks {
     if descriptor.tcpDataPort == 0 {
       findings.append(
         .problem(
-          "data port", "the peer serves no TCP (protocol \(descriptor.protocolName))",
+          "data port", "the peer does not serve TCP (protocol \(descriptor.protocolName))",
           advice: "start the peer with the TCP transport"))
       return false
     }

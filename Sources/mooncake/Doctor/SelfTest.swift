@@ -3,7 +3,7 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Two engines in this process that move bytes to each other, over the loopback and by memory.
+/// Moves bytes between two engines in this process, over the loopback and through shared memory.
 enum SelfTest {
   private static let sizes = [1, 4096, 65_537, (4 << 20) + 3]
 
@@ -72,7 +72,7 @@ enum SelfTest {
 }
 
 extension TransferEngine {
-  /// Moves one range and waits for it.
+  /// Submits one request and waits for it.
   func transfer(_ request: TransferRequest) throws(EngineError) {
     var failure: EngineError?
     withUnsafePointer(to: request) { pointer in

@@ -4,7 +4,7 @@ import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
 
-/// Whether processes of this host can move bytes through memory.
+/// Whether processes of this host can use shared memory.
 enum SharedMemoryChecks {
   static func run() -> [Finding] { [switches(), identity(), memoryFiles(), revocation()] }
 
@@ -45,7 +45,7 @@ enum SharedMemoryChecks {
       advice: "unregistering memory waits for a stopped peer that is in the middle of a copy")
   }
 
-  /// How the bytes of a peer would be reached.
+  /// Whether a peer would be reached through shared memory.
   static func peer(
     _ name: String, _ descriptor: SegmentDescriptor, timeoutMilliseconds: UInt64
   ) throws(EngineError) -> Finding {

@@ -36,7 +36,7 @@ enum SystemFiles {
 
   static func exists(_ path: String) -> Bool { access(path, F_OK) == 0 }
 
-  /// What follows a key such as "MemTotal:" on its line.
+  /// The text after a key such as "MemTotal:" on its line.
   static func field(_ key: String, of path: String) -> String? {
     for line in (text(path) ?? "").split(separator: "\n") where line.hasPrefix(key) {
       return String(line.dropFirst(key.count).drop { $0.isWhitespace || $0 == ":" })

@@ -5,13 +5,13 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// Groups what works on metadata services.
+/// Groups the commands for metadata services.
 struct MetadataCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "metadata",
-    abstract: "Serves metadata over HTTP, and looks into any metadata service.",
+    abstract: "Serves metadata over HTTP, and inspects any metadata service.",
     discussion: """
-      The service is what engines are given: etcd://host:2379, redis://host:6379 or \
+      Give the same service as to engines: etcd://host:2379, redis://host:6379 or \
       http://host:8080/metadata. Keys begin with mooncake/. Exit codes: 0 done, 1 failed, 64 wrong \
       usage.
       """,
@@ -27,10 +27,10 @@ struct MetadataServeCommand: ParsableCommand {
     commandName: "serve",
     abstract: "Serves metadata over HTTP until it is stopped.",
     discussion: """
-      The first line on stdout is the URI to give to engines. Whoever reaches the port may read \
-      and change everything, so it listens on the loopback unless --host says otherwise. Where \
-      MC_METADATA_HTTP_TOKEN is set, or --token-file names a file, only those may who have the \
-      same in MC_METADATA_HTTP_TOKEN. Ends on SIGINT or SIGTERM.
+      The first line on stdout is the URI to give to engines. Anybody who reaches the port may \
+      read and change everything, so it listens on the loopback unless --host says otherwise. If \
+      MC_METADATA_HTTP_TOKEN is set, or --token-file is given, only clients with the same token in \
+      MC_METADATA_HTTP_TOKEN may. Ends on SIGINT or SIGTERM.
       """)
 
   @Option(help: "Numeric address to listen on; 0.0.0.0 or :: for every interface.")
@@ -39,13 +39,13 @@ struct MetadataServeCommand: ParsableCommand {
   @Option(help: "Port; 0: the system chooses.")
   var port: UInt16 = 8080
 
-  @Option(help: "Folder that keeps the contents over restarts; default: they end with the server.")
+  @Option(help: "Folder that keeps the contents across restarts; default: memory only.")
   var directory: String?
 
-  @Option(help: "Keys and values that the server takes in all, such as 256MiB.")
+  @Option(help: "Limit on keys and values in total, such as 256MiB.")
   var memory = ByteCount(1 << 30)
 
-  @Option(help: "File with the token that clients must have; default: MC_METADATA_HTTP_TOKEN.")
+  @Option(help: "File with the token that clients must send; default: MC_METADATA_HTTP_TOKEN.")
   var tokenFile: String?
 
   @Flag(help: "Prints one JSON object instead of the URI.")
@@ -76,7 +76,7 @@ struct MetadataServeCommand: ParsableCommand {
     }
   }
 
-  /// The file's text without line ends.
+  /// The file's text without its line end.
   private func token() throws(EngineError) -> String? {
     guard let tokenFile else { return nil }
     guard let text = SystemFiles.text(tokenFile) else {
@@ -88,7 +88,8 @@ struct MetadataServeCommand: ParsableCommand {
     return text
   }
 
-  /// Every connection takes a descriptor, and the usual limit is below what the server serves.
+  /// Every connection takes a descriptor, and the usual limit is below the server's limit of
+  /// connections.
   private func raiseDescriptorLimit() {
     var limit = rlimit()
     guard getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }

@@ -5,13 +5,13 @@ import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
 
-/// The service and how long to wait for it; shared by the commands that ask one.
+/// The service and how long to wait for it; shared by the commands that use one.
 struct MetadataArguments: ParsableArguments {
   @OptionGroup var service: ServiceArguments
 
   @Option(
     help: """
-      How long to wait for the service, such as 5 or 500ms; default: 5 seconds, and without an end \
+      How long to wait for the service, such as 5 or 500ms; default: 5 seconds, and no limit \
       for `watch`.
       """)
   var timeout: TimeSpan?
@@ -60,7 +60,7 @@ extension Substring {
 /// Prints the value of a key.
 struct MetadataGetCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "get", abstract: "Prints what stands under a key; exit code 1 if nothing does.")
+    commandName: "get", abstract: "Prints the value of a key; exit code 1 if there is none.")
 
   @OptionGroup var service: MetadataArguments
 
@@ -101,7 +101,7 @@ struct MetadataPutCommand: ParsableCommand {
   @Flag(help: "Changes nothing, and exits with 1, if the key exists.")
   var ifAbsent = false
 
-  /// What every service grants.
+  /// Lease times that every service grants.
   private static let ttlMilliseconds: ClosedRange<UInt64> = 100...3_600_000
 
   func validate() throws {
@@ -119,13 +119,13 @@ struct MetadataPutCommand: ParsableCommand {
       }
       if ttl != nil && lease == nil {
         throw EngineError(
-          .unsupported, "metadata \(store.uri): this server keeps keys without an end")
+          .unsupported, "metadata \(store.uri): this server has no leases, so a key cannot expire")
       }
       do throws(EngineError) {
         try put(entry, lease, store)
       } catch {
-        // Services bound how many there are. Of the lease alone: with the entry, Redis would remove
-        // what somebody else has put, if it is the same.
+        // End the unused lease, since services limit their number. Without the entry: given it,
+        // Redis would remove an equal value that somebody else has put.
         if lease != nil {
           try? store.revoke(lease, [], MetadataCall(until: .after(milliseconds: 2000)))
         }
@@ -140,7 +140,7 @@ struct MetadataPutCommand: ParsableCommand {
   ) throws(EngineError) {
     if !ifAbsent { return try store.put(entry, lease: lease, service.call) }
     if try !store.putIfAbsent(entry, lease: lease, service.call) {
-      throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists")
+      throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists already")
     }
   }
 
@@ -163,7 +163,7 @@ struct MetadataPutCommand: ParsableCommand {
 /// Deletes a key.
 struct MetadataDeleteCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "delete", abstract: "Deletes a key; exit code 1 if it is not there.")
+    commandName: "delete", abstract: "Deletes a key; exit code 1 if it does not exist.")
 
   @OptionGroup var service: MetadataArguments
 
@@ -186,14 +186,14 @@ struct MetadataDeleteCommand: ParsableCommand {
 /// Lists keys.
 struct MetadataListCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
-    commandName: "list", abstract: "Lists the keys with a prefix, a line each.")
+    commandName: "list", abstract: "Lists the keys with a prefix, one a line.")
 
   @OptionGroup var service: MetadataArguments
 
-  @Argument(help: "What the keys begin with.")
+  @Argument(help: "Prefix of the keys.")
   var prefix = "mooncake/"
 
-  @Flag(help: "Prints each value behind its key.")
+  @Flag(help: "Prints each value after its key.")
   var values = false
 
   func run() throws {
@@ -212,16 +212,16 @@ struct MetadataWatchCommand: ParsableCommand {
     commandName: "watch",
     abstract: "Prints the keys with a prefix, and then each change, until it is stopped.",
     discussion: """
-      A service that cannot be reached is waited for, as long as --timeout says; each failure is \
-      told on stderr.
+      If the service cannot be reached, waits for it as long as --timeout says; each failure is \
+      printed on stderr.
       """)
 
   @OptionGroup var service: MetadataArguments
 
-  @Argument(help: "What the keys begin with.")
+  @Argument(help: "Prefix of the keys.")
   var prefix = "mooncake/"
 
-  @Flag(help: "Prints each value behind its key.")
+  @Flag(help: "Prints each value after its key.")
   var values = false
 
   @Option(help: "Ends after this time, such as 30s or 10m.")
@@ -235,7 +235,7 @@ struct MetadataWatchCommand: ParsableCommand {
       let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never
       var patience = self.patience
       while !stop.isRequested && !end.hasPassed && !Output.hasFailed && !Output.isClosed {
-        // Short waits notice a service that stands still, and a reader that is gone.
+        // Wait briefly, to notice a service that hangs and a reader that has gone.
         let wait = max(min(patience, .after(milliseconds: 2000)), .after(milliseconds: 1000))
         let listing = service.timeout == nil ? .after(milliseconds: 30_000) : patience
         do throws(EngineError) {
@@ -260,7 +260,7 @@ struct MetadataWatchCommand: ParsableCommand {
     MetadataCall(until: deadline, cancellation: stop.descriptor)
   }
 
-  /// Until when the service may be out of reach.
+  /// Until when the service may be unreachable.
   private var patience: Deadline {
     service.timeout.map { .after(milliseconds: $0.milliseconds) } ?? .never
   }

@@ -5,15 +5,15 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// Arguments as text that keeps their bytes: each byte that is not UTF-8 becomes a character of its
-/// own, and so does each byte of such a character. Only paths take them.
+/// Arguments as text without losing bytes: each byte that is not UTF-8 becomes a private-use
+/// character, and so does each byte of such a character in the input. Only paths accept them.
 enum ArgumentText {
-  /// Characters that stand for bytes: a block for private use that nobody is known to use.
+  /// Characters that stand for bytes: a private-use block without known users.
   private static let block: ClosedRange<UInt32> = 0x10FF00...0x10FFFF
-  /// Arguments that were taken for paths.
+  /// Arguments that were parsed as paths.
   private static let paths = Lock<Set<String>>([])
 
-  /// The arguments of this process, without its name.
+  /// The arguments of this process without its name.
   static func ofProcess() -> [String] {
     (1..<max(1, Int(CommandLine.argc))).compactMap { index in
       CommandLine.unsafeArgv[index].map { text in
@@ -22,8 +22,8 @@ enum ArgumentText {
     }
   }
 
-  /// Overwrites secrets of URIs where `ps` shows them. Until then everybody could read them; a
-  /// variable is better.
+  /// Overwrites the secrets of URIs that `ps` shows. Until now everybody could read them, so an
+  /// environment variable is better.
   static func hideSecretsOfProcess() {
     for index in 1..<max(1, Int(CommandLine.argc)) {
       guard let text = CommandLine.unsafeArgv[index] else { continue }
@@ -66,7 +66,7 @@ enum ArgumentText {
     }
   }
 
-  /// The bytes that a text was made of.
+  /// The bytes that a text was made from.
   static func decoded(_ text: String) -> [UInt8] {
     var bytes: [UInt8] = []
     for scalar in text.unicodeScalars {
@@ -83,7 +83,7 @@ enum ArgumentText {
     text.unicodeScalars.contains { block.contains($0.value) }
   }
 
-  /// A message that may quote arguments, without the secrets of URIs among them.
+  /// A message that may quote arguments, with the secrets of URIs hidden.
   static func hidingSecrets(of arguments: [String], in message: String) -> String {
     var shown = message
     for argument in arguments {
@@ -95,13 +95,13 @@ enum ArgumentText {
     return shown
   }
 
-  /// Takes an argument for a path.
+  /// Parses an argument as a path.
   static func path(_ text: String) -> FilePath {
     if standsForBytes(text) { paths.withLock { _ = $0.insert(text) } }
     return FilePath(bytes: decoded(text))
   }
 
-  /// Refuses bytes that are no text where a text is asked for.
+  /// Refuses arguments that are not UTF-8, except for paths.
   static func refuseNames(in arguments: [String]) throws {
     let paths = paths.withLock { $0 }
     for argument in arguments where standsForBytes(argument) {

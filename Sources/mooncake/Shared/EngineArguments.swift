@@ -1,12 +1,12 @@
 import ArgumentParser
 import MooncakeEngine
 
-/// How an engine is set up; shared by the commands that start one.
+/// Options of an engine; shared by the commands that start one.
 struct EngineArguments: ParsableArguments {
-  @Option(help: "Where peers find each other: P2PHANDSHAKE or the URI of a metadata service.")
+  @Option(help: "How peers find each other: P2PHANDSHAKE or the URI of a metadata service.")
   var metadata = TransferEngine.Options().metadataURI
 
-  @Option(help: "Name of the segment; free with a metadata service only.")
+  @Option(help: "Name of the segment; can be chosen only with a metadata service.")
   var name: String?
 
   @OptionGroup var listening: ListenArguments
@@ -23,7 +23,7 @@ struct EngineArguments: ParsableArguments {
   @Option(help: "Microseconds to spin before sleeping while work is outstanding, 1 to 1000000.")
   var spinUs: Int = TransferEngine.Options().spinMicroseconds
 
-  @Option(help: "Deadline of one transfer or request to a peer, such as 30, 500ms or 10m.")
+  @Option(help: "Timeout of one transfer or request to a peer, such as 30, 500ms or 10m.")
   var timeout = TimeSpan(milliseconds: TransferEngine.Options().defaultTimeoutMilliseconds)
 
   func validate() throws {
@@ -47,7 +47,7 @@ struct EngineArguments: ParsableArguments {
   }
 }
 
-/// Refuses a number outside of a range, naming the option.
+/// Refuses a number out of a range, naming the option.
 func require<Number: BinaryInteger>(
   _ range: ClosedRange<Number>, _ value: Number, _ option: String
 ) throws {

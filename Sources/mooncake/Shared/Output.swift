@@ -8,10 +8,10 @@ import Synchronization
 /// What the program prints on stdout.
 enum Output {
   private static let lock = Lock<Bool>(false)
-  /// Of the first write that failed; 0: none has.
+  /// Error number of the first failed write; 0 if none has failed.
   private static let failure = Atomic<Int32>(0)
 
-  /// Writes all of a text at once, also into a pipe. After a failure nothing is written any more.
+  /// Writes a whole text at once, also into a pipe. After a failure nothing more is written.
   static func write(_ text: String) {
     lock.withLock { _ in
       var bytes = Array(text.utf8)[...]
@@ -35,20 +35,20 @@ enum Output {
 
   static var hasFailed: Bool { failure.load(ordering: .relaxed) != 0 }
 
-  /// Whether nobody reads what is written.
+  /// Whether the reader of stdout has gone.
   static var isClosed: Bool {
     var item = pollfd(fd: STDOUT_FILENO, events: 0, revents: 0)
     return poll(&item, 1, 0) > 0 && isEnd(item.revents)
   }
 
-  /// Whether what `poll` tells of stdout is that nobody reads it: a pipe says so by an error, a
-  /// socket or a terminal hangs up, and stdout may be closed.
+  /// Whether `poll` events of stdout mean that its reader has gone: a pipe reports an error, a
+  /// socket or terminal a hang-up, and stdout may be closed.
   static func isEnd(_ events: Int16) -> Bool {
     events & Int16(POLLERR | POLLHUP | POLLNVAL) != 0
   }
 
-  /// Throws if something could not be written. Whoever closes a pipe has what it wanted, and so has
-  /// who closes a terminal, which is an error of input and output to the one that writes.
+  /// Throws if something could not be written. A closed pipe is not a failure, since its reader has
+  /// what it wanted; nor is a closed terminal, which gives the writer EIO.
   static func check() throws {
     let error = failure.load(ordering: .relaxed)
     if error == 0 || error == EPIPE || error == EIO && isClosed { return }
@@ -67,13 +67,13 @@ func printError(_ text: String) {
   _ = line.withUTF8 { write(STDERR_FILENO, $0.baseAddress, $0.count) }
 }
 
-/// Silences the library's log unless the environment asks for it: the program prints each failure
-/// itself, in the same words.
+/// Silences the library's log unless the environment sets a level: the program itself prints each
+/// failure in the same words.
 func silenceLog() {
   if getenv("MC_LOG_LEVEL") == nil { Log.setLevel(.off) }
 }
 
-/// Turns an engine's error into the program's: the message, then exit code 1.
+/// Turns an engine's error into the program's: prints the message and exits with 1.
 func reportingEngineErrors<Result>(_ body: () throws -> Result) throws -> Result {
   do {
     return try body()
@@ -87,7 +87,7 @@ func reportingEngineErrors<Result>(_ body: () throws -> Result) throws -> Result
 struct TextTable {
   private let widths: [Int]
 
-  /// Each column is as wide as its title, or as `minimum` says.
+  /// Each column is at least as wide as its title and as `minimum`.
   init(titles: [String], minimum: [Int]) {
     widths = zip(titles, minimum).map { Swift.max($0.count, $1) }
   }

@@ -2,11 +2,11 @@ import ArgumentParser
 import Glibc
 import MooncakeSystem
 
-/// Where the program begins.
+/// The program's entry point.
 @main
 enum Program {
   static func main() {
-    // What cannot be written is an error of the write.
+    // A failed write is an error and not a signal.
     signal(SIGPIPE, SIG_IGN)
     signal(SIGXFSZ, SIG_IGN)
     openStandardDescriptors()
@@ -22,8 +22,8 @@ enum Program {
     }
   }
 
-  /// Says why and ends; what was asked for, such as help, goes to stdout. What the message quotes
-  /// of the arguments may be a URI with a password.
+  /// Prints why and exits; requested output, such as help, goes to stdout. The message may quote a
+  /// URI with a password, which is hidden.
   private static func exit(_ error: any Error, _ arguments: [String]) -> Never {
     let message = ArgumentText.hidingSecrets(
       of: arguments, in: MooncakeCommand.fullMessage(for: error))
@@ -31,12 +31,13 @@ enum Program {
     if !message.isEmpty {
       if code.isSuccess { printLine(message) } else { printError(message) }
     }
-    // A command that failed may have found that nothing it printed arrived, too.
+    // Also fail if the output could not be written.
     do { try Output.check() } catch { if code.isSuccess { code = ExitCode(1) } }
     Glibc.exit(code.rawValue)
   }
 
-  /// Else the first socket or file would take their numbers, and text would be written into it.
+  /// Otherwise the first socket or file would take their numbers, and text would be written into
+  /// it.
   private static func openStandardDescriptors() {
     for number in 0...2 where fcntl(Int32(number), F_GETFD) == -1 { _ = open("/dev/null", O_RDWR) }
   }

@@ -3,19 +3,19 @@ import MooncakeP2P
 import MooncakeSystem
 import Synchronization
 
-/// Shows on stderr how far an operation is: a bar on a terminal, else a line each time.
+/// Shows an operation's progress on stderr: a bar on a terminal, else a line each time.
 final class ProgressDisplay: Sendable {
   private enum Form {
     case bar
     case lines
     case json
   }
-  /// What the rate is computed from.
+  /// Data for computing the rate.
   private struct History {
     var phase: StoreProgress.Phase?
     var time: UInt64 = 0
     var bytes: UInt64 = 0
-    /// Bytes a second; recent times count more.
+    /// Bytes per second, with more weight on the recent past.
     var rate = 0.0
     var isLineOpen = false
   }
@@ -27,7 +27,7 @@ final class ProgressDisplay: Sendable {
 
   deinit { end() }
 
-  /// nil where nobody would see it.
+  /// nil if nobody would see it.
   static func make(isForced: Bool, json: Bool) -> ProgressDisplay? {
     if isForced { return ProgressDisplay(json ? .json : .lines) }
     return isatty(STDERR_FILENO) == 1 ? ProgressDisplay(.bar) : nil
@@ -43,7 +43,7 @@ final class ProgressDisplay: Sendable {
     form == .bar ? write("\r\u{1B}[K" + text) : write(text + "\n")
   }
 
-  /// Leaves the bar as it is; what is printed next begins a line.
+  /// Leaves the bar as it is and starts a new line.
   func end() {
     let wasOpen = history.withLock { history in
       defer { history.isLineOpen = false }

@@ -31,7 +31,7 @@ struct ByteCount: ExpressibleByArgument, Equatable {
     }
   }
 
-  /// With the largest binary unit that divides it.
+  /// With the largest binary unit that divides the value.
   var description: String {
     let units: [(String, UInt64)] = [
       ("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10),
@@ -64,7 +64,7 @@ struct TimeSpan: ExpressibleByArgument {
     case "h": unit = 3600e9
     default: return nil
     }
-    // A year is longer than any run and far from overflow.
+    // At most a year: longer than any run and far from overflow.
     guard number * unit <= 31_536_000e9 else { return nil }
     nanoseconds = UInt64(number * unit)
   }
@@ -74,7 +74,7 @@ struct TimeSpan: ExpressibleByArgument {
   var defaultValueDescription: String { decimal(seconds, places: 0) }
 }
 
-/// Values separated by commas: a sweep has one run for each.
+/// Values separated by commas, with one run for each.
 struct Sweep<Element: ExpressibleByArgument>: ExpressibleByArgument {
   let values: [Element]
 

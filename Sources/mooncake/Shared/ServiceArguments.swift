@@ -1,7 +1,7 @@
 import ArgumentParser
 import MooncakeSystem
 
-/// Which metadata service; shared by all commands that need one.
+/// The metadata service; shared by all commands that need one.
 struct ServiceArguments: ParsableArguments {
   @Option(
     help: """
@@ -21,7 +21,7 @@ struct ServiceArguments: ParsableArguments {
   var uri: String { metadata ?? Environment["MC_METADATA_SERVER"] ?? "" }
 }
 
-/// Refuses a --timeout outside of a range.
+/// Refuses a --timeout out of a range.
 func requireTimeout(_ span: TimeSpan?, atMost seconds: UInt64) throws {
   guard let span else { return }
   if span.nanoseconds < 1_000_000 || span.nanoseconds > seconds * 1_000_000_000 {

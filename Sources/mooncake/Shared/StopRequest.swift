@@ -3,15 +3,16 @@ import MooncakeP2P
 import MooncakeSystem
 import Synchronization
 
-/// Tells the program that SIGINT or SIGTERM asked it to end. A second signal ends it at once.
+/// Notices SIGINT and SIGTERM. A second signal ends the program at once.
 final class StopRequest: Sendable {
   private let flag = Atomic<Bool>(false)
   private let event: EventFD
 
-  /// Ends what runs with it, on the first signal.
+  /// Canceled by the first signal; ends the operations that use it.
   let cancellation: Cancellation
 
-  /// Call before any thread is started: the signals are blocked here and taken by one thread.
+  /// Create it before any thread is started: the signals are blocked here and handled by one
+  /// thread.
   init() throws {
     event = try EventFD()
     cancellation = try Cancellation()
@@ -28,8 +29,8 @@ final class StopRequest: Sendable {
 
   var isRequested: Bool { flag.load(ordering: .relaxed) }
 
-  /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends or nobody
-  /// takes what is printed any more.
+  /// Sleeps until a stop is requested, the deadline passes or, if asked for, stdin ends or the
+  /// reader of stdout has gone.
   func wait(until deadline: Deadline, orEndOfInput: Bool = false, orEndOfOutput: Bool = false) {
     var descriptors = [
       pollfd(fd: event.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
@@ -37,7 +38,7 @@ final class StopRequest: Sendable {
       pollfd(fd: orEndOfOutput ? STDOUT_FILENO : -1, events: 0, revents: 0),
     ]
     while !isRequested && !deadline.hasPassed {
-      // A write that fails elsewhere is noticed at the next look.
+      // Writes elsewhere may fail meanwhile, so look regularly.
       let look = orEndOfOutput ? min(deadline, .after(milliseconds: 500)) : deadline
       let count = poll(&descriptors, nfds_t(descriptors.count), look.remainingMilliseconds)
       if orEndOfOutput && (Output.hasFailed || Output.isEnd(descriptors[2].revents)) {

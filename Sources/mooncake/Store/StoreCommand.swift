@@ -4,15 +4,15 @@ import MooncakeEngine
 import MooncakeP2P
 import MooncakeSystem
 
-/// Groups what works on the P2P store.
+/// Groups the commands for the P2P store.
 struct StoreCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "store",
     abstract: "Publishes files under a name, and fetches them wherever they are needed.",
     discussion: """
-      Whoever fetches a payload offers what has arrived to the others, so that many receivers take \
-      about the time of one. Exit codes: 0 done, 1 failed, 3 no such payload, 4 other bytes or \
-      sizes than those that were published, 64 wrong usage, 130 interrupted.
+      Every receiver offers what has arrived to the others, so that many receivers take about the \
+      time of one. Exit codes: 0 done, 1 failed, 3 no such payload, 4 bytes or sizes differ from \
+      those published, 64 wrong usage, 130 interrupted.
       """,
     subcommands: [
       StorePublishCommand.self, StoreGetCommand.self, StoreServeCommand.self,
@@ -21,7 +21,7 @@ struct StoreCommand: ParsableCommand {
     ])
 }
 
-/// Where the store is and how this process takes part; shared by all of its commands.
+/// The store's metadata service and this process's engine; shared by all store commands.
 struct StoreArguments: ParsableArguments {
   @OptionGroup var service: ServiceArguments
 
@@ -42,7 +42,7 @@ struct StoreArguments: ParsableArguments {
     }
   }
 
-  /// Bounds of one operation, which a signal ends.
+  /// Limits of one operation; a signal cancels it.
   func operation(_ stop: StopRequest, _ progress: ProgressDisplay? = nil) -> StoreOperation {
     var operation = StoreOperation(timeoutMilliseconds: timeout?.milliseconds ?? 0)
     operation.cancellation = stop.cancellation
@@ -55,7 +55,7 @@ struct StoreArguments: ParsableArguments {
     return operation
   }
 
-  /// Runs `body` with a store of its own and turns failures into messages and exit codes.
+  /// Runs `body` with a store and turns failures into messages and exit codes.
   func withStore(_ stop: StopRequest, _ body: (P2PStore) throws -> Void) throws {
     do {
       var options = TransferEngine.Options()
@@ -72,7 +72,7 @@ struct StoreArguments: ParsableArguments {
   }
 
   private static func exitCode(_ error: EngineError, _ stop: StopRequest) -> Int32 {
-    // A signal may end an operation in the middle of something else that fails.
+    // After a signal, any other failure is a consequence of it.
     if stop.isRequested { return 130 }
     return switch error.code {
     case .notFound: 3
@@ -86,7 +86,7 @@ struct StoreArguments: ParsableArguments {
 struct ProgressArguments: ParsableArguments {
   @Flag(
     help: """
-      Shows progress on stderr also where that is no terminal: a line each time, JSON with --json.
+      Shows progress even if stderr is not a terminal: a line each time, JSON with --json.
       """)
   var progress = false
 

@@ -4,8 +4,8 @@ import MooncakeEngine
 import MooncakeP2P
 import MooncakeSystem
 
-/// Says on stderr what is missing in what was printed. The log says it, too, if it is not silent.
-private func tellPassedOver(_ store: P2PStore) {
+/// Prints on stderr which entries were skipped. The log has it, too, if it is not silent.
+private func printSkipped(_ store: P2PStore) {
   if getenv("MC_LOG_LEVEL") != nil { return }
   for text in store.passedOver { printError("mooncake: \(text)") }
 }
@@ -17,7 +17,7 @@ struct StoreListCommand: ParsableCommand {
 
   @OptionGroup var store: StoreArguments
 
-  @Argument(help: "What the names begin with; default: all.")
+  @Argument(help: "Prefix of the names; default: all.")
   var prefix = ""
 
   func run() throws {
@@ -26,12 +26,12 @@ struct StoreListCommand: ParsableCommand {
     try store.withStore(stop) { payloads in
       StoreReport(isJSON: store.json).print(
         listed: try payloads.list(prefix: prefix, store.operation(stop)))
-      tellPassedOver(payloads)
+      printSkipped(payloads)
     }
   }
 }
 
-/// Tells about one payload.
+/// Prints one payload.
 struct StoreStatCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "stat", abstract: "Prints a payload's version, sizes and holders.")
@@ -47,7 +47,7 @@ struct StoreStatCommand: ParsableCommand {
     try store.withStore(stop) { payloads in
       let (info, holders) = try payloads.describe(name, store.operation(stop))
       StoreReport(isJSON: store.json).print(info, holders: holders)
-      tellPassedOver(payloads)
+      printSkipped(payloads)
     }
   }
 }
@@ -60,7 +60,7 @@ struct StoreWatchCommand: ParsableCommand {
 
   @OptionGroup var store: StoreArguments
 
-  @Argument(help: "What the names begin with; default: all.")
+  @Argument(help: "Prefix of the names; default: all.")
   var prefix = ""
 
   @Option(help: "Ends after this time, such as 30s or 10m.")

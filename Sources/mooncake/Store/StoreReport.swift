@@ -1,6 +1,6 @@
 import MooncakeP2P
 
-/// Puts what the store tells into lines, for people or as JSON.
+/// Formats the store's results as lines, for people or as JSON.
 struct StoreReport {
   let isJSON: Bool
 

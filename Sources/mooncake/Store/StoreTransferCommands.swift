@@ -11,10 +11,10 @@ struct StorePublishCommand: ParsableCommand {
     commandName: "publish",
     abstract: "Publishes files or a directory under a name until it is stopped.",
     discussion: """
-      Of one directory the contents are published, of several paths each under its last name; \
-      links to files count as files. Files are served from where they are, so nobody may write \
-      them meanwhile: a change ends the program with an error. Prints a line once others can \
-      fetch. On SIGINT or SIGTERM it lets readers finish, for some seconds, and ends.
+      A single directory is published with its contents, several paths each under its last name; \
+      links to files count as files. Files are served from where they are, so they must not change \
+      meanwhile: a change ends the program with an error. Prints a line once others can \
+      fetch. On SIGINT or SIGTERM it gives readers a few seconds to finish, and ends.
       """)
 
   @OptionGroup var store: StoreArguments
@@ -32,7 +32,7 @@ struct StorePublishCommand: ParsableCommand {
   @Flag(help: "Fails if the name is taken, instead of making a new version of it.")
   var createOnly = false
 
-  @Option(help: "Device that the memory is near, such as cpu:0; default: found out.")
+  @Option(help: "Device that the memory is near, such as cpu:0; default: detected.")
   var location = "*"
 
   @Option(help: "Writes the JSON line into this file once others can fetch.", completion: .file())
@@ -61,7 +61,7 @@ struct StorePublishCommand: ParsableCommand {
     }
   }
 
-  /// Whoever sees the file sees all of it.
+  /// Writes the file so that it is complete as soon as it is visible.
   private func write(_ line: String, to path: FilePath) throws(EngineError) {
     let temporary = FilePath(bytes: path.bytes + ".part".utf8)
     do throws(Errno) {
@@ -82,15 +82,15 @@ struct StorePublishCommand: ParsableCommand {
   }
 }
 
-/// Fetches a payload and leaves.
+/// Fetches a payload and ends.
 struct StoreGetCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "get",
     abstract: "Fetches a payload; others fetch from this process while it does.",
     discussion: """
       With --to, files get their names only when all of them are complete and verified; on any \
-      failure, and on SIGINT or SIGTERM, nothing is left. Without it the payload goes to memory \
-      only, which shows how fast it arrives. To stay as a holder, use `mooncake store serve`.
+      failure, and on SIGINT or SIGTERM, no file is left. Without it the payload goes to memory \
+      only, which measures the speed. To stay as a holder, use `mooncake store serve`.
       """)
 
   @OptionGroup var store: StoreArguments
@@ -113,7 +113,7 @@ struct StoreServeCommand: ParsableCommand {
     abstract: "Fetches a payload and then offers it to others until it is stopped.",
     discussion: """
       Prints the same line as `get` once the payload is complete. Files of --to stay when the \
-      program ends. On SIGINT or SIGTERM it lets readers finish, for some seconds, and ends.
+      program ends. On SIGINT or SIGTERM it gives readers a few seconds to finish, and ends.
       """)
 
   @OptionGroup var store: StoreArguments
@@ -130,35 +130,35 @@ struct StoreServeCommand: ParsableCommand {
   }
 }
 
-/// What is fetched and where it goes.
+/// What to fetch and where to put it.
 struct FetchArguments: ParsableArguments {
   @Argument(help: "Name of the payload.")
   var name: String
 
   @Option(
-    help: "Directory for the files; made if it is not there. Default: memory only.",
+    help: "Directory for the files; created if missing. Default: memory only.",
     completion: .directory)
   var to: FilePath?
 
-  @Option(help: "Only this version, 32 hexadecimal digits; default: the present one.")
+  @Option(help: "Only this version, 32 hexadecimal digits; default: the current one.")
   var payloadVersion: PayloadVersion?
 
-  @Flag(help: "Starts over if the version vanishes while the name has another one.")
+  @Flag(help: "Starts over if the version is replaced by another one meanwhile.")
   var follow = false
 
-  @Flag(help: "Replaces files that are there.")
+  @Flag(help: "Replaces existing files.")
   var force = false
 
-  @Flag(help: "Ends only when the files would survive a loss of power.")
+  @Flag(help: "Ends only when the files would survive a power failure.")
   var sync = false
 
   func validate() throws {
     if to == nil && (force || sync) {
-      throw ValidationError("--force and --sync are for files; name a directory with --to.")
+      throw ValidationError("--force and --sync are for files; give a directory with --to.")
     }
   }
 
-  /// Fetches and prints what came; returns the files, if any.
+  /// Fetches the payload and prints the result; returns the files, if any.
   func run(
     _ payloads: P2PStore, _ store: StoreArguments, _ progress: ProgressArguments,
     _ stop: StopRequest
@@ -189,7 +189,7 @@ extension PayloadVersion: ExpressibleByArgument {
   public init?(argument: String) { self.init(argument) }
 }
 
-/// Offers a payload until a signal arrives, or until it is one no longer.
+/// Offers a payload until a signal arrives or it is removed.
 private func hold(
   _ payloads: P2PStore, _ name: String, _ files: PayloadFiles?, _ stop: StopRequest, json: Bool
 ) throws(EngineError) {
@@ -197,12 +197,12 @@ private func hold(
   while !stop.isRequested {
     let begin = Clock.now()
     try files?.check()
-    // Looking at thousands of files must not keep a processor busy.
+    // Checking thousands of files must not keep a processor busy.
     let pause = max(1_000_000_000, 50 &* (Clock.now() &- begin))
     stop.wait(until: Deadline(nanoseconds: Clock.now() &+ pause), orEndOfInput: false)
   }
   try files?.withdraw()
-  // Readers of the same host help themselves to shared memory: they say what they have read.
+  // Readers on this host copy from shared memory themselves and report how much.
   let sent = EngineCounters(payloads.engine).sentOverTCP
   let read = readers?.readBytes ?? 0
   let byMemory = read - min(read, sent)

@@ -10,7 +10,7 @@ struct RedisRefusalTests {
         "ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write against "
           + "a read only replica.", .unreachable, "master"
       ),
-      ("LOADING Redis is loading the dataset in memory", .unreachable, "still reads"),
+      ("LOADING Redis is loading the dataset in memory", .unreachable, "still loading"),
       ("MASTERDOWN Link with MASTER is down", .unreachable, "master"),
       ("NOREPLICAS Not enough good replicas to write.", .unreachable, "min-replicas-to-write"),
       ("ERR max number of clients reached", .unreachable, "maxclients"),

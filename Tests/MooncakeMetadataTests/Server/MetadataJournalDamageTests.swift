@@ -178,7 +178,7 @@ struct MetadataJournalDamageTests {
   @Test func recordsThatMakeNoSenseStopTheStart() throws {
     let grant = MetadataJournal.Record.grant(lease: 7, ttlMilliseconds: 1000)
     for (records, problem) in [
-      ([.put(key: "a", value: [], lease: 7)], "no record before has granted"),
+      ([.put(key: "a", value: [], lease: 7)], "no earlier record has granted"),
       ([grant, grant], "granted a second time"),
     ] {
       let folder = JournalFolder()

@@ -185,7 +185,7 @@ struct MetadataJournalLossTests {
       for zeroCount in [0, 600] {
         folder.bytes = moment.bytes[..<count] + [UInt8](repeating: 0, count: zeroCount)
         if count < moment.safeBytes {
-          #expect(folder.refusal()?.contains("byte 0 tells") == true, "\(count)")
+          #expect(folder.refusal()?.contains("according to byte 0") == true, "\(count)")
         } else {
           try expect(try folder.read(), from: moment, "\(count)")
         }
