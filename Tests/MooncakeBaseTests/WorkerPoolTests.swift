@@ -71,9 +71,11 @@ struct WorkerPoolTests {
     for _ in 0..<3 {
       _ = pool.run {
         names.update { $0.insert(pthread_self()) }
-        usleep(20_000)
+        // A thread that takes two jobs would leave another one unknown.
+        _ = eventually { names.value.count == 3 }
       }
     }
+    #expect(eventually { names.value.count == 3 })
     usleep(2_300_000)
     let later = Box<pthread_t?>(nil)
     #expect(pool.run { later.value = pthread_self() })
