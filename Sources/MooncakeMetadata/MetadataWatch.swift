@@ -4,18 +4,18 @@ import MooncakeSystem
 /// Follows the keys under a prefix: first reports all existing ones, then each change. If the
 /// service restarts or no longer has the changes, lists again and reports the difference.
 package final class MetadataWatch {
-  private let store: any MetadataStore
+  private let store: any MetadataService
   private let prefix: String
   private var known: [MetadataKey: Int] = [:]
   private var revision: UInt64?
 
-  package init(_ store: any MetadataStore, prefix: String) {
+  package init(_ store: any MetadataService, prefix: String) {
     self.store = store
     self.prefix = prefix
   }
 
   /// As below, with one call for listing and waiting.
-  package func next(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
+  package func next(_ call: Call) throws(EngineError) -> [MetadataChange] {
     try next(call, listing: call)
   }
 
@@ -23,7 +23,7 @@ package final class MetadataWatch {
   /// error. Listing everything, at first and whenever changes are unknown, may take longer than a
   /// wait and is bounded by `listing`.
   package func next(
-    _ call: MetadataCall, listing: MetadataCall
+    _ call: Call, listing: Call
   ) throws(EngineError) -> [MetadataChange] {
     while true {
       guard let revision else {
@@ -49,7 +49,7 @@ package final class MetadataWatch {
     }
   }
 
-  private func listAnew(_ call: MetadataCall) throws(EngineError) -> [MetadataChange] {
+  private func listAnew(_ call: Call) throws(EngineError) -> [MetadataChange] {
     let (entries, revision) = try store.listAll(prefix: prefix, call)
     var gone = known
     var changes: [MetadataChange] = []

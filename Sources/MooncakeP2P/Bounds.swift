@@ -52,36 +52,36 @@ package final class Bounds {
   }
 
   /// A call to the metadata service within these bounds, ten seconds at most.
-  package var call: MetadataCall {
-    MetadataCall(
+  package var call: Call {
+    Call(
       until: min(deadline, .after(milliseconds: 10_000)), cancellation: cancellation)
   }
 
   /// A call that can just as well be repeated later: two seconds at most.
-  package var shortCall: MetadataCall {
-    MetadataCall(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
+  package var shortCall: Call {
+    Call(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
   }
 
   /// A call that undoes or ends something: three seconds at most, within what is left of the
   /// operation, but always long enough for one answer from a healthy service. Each step makes a new
   /// one, so that cleaning up after a canceled operation is not canceled too, and still ends soon.
-  package var lastCall: MetadataCall {
+  package var lastCall: Call {
     if isOver || isClosed() {
       let end = lastEnd ?? .after(milliseconds: Self.lastMilliseconds)
       lastEnd = end
-      return MetadataCall(until: end)
+      return Call(until: end)
     }
     let end = max(deadline, .after(milliseconds: Self.lastMilliseconds))
-    return MetadataCall(until: min(end, .after(milliseconds: 3000)), cancellation: cancellation)
+    return Call(until: min(end, .after(milliseconds: 3000)), cancellation: cancellation)
   }
   private static let lastMilliseconds: UInt64 = 50
 
   /// A wait for peers that are copying memory which is being withdrawn: as long as the operation
   /// may take, at most `limit`, but always a moment.
-  package func release(withinMilliseconds limit: UInt64) -> MetadataCall {
+  package func release(withinMilliseconds limit: UInt64) -> Call {
     let moment = Deadline.after(milliseconds: Self.momentMilliseconds)
-    if isOver || isClosed() { return MetadataCall(until: max(moment, lastCall.deadline)) }
-    return MetadataCall(
+    if isOver || isClosed() { return Call(until: max(moment, lastCall.deadline)) }
+    return Call(
       until: max(moment, min(deadline, .after(milliseconds: limit))), cancellation: cancellation)
   }
   /// Longer than a copy that makes progress takes.

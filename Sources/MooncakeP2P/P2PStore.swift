@@ -128,14 +128,14 @@ public final class P2PStore: Sendable {
     let entries = catalog.close()
     for entry in entries { entry.holding?.stopGranting() }
     // One deadline for all calls to the service.
-    let call = MetadataCall(until: .after(milliseconds: Self.closeMilliseconds))
+    let call = Call(until: .after(milliseconds: Self.closeMilliseconds))
     keeper.stop(until: call.deadline)
     for entry in entries where entry.holding != nil || entry.isShared {
       shared?.removeOwn(entry.name, segment: engine.name, call)
     }
     shared?.settle(call, isLast: true)
     for entry in entries { drain(entry, until: deadline, nil) }
-    let last = MetadataCall(until: .after(milliseconds: Self.releaseMilliseconds))
+    let last = Call(until: .after(milliseconds: Self.releaseMilliseconds))
     for var entry in entries {
       // The engine has logged whose copy does not end.
       try? dissolve(&entry, last)
@@ -171,7 +171,7 @@ public final class P2PStore: Sendable {
   /// is still in the middle of a copy when the call is over: the entry then names that memory, and
   /// another call continues.
   func dissolve(
-    _ entry: inout Catalog.Entry, _ call: MetadataCall
+    _ entry: inout Catalog.Entry, _ call: Call
   ) throws(EngineError) {
     try revoke(&entry, call)
     memory.free(entry.allocations, call)
@@ -179,7 +179,7 @@ public final class P2PStore: Sendable {
   }
 
   /// Ends peers' access to the memory of a payload; throws as `dissolve`.
-  private func revoke(_ entry: inout Catalog.Entry, _ call: MetadataCall) throws(EngineError) {
+  private func revoke(_ entry: inout Catalog.Entry, _ call: Call) throws(EngineError) {
     let ranges = entry.layout?.ranges ?? []
     if let holding = entry.holding, holding.manifest.isWritable {
       memory.expectWrites(to: ranges, until: holding.lastGrantExpiry)
@@ -240,8 +240,8 @@ public final class P2PStore: Sendable {
   }
 
   /// Canceled when the store closes, because that tells the service itself.
-  private var removalCall: MetadataCall {
-    MetadataCall(
+  private var removalCall: Call {
+    Call(
       until: .after(milliseconds: 3000), cancellation: closing.descriptor.rawValue)
   }
 }

@@ -8,11 +8,11 @@ import Testing
 /// Requests that take effect although their answer is lost: the caller must not be told that
 /// somebody else did it.
 struct RepeatedRequestTests {
-  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 8000)) }
+  private var call: Call { Call(until: .after(milliseconds: 8000)) }
 
-  private func store(_ scheme: String, _ ports: UInt16...) throws -> any MetadataStore {
+  private func store(_ scheme: String, _ ports: UInt16...) throws -> any MetadataService {
     let hosts = ports.map { "127.0.0.1:\($0)" }.joined(separator: ",")
-    return try MetadataStores.open(MetadataURI(parsing: "\(scheme)://\(hosts)"))
+    return try MetadataServices.open(MetadataURI(parsing: "\(scheme)://\(hosts)"))
   }
 
   private func code(_ body: () throws -> Void) -> EngineError.Code? {
@@ -46,7 +46,7 @@ struct RepeatedRequestTests {
       request.text.contains("/v3/kv/range") ? .http(200, #"{"header":{"revision":"5"}}"#) : .close
     }
     defer { server.stop() }
-    let store = try #require(try store("etcd", server.port) as? EtcdStore)
+    let store = try #require(try store("etcd", server.port) as? EtcdService)
     #expect(try store.get("k", call) == nil)
     #expect(code { _ = try store.putIfAbsent(entry, lease: nil, call) } == .unreachable)
     #expect(server.requestCount("/v3/kv/txn") == 1)

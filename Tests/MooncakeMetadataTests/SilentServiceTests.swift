@@ -7,12 +7,12 @@ import Testing
 
 /// Services that accept a wait for changes and never answer it.
 struct SilentServiceTests {
-  private func call(_ milliseconds: UInt64) -> MetadataCall {
-    MetadataCall(until: .after(milliseconds: milliseconds))
+  private func call(_ milliseconds: UInt64) -> Call {
+    Call(until: .after(milliseconds: milliseconds))
   }
 
-  private func store(_ scheme: String, _ server: ScriptedServer) throws -> any MetadataStore {
-    try MetadataStores.open(MetadataURI(parsing: "\(scheme)://127.0.0.1:\(server.port)"))
+  private func store(_ scheme: String, _ server: ScriptedServer) throws -> any MetadataService {
+    try MetadataServices.open(MetadataURI(parsing: "\(scheme)://127.0.0.1:\(server.port)"))
   }
 
   private static let page =

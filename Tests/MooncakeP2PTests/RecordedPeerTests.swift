@@ -22,7 +22,7 @@ import Testing
       self.recording = recording
       holder = try RecordedHolder(recording, in: cluster, answers: answers, manifest: manifest)
       directory = StoreDirectory(
-        try MetadataStores.open(MetadataURI(parsing: cluster.server.uri)),
+        try MetadataServices.open(MetadataURI(parsing: cluster.server.uri)),
         prefix: MetadataDirectory.prefix(cluster: ""), ttlMilliseconds: 10_000)
     }
 

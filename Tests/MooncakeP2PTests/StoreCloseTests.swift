@@ -5,9 +5,9 @@ import MooncakeSystem
 import Testing
 
 /// Closing a store while the metadata service is frozen. The header allows five seconds.
-@Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
+@Suite(.enabled(if: ServiceProcess.Kind.etcd.isInstalled, "etcd is not installed"))
 struct StoreCloseTests {
-  private func store(_ service: MetadataService) throws -> P2PStore {
+  private func store(_ service: ServiceProcess) throws -> P2PStore {
     var engine = TransferEngine.Options()
     engine.transports = ["tcp"]
     var options = P2PStore.Options()
@@ -24,7 +24,7 @@ struct StoreCloseTests {
 
   /// Calls that ask the service end as canceled, whatever their timeout.
   @Test func callsThatWaitForTheServiceEndAtOnce() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let store = try store(service)
     let model = Memory(1000, seed: 1)
     try store.register("here", [model.buffer])
@@ -60,7 +60,7 @@ struct StoreCloseTests {
   /// A get's request to the service ends with the get: the store does not wait for it, and it does
   /// not poll a descriptor number that may be another file's by then.
   @Test func aLookForHoldersEndsWithItsGet() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let (origin, receiver) = (try store(service), try store(service))
     let model = Memory(8 << 20, seed: 2)
     var shards = RegisterOptions()

@@ -4,7 +4,7 @@ import MooncakeSystem
 
 /// Keys and texts in a metadata service, in the form that all processes sharing it use.
 package final class MetadataDirectory: Sendable {
-  package let store: any MetadataStore
+  package let store: any MetadataService
   package let settings: MetadataSettings
   /// Prefix of every key: "mooncake/", plus the cluster if there is one.
   package let prefix: String
@@ -15,7 +15,7 @@ package final class MetadataDirectory: Sendable {
   package init(
     _ uri: MetadataURI, settings: MetadataSettings = .fromEnvironment()
   ) throws(EngineError) {
-    store = try MetadataStores.open(uri, settings: settings)
+    store = try MetadataServices.open(uri, settings: settings)
     self.settings = settings
     prefix = Self.prefix(cluster: settings.clusterID)
   }
@@ -52,7 +52,7 @@ package final class MetadataDirectory: Sendable {
 
   /// The descriptor that a process has published.
   package func descriptor(
-    of name: String, _ call: MetadataCall
+    of name: String, _ call: Call
   ) throws(EngineError) -> SegmentDescriptor {
     try Self.check(name)
     let key = segmentKey(name)
@@ -74,7 +74,7 @@ package final class MetadataDirectory: Sendable {
   }
 
   /// Where a process answers RPCs.
-  package func route(to name: String, _ call: MetadataCall) throws(EngineError) -> HostPort {
+  package func route(to name: String, _ call: Call) throws(EngineError) -> HostPort {
     try Self.check(name)
     let key = routeKey(name)
     guard let text = try store.get(key, call) else { throw missing(key, "the route to \(name)") }

@@ -85,7 +85,7 @@ package final class MetadataPublisher: Sendable {
 
   /// Publishes for the first time, replacing what an earlier process left, and starts the thread.
   package func start(until deadline: Deadline) throws(EngineError) {
-    let call = MetadataCall(until: deadline, cancellation: cancellation)
+    let call = Call(until: deadline, cancellation: cancellation)
     do throws(EngineError) {
       try work.withLock { work throws(EngineError) in
         try publish(&work, isFirst: true, call)
@@ -111,7 +111,7 @@ package final class MetadataPublisher: Sendable {
   /// Publishes changes and waits until it is done or the call is over. If the service is
   /// unreachable, the changes are published when it is back. Throws if the service refuses them for
   /// good; it then keeps the old entries.
-  package func publishChanges(_ call: MetadataCall) throws(EngineError) {
+  package func publishChanges(_ call: Call) throws(EngineError) {
     let version = local.buffers.version
     state.withLock { $0.wanted = max($0.wanted, version) }
     ring()
@@ -162,7 +162,7 @@ package final class MetadataPublisher: Sendable {
     work.withLock { work in
       do throws(EngineError) {
         try directory.store.revoke(
-          work.lease, work.entries, MetadataCall(until: .after(milliseconds: milliseconds)))
+          work.lease, work.entries, Call(until: .after(milliseconds: milliseconds)))
       } catch {
         Log.warning("segment \(local.name) stays published until its lease ends: \(error.message)")
       }
@@ -187,7 +187,7 @@ package final class MetadataPublisher: Sendable {
 
   private func step(_ work: inout Work) {
     let ttl = directory.settings.ttlMilliseconds
-    let call = MetadataCall(
+    let call = Call(
       until: .after(milliseconds: max(1000, ttl * 3 / 10)), cancellation: cancellation)
     let version = local.buffers.version
     do throws(EngineError) {
@@ -212,7 +212,7 @@ package final class MetadataPublisher: Sendable {
   }
 
   private func publish(
-    _ work: inout Work, isFirst: Bool, _ call: MetadataCall
+    _ work: inout Work, isFirst: Bool, _ call: Call
   ) throws(EngineError) {
     let isRepetition = !isFirst && work.entries.count < 2
     if isFirst || isRepetition {
@@ -259,7 +259,7 @@ package final class MetadataPublisher: Sendable {
 
   /// Whether another process has put the keys; if so, they stay. Also raises our version above the
   /// other's: readers that know the newer one would ignore ours.
-  private func isForeign(_ work: inout Work, _ call: MetadataCall) throws(EngineError) -> Bool {
+  private func isForeign(_ work: inout Work, _ call: Call) throws(EngineError) -> Bool {
     let segmentKey = directory.segmentKey(local.name)
     var isForeign = false
     var latest: UInt64 = 0
@@ -274,7 +274,7 @@ package final class MetadataPublisher: Sendable {
   }
 
   /// The value of a key; empty if it is not text.
-  private func read(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  private func read(_ key: String, _ call: Call) throws(EngineError) -> String? {
     do throws(EngineError) {
       return try directory.store.get(key, call)
     } catch {

@@ -87,11 +87,11 @@ extension TransferEngine {
   /// the default timeout.
   package func register(
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
-    access: Access, publishing: MetadataCall? = nil
+    access: Access, publishing: Call? = nil
   ) throws(EngineError) {
     try addBuffers(Array(ranges), location: location, access: access)
     if access == .local { return }
-    let call = publishing ?? MetadataCall(until: deadline(0))
+    let call = publishing ?? Call(until: deadline(0))
     do throws(EngineError) {
       try publishChanges(call)
     } catch {
@@ -132,7 +132,7 @@ extension TransferEngine {
   /// is retried; a peer that still finds a buffer there is refused here. Throws BUSY if a peer's
   /// copy does not end within the call; `starts` are then recorded as unfinished.
   private func withdraw(
-    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: MetadataCall
+    _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: Call
   ) throws(EngineError) {
     if starts.isEmpty { return }
     let late = sharedMemory?.server.revoke(
@@ -165,14 +165,14 @@ extension TransferEngine {
   /// As above. The call bounds the wait for peers in the middle of a copy, and then for the
   /// metadata service; nil means the default timeout.
   package func removeBuffers(
-    _ addresses: [UInt64], _ call: MetadataCall?
+    _ addresses: [UInt64], _ call: Call?
   ) throws(EngineError) {
     try checkOpen()
     let removed = local.buffers.remove(addresses)
     var found = Set(removed.map(\.range.address))
     // Buffers of an earlier call that gave up waiting; they are no longer offered to peers.
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
-    try withdraw(removed, found, call ?? MetadataCall(until: deadline(0)))
+    try withdraw(removed, found, call ?? Call(until: deadline(0)))
     for address in addresses where !found.contains(address) {
       throw EngineError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")
@@ -198,7 +198,7 @@ extension TransferEngine {
 
   /// As above; `publishing` bounds the wait for the metadata service.
   package func allocate(
-    length: UInt64, location: String = "*", access: Access, publishing: MetadataCall?
+    length: UInt64, location: String = "*", access: Access, publishing: Call?
   ) throws(EngineError) -> UnsafeMutableRawPointer {
     // Listed before the registration, which looks up where the range lies.
     let address = try allocate(length: length, location: location)
@@ -262,7 +262,7 @@ extension TransferEngine {
   /// As above; `publishing` bounds the wait for peers in the middle of a copy and for the metadata
   /// service.
   package func free(
-    _ address: UnsafeMutableRawPointer, publishing: MetadataCall?
+    _ address: UnsafeMutableRawPointer, publishing: Call?
   ) throws(EngineError) {
     try checkOpen()
     let key = UInt64(UInt(bitPattern: address))

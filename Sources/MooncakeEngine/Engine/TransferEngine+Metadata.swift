@@ -25,11 +25,11 @@ extension TransferEngine {
   /// peers. Once `call` (nil: the default timeout) is over, publishing goes on in the background.
   /// Throws if peers will never learn of them: the metadata service refuses for good, or, without
   /// one, the descriptor no longer fits a message.
-  package func publishChanges(_ call: MetadataCall? = nil) throws(EngineError) {
+  package func publishChanges(_ call: Call? = nil) throws(EngineError) {
     guard let publisher else { return try local.checkFitsMessage() }
     let limit = min(deadline(0), .after(milliseconds: Self.publicationMilliseconds))
     try publisher.publishChanges(
-      MetadataCall(
+      Call(
         until: min(call?.deadline ?? limit, limit), cancellation: call?.cancellation ?? -1))
   }
 
@@ -44,7 +44,7 @@ extension TransferEngine {
       let left = deadline.remainingNanoseconds / 2_000_000
       return try directory.descriptor(
         of: name,
-        MetadataCall(
+        Call(
           until: fallback.isEmpty ? deadline : min(deadline, .after(milliseconds: left)),
           cancellation: closeEvent.descriptor.rawValue))
     } catch {
@@ -70,7 +70,7 @@ extension TransferEngine {
     if isOwn(name) { return rpcAddress.description }
     guard let directory else { return name }
     return try directory.route(
-      to: name, MetadataCall(until: deadline, cancellation: closeEvent.descriptor.rawValue)
+      to: name, Call(until: deadline, cancellation: closeEvent.descriptor.rawValue)
     ).description
   }
 }

@@ -52,7 +52,7 @@ final class EtcdClient: Sendable {
 
   /// The answer's text. `isRepeated` is set if an attempt failed that may still have taken effect.
   func ask(
-    _ query: Query, _ call: MetadataCall, isRepeated: inout Bool
+    _ query: Query, _ call: Call, isRepeated: inout Bool
   ) throws(EngineError) -> [UInt8] {
     let count = uri.endpoints.count
     let first = state.withLock { $0.endpoint }
@@ -92,7 +92,7 @@ final class EtcdClient: Sendable {
   }
 
   private func ask(
-    _ query: Query, at endpoint: HostPort, _ call: MetadataCall, isRepeated: inout Bool
+    _ query: Query, at endpoint: HostPort, _ call: Call, isRepeated: inout Bool
   ) throws(EngineError) -> [UInt8] {
     for isRetry in [false, true] {
       let token = try token(at: endpoint, call, isStale: isRetry)
@@ -124,7 +124,7 @@ final class EtcdClient: Sendable {
   }
 
   private func token(
-    at endpoint: HostPort, _ call: MetadataCall, isStale: Bool
+    at endpoint: HostPort, _ call: Call, isStale: Bool
   ) throws(EngineError) -> String? {
     guard let user else { return nil }
     if !isStale, let token = state.withLock({ $0.token }) { return token }
@@ -150,7 +150,7 @@ final class EtcdClient: Sendable {
   }
 
   private func send(
-    _ query: Query, at endpoint: HostPort, token: String?, _ call: MetadataCall,
+    _ query: Query, at endpoint: HostPort, token: String?, _ call: Call,
     isUnsent: inout Bool
   ) throws(EngineError) -> HTTPResponse {
     var request = HTTPRequest(

@@ -63,7 +63,7 @@ final class HTTPClient: Sendable {
   }
 
   /// Sends a request and waits for the answer.
-  func perform(_ request: HTTPRequest, _ call: MetadataCall) throws(HTTPFailure) -> HTTPResponse {
+  func perform(_ request: HTTPRequest, _ call: Call) throws(HTTPFailure) -> HTTPResponse {
     // libcurl's own resolver cannot be interrupted.
     let addresses: [SocketAddress]
     do throws(ResolveError) {

@@ -44,7 +44,7 @@ final class HTTPLane: @unchecked Sendable {
   }
 
   func perform(
-    _ request: HTTPRequest, _ addresses: [SocketAddress], _ call: MetadataCall
+    _ request: HTTPRequest, _ addresses: [SocketAddress], _ call: Call
   ) throws(HTTPFailure) -> HTTPResponse {
     received = []
     end = request.end
@@ -168,7 +168,7 @@ final class HTTPLane: @unchecked Sendable {
 
   // MARK: Transfer
 
-  private func transfer(_ call: MetadataCall) throws(HTTPFailure) -> CURLcode {
+  private func transfer(_ call: Call) throws(HTTPFailure) -> CURLcode {
     guard curl.multiAdd(multi, easy) == CURLM_OK else {
       throw HTTPFailure(code: .system, cause: "libcurl refuses the request", remedy: "see its log")
     }
@@ -196,7 +196,7 @@ final class HTTPLane: @unchecked Sendable {
       remedy: "is the service stopped or overloaded?")
   }
 
-  private func failure(_ code: CURLcode, _ call: MetadataCall) -> HTTPFailure {
+  private func failure(_ code: CURLcode, _ call: Call) -> HTTPFailure {
     let text =
       errorBuffer.pointee == 0
       ? String(cString: curl.errorText(code))

@@ -103,7 +103,7 @@ final class RedisConnection: @unchecked Sendable {
   private let reader: UnsafeMutablePointer<redisReader>
 
   init(
-    _ library: HiredisLibrary, to server: HostPort, _ call: MetadataCall
+    _ library: HiredisLibrary, to server: HostPort, _ call: Call
   ) throws(RedisFailure) {
     self.library = library
     socket = try Self.connect(server, call)
@@ -119,7 +119,7 @@ final class RedisConnection: @unchecked Sendable {
   var isStale: Bool { Waiting.isReadable(socket.rawValue) }
 
   private static func connect(
-    _ server: HostPort, _ call: MetadataCall
+    _ server: HostPort, _ call: Call
   ) throws(RedisFailure) -> Socket {
     let addresses: [SocketAddress]
     do throws(ResolveError) {
@@ -163,7 +163,7 @@ final class RedisConnection: @unchecked Sendable {
   }
 
   /// Sends commands in one go and waits for all answers.
-  func run(_ commands: [[String]], _ call: MetadataCall) throws(RedisFailure) -> [RedisReply] {
+  func run(_ commands: [[String]], _ call: Call) throws(RedisFailure) -> [RedisReply] {
     do throws(Errno) {
       try send(commands.flatMap(format), call)
     } catch {
@@ -190,7 +190,7 @@ final class RedisConnection: @unchecked Sendable {
     return Array(UnsafeRawBufferPointer(start: text, count: Int(count)))
   }
 
-  private func send(_ bytes: [UInt8], _ call: MetadataCall) throws(Errno) {
+  private func send(_ bytes: [UInt8], _ call: Call) throws(Errno) {
     var sentCount = 0
     while sentCount < bytes.count {
       if let count = try socket.trySend(bytes, from: sentCount) {
@@ -201,7 +201,7 @@ final class RedisConnection: @unchecked Sendable {
     }
   }
 
-  private func receive(_ call: MetadataCall) throws(RedisFailure) -> RedisReply {
+  private func receive(_ call: Call) throws(RedisFailure) -> RedisReply {
     var receivedCount = 0
     let chunk = UnsafeMutableRawBufferPointer.allocate(byteCount: Self.chunkBytes, alignment: 16)
     defer { chunk.deallocate() }

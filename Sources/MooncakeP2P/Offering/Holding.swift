@@ -27,7 +27,7 @@ package final class Holding: Sendable {
   /// Offers only what is available yet; the caller has registered the memory.
   package init(
     name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
-    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64, _ call: MetadataCall
+    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64, _ call: Call
   ) throws(EngineError) {
     self.name = name
     self.engine = engine

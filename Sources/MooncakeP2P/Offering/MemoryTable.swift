@@ -42,8 +42,8 @@ final class MemoryTable: Sendable {
   private let unfreed = Lock<[UInt64]>([])
 
   /// For undoing a call that is over.
-  private static var moment: MetadataCall {
-    MetadataCall(until: .after(milliseconds: Bounds.momentMilliseconds))
+  private static var moment: Call {
+    Call(until: .after(milliseconds: Bounds.momentMilliseconds))
   }
   /// A call that waits for another call's wait checks this often whether it was canceled.
   private static let tickMilliseconds: UInt64 = 50
@@ -56,7 +56,7 @@ final class MemoryTable: Sendable {
   /// failed call cannot undo its registrations because a peer touches the memory, `ending` gets the
   /// addresses, for `finish`.
   func register(
-    _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: MetadataCall,
+    _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: Call,
     leaving ending: inout [UInt64]
   ) throws(EngineError) {
     while true {
@@ -149,7 +149,7 @@ final class MemoryTable: Sendable {
   /// Ends those of these addresses that are let go: when it returns, nobody reads or writes there.
   /// Throws BUSY if a peer is still in the middle of a copy when the call is over; they stay
   /// ending, and the next call tries again.
-  func finish(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
+  func finish(_ addresses: [UInt64], _ call: Call) throws(EngineError) {
     while true {
       let seen = waits.value
       let (mine, isAttended) = attend(addresses)
@@ -188,7 +188,7 @@ final class MemoryTable: Sendable {
     }
   }
 
-  private func end(_ addresses: [UInt64], _ call: MetadataCall) throws(EngineError) {
+  private func end(_ addresses: [UInt64], _ call: Call) throws(EngineError) {
     var failure: EngineError?
     do throws(EngineError) { try engine.removeBuffers(addresses, call) } catch {
       // Other errors: the engine has closed, so nobody touches the memory, or has logged who does.
@@ -209,7 +209,7 @@ final class MemoryTable: Sendable {
   }
 
   /// Frees memory of the engine now, or later if a peer may still touch it.
-  func free(_ allocations: [UInt64], _ call: MetadataCall) {
+  func free(_ allocations: [UInt64], _ call: Call) {
     for address in allocations {
       let pointer = UnsafeMutableRawPointer(bitPattern: UInt(address))!
       do throws(EngineError) { try engine.free(pointer, publishing: call) } catch {
@@ -218,7 +218,7 @@ final class MemoryTable: Sendable {
     }
   }
 
-  private func retryFreeing(_ call: MetadataCall) {
+  private func retryFreeing(_ call: Call) {
     let addresses = unfreed.withLock { unfreed in
       defer { unfreed = [] }
       return unfreed

@@ -22,9 +22,9 @@ final class PayloadDownload {
   /// Where a download turns to the metadata service, within a call that ends with the download.
   struct Directory: Sendable {
     /// Some holders of the version.
-    var holders: @Sendable (MetadataCall) throws(EngineError) -> [HolderRecord]
+    var holders: @Sendable (Call) throws(EngineError) -> [HolderRecord]
     /// The version that stands under the name; nil: whoever gets this wants no other.
-    var present: (@Sendable (MetadataCall) throws(EngineError) -> PayloadVersion?)?
+    var present: (@Sendable (Call) throws(EngineError) -> PayloadVersion?)?
   }
 
   /// One shard on its way.
@@ -51,8 +51,8 @@ final class PayloadDownload {
     }
 
     /// For whoever keeps this inbox meanwhile.
-    var call: MetadataCall {
-      MetadataCall(
+    var call: Call {
+      Call(
         until: .after(milliseconds: 5000), cancellation: ending.descriptor.rawValue)
     }
 

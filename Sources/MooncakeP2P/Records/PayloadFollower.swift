@@ -50,13 +50,13 @@ package final class PayloadFollower: @unchecked Sendable {
 
   /// Waits for changes and reports them; returns when there were some, when payloads without a head
   /// must be looked at, or at the call's deadline. May be called again after an error.
-  package func turn(_ call: MetadataCall) throws(EngineError) {
+  package func turn(_ call: Call) throws(EngineError) {
     do throws(EngineError) {
-      let wait = MetadataCall(
+      let wait = Call(
         until: min(call.deadline, nextLook), cancellation: call.cancellation)
       for change in try watch.next(wait, listing: call) { take(change) }
       try lookAtHeadless(
-        MetadataCall(
+        Call(
           until: .after(milliseconds: Self.lookMilliseconds), cancellation: call.cancellation))
     } catch {
       if error.code != .canceled {
@@ -106,7 +106,7 @@ package final class PayloadFollower: @unchecked Sendable {
     tell(former == nil ? .appeared(info) : .changed(info))
   }
 
-  private func lookAtHeadless(_ call: MetadataCall) throws(EngineError) {
+  private func lookAtHeadless(_ call: Call) throws(EngineError) {
     let now = directory.now()
     let keys = headless.filter { $0.value.due <= now }.map(\.key).sorted()
     if keys.isEmpty { return }

@@ -109,7 +109,7 @@ final class PayloadWatchLoop: Sendable {
     while !isStopping.isSet {
       do throws(EngineError) {
         try follower.turn(
-          MetadataCall(
+          Call(
             until: .after(milliseconds: Self.waitMilliseconds),
             cancellation: stopping.descriptor.rawValue))
         if backoff > 0 { Log.info("metadata \(follower.uri): payloads are watched again") }

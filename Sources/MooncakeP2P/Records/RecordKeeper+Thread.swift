@@ -81,8 +81,8 @@ extension RecordKeeper {
     }
   }
 
-  private var call: MetadataCall {
-    MetadataCall(
+  private var call: Call {
+    Call(
       until: .after(milliseconds: max(1000, directory.ttlMilliseconds * 3 / 10)),
       cancellation: stopping.descriptor.rawValue)
   }

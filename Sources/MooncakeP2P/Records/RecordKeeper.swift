@@ -81,7 +81,7 @@ package final class RecordKeeper: Sendable {
     var isHindered = false
     var isStopping = false
     var onRemoval: (@Sendable (HolderRecord) -> Void)?
-    var onTurn: (@Sendable (MetadataCall) -> Void)?
+    var onTurn: (@Sendable (Call) -> Void)?
     var thread: WorkerThread?
     var withdrawal: WorkerThread?
   }
@@ -111,18 +111,18 @@ package final class RecordKeeper: Sendable {
   }
 
   /// Adds work for each round of the thread, within a call.
-  func onTurn(_ handler: @escaping @Sendable (MetadataCall) -> Void) {
+  func onTurn(_ handler: @escaping @Sendable (Call) -> Void) {
     state.withLock { $0.onTurn = handler }
   }
 
-  var store: any MetadataStore { directory.store }
+  var store: any MetadataService { directory.store }
 
   // MARK: Calls
 
   /// Publishes a holding and makes the payload's name lead to it. Throws `exists` if the name is
   /// taken and only a new one is wanted; after an error nothing stays published.
   package func publish(
-    _ record: HolderRecord, isCreateOnly: Bool, _ call: MetadataCall
+    _ record: HolderRecord, isCreateOnly: Bool, _ call: Call
   ) throws(EngineError) {
     let key = directory.holderKey(record)
     try start()
@@ -139,7 +139,7 @@ package final class RecordKeeper: Sendable {
   /// A concurrent removal covers what was published until a moment ago. A holding just published
   /// must not be withdrawn by it afterwards, so it is published again with a later time.
   private func outlive(
-    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: Call
   ) throws(EngineError) {
     for _ in 0..<Self.attemptLimit {
       guard let slot = state.withLock({ $0.slots[key] }) else { throw Self.closed }
@@ -155,7 +155,7 @@ package final class RecordKeeper: Sendable {
   }
 
   private func putWithHead(
-    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+    _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: Call
   ) throws(EngineError) {
     note(try latest(record, call), key, isPublishing: true)
     try settle(key, call)
@@ -178,7 +178,7 @@ package final class RecordKeeper: Sendable {
   /// The record with a publishing time after everything that the service has under its name, so
   /// that differing clocks do not make it an older version.
   private func latest(
-    _ record: HolderRecord, _ call: MetadataCall
+    _ record: HolderRecord, _ call: Call
   ) throws(EngineError) -> HolderRecord {
     let name = record.name
     let head = directory.head(name, in: try store.values(of: [directory.headKey(name)], call)[0])
@@ -195,7 +195,7 @@ package final class RecordKeeper: Sendable {
   }
 
   /// Publishes a holding, or changes to it.
-  package func put(_ record: HolderRecord, _ call: MetadataCall) {
+  package func put(_ record: HolderRecord, _ call: Call) {
     let key = directory.holderKey(record)
     do throws(EngineError) {
       try start()
@@ -207,7 +207,7 @@ package final class RecordKeeper: Sendable {
   }
 
   /// Deletes a holding's record, and the payload's head if it names this holding.
-  package func remove(_ record: HolderRecord, _ call: MetadataCall) {
+  package func remove(_ record: HolderRecord, _ call: Call) {
     let key = directory.holderKey(record)
     let isKnown = state.withLock { state in
       guard state.slots[key] != nil else { return false }
@@ -247,7 +247,7 @@ package final class RecordKeeper: Sendable {
     do throws(EngineError) {
       try store.revoke(
         lease, entries,
-        MetadataCall(
+        Call(
           until: min(end, .after(milliseconds: Self.removalMilliseconds / (isDown ? 4 : 1)))))
     } catch {
       Log.warning("records of payloads stay until their lease ends: \(error.message)")
@@ -277,7 +277,7 @@ package final class RecordKeeper: Sendable {
 
   /// Makes the stored record match the wanted one. Another thread may be doing the same: the one
   /// that finds that it stored an outdated record repeats until it is right.
-  func settle(_ key: String, _ call: MetadataCall) throws(EngineError) {
+  func settle(_ key: String, _ call: Call) throws(EngineError) {
     var didPut = false
     while true {
       guard let slot = state.withLock({ $0.slots[key] }) else {
@@ -321,7 +321,7 @@ package final class RecordKeeper: Sendable {
 
   /// Runs `body` with the lease; if that has ended, once more with a new one.
   func withLease<Result>(
-    _ call: MetadataCall, _ body: (MetadataLease) throws(EngineError) -> Result
+    _ call: Call, _ body: (MetadataLease) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
     let lease = try lease(call)
     do throws(EngineError) {
@@ -333,7 +333,7 @@ package final class RecordKeeper: Sendable {
     return try body(try self.lease(call))
   }
 
-  private func lease(_ call: MetadataCall) throws(EngineError) -> MetadataLease {
+  private func lease(_ call: Call) throws(EngineError) -> MetadataLease {
     let (present, isStopping) = state.withLock { ($0.lease, $0.isStopping) }
     if isStopping { throw Self.closed }
     if let present { return present }

@@ -6,7 +6,7 @@ extension StoreDirectory {
   /// Every payload whose name begins with `start`, in order of names. A name without a head is
   /// listed with the newest version that a holder has all of.
   package func list(
-    prefix start: String, _ call: MetadataCall
+    prefix start: String, _ call: Call
   ) throws(EngineError) -> [PayloadInfo] {
     // By bytes: equal strings may be different names.
     var infos: [MetadataKey: PayloadInfo] = [:]
@@ -41,7 +41,7 @@ extension StoreDirectory {
   /// How some names that begin with `start` are listed, by name, and the removals of those without
   /// a head.
   func lookUp(
-    _ names: [MetadataKey], startingWith start: String, _ call: MetadataCall
+    _ names: [MetadataKey], startingWith start: String, _ call: Call
   ) throws(EngineError) -> (listed: [MetadataKey: PayloadSummary], [MetadataKey: Removals]) {
     var listed: [MetadataKey: PayloadSummary] = [:]
     var removals: [MetadataKey: Removals] = [:]
@@ -74,7 +74,7 @@ extension StoreDirectory {
   }
 
   private func head(
-    of name: MetadataKey, _ call: MetadataCall
+    of name: MetadataKey, _ call: Call
   ) throws(EngineError) -> PayloadSummary? {
     head(name.text, in: try store.values(of: [headKey(name.text)], call)[0])?.summary
   }

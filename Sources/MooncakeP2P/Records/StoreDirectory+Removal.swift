@@ -85,7 +85,7 @@ extension StoreDirectory {
   /// Removes a name: its holders withdraw every version published until now. Returns false if there
   /// is none. Holders with a later version of the store may not understand this removal: then it
   /// throws `unsupported` and removes nothing.
-  package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  package func remove(_ name: String, _ call: Call) throws(EngineError) -> Bool {
     let start = wallMilliseconds()
     var isRemoved = false
     for _ in 0..<Self.attemptLimit {
@@ -118,7 +118,7 @@ extension StoreDirectory {
   }
 
   private func bury(
-    _ name: String, _ summaries: [PayloadSummary], since start: UInt64, _ call: MetadataCall
+    _ name: String, _ summaries: [PayloadSummary], since start: UInt64, _ call: Call
   ) throws(EngineError) {
     let until = max(start, summaries.map(\.publishedMilliseconds).max() ?? 0)
     // Before, so that holders that are away notice it even if this breaks off; after, because
@@ -142,7 +142,7 @@ extension StoreDirectory {
     try putMark(call)
   }
 
-  private func putMark(_ call: MetadataCall) throws(EngineError) {
+  private func putMark(_ call: Call) throws(EngineError) {
     try store.put(
       MetadataEntry(
         key: removalMarkKey,
@@ -152,7 +152,7 @@ extension StoreDirectory {
 
   /// A lease that lasts long enough, reused for all removals of some period because services limit
   /// how many there are.
-  private func burialLease(_ call: MetadataCall) throws(EngineError) -> MetadataLease? {
+  private func burialLease(_ call: Call) throws(EngineError) -> MetadataLease? {
     let now = now()
     let present = burial.withLock { $0 }
     if let present,
@@ -167,7 +167,7 @@ extension StoreDirectory {
 
   /// The removals of one name.
   package func removals(
-    of name: String, _ call: MetadataCall
+    of name: String, _ call: Call
   ) throws(EngineError) -> Removals {
     var removals = Removals()
     if try isListingSpared(call) { return removals }
@@ -179,7 +179,7 @@ extension StoreDirectory {
 
   /// The same for every name that begins with `start` and for which `isAsked` is true.
   func removals(
-    startingWith start: String, _ call: MetadataCall, isAsked: (MetadataKey) -> Bool
+    startingWith start: String, _ call: Call, isAsked: (MetadataKey) -> Bool
   ) throws(EngineError) -> [MetadataKey: Removals] {
     var removals: [MetadataKey: Removals] = [:]
     if try isListingSpared(call) { return removals }
@@ -194,13 +194,13 @@ extension StoreDirectory {
 
   /// Whether a listing, for which Redis walks through all of its keys, can be skipped. The mark is
   /// put before any removal and stays: without it, there are no removals.
-  private func isListingSpared(_ call: MetadataCall) throws(EngineError) -> Bool {
-    guard store is RedisStore else { return false }
+  private func isListingSpared(_ call: Call) throws(EngineError) -> Bool {
+    guard store is RedisService else { return false }
     return try store.values(of: [removalMarkKey], call)[0] == nil
   }
 
   /// Whether any name was removed recently.
-  func hasRemovals(_ call: MetadataCall) throws(EngineError) -> Bool {
+  func hasRemovals(_ call: Call) throws(EngineError) -> Bool {
     try store.list(prefix: removalPrefix, from: nil, limit: 2, call).entries.contains {
       $0.key != removalMarkKey
     }

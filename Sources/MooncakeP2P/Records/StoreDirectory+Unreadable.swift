@@ -44,7 +44,7 @@ extension StoreDirectory {
   /// Throws if a holder's record of a name, or of one version of it, needs a later version of the
   /// store. Checked before reporting that nobody holds it.
   package func refuseLaterRecords(
-    of name: String, version: PayloadVersion? = nil, _ call: MetadataCall
+    of name: String, version: PayloadVersion? = nil, _ call: Call
   ) throws(EngineError) {
     let prefix = version.map { holderPrefix(name, $0) } ?? holderPrefix(name)
     let page = try store.list(prefix: prefix, from: nil, limit: Self.lookCount, call)

@@ -47,7 +47,7 @@ extension StoreDirectory {
   /// The versions of a name that somebody holds. Only one page of records is in memory at a time,
   /// and no more are read for a version once a complete holder is found.
   package func versions(
-    of name: String, _ call: MetadataCall
+    of name: String, _ call: Call
   ) throws(EngineError) -> [HeldVersion] {
     let prefix = holderPrefix(name)
     var versions: [HeldVersion] = []
@@ -80,7 +80,7 @@ extension StoreDirectory {
   /// The version of a name without a head; nil if there is none. A version whose holders know of a
   /// newer one is not revived when that one is gone, nor is a removed one.
   package func newest(
-    of name: String, _ call: MetadataCall
+    of name: String, _ call: Call
   ) throws(EngineError) -> HeldVersion? {
     let versions = try versions(of: name, call)
     if !versions.contains(where: \.isCurrent) { return nil }

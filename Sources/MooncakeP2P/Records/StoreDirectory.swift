@@ -7,7 +7,7 @@ import MooncakeSystem
 ///
 /// A malformed record counts as absent when many are read, and is an error when one is asked for.
 package final class StoreDirectory: Sendable {
-  package let store: any MetadataStore
+  package let store: any MetadataService
   /// Begins every key: "mooncake/", and the cluster if there is one.
   let prefix: String
   /// How long records outlive the last sign of life of their process.
@@ -28,7 +28,7 @@ package final class StoreDirectory: Sendable {
   }
 
   package init(
-    _ store: any MetadataStore, prefix: String, ttlMilliseconds: UInt64,
+    _ store: any MetadataService, prefix: String, ttlMilliseconds: UInt64,
     now: @escaping @Sendable () -> UInt64 = { Clock.sinceBoot() },
     wallMilliseconds: @escaping @Sendable () -> UInt64 = { WallClock.milliseconds() }
   ) {
@@ -72,7 +72,7 @@ package final class StoreDirectory: Sendable {
   // MARK: One payload
 
   /// The head of a name; nil if there is none.
-  package func head(_ name: String, _ call: MetadataCall) throws(EngineError) -> PayloadHead? {
+  package func head(_ name: String, _ call: Call) throws(EngineError) -> PayloadHead? {
     guard let text = try store.get(headKey(name), call) else { return nil }
     do throws(EngineError) {
       let head = try PayloadHead(json: text)
@@ -101,7 +101,7 @@ package final class StoreDirectory: Sendable {
   /// Some holders of a version, chosen at random if there are more than `limit`. However many there
   /// are, no more than the limit are read.
   package func holders(
-    of name: String, _ version: PayloadVersion, limit: Int, _ call: MetadataCall
+    of name: String, _ version: PayloadVersion, limit: Int, _ call: Call
   ) throws(EngineError) -> [HolderRecord] {
     let prefix = holderPrefix(name, version)
     let start = prefix + HexNumber.text(.random(in: 0 ... .max))
@@ -118,7 +118,7 @@ package final class StoreDirectory: Sendable {
 
   /// Holders of all versions of a name, in no useful order.
   package func allHolders(
-    of name: String, limit: Int = .max, _ call: MetadataCall
+    of name: String, limit: Int = .max, _ call: Call
   ) throws(EngineError) -> [HolderRecord] {
     if limit == .max {
       return try store.listAll(prefix: holderPrefix(name), call).entries.compactMap(record)
@@ -138,8 +138,8 @@ package final class StoreDirectory: Sendable {
   }
 
   /// Deletes a key that others may also write, if it has this value.
-  package func delete(_ entry: MetadataEntry, _ call: MetadataCall) throws(EngineError) {
-    guard let etcd = store as? EtcdStore else { return try store.revoke(nil, [entry], call) }
+  package func delete(_ entry: MetadataEntry, _ call: Call) throws(EngineError) {
+    guard let etcd = store as? EtcdService else { return try store.revoke(nil, [entry], call) }
     guard let (value, revision) = try etcd.getRevised(entry.key, isText: false, call),
       value.utf8.elementsEqual(entry.value.utf8)
     else { return }

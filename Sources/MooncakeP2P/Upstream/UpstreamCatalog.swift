@@ -7,7 +7,7 @@ import MooncakeSystem
 /// writers change a document by compare-and-swap; this one only touches its own entries.
 package final class UpstreamCatalog: Sendable {
   private let directory: StoreDirectory
-  private let etcd: EtcdStore
+  private let etcd: EtcdService
 
   /// Entries of our own that are still to be removed from a document.
   private struct PendingRemoval {
@@ -36,7 +36,7 @@ package final class UpstreamCatalog: Sendable {
 
   /// nil unless the metadata service is etcd.
   package init?(_ directory: StoreDirectory) {
-    guard let etcd = directory.store as? EtcdStore else { return nil }
+    guard let etcd = directory.store as? EtcdService else { return nil }
     self.directory = directory
     self.etcd = etcd
   }
@@ -48,14 +48,14 @@ package final class UpstreamCatalog: Sendable {
 
   /// The document of a payload; nil if there is none.
   package func document(
-    _ name: String, _ call: MetadataCall
+    _ name: String, _ call: Call
   ) throws(EngineError) -> UpstreamDocument? {
     try revised(name, call)?.document
   }
 
   /// The same with its revision.
   package func revised(
-    _ name: String, _ call: MetadataCall
+    _ name: String, _ call: Call
   ) throws(EngineError) -> Found? {
     guard let (text, revision) = try etcd.getRevised(key(name), call) else { return nil }
     do throws(EngineError) {
@@ -72,7 +72,7 @@ package final class UpstreamCatalog: Sendable {
 
   /// Payloads that have a document, in order of names. Malformed documents are skipped.
   package func list(
-    prefix: String, _ call: MetadataCall
+    prefix: String, _ call: Call
   ) throws(EngineError) -> [PayloadInfo] {
     var infos: [PayloadInfo] = []
     var position: String?
@@ -93,7 +93,7 @@ package final class UpstreamCatalog: Sendable {
   /// Writes the document of a payload that was registered here. It replaces an existing one, whose
   /// owners hold other bytes, unless only a new one is wanted.
   package func put(
-    _ document: UpstreamDocument, isCreateOnly: Bool, _ call: MetadataCall
+    _ document: UpstreamDocument, isCreateOnly: Bool, _ call: Call
   ) throws(EngineError) {
     let key = key(document.name)
     keepEntries(document.name)
@@ -106,7 +106,7 @@ package final class UpstreamCatalog: Sendable {
   }
 
   private func replace(
-    _ document: UpstreamDocument, _ key: String, isCreateOnly: Bool, _ call: MetadataCall
+    _ document: UpstreamDocument, _ key: String, isCreateOnly: Bool, _ call: Call
   ) throws(EngineError) {
     let text = document.json
     let isShared = text.utf8.count <= Self.maximumDocumentBytes
@@ -137,7 +137,7 @@ package final class UpstreamCatalog: Sendable {
   /// version is given, only while the name has that version.
   package func addReplica(
     _ name: String, version: PayloadVersion? = nil, segment: String, _ addresses: [UInt64],
-    _ call: MetadataCall
+    _ call: Call
   ) {
     keepEntries(name)
     let isDone = change(name, "adding a replica", call) { document throws(EngineError) in
@@ -159,7 +159,7 @@ package final class UpstreamCatalog: Sendable {
 
   /// Removes a segment's entries, and the document with the last one. If that fails, `settle`
   /// retries.
-  package func removeOwn(_ name: String, segment: String, _ call: MetadataCall) {
+  package func removeOwn(_ name: String, segment: String, _ call: Call) {
     let isDone = remove(segment, of: name, isPending: false, call)
     let mayComeBack = unanswered.withLock { $0.remove(MetadataKey(name)) != nil }
     if !isDone || mayComeBack { owe(name, segment: segment) }
@@ -182,7 +182,7 @@ package final class UpstreamCatalog: Sendable {
   }
 
   /// Retries failed removals until the first failure. `isLast`: all of them now.
-  package func settle(_ call: MetadataCall, isLast: Bool = false) {
+  package func settle(_ call: Call, isLast: Bool = false) {
     for (key, removal) in removals.withLock({ $0 }) {
       if removal.turnsLeft > 0 && !isLast {
         removals.withLock { $0[key]?.turnsLeft -= 1 }
@@ -207,7 +207,7 @@ package final class UpstreamCatalog: Sendable {
   /// `isPending`: only while nobody puts entries again. That is checked after each read, so a
   /// document with new entries is either left alone or fails the swap.
   private func remove(
-    _ segment: String, of name: String, isPending: Bool, _ call: MetadataCall
+    _ segment: String, of name: String, isPending: Bool, _ call: Call
   ) -> Bool {
     change(name, "removing own entries", call) { document throws(EngineError) in
       if isPending && !self.isPending(name) { return false }
@@ -223,14 +223,14 @@ package final class UpstreamCatalog: Sendable {
   }
 
   /// Removes a payload's document; returns whether there was one.
-  package func remove(_ name: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  package func remove(_ name: String, _ call: Call) throws(EngineError) -> Bool {
     try etcd.delete(key(name), call)
   }
 
   /// Reads, changes and swaps until no other writer interferes. Failures are logged: the document
   /// only helps processes that use Mooncake. Returns whether the document is as wanted.
   private func change(
-    _ name: String, _ what: String, _ call: MetadataCall,
+    _ name: String, _ what: String, _ call: Call,
     _ body: (inout UpstreamDocument) throws(EngineError) -> Bool
   ) -> Bool {
     do throws(EngineError) {

@@ -50,7 +50,7 @@ struct MetadataChecks {
     return findings
   }
 
-  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: timeoutMilliseconds)) }
+  private var call: Call { Call(until: .after(milliseconds: timeoutMilliseconds)) }
 
   private func connect(_ endpoint: HostPort) -> Finding {
     do {
@@ -155,7 +155,7 @@ struct MetadataChecks {
 
   /// Renews a key as engines do, and ends another lease; false if the renewal failed.
   private func renewal(
-    _ store: any MetadataStore, _ lease: MetadataLease, _ entry: MetadataEntry,
+    _ store: any MetadataService, _ lease: MetadataLease, _ entry: MetadataEntry,
     _ findings: inout [Finding]
   ) throws(EngineError) -> Bool {
     guard try store.renew(lease, [entry], call) == .kept else {

@@ -21,12 +21,12 @@ struct MetadataArguments: ParsableArguments {
 
   func validate() throws { try requireTimeout(timeout, atMost: 600) }
 
-  func open() throws -> any MetadataStore {
-    try MetadataStores.open(MetadataURI(parsing: service.uri))
+  func open() throws -> any MetadataService {
+    try MetadataServices.open(MetadataURI(parsing: service.uri))
   }
 
-  var call: MetadataCall {
-    MetadataCall(until: .after(milliseconds: timeout?.milliseconds ?? 5000))
+  var call: Call {
+    Call(until: .after(milliseconds: timeout?.milliseconds ?? 5000))
   }
 
   func print(_ entry: MetadataEntry, withValue: Bool = true) {
@@ -127,7 +127,7 @@ struct MetadataPutCommand: ParsableCommand {
         // End the unused lease, since services limit their number. Without the entry: given it,
         // Redis would remove an equal value that somebody else has put.
         if lease != nil {
-          try? store.revoke(lease, [], MetadataCall(until: .after(milliseconds: 2000)))
+          try? store.revoke(lease, [], Call(until: .after(milliseconds: 2000)))
         }
         throw error
       }
@@ -136,7 +136,7 @@ struct MetadataPutCommand: ParsableCommand {
   }
 
   private func put(
-    _ entry: MetadataEntry, _ lease: MetadataLease?, _ store: any MetadataStore
+    _ entry: MetadataEntry, _ lease: MetadataLease?, _ store: any MetadataService
   ) throws(EngineError) {
     if !ifAbsent { return try store.put(entry, lease: lease, service.call) }
     if try !store.putIfAbsent(entry, lease: lease, service.call) {
@@ -256,8 +256,8 @@ struct MetadataWatchCommand: ParsableCommand {
     }
   }
 
-  private func call(until deadline: Deadline, _ stop: StopRequest) -> MetadataCall {
-    MetadataCall(until: deadline, cancellation: stop.descriptor)
+  private func call(until deadline: Deadline, _ stop: StopRequest) -> Call {
+    Call(until: deadline, cancellation: stop.descriptor)
   }
 
   /// Until when the service may be unreachable.

@@ -22,11 +22,11 @@ struct MetadataDirectoryTests {
     }
   }
 
-  private func store(_ server: MetadataServer) throws -> any MetadataStore {
-    try MetadataStores.open(MetadataURI(parsing: server.uri))
+  private func store(_ server: MetadataServer) throws -> any MetadataService {
+    try MetadataServices.open(MetadataURI(parsing: server.uri))
   }
 
-  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 5000)) }
+  private var call: Call { Call(until: .after(milliseconds: 5000)) }
 
   @Test func keys() throws {
     #expect(MetadataDirectory.prefix(cluster: "") == "mooncake/")
@@ -168,7 +168,7 @@ struct MetadataDirectoryTests {
     try service.put(MetadataEntry(key: "w/a", value: "1"), lease: nil, call)
     let watch = MetadataWatch(service, prefix: "w/")
     #expect(try watch.next(call) == [.put(MetadataEntry(key: "w/a", value: "1"))])
-    let quiet = MetadataCall(until: .after(milliseconds: 200))
+    let quiet = Call(until: .after(milliseconds: 200))
     #expect(try watch.next(quiet).isEmpty)
     let lease = try #require(try service.grant(ttlMilliseconds: 300, call))
     try service.put(MetadataEntry(key: "w/b", value: "2"), lease: lease, call)

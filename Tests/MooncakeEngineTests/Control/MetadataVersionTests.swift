@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeSystem
@@ -54,8 +55,8 @@ struct MetadataVersionTests {
   @Test func successorsAreNewer() throws {
     let server = try MetadataServer()
     defer { server.stop() }
-    let service = try MetadataStores.open(MetadataURI(parsing: server.uri))
-    let call = MetadataCall(until: .after(milliseconds: 5000))
+    let service = try MetadataServices.open(MetadataURI(parsing: server.uri))
+    let call = Call(until: .after(milliseconds: 5000))
     let ahead = version(LocalSegment(identity: SegmentDescriptor(name: "a"))) + 60_000_000
     for key in ["mooncake/ram/target", "mooncake/rpc_meta/target"] {
       let text = "{\"metadata_version\":\(ahead)}"

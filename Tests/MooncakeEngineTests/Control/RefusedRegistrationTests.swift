@@ -83,7 +83,7 @@ struct RefusedRegistrationTests {
     #expect(refusal(engine, Array(more))?.code == .full)
     try register(engine, Array(more.prefix(100)))
     let directory = try MetadataDirectory(MetadataURI(parsing: server.uri))
-    let call = MetadataCall(until: .after(milliseconds: 5000))
+    let call = Call(until: .after(milliseconds: 5000))
     #expect(try directory.descriptor(of: "target", call).buffers.count == 200)
   }
 
@@ -111,8 +111,8 @@ struct RefusedRegistrationTests {
     let health = try client.ask("GET", "/health").body
     #expect(health.contains("\"leases\":1,") || health.contains("\"leases\":2,"), "\(health)")
     for index in 0..<fillers { _ = try client.ask("DELETE", "/metadata?key=filler\(index)") }
-    let store = try MetadataStores.open(MetadataURI(parsing: server.uri))
-    let call = MetadataCall(until: .after(milliseconds: 20_000))
+    let store = try MetadataServices.open(MetadataURI(parsing: server.uri))
+    let call = Call(until: .after(milliseconds: 20_000))
     #expect(
       eventually(within: 10_000) { (try? store.get("mooncake/ram/target", call)) ?? nil != nil })
   }

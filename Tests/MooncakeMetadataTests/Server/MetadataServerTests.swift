@@ -246,8 +246,8 @@ struct MetadataServerTests {
     let client = try MetadataTestClient(to: server)
     let long = "[\"" + String(repeating: "k", count: 3 << 20) + "\"]"
     #expect(try client.ask("POST", "/metadata/values", long).status == 413)
-    let store = try MetadataStores.open(MetadataURI(parsing: server.uri))
-    let call = MetadataCall(until: .after(milliseconds: 20_000))
+    let store = try MetadataServices.open(MetadataURI(parsing: server.uri))
+    let call = Call(until: .after(milliseconds: 20_000))
     // Each character takes six bytes in a request.
     let keys = (0..<1000).map { String(repeating: "\u{1}", count: 2000) + "\($0)" }
     try store.put(MetadataEntry(key: keys[999], value: "last"), lease: nil, call)

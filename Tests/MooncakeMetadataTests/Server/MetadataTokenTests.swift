@@ -35,12 +35,12 @@ struct MetadataTokenTests {
 
   private func store(
     _ server: MetadataServer, token: String?, user: String? = nil
-  ) throws -> any MetadataStore {
+  ) throws -> any MetadataService {
     var settings = MetadataSettings()
     settings.token = token
     settings.user = user
     settings.password = user
-    return try MetadataStores.open(MetadataURI(parsing: server.uri), settings: settings)
+    return try MetadataServices.open(MetadataURI(parsing: server.uri), settings: settings)
   }
 
   @Test func serverAsksForIt() throws {
@@ -48,7 +48,7 @@ struct MetadataTokenTests {
     options.token = secret
     let server = try MetadataServer(options)
     defer { server.stop() }
-    let call = MetadataCall(until: .after(milliseconds: 5000))
+    let call = Call(until: .after(milliseconds: 5000))
     let entry = MetadataEntry(key: "k", value: String(repeating: "v", count: 1 << 20))
     for (token, user) in [(nil, nil), ("wrong", nil), (nil, "u")] as [(String?, String?)] {
       let service = try store(server, token: token, user: user)
@@ -77,7 +77,7 @@ struct MetadataTokenTests {
   @Test func openServersTakeAny() throws {
     let server = try MetadataServer()
     defer { server.stop() }
-    let call = MetadataCall(until: .after(milliseconds: 5000))
+    let call = Call(until: .after(milliseconds: 5000))
     #expect(try store(server, token: "any").get("k", call) == nil)
   }
 }

@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeP2P
@@ -37,7 +38,7 @@ private final class SilentHolders {
             shardCount: info.shardCount, bufferCount: 1, publishedMilliseconds: 1,
             isWritable: false),
           holder: address, isOrigin: false, isComplete: true),
-        MetadataCall(until: .after(milliseconds: 10_000)))
+        Call(until: .after(milliseconds: 10_000)))
     }
   }
 }

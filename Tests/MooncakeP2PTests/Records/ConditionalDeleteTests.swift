@@ -9,9 +9,9 @@ import Testing
 /// another puts at the same moment.
 @Suite(.serialized)
 struct ConditionalDeleteTests {
-  @Test(arguments: MetadataService.Kind.installed)
-  func aNewerValueIsSpared(kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func aNewerValueIsSpared(kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let (mine, anothers) = (try service.directory(), try service.directory())
     let former = MetadataEntry(key: mine.headKey("a"), value: "former")
     let newer = MetadataEntry(key: former.key, value: "newer")
@@ -31,9 +31,9 @@ struct ConditionalDeleteTests {
     #expect(lost == [])
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func onlyOneOfManyPutsIfAbsent(kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func onlyOneOfManyPutsIfAbsent(kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let stores = try (0..<4).map { _ in try service.store() }
     for round in 0..<20 {
       let winners = Winners()

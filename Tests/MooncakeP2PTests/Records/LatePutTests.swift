@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeP2P
@@ -9,12 +10,12 @@ import Testing
 /// Puts that are not answered and take effect after their entry was deleted.
 @Suite struct LatePutTests {
   private struct Scene {
-    let service: MetadataService
+    let service: ServiceProcess
     let store: LateStore
     let keeper: RecordKeeper
 
-    init(_ kind: MetadataService.Kind) throws {
-      service = try MetadataService(kind)
+    init(_ kind: ServiceProcess.Kind) throws {
+      service = try ServiceProcess(kind)
       store = LateStore(try service.store())
       keeper = try RecordKeeper(
         StoreDirectory(store, prefix: "mooncake/", ttlMilliseconds: 2000))
@@ -37,8 +38,8 @@ import Testing
     }
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func aRecordDoesNotOutliveItsDeletion(_ kind: MetadataService.Kind) throws {
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func aRecordDoesNotOutliveItsDeletion(_ kind: ServiceProcess.Kind) throws {
     let scene = try Scene(kind)
     defer { scene.keeper.stop() }
     try scene.keeper.publish(testRecord("stays"), isCreateOnly: false, testCall)
@@ -51,9 +52,9 @@ import Testing
     #expect(try scene.holdsOnly("stays"))
   }
 
-  @Test(arguments: MetadataService.Kind.installed, [true, false])
+  @Test(arguments: ServiceProcess.Kind.installed, [true, false])
   func aHeadDoesNotOutliveItsDeletion(
-    _ kind: MetadataService.Kind, isCreateOnly: Bool
+    _ kind: ServiceProcess.Kind, isCreateOnly: Bool
   ) throws {
     let scene = try Scene(kind)
     defer { scene.keeper.stop() }
@@ -68,13 +69,13 @@ import Testing
 
   /// The service is frozen while payloads are published and withdrawn, and handles those requests
   /// when it resumes.
-  @Test(arguments: MetadataService.Kind.installed.filter { $0 != .ours })
-  func whatAFrozenServiceTakesLateGoes(_ kind: MetadataService.Kind) throws {
+  @Test(arguments: ServiceProcess.Kind.installed.filter { $0 != .ours })
+  func whatAFrozenServiceTakesLateGoes(_ kind: ServiceProcess.Kind) throws {
     let scene = try Scene(kind)
     defer { scene.keeper.stop() }
     try scene.keeper.publish(testRecord("stays"), isCreateOnly: false, testCall)
     let (replica, origin) = (testRecord("late", isOrigin: false), testRecord("late too"))
-    var short: MetadataCall { MetadataCall(until: .after(milliseconds: 200)) }
+    var short: Call { Call(until: .after(milliseconds: 200)) }
     scene.service.freeze()
     scene.keeper.put(replica, short)
     scene.keeper.remove(replica, short)

@@ -1,5 +1,6 @@
 import CLinux
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeP2P
@@ -34,9 +35,9 @@ private final class Told: Sendable {
 }
 
 @Suite struct PayloadWatchTests {
-  @Test(arguments: MetadataService.Kind.installed)
-  func tellsWhatHappens(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func tellsWhatHappens(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let directory = try service.directory()
     let (one, two) = (try RecordKeeper(directory), try RecordKeeper(directory))
     defer {
@@ -77,9 +78,9 @@ private final class Told: Sendable {
     #expect(told.texts.count == 5)
   }
 
-  @Test(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
+  @Test(.enabled(if: ServiceProcess.Kind.etcd.isInstalled, "etcd is not installed"))
   func etcdTellsWithinATenthOfASecond() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let keeper = try RecordKeeper(directory)
     defer { keeper.stop() }
@@ -106,9 +107,9 @@ private final class Told: Sendable {
     #expect(delays[20] < 100_000)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func survivesItsService(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func survivesItsService(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let directory = try service.directory()
     let keeper = try RecordKeeper(directory)
     defer { keeper.stop() }
@@ -119,7 +120,7 @@ private final class Told: Sendable {
     let watch = try PayloadWatch(directory, prefix: "") { told.add($0) }
     #expect(eventually { told.texts.sorted() == ["+gone@1", "+kept@1"] })
     service.kill()
-    keeper.remove(gone, MetadataCall(until: .after(milliseconds: 200)))
+    keeper.remove(gone, Call(until: .after(milliseconds: 200)))
     usleep(500_000)
     try service.restartEmpty()
     #expect(eventually(within: 15_000) { told.texts.last == "-gone" })
@@ -129,7 +130,7 @@ private final class Told: Sendable {
   }
 
   @Test func stopsPromptly() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     let watch = try PayloadWatch(directory, prefix: "") { _ in }
     usleep(100_000)
@@ -148,7 +149,7 @@ private final class Told: Sendable {
   }
 
   @Test func aHandlerMayStopItsWatch() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     let keeper = try RecordKeeper(directory)
     defer { keeper.stop() }
@@ -289,9 +290,9 @@ private final class Told: Sendable {
     watch.stop()
   }
 
-  @Test(arguments: MetadataService.Kind.installed.filter { $0 != .redis })
-  func aWatchAtRestUsesNoProcessor(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed.filter { $0 != .redis })
+  func aWatchAtRestUsesNoProcessor(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let directory = try service.directory()
     let keeper = try RecordKeeper(directory)
     defer { keeper.stop() }

@@ -13,7 +13,7 @@ private final class Process: Sendable {
   let directory: StoreDirectory
   let keeper: RecordKeeper
 
-  init(_ service: MetadataService) throws {
+  init(_ service: ServiceProcess) throws {
     directory = try service.directory()
     keeper = try RecordKeeper(directory)
   }
@@ -23,13 +23,13 @@ private final class Process: Sendable {
 
 /// In these tests, renewals come every two thirds of a second.
 @Suite struct RecordKeeperTests {
-  private func keys(_ service: MetadataService) throws -> [String] {
+  private func keys(_ service: ServiceProcess) throws -> [String] {
     try service.store().listAll(prefix: "", testCall).entries.map(\.key)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func publishesAndTakesBack(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func publishesAndTakesBack(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let one = try Process(service)
     let record = testRecord("a/b")
     try one.keeper.publish(record, isCreateOnly: false, testCall)
@@ -54,9 +54,9 @@ private final class Process: Sendable {
     #expect(try keys(service).isEmpty)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func whatALostServiceHeldIsPutAgain(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func whatALostServiceHeldIsPutAgain(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let one = try Process(service)
     let record = testRecord("a")
     try one.keeper.publish(record, isCreateOnly: false, testCall)
@@ -68,7 +68,7 @@ private final class Process: Sendable {
     let start = Clock.now()
     one.keeper.put(
       testRecord("b", isOrigin: false, isComplete: false),
-      MetadataCall(until: .after(milliseconds: 500)))
+      Call(until: .after(milliseconds: 500)))
     #expect(Clock.now() - start < 1_500_000_000)
     usleep(2_500_000)
     try service.restartEmpty()
@@ -80,9 +80,9 @@ private final class Process: Sendable {
     #expect(try keys(service).isEmpty)
   }
 
-  @Test(arguments: MetadataService.Kind.installed.filter { $0 != .ours })
-  func aLostLeaseIsMadeAnew(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed.filter { $0 != .ours })
+  func aLostLeaseIsMadeAnew(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let one = try Process(service)
     let record = testRecord("a")
     try one.keeper.publish(record, isCreateOnly: false, testCall)
@@ -103,9 +103,9 @@ private final class Process: Sendable {
     #expect(try keys(service) == ["stranger"])
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func oneOfManyCreatesAName(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func oneOfManyCreatesAName(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let processes = try (0..<8).map { _ in try Process(service) }
     let winners = Atomic(0)
     let losers = Atomic(0)
@@ -133,9 +133,9 @@ private final class Process: Sendable {
     #expect(try processes[0].directory.head("one", testCall)?.version == last.version)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func anotherHolderTakesTheName(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func anotherHolderTakesTheName(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let (origin, replica, part, old) = (
       try Process(service), try Process(service), try Process(service), try Process(service)
     )
@@ -157,9 +157,9 @@ private final class Process: Sendable {
     #expect(try replica.directory.allHolders(of: "a", testCall).count == 2)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func removalReachesEveryHolder(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func removalReachesEveryHolder(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let processes = try (0..<3).map { _ in try Process(service) }
     let records = (0..<3).map { testRecord("a", isOrigin: $0 == 0, isComplete: $0 < 2) }
     let other = testRecord("b")
@@ -193,7 +193,7 @@ private final class Process: Sendable {
   }
 
   @Test func aRecordThatComesAndGoesLeavesNothing() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let one = try Process(service)
     let threads = try (0..<6).map { index in
       try WorkerThread.start(name: "flicker") {

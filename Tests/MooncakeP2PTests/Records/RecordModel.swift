@@ -118,7 +118,7 @@ final class RecordModel: @unchecked Sendable {
   }
 
   /// Its deadline has passed, so nobody waits; nothing takes real time here.
-  private static var call: MetadataCall { MetadataCall(until: Deadline(nanoseconds: 1)) }
+  private static var call: Call { Call(until: Deadline(nanoseconds: 1)) }
 
   private func trace(_ text: @autoclosure () -> String) {
     if isTraced { print(clock.now / 1_000_000, String(repeating: " ", count: depth), text()) }

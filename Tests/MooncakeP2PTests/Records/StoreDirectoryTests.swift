@@ -7,37 +7,37 @@ import Synchronization
 import Testing
 
 /// A service that counts its listings.
-private final class CountingStore: MetadataStore {
-  private let store: any MetadataStore
+private final class CountingStore: MetadataService {
+  private let store: any MetadataService
   let entryCount = Atomic(0)
   let callCount = Atomic(0)
 
-  init(_ store: any MetadataStore) { self.store = store }
+  init(_ store: any MetadataService) { self.store = store }
 
   var uri: MetadataURI { store.uri }
 
-  func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
     try store.get(key, call)
   }
 
   func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) {
     try store.put(entry, lease: lease, call)
   }
 
   func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool {
     try store.putIfAbsent(entry, lease: lease, call)
   }
 
-  func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
     try store.delete(key, call)
   }
 
   func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     let page = try store.list(prefix: prefix, from: position, limit: limit, call)
     entryCount.wrappingAdd(page.entries.count, ordering: .relaxed)
@@ -46,24 +46,24 @@ private final class CountingStore: MetadataStore {
   }
 
   func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
     try store.changes(prefix: prefix, since: revision, call)
   }
 
-  func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease? {
+  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease? {
     try store.grant(ttlMilliseconds: ttlMilliseconds, call)
   }
 
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     try store.renew(lease, entries, strays: &strays, call)
   }
 
   func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) {
     try store.revoke(lease, entries, call)
   }
@@ -81,9 +81,9 @@ private final class CountingStore: MetadataStore {
       MetadataEntry(key: directory.headKey(record.name), value: head.json), lease: nil, testCall)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func pagesAreCut(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func pagesAreCut(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let store = try service.store()
     for index in 10..<30 {
       try store.put(MetadataEntry(key: "p/\(index)", value: "v"), lease: nil, testCall)
@@ -99,9 +99,9 @@ private final class CountingStore: MetadataStore {
     #expect(try store.listAll(prefix: "", testCall).entries.count == 21)
   }
 
-  @Test(arguments: MetadataService.Kind.installed)
-  func aSampleOfManyHoldersStaysSmall(_ kind: MetadataService.Kind) throws {
-    let service = try MetadataService(kind)
+  @Test(arguments: ServiceProcess.Kind.installed)
+  func aSampleOfManyHoldersStaysSmall(_ kind: ServiceProcess.Kind) throws {
+    let service = try ServiceProcess(kind)
     let holderCount = kind == .redis ? 2000 : 10_000
     let counting = CountingStore(try service.store())
     let directory = StoreDirectory(counting, prefix: "mooncake/", ttlMilliseconds: 2000)
@@ -143,7 +143,7 @@ private final class CountingStore: MetadataStore {
   }
 
   @Test func aFewHoldersAreAllFoundFromAnywhere() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     for holding in 1...5 { try put(testRecord("a/b", holding: UInt64(holding) << 61), directory) }
     try put(testRecord("a/b", version: 2, holding: 9), directory)
@@ -160,7 +160,7 @@ private final class CountingStore: MetadataStore {
   }
 
   @Test func listsByNameWithHolders() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     // Two spellings that look alike are different names.
     for name in ["b", "a/1", "e\u{301}", "\u{E9}"] {
@@ -181,7 +181,7 @@ private final class CountingStore: MetadataStore {
   }
 
   @Test func plantedTextsHarmNobody() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     let good = testRecord("good")
     try putHead(good, directory)
@@ -217,7 +217,7 @@ private final class CountingStore: MetadataStore {
   }
 
   @Test func removalNamesTheVersion() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let directory = try service.directory()
     #expect(try !directory.remove("a", testCall))
     let record = testRecord("a", version: 5)
@@ -233,7 +233,7 @@ private final class CountingStore: MetadataStore {
   }
 
   @Test func clustersAreApart() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     let (one, two) = (try service.directory(cluster: "one"), try service.directory(cluster: "two"))
     try putHead(testRecord("a"), one)
     try put(testRecord("a"), one)

@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeP2P
@@ -52,7 +53,7 @@ import Testing
     let follower = PayloadFollower(directory, prefix: "") { change in
       told.withLock { $0.append(change) }
     }
-    let passed = MetadataCall(until: Deadline(nanoseconds: 1))
+    let passed = Call(until: Deadline(nanoseconds: 1))
     try follower.turn(passed)
     try bench.pass(milliseconds: 1000, one, two)
     // The newer version's holders leave: the name is gone, and the older one does not return.
@@ -211,7 +212,7 @@ import Testing
           key: directory.headKey(record.name),
           value: PayloadHead(record.summary, origin: record.holder).json), lease: nil, testCall)
     }
-    let passed = MetadataCall(until: Deadline(nanoseconds: 1))
+    let passed = Call(until: Deadline(nanoseconds: 1))
     try follower.turn(passed)
     #expect(count.withLock { $0.appeared } == 1000)
     for record in records { _ = service.delete(directory.headKey(record.name)) }
@@ -234,7 +235,7 @@ import Testing
     }
     try directory.store.put(
       MetadataEntry(key: directory.headKey("a"), value: "{"), lease: nil, testCall)
-    let passed = MetadataCall(until: Deadline(nanoseconds: 1))
+    let passed = Call(until: Deadline(nanoseconds: 1))
     let calls = service.callCount
     for _ in 0..<100 {
       try follower.turn(passed)

@@ -212,7 +212,7 @@ final class ScriptedService: Sendable {
 }
 
 /// One process's access to a scripted service.
-final class ScriptedStore: MetadataStore {
+final class ScriptedStore: MetadataService {
   let uri = try! MetadataURI(parsing: "http://scripted.test/metadata")
   private let service: ScriptedService
   private let before: @Sendable () -> ScriptedService.Fate
@@ -251,11 +251,11 @@ final class ScriptedStore: MetadataStore {
 
   private func failure(_ cause: String) -> EngineError { EngineError(.unreachable, cause) }
 
-  func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
     try self.call { service.get(key) }
   }
 
-  func values(of keys: [String], _ call: MetadataCall) throws(EngineError) -> [String?] {
+  func values(of keys: [String], _ call: Call) throws(EngineError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
       let part = keys[values.count...].prefix(Self.transactionCount)
@@ -265,45 +265,45 @@ final class ScriptedStore: MetadataStore {
   }
 
   func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: false) }
     try check(verdict)
   }
 
   func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: true) }
     try check(verdict)
     return verdict == .done
   }
 
-  func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
     try self.call { service.delete(key) }
   }
 
   func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     let limit = min(limit, pageLimit())
     return try self.call { service.list(prefix, after: position, limit: limit) }
   }
 
   func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
     let repeated = repeated()
     return try self.call { service.changes(prefix, since: revision, repeated: repeated) }
   }
 
-  func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease? {
+  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease? {
     try self.call { service.grant(ttlMilliseconds) }
   }
 
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let (renewal, others) = try self.call { service.renew(lease, entries) }
@@ -312,7 +312,7 @@ final class ScriptedStore: MetadataStore {
   }
 
   func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) {
     if let lease { return try self.call { service.revoke(lease) } }
     for entry in entries { _ = try self.call { service.delete(entry.key, ifIs: entry.value) } }

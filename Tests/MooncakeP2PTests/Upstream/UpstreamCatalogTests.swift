@@ -1,3 +1,4 @@
+import MooncakeBase
 import MooncakeEngine
 import MooncakeMetadata
 import MooncakeP2P
@@ -7,7 +8,7 @@ import Synchronization
 import Testing
 
 /// The documents that both stores write, on a real etcd.
-@Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
+@Suite(.enabled(if: ServiceProcess.Kind.etcd.isInstalled, "etcd is not installed"))
 struct UpstreamCatalogTests {
   private func document(
     _ name: String, segment: String = "owner", shardCount: Int = 2
@@ -24,12 +25,12 @@ struct UpstreamCatalogTests {
   }
 
   @Test func onlyEtcdHasThem() throws {
-    let service = try MetadataService(.ours)
+    let service = try ServiceProcess(.ours)
     #expect(UpstreamCatalog(try service.directory()) == nil)
   }
 
   @Test func registersReplicatesAndWithdraws() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     try catalog.put(try document("a"), isCreateOnly: true, testCall)
@@ -59,12 +60,12 @@ struct UpstreamCatalogTests {
   }
 
   @Test func whatCouldNotBeRemovedIsRemovedLater() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     let canceled = try EventFD()
     canceled.signal()
-    let late = MetadataCall(
+    let late = Call(
       until: .after(milliseconds: 10_000), cancellation: canceled.descriptor.rawValue)
     try catalog.put(try document("a"), isCreateOnly: true, testCall)
     catalog.removeOwn("a", segment: "owner", late)
@@ -82,7 +83,7 @@ struct UpstreamCatalogTests {
   }
 
   @Test func othersEntriesStay() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     try plant(UpstreamDocumentTests.foreign, "ckpt/a", directory)
@@ -101,7 +102,7 @@ struct UpstreamCatalogTests {
   }
 
   @Test func concurrentReplicasAllGetIn() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     try catalog.put(try document("a"), isCreateOnly: false, testCall)
@@ -121,7 +122,7 @@ struct UpstreamCatalogTests {
   }
 
   @Test func aLateReplicaStaysOutOfTheNextVersion() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     let (one, two) = (testRecord("a", version: 1), testRecord("a", version: 2))
@@ -136,7 +137,7 @@ struct UpstreamCatalogTests {
   }
 
   @Test func aLargePayloadIsNotShared() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     try catalog.put(try document("a"), isCreateOnly: false, testCall)
@@ -155,8 +156,8 @@ struct UpstreamCatalogTests {
   }
 
   @Test func swapsOnlyWhatWasRead() throws {
-    let service = try MetadataService(.etcd)
-    let etcd = try #require(try service.store() as? EtcdStore)
+    let service = try ServiceProcess(.etcd)
+    let etcd = try #require(try service.store() as? EtcdService)
     #expect(try etcd.getRevised("k", testCall) == nil)
     #expect(try etcd.replace("k", writtenBy: 0, with: "1", testCall))
     #expect(try !etcd.replace("k", writtenBy: 0, with: "2", testCall))
@@ -170,7 +171,7 @@ struct UpstreamCatalogTests {
   }
 
   @Test func plantedDocumentsHarmNobody() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let directory = try service.directory()
     let catalog = try #require(UpstreamCatalog(directory))
     let texts = [

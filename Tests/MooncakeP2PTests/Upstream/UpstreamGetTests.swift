@@ -5,7 +5,7 @@ import Synchronization
 import Testing
 
 /// Gets of payloads that Mooncake's store registered, while their document changes.
-@Suite(.enabled(if: MetadataService.Kind.etcd.isInstalled, "etcd is not installed"))
+@Suite(.enabled(if: ServiceProcess.Kind.etcd.isInstalled, "etcd is not installed"))
 struct UpstreamGetTests {
   private static let size: UInt64 = 1 << 20
 
@@ -14,7 +14,7 @@ struct UpstreamGetTests {
   }
 
   @Test func whatIsRegisteredAnewMeanwhileIsReadAgain() throws {
-    let service = try MetadataService(.etcd)
+    let service = try ServiceProcess(.etcd)
     let owner = try TransferEngine(SlowLink.options(service.uri))
     let link = try SlowLink(to: owner, bytesPerSecond: 2 << 20)
     defer {

@@ -2,7 +2,7 @@ import MooncakeBase
 import MooncakeSystem
 
 /// Metadata in etcd, through its JSON gateway.
-package final class EtcdStore: MetadataStore {
+package final class EtcdService: MetadataService {
   package let uri: MetadataURI
   let client: EtcdClient
   private static let pageCount = 500
@@ -16,12 +16,12 @@ package final class EtcdStore: MetadataStore {
     client = try EtcdClient(uri, settings)
   }
 
-  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
     try getRevised(key, call)?.value
   }
 
   package func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) {
     try ask("/v3/kv/put", "put '\(entry.key)'", call) {
       write(entry, lease, &$0)
@@ -30,7 +30,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var isRepeated = false
@@ -60,7 +60,7 @@ package final class EtcdStore: MetadataStore {
     return try get(entry.key, call) == entry.value
   }
 
-  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
     var isRepeated = false
     let isDone = try ask("/v3/kv/deleterange", "delete '\(key)'", call, isRepeated: &isRepeated) {
       $0.member("key", encoded(key))
@@ -72,7 +72,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     return try ask("/v3/kv/range", phase, call) { writer in
@@ -92,7 +92,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
     // A member that is frozen or cut off is as silent as one without changes, and so is one whose
@@ -135,7 +135,7 @@ package final class EtcdStore: MetadataStore {
   /// Whether, as far as the existing keys tell, no key with the prefix was put or deleted after a
   /// revision.
   private func isUnchanged(
-    _ prefix: String, since revision: UInt64, _ phase: String, _ call: MetadataCall
+    _ prefix: String, since revision: UInt64, _ phase: String, _ call: Call
   ) throws(EngineError) -> Bool {
     try ask("/v3/kv/range", phase, call.within(milliseconds: 2 * Self.silenceMilliseconds)) {
       $0.member("key", Base64.encode(Self.start(prefix)))
@@ -185,7 +185,7 @@ package final class EtcdStore: MetadataStore {
   // MARK: Leases
 
   package func grant(
-    ttlMilliseconds: UInt64, _ call: MetadataCall
+    ttlMilliseconds: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataLease? {
     let phase = "grant a lease"
     var isRepeated = false
@@ -201,7 +201,7 @@ package final class EtcdStore: MetadataStore {
 
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew a lease"
@@ -226,7 +226,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   package func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) {
     guard let lease else { return }
     do throws(EngineError) {
@@ -300,7 +300,7 @@ package final class EtcdStore: MetadataStore {
   }
 
   func ask<Result>(
-    _ path: String, _ phase: String, _ call: MetadataCall,
+    _ path: String, _ phase: String, _ call: Call,
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {
@@ -311,7 +311,7 @@ package final class EtcdStore: MetadataStore {
 
   /// The same for calls whose repetition would be answered differently.
   func ask<Result>(
-    _ path: String, _ phase: String, _ call: MetadataCall, isRepeated: inout Bool,
+    _ path: String, _ phase: String, _ call: Call, isRepeated: inout Bool,
     _ write: (inout JSONWriter) -> Void,
     answer: (JSONValue) throws(EngineError) -> Result
   ) throws(EngineError) -> Result {

@@ -1,30 +1,6 @@
 import MooncakeBase
 import MooncakeSystem
 
-/// How long a call to a metadata service may take, and what ends it early.
-package struct MetadataCall: Sendable {
-  package let deadline: Deadline
-  /// A descriptor that becomes readable to cancel the call; -1 for none.
-  package let cancellation: Int32
-
-  package init(until deadline: Deadline, cancellation: Int32 = -1) {
-    self.deadline = deadline
-    self.cancellation = cancellation
-  }
-
-  /// Does not wait: the work is done in the background.
-  package static let background = MetadataCall(until: Deadline(nanoseconds: 0))
-
-  /// Whether its time is over or it was canceled.
-  package var isOver: Bool { deadline.hasPassed || Waiting.isReadable(cancellation) }
-
-  /// The same call with less time.
-  func within(milliseconds: UInt64) -> MetadataCall {
-    MetadataCall(
-      until: min(deadline, .after(milliseconds: milliseconds)), cancellation: cancellation)
-  }
-}
-
 /// A key and its value.
 package struct MetadataEntry: Equatable, Sendable {
   package var key: String
@@ -96,60 +72,60 @@ package enum MetadataRenewal: Equatable, Sendable {
 
 /// A service that stores texts under keys. Every call blocks, ends by its deadline and may be made
 /// from several threads at once. Errors name the service, the phase and the cause.
-package protocol MetadataStore: AnyObject, Sendable {
+package protocol MetadataService: AnyObject, Sendable {
   var uri: MetadataURI { get }
 
   /// nil if the key does not exist.
-  func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String?
+  func get(_ key: String, _ call: Call) throws(EngineError) -> String?
 
   /// The values of many keys, in their order, in as few requests as possible.
-  func values(of keys: [String], _ call: MetadataCall) throws(EngineError) -> [String?]
+  func values(of keys: [String], _ call: Call) throws(EngineError) -> [String?]
 
   /// Puts an entry, replacing any value. Throws `notFound` if the lease is gone.
   func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError)
 
   /// Puts an entry if its key does not exist; otherwise returns false and changes nothing.
   func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool
 
   /// Deletes a key; returns whether it existed.
-  func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool
+  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool
 
   /// Entries with a prefix, after the key `position` if given; at most `limit`, or as many as the
   /// service gives at once.
   func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage
 
   /// Waits until keys with a prefix change after a revision, or the deadline passes.
   func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges
 
   /// Creates a lease; nil if the service has no leases.
-  func grant(ttlMilliseconds: UInt64, _ call: MetadataCall) throws(EngineError) -> MetadataLease?
+  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease?
 
   /// Gives a lease its full time again and checks whether its entries are still there. If the
   /// service attaches keys to leases, adds to `strays` the other keys of the lease: those put
   /// meanwhile, and those whose put got no answer and took effect after they were deleted.
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal
 
   /// Ends a lease and removes its entries, except those that somebody else has put since.
   func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError)
 }
 
-extension MetadataStore {
+extension MetadataService {
   /// As above, for callers that have put nothing else under the lease.
   package func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     var strays: [String] = []
     return try renew(lease, entries, strays: &strays, call)
@@ -157,7 +133,7 @@ extension MetadataStore {
 
   /// Reads them one by one.
   package func values(
-    of keys: [String], _ call: MetadataCall
+    of keys: [String], _ call: Call
   ) throws(EngineError) -> [String?] {
     var values: [String?] = []
     for key in keys { values.append(try get(key, call)) }
@@ -166,7 +142,7 @@ extension MetadataStore {
 
   /// As `listAll`, but one page at a time, for callers that do not keep the entries.
   package func forEach(
-    prefix: String, _ call: MetadataCall,
+    prefix: String, _ call: Call,
     _ body: (MetadataEntry) throws(EngineError) -> Void
   ) throws(EngineError) {
     var position: String?
@@ -179,7 +155,7 @@ extension MetadataStore {
 
   /// Everything under a prefix, ordered by key.
   package func listAll(
-    prefix: String, _ call: MetadataCall
+    prefix: String, _ call: Call
   ) throws(EngineError) -> (entries: [MetadataEntry], revision: UInt64) {
     var page = try list(prefix: prefix, from: nil, limit: .max, call)
     // Keep the first page's revision: `changes` then repeats whatever changed between pages.
@@ -201,15 +177,15 @@ extension MetadataStore {
 }
 
 /// Opens stores by URI.
-package enum MetadataStores {
+package enum MetadataServices {
   /// Loads the library that the service needs, but does not connect yet.
   package static func open(
     _ uri: MetadataURI, settings: MetadataSettings = .fromEnvironment()
-  ) throws(EngineError) -> any MetadataStore {
+  ) throws(EngineError) -> any MetadataService {
     switch uri.service {
-    case .http: try HTTPStore(uri, settings)
-    case .etcd: try EtcdStore(uri, settings)
-    case .redis: try RedisStore(uri, settings)
+    case .http: try HTTPService(uri, settings)
+    case .etcd: try EtcdService(uri, settings)
+    case .redis: try RedisService(uri, settings)
     case .peerToPeer:
       throw EngineError(
         .invalidArgument, "metadata \(uri): this needs a metadata service: name one")

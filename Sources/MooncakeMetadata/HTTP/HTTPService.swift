@@ -4,7 +4,7 @@ import Synchronization
 
 /// Metadata on an HTTP server with `GET`, `PUT` and `DELETE`. Leases, listings and changes need
 /// `mooncake metadata serve` as the server.
-package final class HTTPStore: MetadataStore {
+package final class HTTPService: MetadataService {
   package let uri: MetadataURI
   private let client: HTTPClient
   private let credentials: String?
@@ -43,7 +43,7 @@ package final class HTTPStore: MetadataStore {
       token, password, credentials.map { Base64.encode($0.utf8) })
   }
 
-  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
     let phase = "get '\(key)'"
     guard let bytes = try bytes(key, phase, call) else { return nil }
     guard let text = String(validating: bytes, as: UTF8.self) else {
@@ -54,7 +54,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   private func bytes(
-    _ key: String, _ phase: String, _ call: MetadataCall
+    _ key: String, _ phase: String, _ call: Call
   ) throws(EngineError) -> [UInt8]? {
     let response = try ask(.get, ["key": key], phase, call)
     if response.status == 404 { return nil }
@@ -63,7 +63,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) {
     let phase = "put '\(entry.key)'"
     let body = Array(entry.value.utf8)
@@ -78,7 +78,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var parameters = parameters(entry.key, lease)
@@ -92,7 +92,7 @@ package final class HTTPStore: MetadataStore {
     return true
   }
 
-  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
     let phase = "delete '\(key)'"
     let response = try ask(.delete, ["key": key], phase, call, isOnce: true)
     if response.status == 404 { return false }
@@ -103,7 +103,7 @@ package final class HTTPStore: MetadataStore {
   // MARK: What only our server has
 
   package func values(
-    of keys: [String], _ call: MetadataCall
+    of keys: [String], _ call: Call
   ) throws(EngineError) -> [String?] {
     let phase = "get keys"
     var values: [String?] = []
@@ -146,14 +146,14 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     try page(
       prefix: prefix, from: position, "list '\(prefix)'", limit: max(1, min(limit, 1000)), call)
   }
 
   private func page(
-    prefix: String, from position: String?, _ phase: String, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, _ phase: String, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     var parameters = ["prefix": prefix, "limit": String(limit)]
     parameters["after"] = position
@@ -178,7 +178,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
     // Make the server answer before the client gives up.
@@ -216,7 +216,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func grant(
-    ttlMilliseconds: UInt64, _ call: MetadataCall
+    ttlMilliseconds: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataLease? {
     let phase = "grant a lease"
     let response = try ask(
@@ -238,7 +238,7 @@ package final class HTTPStore: MetadataStore {
 
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else {
       // Without leases, only reading a key tells whether the server has lost everything.
@@ -271,7 +271,7 @@ package final class HTTPStore: MetadataStore {
 
   /// The keys of a lease; empty from older servers, which do not tell.
   private func keys(
-    of lease: MetadataLease, _ call: MetadataCall
+    of lease: MetadataLease, _ call: Call
   ) throws(EngineError) -> [String] {
     let phase = "list the keys of a lease"
     var keys: [String] = []
@@ -290,7 +290,7 @@ package final class HTTPStore: MetadataStore {
   }
 
   package func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) {
     if let lease {
       let phase = "revoke a lease"
@@ -304,7 +304,7 @@ package final class HTTPStore: MetadataStore {
   /// Deletes a key if it has a certain value. Atomic on our server; on others it takes two steps,
   /// and a value put in between is deleted, too.
   private func deleteUnchanged(
-    _ entry: MetadataEntry, _ call: MetadataCall
+    _ entry: MetadataEntry, _ call: Call
   ) throws(EngineError) {
     let phase = "delete '\(entry.key)' if unchanged"
     let response = try ask(
@@ -329,7 +329,7 @@ package final class HTTPStore: MetadataStore {
 
   private func ask(
     _ method: HTTPRequest.Method, _ parameters: [String: String], _ phase: String,
-    _ call: MetadataCall, at subpath: String = "", body: [UInt8]? = nil, isOnce: Bool = false
+    _ call: Call, at subpath: String = "", body: [UInt8]? = nil, isOnce: Bool = false
   ) throws(EngineError) -> HTTPResponse {
     let query = parameters.map { "\($0.key)=\(PercentEncoding.encode($0.value))" }
     var request = HTTPRequest(

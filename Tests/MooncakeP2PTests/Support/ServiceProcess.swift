@@ -8,7 +8,7 @@ import MooncakeSystem
 import MooncakeTestSupport
 
 /// A real metadata service for a test, with its own loopback ports and folder.
-final class MetadataService: @unchecked Sendable {
+final class ServiceProcess: @unchecked Sendable {
   // Unchecked: used by one test at a time.
   enum Kind: String, CaseIterable, Sendable {
     case ours
@@ -57,8 +57,8 @@ final class MetadataService: @unchecked Sendable {
     }
   }
 
-  func store() throws -> any MetadataStore {
-    try MetadataStores.open(MetadataURI(parsing: uri), settings: MetadataSettings())
+  func store() throws -> any MetadataService {
+    try MetadataServices.open(MetadataURI(parsing: uri), settings: MetadataSettings())
   }
 
   func directory(
@@ -93,7 +93,7 @@ final class MetadataService: @unchecked Sendable {
     process = try Self.spawn(kind.program, arguments)
     let service = try store()
     let isUp = eventually(within: 20_000) {
-      let call = MetadataCall(until: .after(milliseconds: 1000))
+      let call = Call(until: .after(milliseconds: 1000))
       return (try? service.list(prefix: "none", from: nil, limit: 1, call)) != nil
     }
     if !isUp { throw StartError(reason: "\(kind.program) does not answer at \(uri)") }
@@ -152,7 +152,7 @@ final class MetadataService: @unchecked Sendable {
 }
 
 /// A call that a test makes: ten seconds.
-var testCall: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
+var testCall: Call { Call(until: .after(milliseconds: 10_000)) }
 
 /// A record of a payload of 100 bytes whose version is a number.
 func testRecord(

@@ -8,11 +8,11 @@ import Testing
 
 /// Our server through its client, and servers that only get, put and delete.
 @Suite(.serialized)
-struct HTTPStoreTests {
-  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
+struct HTTPServiceTests {
+  private var call: Call { Call(until: .after(milliseconds: 10_000)) }
 
-  private func store(_ uri: String) throws -> any MetadataStore {
-    try MetadataStores.open(MetadataURI(parsing: uri), settings: MetadataSettings())
+  private func store(_ uri: String) throws -> any MetadataService {
+    try MetadataServices.open(MetadataURI(parsing: uri), settings: MetadataSettings())
   }
 
   @Test func aNewerValueIsNeverDeleted() throws {

@@ -1,4 +1,5 @@
 import Glibc
+import MooncakeBase
 import MooncakeMetadata
 import MooncakeSystem
 import MooncakeTestSupport
@@ -8,7 +9,7 @@ import Testing
 /// Commands whose answer is lost with the connection, so that it is unknown whether they were
 /// executed.
 @Suite(.serialized)
-struct RedisStoreTests {
+struct RedisServiceTests {
   /// A Redis with the commands that the store needs.
   private final class Redis: Sendable {
     struct State: Sendable {
@@ -73,16 +74,16 @@ struct RedisStoreTests {
     }
   }
 
-  private var call: MetadataCall { MetadataCall(until: .after(milliseconds: 10_000)) }
+  private var call: Call { Call(until: .after(milliseconds: 10_000)) }
   private let redis = Redis()
   private let server: ScriptedServer
-  private let store: any MetadataStore
+  private let store: any MetadataService
   private let entry = MetadataEntry(key: "mooncake/x", value: "mine")
 
   init() throws {
     let redis = self.redis
     server = try ScriptedServer { redis.answer($0) }
-    store = try MetadataStores.open(
+    store = try MetadataServices.open(
       MetadataURI(parsing: "redis://127.0.0.1:\(server.port)"), settings: MetadataSettings())
     // From here on there is an idle connection, which may have been closed.
     #expect(try store.get("none", call) == nil)

@@ -4,7 +4,7 @@ import Synchronization
 
 /// Metadata in Redis. Each key has its own expiry instead of a lease, and changes are found by
 /// listing, since Redis reports them only if configured to.
-package final class RedisStore: MetadataStore {
+package final class RedisService: MetadataService {
   package let uri: MetadataURI
   private let library: HiredisLibrary
   private let idle = Lock<[RedisConnection]>([])
@@ -33,7 +33,7 @@ package final class RedisStore: MetadataStore {
     database = uri.database ?? settings.redisDatabase
   }
 
-  package func get(_ key: String, _ call: MetadataCall) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
     let phase = "get '\(key)'"
     switch try ask(["GET", key], phase, call) {
     case .none: return nil
@@ -48,13 +48,13 @@ package final class RedisStore: MetadataStore {
   }
 
   package func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) {
     _ = try ask(Self.set(entry, lease), "put '\(entry.key)'", call)
   }
 
   package func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: MetadataCall
+    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
   ) throws(EngineError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var isRepeated = false
@@ -64,7 +64,7 @@ package final class RedisStore: MetadataStore {
     return isRepeated ? try get(entry.key, call) == entry.value : false
   }
 
-  package func delete(_ key: String, _ call: MetadataCall) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
     var isRepeated = false
     let replies = try ask([["DEL", key]], "delete '\(key)'", call, isRepeated: &isRepeated)
     if case .number(let count) = replies[0], count > 0 { return true }
@@ -73,7 +73,7 @@ package final class RedisStore: MetadataStore {
   }
 
   package func values(
-    of keys: [String], _ call: MetadataCall
+    of keys: [String], _ call: Call
   ) throws(EngineError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
@@ -89,7 +89,7 @@ package final class RedisStore: MetadataStore {
   }
 
   package func list(
-    prefix: String, from position: String?, limit: Int, _ call: MetadataCall
+    prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     var keys: Set<MetadataKey> = []
@@ -128,7 +128,7 @@ package final class RedisStore: MetadataStore {
   }
 
   package func changes(
-    prefix: String, since revision: UInt64, _ call: MetadataCall
+    prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
     let pause = min(call.deadline, .after(milliseconds: Self.listPauseMilliseconds))
     if Waiting.sleep(until: pause, cancellation: call.cancellation) {
@@ -140,7 +140,7 @@ package final class RedisStore: MetadataStore {
   // MARK: Leases
 
   package func grant(
-    ttlMilliseconds: UInt64, _ call: MetadataCall
+    ttlMilliseconds: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataLease? {
     MetadataLease(id: 0, ttlMilliseconds: ttlMilliseconds)
   }
@@ -148,7 +148,7 @@ package final class RedisStore: MetadataStore {
   /// There are no strays: a key that is not among the entries is not renewed and expires.
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: MetadataCall
+    _ call: Call
   ) throws(EngineError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew keys"
@@ -167,7 +167,7 @@ package final class RedisStore: MetadataStore {
   }
 
   package func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: MetadataCall
+    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
   ) throws(EngineError) {
     let commands = entries.map { ["EVAL", Self.deleteOwn, "1", $0.key, $0.value] }
     _ = try ask(commands, "remove keys", call)
@@ -190,13 +190,13 @@ package final class RedisStore: MetadataStore {
   }
 
   private func ask(
-    _ command: [String], _ phase: String, _ call: MetadataCall
+    _ command: [String], _ phase: String, _ call: Call
   ) throws(EngineError) -> RedisReply {
     try ask([command], phase, call)[0]
   }
 
   private func ask(
-    _ commands: [[String]], _ phase: String, _ call: MetadataCall
+    _ commands: [[String]], _ phase: String, _ call: Call
   ) throws(EngineError) -> [RedisReply] {
     var isRepeated = false
     return try ask(commands, phase, call, isRepeated: &isRepeated)
@@ -204,7 +204,7 @@ package final class RedisStore: MetadataStore {
 
   /// `isRepeated` is set if an attempt failed that may still have taken effect.
   private func ask(
-    _ commands: [[String]], _ phase: String, _ call: MetadataCall, isRepeated: inout Bool
+    _ commands: [[String]], _ phase: String, _ call: Call, isRepeated: inout Bool
   ) throws(EngineError) -> [RedisReply] {
     if commands.isEmpty { return [] }
     do throws(RedisFailure) {
@@ -224,7 +224,7 @@ package final class RedisStore: MetadataStore {
   }
 
   private func run(
-    _ commands: [[String]], _ connection: RedisConnection, _ phase: String, _ call: MetadataCall
+    _ commands: [[String]], _ connection: RedisConnection, _ phase: String, _ call: Call
   ) throws(RedisFailure) -> [RedisReply] {
     let replies = try connection.run(commands, call)
     do throws(RedisFailure) {
@@ -250,7 +250,7 @@ package final class RedisStore: MetadataStore {
     idle.withLock { if $0.count < Self.idleLimit { $0.append(connection) } }
   }
 
-  private func connect(_ call: MetadataCall) throws(RedisFailure) -> RedisConnection {
+  private func connect(_ call: Call) throws(RedisFailure) -> RedisConnection {
     let connection = try RedisConnection(library, to: uri.endpoints[0], call)
     var commands: [[String]] = []
     if let password { commands.append(["AUTH"] + (user.map { [$0] } ?? []) + [password]) }

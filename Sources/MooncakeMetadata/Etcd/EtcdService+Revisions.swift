@@ -1,10 +1,10 @@
 import MooncakeBase
 
-extension EtcdStore {
+extension EtcdService {
   /// The value of a key and the revision that wrote it; nil if the key does not exist. A value that
   /// is not UTF-8 is an error, unless the caller accepts any value.
   package func getRevised(
-    _ key: String, isText: Bool = true, _ call: MetadataCall
+    _ key: String, isText: Bool = true, _ call: Call
   ) throws(EngineError) -> (value: String, revision: UInt64)? {
     let phase = "get '\(key)'"
     return try ask("/v3/kv/range", phase, call) {
@@ -23,7 +23,7 @@ extension EtcdStore {
 
   /// One transaction for as many keys as etcd allows by default.
   package func values(
-    of keys: [String], _ call: MetadataCall
+    of keys: [String], _ call: Call
   ) throws(EngineError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
@@ -58,7 +58,7 @@ extension EtcdStore {
   /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
   /// `revision` (0 if it does not exist). Otherwise returns false and changes nothing.
   package func replace(
-    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: MetadataCall
+    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
   ) throws(EngineError) -> Bool {
     let phase = "\(value == nil ? "delete" : "put") '\(key)' if unchanged"
     var isRepeated = false
