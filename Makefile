@@ -22,8 +22,8 @@ program := $(build)/mooncake
 headers := $(wildcard include/*.h)
 swift_sources := Package.swift Sources Tests examples/swift
 
-# The same flags for both products, so that neither build undoes the other's work. The program gets
-# the Swift runtime inside by them, the library by its own linker flags.
+# The same flags for both products, so that neither build undoes the other's work. They put the Swift
+# runtime into the program; the library gets it by its own linker flags.
 swift_build := $(SWIFT) build -c release --static-swift-stdlib --scratch-path $(BUILD)
 
 all: dependencies ## libmooncake.so and the mooncake program, in .build/release
@@ -32,11 +32,11 @@ all: dependencies ## libmooncake.so and the mooncake program, in .build/release
 	ln -sf libmooncake.so $(library).$(major)
 	ln -sf mooncake-cli $(program)
 
-# Else a missing package is a compiler's error about some header.
+# Otherwise a missing package shows as a compiler error about some header.
 dependencies:
 	@SWIFT="$(SWIFT)" scripts/install-deps --check
 
-# Only when missing: `sudo make install` must not build as root what is built already.
+# Only if missing: `sudo make install` must not rebuild as root what is already built.
 $(library) $(program):
 	$(MAKE) all
 
@@ -59,12 +59,12 @@ install: $(library) $(program) ## library, headers, pkg-config file, program; PR
 	  pkgconfig/mooncake.pc.in > $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc
 	chmod 644 $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc
 
-uninstall: ## removes what install has written; same PREFIX=, DESTDIR=
+uninstall: ## removes what install has put in place; same PREFIX=, DESTDIR=
 	rm -f $(DESTDIR)$(BINDIR)/mooncake $(DESTDIR)$(PKGCONFIGDIR)/mooncake.pc \
 	  $(addprefix $(DESTDIR)$(LIBDIR)/libmooncake.so,.$(version) .$(major) '') \
 	  $(addprefix $(DESTDIR)$(INCLUDEDIR)/,$(notdir $(headers)))
 
-# What is written in Python installs the rest itself.
+# The Python scripts install everything else themselves.
 python:
 	@command -v python3 >/dev/null || scripts/install-deps demo
 
@@ -74,22 +74,22 @@ demo: python ## a trainer and inference nodes share a real model; MODEL=path, ME
 test: ## everything that CI runs
 	scripts/test
 
-test-program: ## the mooncake program and the examples
+test-program: ## tests the mooncake program and the examples
 	Tests/program/test_program.py
 
-test-install: ## make install into a scratch folder, and a program built against it
+test-install: ## tests make install in a scratch folder, and a program built against it
 	scripts/test-install
 
-bench: python all ## speed against every peer and the machine's limits; rewrites benchmarks/ (20 minutes)
+bench: python all ## speed beside other libraries and the machine's limits; rewrites benchmarks/ (20 minutes)
 	benchmarks/bench.py --program $(program) --library $(library)
 
-bench-quick: python all ## the same in two minutes, to the screen only
+bench-quick: python all ## the same in two minutes, only to the screen
 	benchmarks/bench.py --quick --program $(program) --library $(library)
 
 fuzz: ## the fuzzers, longer than in CI; FUZZ_SECONDS= for each
 	scripts/fuzz $(FUZZ_SECONDS)
 
-soak: python $(library) ## moves bytes among peers that are killed and stopped; SOAK_SECONDS=
+soak: python $(library) ## moves bytes between peers that are killed and stopped; SOAK_SECONDS=
 	scripts/soak --duration $(SOAK_SECONDS)
 
 format: ## rewrites the Swift sources in the project's format
@@ -98,7 +98,7 @@ format: ## rewrites the Swift sources in the project's format
 lint: ## checks the format of the Swift sources
 	$(SWIFT) format lint --strict --recursive $(swift_sources)
 
-clean: ## removes everything built
+clean: ## removes all build output
 	rm -rf $(BUILD) examples/swift/.build
 
 help: ## this list

@@ -1,4 +1,4 @@
-/* Pulls the model that a trainer serves into memory, proves by SHA-256 that it arrived whole, and
+/* Reads the model that a trainer serves into memory, proves by SHA-256 that it is complete, and
  * writes it to a file if asked to. */
 #define _GNU_SOURCE
 #include "mooncake_loader.h"
@@ -25,7 +25,7 @@ static const char usage[] =
     "  --output PATH      write the data to PATH\n"
     "  --timeout-ms TIME  give up after this time (default: 60000)\n";
 
-/* Bytes of one request: small enough for several to be under way, large enough to be few. */
+/* Bytes of one request: small enough to have several in flight, large enough to need only a few. */
 enum { REQUEST_BYTES = 16 << 20, MAXIMUM_REQUESTS = 1048576 };
 
 typedef struct inferencer {
@@ -163,7 +163,7 @@ static int wait_for(inferencer_t *inferencer, mooncake_batch_t batch) {
   for (;;) {
     mooncake_batch_status_t status;
     int32_t code = library->batch_wait(inferencer->engine, batch, 100, &status);
-    /* Still running: wait leaves the status unread then. */
+    /* Still running: in this case wait does not set the status. */
     if (code == MOONCAKE_ERROR_TIMEOUT) {
       code = library->batch_poll(inferencer->engine, batch, &status);
     }
@@ -190,7 +190,7 @@ static int submit_and_wait(inferencer_t *inferencer, mooncake_transfer_request_t
   } else {
     result = wait_for(inferencer, batch);
   }
-  /* A batch with requests in flight is not freed here but with the engine. */
+  /* A batch with requests in flight is freed with the engine, not here. */
   library->batch_free(inferencer->engine, batch);
   return result;
 }
@@ -227,7 +227,7 @@ static int write_all(int file, const unsigned char *bytes, uint64_t count) {
   return 0;
 }
 
-/* Writes a hidden temporary file beside the output and renames it once it is complete. */
+/* Writes a hidden temporary file next to the output and renames it once it is complete. */
 static int write_output(const inferencer_t *inferencer) {
   const char *path = inferencer->output_path;
   const char *slash = strrchr(path, '/');
@@ -285,7 +285,7 @@ int main(int argc, char **argv) {
     return 1;
   }
   int result = run(&inferencer);
-  /* Ends what is in flight and frees the memory. */
+  /* Cancels what is in flight and frees the memory. */
   if (inferencer.engine != NULL) inferencer.library.engine_destroy(inferencer.engine);
   mooncake_library_close(&inferencer.library);
   return result == 0 ? 0 : 1;

@@ -7,7 +7,7 @@
 
 #define ENTRY(name) { "mooncake_" #name, offsetof(mooncake_library_t, name) }
 
-/* Every function by name, with its place in the struct. */
+/* Each function's name and its place in the struct. */
 static const struct {
   const char *name;
   size_t offset;
@@ -41,7 +41,7 @@ int mooncake_library_open(mooncake_library_t *library, const char *path, char *e
       mooncake_library_close(library);
       return -1;
     }
-    /* ISO C does not convert object to function pointers; POSIX makes their bytes equal. */
+    /* ISO C cannot convert object pointers to function pointers; POSIX guarantees equal bytes. */
     memcpy((char *)library + entries[i].offset, &function, sizeof function);
   }
   return 0;

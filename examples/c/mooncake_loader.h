@@ -1,4 +1,4 @@
-/* Loads libmooncake.so at run time, so that a program needs no library to be built or started. */
+/* Loads libmooncake.so at run time, so that a program can be built and started without it. */
 #ifndef MOONCAKE_LOADER_H
 #define MOONCAKE_LOADER_H
 
@@ -47,7 +47,7 @@ typedef struct mooncake_library {
 int mooncake_library_open(mooncake_library_t *library, const char *path, char *error,
                           size_t capacity);
 
-/* Closes the library; no engine may be left. */
+/* Closes the library; all engines must have been destroyed. */
 void mooncake_library_close(mooncake_library_t *library);
 
 #endif

@@ -1,4 +1,4 @@
-/* Gets a payload of the store from everybody who holds it, each shard verified, and writes it to a
+/* Gets a payload of the store from all of its holders, verifies each shard, and writes it to a
  * file.
  *
  *   store_get METADATA_URI NAME FILE [ADDRESS]
@@ -33,7 +33,7 @@ static void print_report(const mooncake_store_report_t *report) {
   }
 }
 
-/* A real program would load the memory instead. */
+/* A real program would use the memory instead. */
 static int write_file(const char *path, const mooncake_store_report_t *report) {
   FILE *file = fopen(path, "wb");
   size_t written = 1;

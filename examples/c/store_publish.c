@@ -26,7 +26,7 @@ static int failed(const char *what, int32_t code) {
   return 1;
 }
 
-/* The engine only reads the memory, so that a mapping of the file will do: no second copy. */
+/* The engine only reads the memory, so a mapping of the file is enough: no second copy. */
 static int map_file(const char *path, mooncake_buffer_t *buffer) {
   struct stat status;
   int file = open(path, O_RDONLY | O_CLOEXEC);
@@ -68,7 +68,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "store_publish: cannot map %s, or it is empty\n", argv[3]);
     return 1;
   }
-  /* Before the library starts threads: sigwait() below takes the signals. */
+  /* Before the library starts threads, so that sigwait() below receives the signals. */
   sigemptyset(&signals);
   sigaddset(&signals, SIGINT);
   sigaddset(&signals, SIGTERM);

@@ -1,5 +1,5 @@
 /* Offers a model file to inferencers: maps it, registers it for remote reads and serves it until
- * SIGINT or SIGTERM arrives or stdin, if that is a terminal, pipe or socket, ends. */
+ * SIGINT or SIGTERM, or the end of stdin if that is a terminal, pipe or socket. */
 #define _GNU_SOURCE
 #include "mooncake_loader.h"
 #include "sha256.h"
@@ -114,7 +114,7 @@ static int map_model(trainer_t *trainer) {
   return result;
 }
 
-/* Blocks the signals for all threads of the process; they arrive at the descriptor instead. */
+/* Blocks the signals in all threads of the process; they arrive at the descriptor instead. */
 static int take_signals(trainer_t *trainer) {
   sigset_t signals;
   sigemptyset(&signals);
@@ -167,13 +167,13 @@ static int announce(trainer_t *trainer) {
   if (sha256_text(trainer->model, trainer->model_length, hash) != 0) return fail("SHA-256 failed");
   snprintf(line, sizeof line, "segment %s buffer 0x%" PRIxPTR " %zu sha256 %s\n", name,
            (uintptr_t)trainer->model, trainer->model_length, hash);
-  /* Whoever has seen the line finds the file, too. */
+  /* Written before the line is printed, so that whoever sees the line finds the file. */
   if (trainer->info_path != NULL && write_info(trainer->info_path, line) != 0) return -1;
   fputs(line, stdout);
   return fflush(stdout) == 0 ? 0 : fail("cannot print: %s", strerror(errno));
 }
 
-/* A service manager or `&` in a script leaves /dev/null there, whose end means nothing. */
+/* A service manager, or `&` in a script, connects it to /dev/null, whose end means nothing. */
 static int input_matters(void) {
   struct stat status;
   if (isatty(STDIN_FILENO)) return 1;
@@ -195,7 +195,7 @@ static void serve(const trainer_t *trainer) {
   }
 }
 
-/* Prints what the engine has counted, without what it never did. */
+/* Prints the engine's counters that are not 0. */
 static void report(const trainer_t *trainer, double seconds) {
   static char text[64 << 10];
   printf("trainer: served for %.1f s\n", seconds);
@@ -233,7 +233,7 @@ int main(int argc, char **argv) {
     return 1;
   }
   int result = run(&trainer);
-  /* The engine ends before the memory it serves. */
+  /* Destroys the engine before the memory that it serves. */
   if (trainer.engine != NULL) trainer.library.engine_destroy(trainer.engine);
   if (trainer.model != NULL) munmap(trainer.model, trainer.model_length);
   mooncake_library_close(&trainer.library);

@@ -1,4 +1,4 @@
-// Pulls the model that a trainer serves into memory and proves by SHA-256 that it arrived whole.
+// Reads the model that a trainer serves into memory and proves by SHA-256 that it is complete.
 //
 //   Inferencer --info FILE [--output PATH] [--timeout-ms TIME]
 import Glibc
@@ -7,7 +7,7 @@ import MooncakeEngine
 
 @main
 enum Inferencer {
-  /// Small enough for several requests to be under way, large enough for them to be few.
+  /// Small enough to have several requests in flight, large enough to need only a few.
   private static let requestBytes: UInt64 = 16 << 20
 
   static func main() {

@@ -5,7 +5,7 @@ public struct Arguments {
   public private(set) var plain: [String] = []
   private var options: [String: String] = [:]
 
-  /// Splits the program's arguments; `known` names the options that it has.
+  /// Splits the program's arguments; `known` lists its options.
   public init(known: Set<String>) throws(ExampleError) {
     var rest = CommandLine.arguments.dropFirst()
     while let word = rest.popFirst() {

@@ -6,7 +6,7 @@ public struct ExampleError: Error, CustomStringConvertible {
 
   public init(_ description: String) { self.description = description }
 
-  /// Adds the reason of the system call that has just failed.
+  /// Adds the reason why the last system call failed.
   public static func system(_ what: String) -> ExampleError {
     ExampleError("\(what): \(String(cString: strerror(errno)))")
   }
@@ -36,7 +36,7 @@ public struct ModelFile: ~Copyable {
   deinit { munmap(address, length) }
 }
 
-/// Writes bytes to a hidden temporary file beside `path` and renames it once it is complete.
+/// Writes bytes to a hidden temporary file next to `path` and renames it once it is complete.
 public func writeFile(_ bytes: UnsafeRawBufferPointer, to path: String) throws(ExampleError) {
   let slash = path.lastIndex(of: "/").map { path.index(after: $0) } ?? path.startIndex
   let temporary = "\(path[..<slash]).\(path[slash...]).\(getpid()).tmp"

@@ -1,6 +1,6 @@
 import Glibc
 
-/// The line by which a trainer says where its model is:
+/// The line in which a trainer says where its model is:
 /// `segment NAME buffer ADDRESS LENGTH sha256 HASH`.
 public struct Offer: CustomStringConvertible {
   public var segmentName: String

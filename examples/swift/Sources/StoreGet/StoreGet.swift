@@ -1,4 +1,4 @@
-// Gets a payload of the store from everybody who holds it, each shard verified, and writes it to a
+// Gets a payload of the store from all of its holders, verifies each shard, and writes it to a
 // file.
 //
 //   StoreGet [--bind ADDRESS] METADATA_URI NAME FILE
@@ -20,14 +20,14 @@ enum StoreGet {
       let store = try P2PStore(engineOptions: options)
       // Stops being a holder and frees the memory.
       defer { store.close() }
-      // No buffers: the engine allocates one for all.
+      // No buffers: the engine allocates a single one.
       let result = try store.get(arguments.plain[1])
       print(
         "got \(result.info.name) version \(result.info.version.map { "\($0)" } ?? "none")",
         "size \(result.info.size) seconds \(Double(result.nanoseconds) / 1e9)",
         result.isVerified ? "verified" : "unverified")
       for source in result.sources { print("  \(source.byteCount) bytes from \(source.segment)") }
-      // A real program would load the memory instead.
+      // A real program would use the memory instead.
       let bytes = result.buffers.map {
         UnsafeRawBufferPointer(start: $0.address, count: Int($0.length))
       }

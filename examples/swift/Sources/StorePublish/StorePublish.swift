@@ -14,13 +14,13 @@ enum StorePublish {
       guard arguments.plain.count == 3 else {
         throw ExampleError("name a metadata service, a payload and a file")
       }
-      // Before the engine starts threads: sigwait() below takes the signals.
+      // Before the engine starts threads, so that sigwait() below receives the signals.
       var signals = sigset_t()
       sigemptyset(&signals)
       sigaddset(&signals, SIGINT)
       sigaddset(&signals, SIGTERM)
       sigprocmask(SIG_BLOCK, &signals, nil)
-      // Stays mapped until the store in `publish` has ended.
+      // Stays mapped until the store in `publish` is closed.
       let file = try ModelFile(path: arguments.plain[2])
       try publish(file, arguments, until: &signals)
     } catch {

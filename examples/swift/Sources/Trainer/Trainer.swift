@@ -1,5 +1,5 @@
-// Offers a model file to inferencers until SIGINT or SIGTERM arrives or stdin, if that is a
-// terminal, pipe or socket, ends.
+// Offers a model file to inferencers until SIGINT or SIGTERM, or the end of stdin if that is a
+// terminal, pipe or socket.
 //
 //   Trainer [--bind ADDRESS] [--advertise HOST] [--port PORT] [--info FILE] MODEL
 import CSignals
@@ -14,7 +14,7 @@ enum Trainer {
       let arguments = try Arguments(known: ["--bind", "--advertise", "--port", "--info"])
       guard arguments.plain.count == 1 else { throw ExampleError("name one model file") }
       let signals = try blockSignals()
-      // Stays mapped until the engine in `serve` has ended.
+      // Stays mapped until the engine in `serve` is closed.
       let model = try ModelFile(path: arguments.plain[0])
       try serve(model, arguments, until: signals)
     } catch {
@@ -50,7 +50,7 @@ enum Trainer {
     print("trainer: served \(model.length) bytes as \(engine.name)")
   }
 
-  /// Call before an engine starts its threads: the signals are taken from a descriptor.
+  /// Call before an engine starts its threads, so that the signals arrive at the descriptor.
   private static func blockSignals() throws -> Int32 {
     var signals = sigset_t()
     sigemptyset(&signals)
@@ -64,7 +64,7 @@ enum Trainer {
 
   private static func waitForEnd(_ signals: Int32) {
     var status = stat()
-    // A service manager or `&` in a script leaves /dev/null there, whose end means nothing.
+    // A service manager, or `&` in a script, connects it to /dev/null, whose end means nothing.
     let kind = fstat(STDIN_FILENO, &status) == 0 ? status.st_mode & S_IFMT : 0
     let inputMatters = isatty(STDIN_FILENO) == 1 || kind == S_IFIFO || kind == S_IFSOCK
     var descriptors = [
