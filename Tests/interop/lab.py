@@ -8,6 +8,7 @@ Settings come from the environment, which scripts/test-interop fills:
                                 themselves work
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import weakref
@@ -111,23 +113,56 @@ def port_range(first, last):
     }
 
 
-def free_ports(count):
-    """The first of count adjacent ports that are free now, outside the ephemeral range."""
-    for _ in range(200):
-        first = random.randrange(20000, 30000)
-        sockets = []
+class PortBlock:
+    """Ports outside of the ephemeral range that no other test process takes from while this one
+    lives: between a look whether a port is free and its use by a server, another may take it."""
+
+    SIZE = 200
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.next = 0
+        for self.first in random.sample(range(20000, 30000, self.SIZE), 10000 // self.SIZE):
+            # An abstract name belongs to the network namespace, as ports do, and ends with us.
+            self.claim = socket.socket(socket.AF_UNIX)
+            try:
+                self.claim.bind(f"\0mooncake-test-ports-{self.first}")
+                return
+            except OSError:
+                self.claim.close()
+        raise RuntimeError("every block of ports is taken")
+
+    def take(self, count):
+        """The first of count neighboring ports; what was given last comes again last."""
+        with self.lock:
+            for _ in range(self.SIZE):
+                if self.next + count > self.SIZE:
+                    self.next = 0
+                first = self.first + self.next
+                if all(is_free(port) for port in range(first, first + count)):
+                    self.next += count
+                    return first
+                self.next += 1
+        raise RuntimeError("no free ports found")
+
+
+def is_free(port):
+    with socket.socket() as one:
         try:
-            for port in range(first, first + count):
-                each = socket.socket()
-                sockets.append(each)
-                each.bind(("0.0.0.0", port))
-            return first
+            one.bind(("0.0.0.0", port))
         except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
-    raise RuntimeError("no free ports found")
+            return False
+    return True
+
+
+@functools.cache
+def port_block():
+    return PortBlock()
+
+
+def free_ports(count):
+    """The first of count neighboring ports that are free now and that no other test takes."""
+    return port_block().take(count)
 
 
 def end_process(process, seconds=10):
