@@ -15,7 +15,8 @@ extension TransferEngine {
         .invalidArgument,
         "a batch holds 1 to \(Self.batchCapacityLimit) requests, not \(capacity)")
     }
-    return try batches.insert(Batch(capacity: capacity, pool: pool, announcer: self))
+    return try batches.insert(
+      Batch(capacity: capacity, pool: pool, drivers: drivers, announcer: self))
   }
 
   /// Appends requests to a batch. Everything is checked before any request starts; later failures
@@ -99,7 +100,7 @@ extension TransferEngine {
     try batches.with(id) { batch throws(EngineError) in
       if batch.isTerminal { return }
       batch.requestCancel()
-      for loop in transport.loops { loop.requestSweep() }
+      drivers.requestSweeps()
       endCanceledRecoveries()
     }
   }
@@ -197,7 +198,8 @@ extension TransferEngine {
       return batch
     }
     return Batch(
-      capacity: max(count, Self.spareBatchCapacity), pool: pool, announcer: self)
+      capacity: max(count, Self.spareBatchCapacity), pool: pool, drivers: drivers,
+      announcer: self)
   }
 
   private func giveSpareBatch(_ batch: Batch) {

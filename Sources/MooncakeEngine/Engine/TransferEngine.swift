@@ -60,6 +60,8 @@ public final class TransferEngine: @unchecked Sendable {
   package let transport: TCPTransport
   /// nil if it is switched off or the system does not support it.
   package private(set) var sharedMemory: SharedMemoryTransport?
+  /// What moves slices; threads that wait may drive them.
+  package let drivers = DriverTable()
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
@@ -136,7 +138,8 @@ public final class TransferEngine: @unchecked Sendable {
       settings: .init(
         threadCount: threadCount,
         connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
-        spinNanoseconds: spinNanoseconds, processors: processors))
+        spinNanoseconds: spinNanoseconds, processors: processors),
+      drivers: drivers)
     let handlers = RPCServer.Handlers(
       descriptor: { [local] in local.json },
       notify: { [notifications] in notifications.append($0) },
@@ -159,7 +162,7 @@ public final class TransferEngine: @unchecked Sendable {
     do throws(Errno) {
       sharedMemory = try SharedMemoryTransport(
         buffers: local.buffers, listener: listener, helperCount: threadCount,
-        processors: processors, cancellation: closeEvent.descriptor.rawValue,
+        processors: processors, cancellation: closeEvent.descriptor.rawValue, drivers: drivers,
         fallBack: { [weak self] slice in
           if let self { return fallBack(slice) }
           Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")

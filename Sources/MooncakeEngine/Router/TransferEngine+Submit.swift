@@ -99,14 +99,16 @@ extension TransferEngine {
       dispatcher.dispatch(batch, id, index..<runEnd)
       index = runEnd
     }
-    batch.drivenLoop = dispatcher.singleLoop
-    if !isAsynchronous && dispatcher.singleLoop != nil { return }
-    if let loop = dispatcher.singleLoop, !batch.isBulk {
-      // Send small requests at once; the next wait or poll continues with them.
-      loop.pollIfFree()
-      if !batch.hasListener && engineEvent.load(ordering: .relaxed) < 0 { return loop.nudge() }
+    batch.use(dispatcher.used)
+    if let driver = drivers.onlyExclusive(of: batch.drivers) {
+      if !isAsynchronous { return }
+      if !batch.isBulk {
+        // Send small requests at once; the next wait or poll continues with them.
+        _ = driver.pollIfFree()
+        if !batch.hasListener && engineEvent.load(ordering: .relaxed) < 0 { return driver.nudge() }
+      }
     }
-    dispatcher.kickLoops()
+    drivers.kick(dispatcher.used)
   }
 }
 
@@ -114,23 +116,11 @@ extension TransferEngine {
 private struct Dispatcher {
   private let engine: TransferEngine
   private let isAsynchronous: Bool
-  private var loopMask: UInt64 = 0
+  private(set) var used = DriverSet()
 
   init(engine: TransferEngine, isAsynchronous: Bool) {
     self.engine = engine
     self.isAsynchronous = isAsynchronous
-  }
-
-  /// The loop that got all slices, if only one did.
-  var singleLoop: TCPClientLoop? {
-    loopMask.nonzeroBitCount == 1
-      ? engine.transport.loops[loopMask.trailingZeroBitCount] : nil
-  }
-
-  func kickLoops() {
-    for loop in engine.transport.loops where loopMask & (1 << UInt64(loop.index)) != 0 {
-      loop.kick()
-    }
   }
 
   mutating func dispatch(_ batch: Batch, _ id: SegmentID, _ range: Range<Int>) {
@@ -244,7 +234,9 @@ private struct Dispatcher {
       }
     }
     if queue.isEmpty { return refused }
-    batch.usesSharedMemory = true
+    // First: its drivers must not look idle to a thread that waits already.
+    used.insert(shared.driverIndex)
+    batch.use(used)
     shared.enqueue(peer, queue, byteCount: byteCount, isAsynchronous: isAsynchronous)
     return refused
   }
@@ -255,7 +247,7 @@ private struct Dispatcher {
     if queue.isEmpty { return }
     let endpoint = connections.leastBusy()
     endpoint.push(queue, byteCount: byteCount)
-    loopMask |= 1 << UInt64(endpoint.loop.index)
+    used.insert(endpoint.loop.index)
     queue = SliceQueue()
     byteCount = 0
   }

@@ -1,34 +1,36 @@
 import MooncakeSystem
 
 extension TransferEngine {
-  /// Polling a running batch does the loop's work if no other thread does.
+  /// Polling a running batch does a driver's work if no other thread does.
   func drivePolled(_ batch: Batch) {
     if batch.isTerminal { return }
-    if batch.usesSharedMemory, let sharedMemory { _ = sharedMemory.help() }
-    batch.drivenLoop?.pollIfFree()
+    let set = batch.drivers
+    _ = drivers.help(set)
+    _ = drivers.onlyExclusive(of: set)?.pollIfFree()
   }
 
-  /// Drives the loop that carries the batch, or sleeps while another thread does.
+  /// Drives what carries the batch, or sleeps while other threads do.
   package func waitUntilTerminal(_ batch: Batch, _ deadline: Deadline) -> Bool {
     var spinEnd: UInt64 = 0
     while !batch.isTerminal {
-      if batch.usesSharedMemory, let sharedMemory, sharedMemory.help() {
+      let set = batch.drivers
+      if drivers.help(set) {
         if deadline.hasPassed { return batch.isTerminal }
         continue
       }
-      if let loop = batch.drivenLoop {
-        if batch.drive(loop, until: deadline) {
+      if let driver = drivers.onlyExclusive(of: set) {
+        if batch.drive(driver, until: deadline) {
           if batch.isTerminal { return true }
           if deadline.hasPassed { return false }
         } else if spinEnd == 0 {
           // The driver may be asleep on its sockets and not know of the submit yet.
-          loop.kick()
+          driver.kick()
         }
       }
       let now = Clock.now()
       if spinEnd == 0 { spinEnd = now &+ spinNanoseconds }
       // For the last pieces of a large copy, other threads need less time than a wake-up takes.
-      if now < spinEnd && (!batch.isBulk || batch.usesSharedMemory) {
+      if now < spinEnd && (!batch.isBulk || drivers.hasCooperative(set)) {
         relaxProcessor()
         continue
       }

@@ -63,37 +63,25 @@ package final class Batch: @unchecked Sendable {
   // The engine outlives every use of its batches.
   package unowned(unsafe) let announcer: (any BatchAnnouncer)?
   package let pool: SlicePool
-  /// The loop that carries all of the batch's slices, if a single one does: waiters may drive it.
-  package var drivenLoop: TCPClientLoop? {
-    get {
-      let pointer = UnsafeRawPointer(bitPattern: drivenLoopWord.load(ordering: .acquiring))
-      return pointer.map { Unmanaged<TCPClientLoop>.fromOpaque($0).takeUnretainedValue() }
-    }
-    set {
-      let pointer = newValue.map { Unmanaged.passUnretained($0).toOpaque() }
-      drivenLoopWord.store(UInt(bitPattern: pointer), ordering: .releasing)
-    }
-  }
-  // Another thread may poll while one submits, hence atomic; the engine keeps its loops alive.
-  private let drivenLoopWord = Atomic<UInt>(0)
-  /// Waiters that drive the loop instead of sleeping on the doorbell.
-  private let drivers = Atomic<Int>(0)
+  /// The engine's drivers, and which of them its slices have been queued on since it last had none.
+  package let driverTable: DriverTable
+  package var drivers: DriverSet { DriverSet(bits: driverBits.load(ordering: .acquiring)) }
+  // Another thread may poll while one submits.
+  private let driverBits = Atomic<UInt64>(0)
+  /// Waiters that drive instead of sleeping on the doorbell.
+  private let drivingCount = Atomic<Int>(0)
   /// Whether the last submit was so large that waiters should sleep instead of spinning.
   package var isBulk: Bool {
     get { bulkFlag.load(ordering: .relaxed) }
     set { bulkFlag.store(newValue, ordering: .relaxed) }
   }
   private let bulkFlag = Atomic<Bool>(false)
-  /// Whether any of its slices were queued for shared memory: waiters may copy them.
-  package var usesSharedMemory: Bool {
-    get { sharedMemoryFlag.load(ordering: .relaxed) }
-    set { sharedMemoryFlag.store(newValue, ordering: .relaxed) }
-  }
-  private let sharedMemoryFlag = Atomic<Bool>(false)
-
-  package init(capacity: Int, pool: SlicePool, announcer: (any BatchAnnouncer)?) {
+  package init(
+    capacity: Int, pool: SlicePool, drivers: DriverTable, announcer: (any BatchAnnouncer)?
+  ) {
     self.capacity = capacity
     self.pool = pool
+    driverTable = drivers
     self.announcer = announcer
     tasks = .allocate(capacity: capacity)
     slices = .allocate(capacity: capacity)
@@ -117,8 +105,7 @@ package final class Batch: @unchecked Sendable {
     transferredBytes.store(0, ordering: .relaxed)
     failureWord.store(0, ordering: .relaxed)
     cancelRequested.store(false, ordering: .relaxed)
-    drivenLoop = nil
-    usesSharedMemory = false
+    driverBits.store(0, ordering: .relaxed)
   }
 }
 
@@ -173,7 +160,10 @@ extension Batch {
         continue
       }
       // Let the former end be announced with its own status first.
-      if old == 0 { waitUntilQuiet() }
+      if old == 0 {
+        waitUntilQuiet()
+        driverBits.store(0, ordering: .relaxed)
+      }
       let held = pending == nil ? old : old | Self.holdsNotification
       let (isAdded, current) = outstanding.weakCompareExchange(
         expected: old, desired: held + UInt64(count),
@@ -282,8 +272,8 @@ extension Batch {
     let finalStatus = callback == nil ? nil : status
     doorbell.increment()
     if sleepers.load(ordering: .sequentiallyConsistent) > 0 { doorbell.wakeAll() }
-    // A driver may be asleep on the loop's sockets although another thread ended the batch.
-    if drivers.load(ordering: .sequentiallyConsistent) > 0 { drivenLoop?.kick() }
+    // A driver may be asleep on its sockets although another thread ended the batch.
+    if drivingCount.load(ordering: .sequentiallyConsistent) > 0 { driverTable.kick(drivers) }
     let descriptor = eventDescriptor.load(ordering: .acquiring)
     if descriptor >= 0 {
       var one: UInt64 = 1
@@ -356,12 +346,17 @@ extension Batch {
       transferredBytes: transferredBytes.load(ordering: .relaxed))
   }
 
-  /// Drives `loop` until the batch is terminal or the deadline; returns false if another thread
+  /// Drives `driver` until the batch is terminal or the deadline; returns false if another thread
   /// does.
-  package func drive(_ loop: TCPClientLoop, until deadline: Deadline) -> Bool {
-    drivers.wrappingAdd(1, ordering: .sequentiallyConsistent)
-    defer { drivers.wrappingSubtract(1, ordering: .relaxed) }
-    return loop.driveIfFree(until: deadline) { isTerminal }
+  package func drive(_ driver: any Driver, until deadline: Deadline) -> Bool {
+    drivingCount.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    defer { drivingCount.wrappingSubtract(1, ordering: .relaxed) }
+    return driver.driveIfFree(until: deadline) { isTerminal }
+  }
+
+  /// Remembers what slices of the submit that runs are queued on.
+  package func use(_ drivers: DriverSet) {
+    driverBits.bitwiseOr(drivers.bits, ordering: .acquiringAndReleasing)
   }
 
   /// Sleeps until the batch is terminal or the deadline; returns whether it is terminal.

@@ -275,7 +275,7 @@ struct DestroyTests {
       let local = GuardedMemory(4096)
       for closes in [false, true] {
         if closes { engine.close() }
-        let batch = Batch(capacity: 1, pool: engine.pool, announcer: nil)
+        let batch = Batch(capacity: 1, pool: engine.pool, drivers: engine.drivers, announcer: nil)
         let first = try batch.beginSubmit(1)
         batch.prepare(
           first, segment: pair.segment,

@@ -31,7 +31,7 @@ struct BatchTests {
   private let memory = UnsafeMutableRawPointer(bitPattern: 4096)!
 
   private func makeBatch(_ capacity: Int) -> Batch {
-    Batch(capacity: capacity, pool: SlicePool(), announcer: announcer)
+    Batch(capacity: capacity, pool: SlicePool(), drivers: DriverTable(), announcer: announcer)
   }
 
   private func submit(
@@ -298,7 +298,7 @@ struct BatchTests {
 
 struct BatchTableTests {
   private static func makeBatch() -> Batch {
-    Batch(capacity: 1, pool: SlicePool(), announcer: nil)
+    Batch(capacity: 1, pool: SlicePool(), drivers: DriverTable(), announcer: nil)
   }
 
   private static func code(_ table: BatchTable, _ id: UInt64) -> EngineError.Code? {
@@ -340,7 +340,8 @@ struct BatchTableTests {
     let table = BatchTable()
     let share = BatchTable.requestLimit / 16
     func insert(_ capacity: Int) throws(EngineError) -> UInt64 {
-      try table.insert(Batch(capacity: capacity, pool: SlicePool(), announcer: nil))
+      try table.insert(
+        Batch(capacity: capacity, pool: SlicePool(), drivers: DriverTable(), announcer: nil))
     }
     var ids: [UInt64] = []
     for _ in 0..<16 { ids.append(try insert(share)) }

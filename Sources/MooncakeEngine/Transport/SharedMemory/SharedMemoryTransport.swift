@@ -6,7 +6,9 @@ import Synchronization
 
 /// The shared-memory transport of one engine: its server, the thread behind it, and the queue of
 /// copies that are too large for the thread that submits them.
-package final class SharedMemoryTransport: @unchecked Sendable {
+package final class SharedMemoryTransport: Driver, @unchecked Sendable {
+  package static let isExclusive = false
+
   // Unchecked: set in `init` and `start`, the rest is synchronized.
   package let server: SharedMemoryServer
   package let counters = SharedMemoryCounters()
@@ -37,6 +39,8 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   /// Where helpers run; nil for anywhere.
   private let processors: ProcessorSet?
   private let fallBack: @Sendable (SlicePointer) -> Void
+  /// In sets of drivers.
+  package private(set) var driverIndex = 0
 
   /// What the submitting thread copies itself, even if it does not wait.
   package static let inlineBytes = 1 << 20
@@ -49,7 +53,7 @@ package final class SharedMemoryTransport: @unchecked Sendable {
   /// takes slices that must be sent by other means.
   package init(
     buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
-    processors: ProcessorSet?, cancellation: Int32,
+    processors: ProcessorSet?, cancellation: Int32, drivers: DriverTable,
     fallBack: @escaping @Sendable (SlicePointer) -> Void
   ) throws(Errno) {
     self.cancellation = cancellation
@@ -61,6 +65,8 @@ package final class SharedMemoryTransport: @unchecked Sendable {
     do throws(Errno) {
       own = try Self.connectOwn(listener.name, cancellation)
       try loop.watch(own)
+      guard let index = drivers.add(self) else { throw Errno(ENOSPC) }
+      driverIndex = index
     } catch {
       loop.stop()
       throw error
@@ -206,8 +212,24 @@ extension SharedMemoryTransport {
     }
   }
 
+  package func kick() {
+    doorbell.increment()
+    doorbell.wakeAll()
+  }
+
+  package func nudge() { kick() }
+
+  /// Deadlines and cancellations are looked at before each slice.
+  package func requestSweep() {}
+
+  package func driveIfFree(until deadline: Deadline, isDone: () -> Bool) -> Bool {
+    var hasDriven = false
+    while !isDone(), !deadline.hasPassed, pollIfFree() { hasDriven = true }
+    return hasDriven
+  }
+
   /// Copies a part of what is queued; false if nothing is.
-  package func help() -> Bool {
+  package func pollIfFree() -> Bool {
     if queued.load(ordering: .sequentiallyConsistent) == 0 { return false }
     users.wrappingAdd(1, ordering: .sequentiallyConsistent)
     defer { users.wrappingSubtract(1, ordering: .sequentiallyConsistent) }

@@ -7,7 +7,9 @@ import Synchronization
 ///
 /// Whoever holds `isDriven` is the driver: the loop's own thread, or a thread that waits for its
 /// batch and so saves two wake-ups. Everything below "The driver" belongs to the driver.
-package final class TCPClientLoop: @unchecked Sendable {
+package final class TCPClientLoop: Driver, @unchecked Sendable {
+  package static let isExclusive = true
+
   // Unchecked: see above; the rest is atomic.
   private let ready = Atomic<UInt>(0)
   private let isDriven = Atomic<Bool>(false)
@@ -23,8 +25,8 @@ package final class TCPClientLoop: @unchecked Sendable {
   private let wakeup: EventFD
   let epoll: Epoll
   let counters: TCPCounters
-  /// Position among the transport's loops, below 64.
-  package let index: Int
+  /// In sets of drivers; set before the loop is shared.
+  package internal(set) var index = 0
   private let spinNanoseconds: UInt64
   private var thread: WorkerThread?
 
@@ -80,8 +82,7 @@ package final class TCPClientLoop: @unchecked Sendable {
   /// Up to so many busy connections are tried directly while spinning, without asking epoll.
   private static let directLimit = 2
 
-  package init(index: Int, counters: TCPCounters, spinNanoseconds: UInt64) throws(Errno) {
-    self.index = index
+  package init(counters: TCPCounters, spinNanoseconds: UInt64) throws(Errno) {
     self.counters = counters
     self.spinNanoseconds = spinNanoseconds
     wakeup = try EventFD()
@@ -199,13 +200,14 @@ extension TCPClientLoop {
   }
 
   /// One turn without waiting, if nobody drives.
-  package func pollIfFree() {
-    guard hasWork, tryAcquire() else { return }
+  package func pollIfFree() -> Bool {
+    guard hasWork, tryAcquire() else { return false }
     let now = Clock.now()
     _ = turn(now)
     lastActivity.store(now, ordering: .relaxed)
     isDriven.store(false, ordering: .sequentiallyConsistent)
     if hasWork { nudge() }
+    return true
   }
 }
 

@@ -1,3 +1,4 @@
+import Glibc
 import MooncakeBase
 import MooncakeSystem
 import Synchronization
@@ -35,15 +36,17 @@ package final class TCPTransport: @unchecked Sendable {
 
   /// Serves on `listener` and starts the client threads.
   package init(
-    listener: consuming Socket, buffers: BufferTable, settings: Settings
+    listener: consuming Socket, buffers: BufferTable, settings: Settings, drivers: DriverTable
   ) throws(EngineError) {
     self.settings = settings
     var loops: [TCPClientLoop] = []
     do throws(Errno) {
-      for index in 0..<settings.threadCount {
-        loops.append(
-          try TCPClientLoop(
-            index: index, counters: counters, spinNanoseconds: settings.spinNanoseconds))
+      for _ in 0..<settings.threadCount {
+        let loop = try TCPClientLoop(
+          counters: counters, spinNanoseconds: settings.spinNanoseconds)
+        guard let index = drivers.add(loop) else { throw Errno(ENOSPC) }
+        loop.index = index
+        loops.append(loop)
       }
     } catch {
       throw EngineError(.system, "starting the TCP transport: \(error)")
@@ -52,8 +55,8 @@ package final class TCPTransport: @unchecked Sendable {
     server = try TCPServer(
       listener: listener, buffers: buffers, counters: counters, settings: settings)
     do throws(Errno) {
-      for loop in loops {
-        try loop.start(name: "mc-tcp-io\(loop.index)", on: settings.processors)
+      for (number, loop) in loops.enumerated() {
+        try loop.start(name: "mc-tcp-io\(number)", on: settings.processors)
       }
     } catch {
       stop()

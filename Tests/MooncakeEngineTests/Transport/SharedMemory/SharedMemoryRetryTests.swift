@@ -62,7 +62,7 @@ struct SharedMemoryRetryTests {
     let closing = try EventFD()
     let owner = try SharedMemoryTransport(
       buffers: target.engine.local.buffers, listener: listener, helperCount: 1, processors: nil,
-      cancellation: closing.descriptor.rawValue, fallBack: { _ in })
+      cancellation: closing.descriptor.rawValue, drivers: DriverTable(), fallBack: { _ in })
     defer { _ = owner.stop(until: .after(milliseconds: 5000)) }
     owner.server.publish()
     var rounds = 0

@@ -9,7 +9,8 @@ import Testing
       threadCount: 3, connectionsPerPeer: 2, spinNanoseconds: 1000)
     let local = try #require(SocketAddress(numeric: "127.0.0.1", port: 0))
     let transport = try TCPTransport(
-      listener: Socket.listening(on: local), buffers: BufferTable(), settings: settings)
+      listener: Socket.listening(on: local), buffers: BufferTable(), settings: settings,
+      drivers: DriverTable())
     defer { transport.stop() }
     // Connections are made on first use, which never comes here.
     let descriptor = SegmentDescriptor(name: "peer", tcpDataHost: "127.0.0.1", tcpDataPort: 9)
