@@ -48,10 +48,6 @@ package final class TCPClientLoop: @unchecked Sendable {
   var nextToken: UInt64 = 1
   /// When the present turn began.
   var now: UInt64 = 0
-  /// Whether some endpoint waits for others before it may move bulk.
-  var hasWaitingBulk = false
-  /// Where in `active` the next turn at bulk is given.
-  var bulkCursor = 0
   /// Moved since the driver last waited.
   var burstBytes = 0
   private var completedSlices = 0
@@ -284,13 +280,11 @@ extension TCPClientLoop {
       var wake = deadline.nanoseconds
       for endpoint in active { wake = min(wake, endpoint.nextTimer) }
       if !fences.isEmpty { wake = min(wake, fenceTimer) }
-      if hasWaitingBulk { wake = min(wake, Clock.now() &+ BulkTurn.patienceNanoseconds) }
       let timeout = Deadline(nanoseconds: wake).remainingMilliseconds
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       isPolling.store(false, ordering: .sequentiallyConsistent)
       now = Clock.now()
       dispatch(count)
-      giveBulkTurns()
       settle()
     } else {
       isPolling.store(false, ordering: .sequentiallyConsistent)
@@ -311,7 +305,6 @@ extension TCPClientLoop {
       dispatch(count)
       isBusy = isBusy || count > 0
     }
-    giveBulkTurns()
     settle()
     return isBusy
   }

@@ -31,21 +31,18 @@ extension TCPEndpoint {
       }
       isAny = true
       loop.burstBytes &+= sent
-      turn.progressed(loop.now)
       advanceSend(sent)
       // Answers come back while a long list is sent: give them a turn.
       if sent >= TCPWire.sendChunkBytes / 2, receiveIsDue { break }
     }
     // Armed only for what could go out at once: a writable socket would keep the driver awake.
     updateInterest(blocked: maySend)
-    adjustLowWater()
     return isAny
   }
 
   /// Whether there is something to send that need not wait for answers first.
   var maySend: Bool {
     guard let next = sendSlice, let first = queue.first else { return false }
-    if sendOffset == 0 && BulkTurn.concerns(next) && !mayStartBulk { return false }
     if sentCount == 0 { return true }
     // Version 1 has no acknowledgment: one request a connection, ended by the peer's close.
     if peer.isOneShot || sentCount >= Self.inflightLimit { return false }
@@ -70,12 +67,7 @@ extension TCPEndpoint {
     var headerIndex = 0
     var cursor = sendSlice
     var slicesLeft = peer.isOneShot || sendsAlone ? 1 : Self.inflightLimit - sentCount
-    var bulkRoom = waitsForBulkTurns ? turn.bytesLeft : .max
     while let slice = cursor, count + 2 <= TCPWire.vectorCount, room > 0, slicesLeft > 0 {
-      if BulkTurn.concerns(slice) {
-        if bulkRoom <= 0 && skip == 0 { break }
-        bulkRoom -= slice.pointee.length
-      }
       if skip < TCPWire.headerBytes {
         let header = loop.headers + headerIndex * TCPWire.headerBytes
         TCPWire.Header(
@@ -119,7 +111,6 @@ extension TCPEndpoint {
       sendOffset = 0
       sendsAlone = false
       sentCount += 1
-      if BulkTurn.concerns(slice) { turn.bytesLeft -= slice.pointee.length }
       sendSlice = slice.pointee.next
       // The half-close makes a version 1 server close once it has stored the data: its only
       // receipt.
@@ -192,7 +183,6 @@ extension TCPEndpoint {
       }
       isAny = true
       loop.burstBytes &+= count
-      turn.progressed(loop.now)
       advanceReceive(count)
       guard case .connected = state else { return true }
       if count < expected { break }
@@ -202,7 +192,6 @@ extension TCPEndpoint {
       lastUse = Clock.now()
       if held.isEmpty { earliestDeadline = .max }
     }
-    adjustLowWater()
     return isAny
   }
 

@@ -57,9 +57,6 @@ package final class TCPEndpoint: @unchecked Sendable {
   var failingSince: UInt64 = 0
   var restNanoseconds: UInt64 = 0
   var lastUse: UInt64 = 0
-  var turn = BulkTurn()
-  /// Bytes that must have arrived before the socket counts as readable.
-  var lowWater = 1
   var lastError = EngineError(.unreachable, "")
 
   static let inflightLimit = 1024
@@ -261,7 +258,6 @@ extension TCPEndpoint {
     state = .idle
     descriptor = -1
     wantsWritable = false
-    lowWater = 1
     rewind()
     return socket
   }
@@ -280,8 +276,6 @@ extension TCPEndpoint {
     sentCount = 0
     sendsAlone = false
     receivesAlone = false
-    // A turn that ended by silence would wait for a sign of life that the former connection owed.
-    turn = BulkTurn()
   }
 
   private func closeIdle() {

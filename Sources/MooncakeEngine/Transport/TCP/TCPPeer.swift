@@ -28,8 +28,6 @@ package final class TCPPeer: Sendable {
   package let description: String
   /// Version 1 framing acknowledges nothing, so every request gets a connection of its own.
   package let usesAcknowledgments: Bool
-  /// Whether its bytes only go from one process of this host to another.
-  package let isLocal: Bool
   /// Where its process may still store earlier writes; shared by all peers that lead to it.
   package let unfenced: UnfencedRanges
   private let addresses: [SocketAddress]
@@ -49,7 +47,6 @@ package final class TCPPeer: Sendable {
   ) {
     description = "tcp peer \(addresses[0]) (segment \(segmentName))"
     self.addresses = addresses
-    isLocal = addresses.allSatisfy(\.isLoopback)
     self.usesAcknowledgments = usesAcknowledgments
     self.unfenced = unfenced
     self.handlers = handlers

@@ -2,8 +2,8 @@ import MooncakeEngine
 import MooncakeSystem
 import Testing
 
-/// Many peers with bulk for one loop, which is woken only when much of an answer has come.
-@Suite struct BulkTurnTests {
+/// Many peers with large answers on one loop: slow, silent, refusing and closing ones side by side.
+@Suite struct MixedPeersTests {
   private static let count = 1 << 20
   private static let silence: UInt64 = 4000
 
