@@ -28,11 +28,11 @@ package final class TCPClientLoop: @unchecked Sendable {
   private let spinNanoseconds: UInt64
   private var thread: WorkerThread?
 
-  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorCount)
+  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorLimit)
   let headers = UnsafeMutableRawPointer.allocate(
-    byteCount: TCPWire.vectorCount * TCPWire.headerBytes, alignment: 64)
+    byteCount: TCPWire.vectorLimit * TCPWire.headerBytes, alignment: 64)
   let statuses = UnsafeMutableRawPointer.allocate(
-    byteCount: TCPWire.vectorCount * TCPWire.statusBytes, alignment: 64)
+    byteCount: TCPWire.vectorLimit * TCPWire.statusBytes, alignment: 64)
   private let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 128)
   var active: [TCPEndpoint] = []
   private var watched: [UInt64: TCPEndpoint] = [:]

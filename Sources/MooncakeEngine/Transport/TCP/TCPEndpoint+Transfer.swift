@@ -67,7 +67,7 @@ extension TCPEndpoint {
     var headerIndex = 0
     var cursor = sendSlice
     var slicesLeft = peer.isOneShot || sendsAlone ? 1 : Self.inflightLimit - sentCount
-    while let slice = cursor, count + 2 <= TCPWire.vectorCount, room > 0, slicesLeft > 0 {
+    while let slice = cursor, count + 2 <= TCPWire.vectorLimit, room > 0, slicesLeft > 0 {
       if skip < TCPWire.headerBytes {
         let header = loop.headers + headerIndex * TCPWire.headerBytes
         TCPWire.Header(
@@ -204,7 +204,7 @@ extension TCPEndpoint {
     var cursor = queue.first
     var left = receivesAlone ? 1 : sentCount + (sendOffset > 0 ? 1 : 0)
     let frameBytes = isAcknowledged ? TCPWire.statusBytes : 0
-    while let slice = cursor, left > 0, count + 2 <= TCPWire.vectorCount {
+    while let slice = cursor, left > 0, count + 2 <= TCPWire.vectorLimit {
       if skip < frameBytes {
         let status = loop.statuses + statusIndex * TCPWire.statusBytes
         if skip > 0 { status.storeBytes(of: partialStatus, as: UInt64.self) }
