@@ -242,11 +242,7 @@ package final class UpstreamCatalog: Sendable {
         if let text, text.utf8.count > Self.maximumDocumentBytes { return true }
         if try etcd.replace(key(name), writtenBy: found.revision, with: text, call) { return true }
         let pause = UInt64.random(in: 1...UInt64(2 << min(attempt, 6)))
-        if Waiting.sleep(
-          until: min(call.deadline, .after(milliseconds: pause)), cancellation: call.cancellation)
-        {
-          break
-        }
+        if call.sleep(milliseconds: pause) { break }
       }
       Log.warning("payload '\(name)': \(what) in '\(key(name))': other writers keep changing it")
     } catch {
