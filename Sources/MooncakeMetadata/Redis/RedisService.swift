@@ -6,6 +6,8 @@ import Synchronization
 /// listing, since Redis reports them only if configured to.
 package final class RedisService: MetadataService {
   package let uri: MetadataURI
+  /// Redis does not count changes.
+  package let comparesRevisions = false
   private let library: HiredisLibrary
   private let idle = Lock<[RedisConnection]>([])
   private let user: String?
