@@ -24,8 +24,8 @@ package final class MetadataPublisher: Sendable {
   private let routeKey: String
   private let rpcAddress: HostPort
   private let incarnation: String
-  /// Readable when the engine closes; cancels a running call.
-  private let cancellation: Int32
+  /// Canceled when the engine closes; without a deadline of its own.
+  private let untilClose: Call
 
   /// Used only by the thread, and by `start` and `stop` while there is no thread.
   private struct Work: Sendable {
@@ -69,11 +69,11 @@ package final class MetadataPublisher: Sendable {
 
   package init(
     _ directory: MetadataDirectory, _ local: LocalSegment, rpcAddress: HostPort,
-    cancellation: Int32
+    untilClose: Call
   ) {
     self.directory = directory
     self.local = local
-    self.cancellation = cancellation
+    self.untilClose = untilClose
     incarnation = SegmentDescriptor.text(incarnation: local.descriptor.incarnation)
     routeKey = directory.routeKey(local.name)
     self.rpcAddress = rpcAddress
@@ -85,7 +85,7 @@ package final class MetadataPublisher: Sendable {
 
   /// Publishes for the first time, replacing what an earlier process left, and starts the thread.
   package func start(until deadline: Deadline) throws(EngineError) {
-    let call = Call(until: deadline, cancellation: cancellation)
+    let call = untilClose.within(deadline)
     do throws(EngineError) {
       try work.withLock { work throws(EngineError) in
         try publish(&work, isFirst: true, call)
@@ -135,8 +135,8 @@ package final class MetadataPublisher: Sendable {
     }
   }
 
-  /// Ends the thread and removes the entries. `cancellation` must already be readable, so that a
-  /// running call ends.
+  /// Ends the thread and removes the entries. The engine's close must already have canceled calls,
+  /// so that a running one ends.
   package func stop() {
     let isFirst = state.withLock { state in
       defer { state.isStopping = true }
@@ -187,8 +187,7 @@ package final class MetadataPublisher: Sendable {
 
   private func step(_ work: inout Work) {
     let ttl = directory.settings.ttlMilliseconds
-    let call = Call(
-      until: .after(milliseconds: max(1000, ttl * 3 / 10)), cancellation: cancellation)
+    let call = untilClose.within(milliseconds: max(1000, ttl * 3 / 10))
     let version = local.buffers.version
     do throws(EngineError) {
       let isNews = state.withLock { $0.wanted > $0.published }
