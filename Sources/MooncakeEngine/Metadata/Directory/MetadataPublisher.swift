@@ -32,6 +32,8 @@ package final class MetadataPublisher: Sendable {
     /// What has been put under it.
     var entries: [MetadataEntry] = []
     var next = Deadline.never
+    /// When the lease needs its time again, whatever is put under it until then: that renews none.
+    var renewal = Deadline.never
     var backoffMilliseconds: UInt64 = 0
     var isSuperseded = false
   }
@@ -88,7 +90,8 @@ package final class MetadataPublisher: Sendable {
       try work.withLock { work throws(EngineError) in
         try publish(&work, isFirst: true, call)
         // A user who may put but not renew would be gone with the first lease.
-        _ = try directory.store.renew(work.lease, work.entries, call)
+        _ = try renew(&work, call)
+        work.next = work.renewal
       }
     } catch {
       if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) {
@@ -189,23 +192,33 @@ package final class MetadataPublisher: Sendable {
     let version = local.buffers.version
     do throws(EngineError) {
       let isNews = state.withLock { $0.wanted > $0.published }
-      if !work.isSuperseded && !isNews && work.entries.count == 2 {
-        if try directory.store.renew(work.lease, work.entries, call) == .kept {
-          succeeded(&work) { $0.renewals &+= 1 }
-          return
+      // News may come without a pause, and may be refused; what the service has stays there.
+      if !work.isSuperseded && work.entries.count == 2 && (!isNews || work.renewal.hasPassed) {
+        if try renew(&work, call) == .kept {
+          state.withLock { $0.counters.renewals &+= 1 }
+          if !isNews {
+            succeeded(&work)
+            return
+          }
+        } else {
+          // Somebody else's, or gone: the lease is of no use any more.
+          work.lease = nil
+          work.entries = []
         }
-        // Somebody else's, or gone: the lease is of no use any more.
-        work.lease = nil
-        work.entries = []
       }
       try publish(&work, isFirst: false, call)
     } catch {
-      // A service that refuses the news still keeps what it has.
-      if error.isRefusal, work.entries.count == 2 {
-        _ = try? directory.store.renew(work.lease, work.entries, call)
-      }
       failed(&work, error, version)
     }
+  }
+
+  private func renew(
+    _ work: inout Work, _ call: MetadataCall
+  ) throws(EngineError) -> MetadataRenewal {
+    let next = Deadline.after(milliseconds: directory.settings.ttlMilliseconds / 3)
+    let found = try directory.store.renew(work.lease, work.entries, call)
+    work.renewal = next
+    return found
   }
 
   private func publish(
@@ -220,8 +233,9 @@ package final class MetadataPublisher: Sendable {
     }
     // Where there are no leases, what has been put stays.
     if work.lease == nil && work.entries.isEmpty {
-      work.lease = try directory.store.grant(
-        ttlMilliseconds: directory.settings.ttlMilliseconds, call)
+      let ttl = directory.settings.ttlMilliseconds
+      work.renewal = .after(milliseconds: ttl / 3)
+      work.lease = try directory.store.grant(ttlMilliseconds: ttl, call)
     }
     // In this order: whoever needs the version must find it in the text.
     let version = local.buffers.version
@@ -246,9 +260,10 @@ package final class MetadataPublisher: Sendable {
       throw error
     }
     work.isSuperseded = false
-    succeeded(&work) {
-      $0.publications &+= 1
-      if isRepetition { $0.repetitions &+= 1 }
+    succeeded(&work)
+    state.withLock {
+      $0.counters.publications &+= 1
+      if isRepetition { $0.counters.repetitions &+= 1 }
     }
     advance(to: version)
     if isRepetition { Log.info("segment \(local.name) is published again") }
@@ -287,7 +302,8 @@ package final class MetadataPublisher: Sendable {
           + "\(directory.store.uri); peers find that one until it ends")
     }
     work.isSuperseded = true
-    succeeded(&work) { _ in }
+    succeeded(&work)
+    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
     advance(to: local.buffers.version)
   }
 
@@ -300,12 +316,11 @@ package final class MetadataPublisher: Sendable {
     progress.wakeAll()
   }
 
-  private func succeeded(_ work: inout Work, _ count: (inout Counters) -> Void) {
-    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
+  private func succeeded(_ work: inout Work) {
+    work.next = work.renewal
     work.backoffMilliseconds = 0
     let wasDown = state.withLock { state in
       defer { state.isDown = false }
-      count(&state.counters)
       state.refusal = nil
       state.counters.isReachable = true
       state.counters.isRefused = false
@@ -320,11 +335,11 @@ package final class MetadataPublisher: Sendable {
     work.backoffMilliseconds = min(
       Self.maximumBackoffMilliseconds,
       max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
+    let backoff = Deadline.after(milliseconds: work.backoffMilliseconds)
     // What is refused may be large, and will be refused again.
-    let pause =
+    work.next =
       error.isRefusal && work.entries.count == 2
-      ? directory.settings.ttlMilliseconds / 3 : work.backoffMilliseconds
-    work.next = .after(milliseconds: isLost ? 0 : pause)
+      ? max(work.renewal, backoff) : isLost ? .after(milliseconds: 0) : backoff
     let wasTold = state.withLock { state in
       defer {
         state.isDown = true
