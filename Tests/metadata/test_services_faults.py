@@ -131,11 +131,15 @@ class Peers(FaultTest):
 
     def test_lost_lease(self):
         service = self.start(services.Etcd)
-        self.peer(service, "target")
-        for line in service.control("lease", "list").split():
-            if len(line) > 12 and line.isalnum():
-                service.control("lease", "revoke", line)
+        peer = self.peer(service, "target")
+        leases = [word for word in service.control("lease", "list").split()
+                  if len(word) > 12 and word.isalnum()]
+        # Else it may be back before anybody has looked.
+        peer.stop()
+        for lease in leases:
+            service.control("lease", "revoke", lease)
         self.assertEqual(self.names(service), [])
+        peer.resume()
         self.appear(service, "target", TTL)
 
     def test_changes_without_a_pause(self):
