@@ -154,7 +154,7 @@ final class PayloadDownload {
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
       if plan.isStuck(now) && flights.isEmpty { throw noHolder() }
-      if directory.present != nil && plan.isForsaken(now) && flights.isEmpty {
+      if directory.present != nil && plan.lacksSource(now) && flights.isEmpty {
         if successor != nil { throw noHolder() }
         lookForSuccessor(now)
       }
@@ -466,7 +466,7 @@ final class PayloadDownload {
       reached.insert(connection.holder)
       connection.close(engine)
     }
-    for holder in plan.lenders where reached.contains(holder) {
+    for holder in plan.holdersWithGrants where reached.contains(holder) {
       Self.takeLeave(of: holder, manifest, reader, engine)
     }
     for connection in connections.values { connection.close(engine) }

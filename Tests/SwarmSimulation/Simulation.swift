@@ -190,7 +190,7 @@ package final class Simulation {
     outcome.completeCount += 1
     outcome.durations[node] = now - nodes[node].startTime
     outcome.makespan = max(outcome.makespan, now - firstStart)
-    for holder in nodes[node].plan!.lenders {
+    for holder in nodes[node].plan!.holdersWithGrants {
       let request = ShardRequest.farewell(
         to: holder, version: version, reader: UInt64(node), shardCount: scenario.shardCount)
       queue.add(
