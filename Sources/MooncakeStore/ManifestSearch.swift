@@ -9,6 +9,8 @@ struct ManifestSearch {
   struct Outcome {
     var manifest: Manifest
     var source: HolderAddress
+    /// Where the source keeps things, so that it need not be asked again.
+    var sourceIndex: HolderConnection.Index
     /// Asked, and silent so far.
     var silent: Set<HolderAddress>
   }
@@ -17,7 +19,7 @@ struct ManifestSearch {
     enum News: Sendable {
       case reached(HolderAddress)
       case progressed
-      case read(HolderAddress, Manifest)
+      case read(HolderAddress, Manifest, HolderConnection.Index)
       case failed(HolderAddress, EngineError)
     }
     private let news = Lock<[News]>([])
@@ -107,8 +109,9 @@ struct ManifestSearch {
           reached.insert(holder)
           lastProgress = Clock.now()
         case .progressed: lastProgress = Clock.now()
-        case .read(let holder, let manifest):
-          return Outcome(manifest: manifest, source: holder, silent: silent)
+        case .read(let holder, let manifest, let index):
+          return Outcome(
+            manifest: manifest, source: holder, sourceIndex: index, silent: silent)
         case .failed(let holder, let error):
           silent.remove(holder)
           reached.remove(holder)
@@ -134,9 +137,9 @@ struct ManifestSearch {
     guard let record = waiting.popLast() else { return }
     let holder = record.holder
     silent.insert(holder)
-    let completion: StoreService.Completion<Manifest> = { result in
+    let completion: StoreService.Completion<(Manifest, HolderConnection.Index)> = { result in
       switch result {
-      case .success(let manifest): inbox.put(.read(holder, manifest))
+      case .success(let (manifest, index)): inbox.put(.read(holder, manifest, index))
       case .failure(let error): inbox.put(.failed(holder, error))
       }
     }

@@ -97,6 +97,8 @@ final class PayloadDownload {
   private var plan: DownloadPlan
   private var flights: [Flight] = []
   private var connections: [HolderAddress: HolderConnection] = [:]
+  /// What the holder of the manifest has said; nil once its connection was opened with it.
+  private var sourceIndex: (holder: HolderAddress, index: HolderConnection.Index)?
   /// What the engine last said of parts of answers.
   private var arrivals: [SegmentID: UInt64] = [:]
   private var sources: [String: GetResult.Source] = [:]
@@ -127,6 +129,7 @@ final class PayloadDownload {
     self.workers = workers
     let manifest = search.manifest
     self.manifest = manifest
+    sourceIndex = (search.source, search.sourceIndex)
     self.layout = layout
     self.holding = holding
     self.bounds = bounds
@@ -284,9 +287,14 @@ final class PayloadDownload {
       }
     }
     if connections[holder] != nil { return question() }
+    var known: HolderConnection.Index?
+    if let source = sourceIndex, source.holder == holder {
+      (known, sourceIndex) = (source.index, nil)
+    }
     let recipient = HolderConnection.Recipient(isWaiting: { [inbox] in !inbox.isClosed })
     HolderConnection.open(
-      engine, workers, holder, manifest, until: .after(milliseconds: milliseconds), for: recipient
+      engine, workers, holder, manifest, known: known,
+      until: .after(milliseconds: milliseconds), for: recipient
     ) { [engine, inbox] result in
       switch result {
       case .success(let connection):

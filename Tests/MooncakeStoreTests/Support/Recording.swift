@@ -134,6 +134,7 @@ final class RecordedHolder: Sendable {
   private let manifestByteCount: Int
   /// How often each reader has asked.
   private let counts = Lock<[String: Int]>([:])
+  private let opens = Lock(0)
 
   init(
     _ recording: Recording, in cluster: Cluster, answers: Change = .none,
@@ -166,6 +167,9 @@ final class RecordedHolder: Sendable {
 
   deinit { engine.close() }
 
+  /// How often it was asked where its manifest and its buffers are.
+  var openCount: Int { opens.withLock { $0 } }
+
   /// A recorded text as if this process had written it.
   func own(_ text: String) -> String {
     text.replacing(#""rpc":"\#(recordedAddress.rpc)""#, with: #""rpc":"\#(engine.rpcAddress)""#)
@@ -178,7 +182,10 @@ final class RecordedHolder: Sendable {
       return nil
     }
     let exchanges = call["from"] == nil ? recording.get : recording.read
-    if call["op"]?.string == "open" { return answers.apply(to: placed(exchanges[0].answer)) }
+    if call["op"]?.string == "open" {
+      opens.withLock { $0 += 1 }
+      return answers.apply(to: placed(exchanges[0].answer))
+    }
     let reader = call["reader"]?.string ?? ""
     let asked = exchanges.filter { $0.question.contains(#""op":"ask""#) }
     let count = counts.withLock { counts in
