@@ -158,21 +158,21 @@ package final class Bounds {
     _ phase: String, abandon: @escaping @Sendable (Value) -> Void = { _ in },
     _ start: (@escaping StoreService.Completion<Value>) -> Void
   ) throws(EngineError) -> Value {
-    let errand: Errand<Value>
-    do throws(Errno) { errand = try Errand(abandon) } catch {
+    let pending: PendingResult<Value>
+    do throws(Errno) { pending = try PendingResult(abandon) } catch {
       throw EngineError(.system, "\(what): making an event descriptor: \(error)")
     }
-    start { errand.end($0) }
+    start { pending.end($0) }
     while true {
-      if let result = errand.result { return try result.get() }
+      if let result = pending.result { return try result.get() }
       do throws(EngineError) {
         try check(phase)
         try reportAgain()
       } catch {
-        errand.leave()
+        pending.leave()
         throw error
       }
-      sleep(orReadable: errand.event.descriptor.rawValue)
+      sleep(orReadable: pending.event.descriptor.rawValue)
     }
   }
 }
@@ -191,8 +191,8 @@ private final class Ends: Sendable {
   }
 }
 
-/// What is done elsewhere for a waiting caller.
-private final class Errand<Result: Sendable>: Sendable {
+/// The result of what is done elsewhere for a waiting caller.
+private final class PendingResult<Result: Sendable>: Sendable {
   let event: EventFD
   private let abandon: @Sendable (Result) -> Void
 

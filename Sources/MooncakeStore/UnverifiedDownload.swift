@@ -32,7 +32,7 @@ package struct UnverifiedDownload {
   package private(set) var origins: [SharedDocument.Location?]
 
   /// A shard that is missing, and where it may still be read.
-  private struct Errand {
+  private struct PendingShard {
     let shard: Int
     var locations: [SharedDocument.Location]
     /// Times that bytes came and broke off.
@@ -40,7 +40,7 @@ package struct UnverifiedDownload {
   }
 
   private struct Flight {
-    var errand: Errand
+    var pending: PendingShard
     let location: SharedDocument.Location
     let segment: SegmentID
     let batch: BatchID
@@ -69,13 +69,13 @@ package struct UnverifiedDownload {
     // Taken from the end.
     var waiting = shards.reversed().map { shard in
       let shardPlaces = document.shards[shard]
-      return Errand(
+      return PendingShard(
         shard: shard, locations: shardPlaces.replicas.shuffled() + shardPlaces.gold.shuffled())
     }
     while !waiting.isEmpty || !flights.isEmpty {
-      while flights.count < settings.windowCount, let errand = waiting.popLast() {
+      while flights.count < settings.windowCount, let pending = waiting.popLast() {
         try bounds.check("\(shards.count - doneCount) shards missing")
-        if let again = try start(errand) { waiting.append(again) }
+        if let again = try start(pending) { waiting.append(again) }
       }
       try bounds.check("\(shards.count - doneCount) shards missing")
       try bounds.report(.transferring, progress(doneCount, flights.count))
@@ -101,7 +101,7 @@ package struct UnverifiedDownload {
   }
 
   /// Takes down what has ended, and cancels what is silent. Returns what is still missing.
-  private mutating func checkFlights() -> [Errand] {
+  private mutating func checkFlights() -> [PendingShard] {
     // Reads of one segment share its connections, so one may wait for the bytes of others.
     var latest: [SegmentID: UInt64] = [:]
     for index in flights.indices {
@@ -109,7 +109,7 @@ package struct UnverifiedDownload {
       let flight = flights[index]
       latest[flight.segment] = max(latest[flight.segment] ?? 0, flight.watch.lastArrival)
     }
-    var missing: [Errand] = []
+    var missing: [PendingShard] = []
     var index = 0
     while index < flights.count {
       let flight = flights[index]
@@ -125,13 +125,13 @@ package struct UnverifiedDownload {
         continue
       }
       flights.remove(at: index)
-      if let errand = end(flight) { missing.append(errand) }
+      if let pending = end(flight) { missing.append(pending) }
     }
     return missing
   }
 
   /// Returns what is to be done again.
-  private mutating func end(_ flight: Flight) -> Errand? {
+  private mutating func end(_ flight: Flight) -> PendingShard? {
     let status = try? engine.poll(flight.batch)
     let message = engine.failureMessage(of: flight.batch)
     try? engine.freeBatch(flight.batch)
@@ -142,13 +142,13 @@ package struct UnverifiedDownload {
     }
     failed[flight.location.segment] =
       flight.isSilent ? "it sent nothing for \(settings.silenceMilliseconds) ms" : message
-    var errand = flight.errand
+    var pending = flight.pending
     let isRefused = [.notRegistered, .accessDenied].contains(status?.error)
-    if flight.watch.hasBytes && !isRefused && errand.breaks + 1 < settings.attemptLimit {
-      errand.breaks += 1
-      errand.locations.insert(flight.location, at: 0)
+    if flight.watch.hasBytes && !isRefused && pending.breaks + 1 < settings.attemptLimit {
+      pending.breaks += 1
+      pending.locations.insert(flight.location, at: 0)
     }
-    return errand
+    return pending
   }
 
   private func progress(_ doneCount: Int, _ active: Int) -> StoreProgress {
@@ -160,8 +160,8 @@ package struct UnverifiedDownload {
   }
 
   private mutating func note(_ flight: Flight) {
-    origins[flight.errand.shard] = flight.location
-    let (segment, shard) = (flight.location.segment, flight.errand.shard)
+    origins[flight.pending.shard] = flight.location
+    let (segment, shard) = (flight.location.segment, flight.pending.shard)
     failed[segment] = nil
     let isGold = document.shards[shard].gold.contains(flight.location)
     var source =
@@ -174,32 +174,32 @@ package struct UnverifiedDownload {
 
   /// Starts a read from the last location, but first from those whose segment has not failed.
   /// Returns what is to be done again if that cannot be reached.
-  private mutating func start(_ errand: Errand) throws(EngineError) -> Errand? {
-    var errand = errand
+  private mutating func start(_ pending: PendingShard) throws(EngineError) -> PendingShard? {
+    var pending = pending
     guard
-      let index = errand.locations.lastIndex(where: { failed[$0.segment] == nil })
-        ?? errand.locations.indices.last
-    else { throw exhausted(errand.shard) }
-    let location = errand.locations.remove(at: index)
+      let index = pending.locations.lastIndex(where: { failed[$0.segment] == nil })
+        ?? pending.locations.indices.last
+    else { throw exhausted(pending.shard) }
+    let location = pending.locations.remove(at: index)
     do throws(EngineError) {
       let segment = try segment(location.segment)
       let batch = try engine.createBatch(capacity: 1)
       do throws(EngineError) {
-        try submit(batch, errand.shard, location, segment)
+        try submit(batch, pending.shard, location, segment)
       } catch {
         try? engine.freeBatch(batch)
         throw error
       }
       flights.append(
         Flight(
-          errand: errand, location: location, segment: segment, batch: batch,
+          pending: pending, location: location, segment: segment, batch: batch,
           watch: ArrivalWatch(engine, batch, from: segment)))
       return nil
     } catch {
       // This is no fault of the location's.
       if error.code == .canceled || bounds.isOver { throw error }
       failed[location.segment] = error.message
-      return errand
+      return pending
     }
   }
 
