@@ -2,16 +2,16 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Reads the manifest of a version from whoever has it. One holder is asked first; while nobody
-/// answers, more are asked soon, so that silent ones hold nobody up.
+/// Reads the manifest of a version from any holder. One holder is asked first; while none answers,
+/// more are asked soon, so that silent ones delay nobody.
 struct ManifestSearch {
-  /// What came out, for whoever asks the same holders next.
+  /// The manifest, and what was learned about the holders.
   struct Outcome {
     var manifest: Manifest
     var source: HolderAddress
     /// Where the source keeps things, so that it need not be asked again.
     var sourceIndex: HolderConnection.Index
-    /// Asked, and silent so far.
+    /// Asked, and no answer so far.
     var silent: Set<HolderAddress>
   }
 
@@ -40,7 +40,7 @@ struct ManifestSearch {
       }
     }
 
-    /// Nobody looks any more.
+    /// The search has ended.
     func close() { closed.store(true, ordering: .releasing) }
     var isClosed: Bool { closed.load(ordering: .acquiring) }
   }
@@ -51,22 +51,23 @@ struct ManifestSearch {
   private let bounds: Bounds
   private var waiting: [HolderRecord]
   private var silent: Set<HolderAddress> = []
-  /// Have answered where it lies; it is being read from them.
+  /// Have said where the manifest is; it is being read from them.
   private var reached: Set<HolderAddress> = []
   private var failures: [String] = []
   private var code = EngineError.Code.noHolder
-  /// When holders were asked last; 0: some shall be asked at once.
+  /// When holders were asked last; 0 to ask some at once.
   private var lastStart: UInt64 = 0
-  /// When bytes of a manifest came last, or a holder said where they are.
+  /// When the latest bytes of a manifest arrived, or a holder said where they are.
   private var lastProgress: UInt64 = 0
 
   private static let askMilliseconds: UInt64 = 2000
   private static let stepNanoseconds: UInt64 = 50_000_000
-  /// A manifest of which nothing comes is waited for so long before others are asked, too; and one
-  /// whose bytes come: each further reader makes all of them slower.
+  /// How long a manifest of which nothing comes is waited for before others are asked too, and how
+  /// long one whose bytes come: each further read makes all of them slower.
   private static let readNanoseconds: UInt64 = 1_000_000_000
   private static let patienceNanoseconds: UInt64 = 10_000_000_000
-  private static let stepCount = 4
+  /// Holders that are asked at a time after the first one.
+  private static let stepHolders = 4
   private static let phase = "fetching the manifest"
 
   init(
@@ -77,7 +78,7 @@ struct ManifestSearch {
     self.workers = workers
     self.version = version
     self.bounds = bounds
-    // Every receiver begins with another holder; the origin, which all know, comes last.
+    // Each receiver begins with a different holder; the origin, which all know, comes last.
     waiting = holders.shuffled().sorted { $0.isOrigin && !$1.isOrigin }
   }
 
@@ -95,7 +96,7 @@ struct ManifestSearch {
       if now >= nextStart && !waiting.isEmpty {
         let isProgressing = !reached.isEmpty && now &- lastProgress < Self.readNanoseconds
         for _ in 0..<(isProgressing ? 1 : count) { start(inbox) }
-        (lastStart, count) = (now, Self.stepCount)
+        (lastStart, count) = (now, Self.stepHolders)
       }
       if silent.isEmpty && reached.isEmpty && waiting.isEmpty { throw exhausted(name) }
       bounds.sleep(
@@ -115,7 +116,7 @@ struct ManifestSearch {
         case .failed(let holder, let error):
           silent.remove(holder)
           reached.remove(holder)
-          // That is what can be mended.
+          // This is the failure that the caller can do something about.
           if error.code == .unsupported { code = .unsupported }
           failures.append("\(holder.segment) at \(holder.rpc): \(error.message)")
           if reached.isEmpty { lastStart = 0 }
