@@ -14,12 +14,22 @@ package struct Call: Sendable {
   /// Does not wait: the work is done in the background.
   package static let background = Call(until: Deadline(nanoseconds: 0))
 
+  package var isCanceled: Bool { Waiting.isReadable(cancellation) }
+
   /// Whether its time is over or it was canceled.
-  package var isOver: Bool { deadline.hasPassed || Waiting.isReadable(cancellation) }
+  package var isOver: Bool { deadline.hasPassed || isCanceled }
 
   /// The same call with less time.
-  package func within(milliseconds: UInt64) -> Call {
-    Call(
-      until: min(deadline, .after(milliseconds: milliseconds)), cancellation: cancellation)
+  package func within(milliseconds: UInt64) -> Call { within(.after(milliseconds: milliseconds)) }
+
+  /// The same call, which ends by another deadline too.
+  package func within(_ limit: Deadline) -> Call {
+    Call(until: min(deadline, limit), cancellation: cancellation)
+  }
+
+  /// Sleeps, but not beyond the deadline; returns true as soon as it is canceled.
+  package func sleep(milliseconds: UInt64) -> Bool {
+    Waiting.sleep(
+      until: within(milliseconds: milliseconds).deadline, cancellation: cancellation)
   }
 }

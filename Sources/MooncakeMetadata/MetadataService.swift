@@ -12,6 +12,18 @@ package struct MetadataEntry: Equatable, Sendable {
   }
 }
 
+/// A value and the revision that wrote it: every write of the key gets another one.
+package struct RevisedValue: Equatable, Sendable {
+  package var value: String
+  /// Never 0.
+  package var revision: UInt64
+
+  package init(_ value: String, revision: UInt64) {
+    self.value = value
+    self.revision = revision
+  }
+}
+
 /// A lease: the service removes its keys if the owner does not renew it for `ttlMilliseconds`.
 package struct MetadataLease: Equatable, Sendable {
   /// The service's number for it; 0 if the service has no lease objects.
@@ -100,6 +112,24 @@ package protocol MetadataService: AnyObject, Sendable {
     prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage
 
+  /// Whether the service tells which revision wrote a value, and replaces it on condition that
+  /// nothing has been written since. Where not, `getRevised` and `replace` throw `unsupported`, and
+  /// only `putIfAbsent` and `revoke` have a condition.
+  var comparesRevisions: Bool { get }
+
+  /// A value with its revision; nil if the key does not exist. `isText`: a value that is not UTF-8
+  /// is an error, instead of being repaired.
+  func getRevised(
+    _ key: String, isText: Bool, _ call: Call
+  ) throws(EngineError) -> RevisedValue?
+
+  /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
+  /// `revision` (0 if it does not exist). Otherwise returns false and changes nothing. A value that
+  /// is put belongs to no lease.
+  func replace(
+    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
+  ) throws(EngineError) -> Bool
+
   /// Waits until keys with a prefix change after a revision, or the deadline passes.
   func changes(
     prefix: String, since revision: UInt64, _ call: Call
@@ -138,6 +168,29 @@ extension MetadataService {
     var values: [String?] = []
     for key in keys { values.append(try get(key, call)) }
     return values
+  }
+
+  /// For services that do not compare revisions.
+  package func getRevised(
+    _ key: String, isText: Bool, _ call: Call
+  ) throws(EngineError) -> RevisedValue? {
+    throw withoutRevisions("get '\(key)' with its revision")
+  }
+
+  /// For services that do not compare revisions.
+  package func replace(
+    _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
+  ) throws(EngineError) -> Bool {
+    throw withoutRevisions("\(value == nil ? "delete" : "put") '\(key)' if unchanged")
+  }
+
+  private func withoutRevisions(_ phase: String) -> EngineError {
+    failure(.unsupported, phase, "this service does not compare revisions", "use etcd")
+  }
+
+  /// A text with its revision.
+  package func getRevised(_ key: String, _ call: Call) throws(EngineError) -> RevisedValue? {
+    try getRevised(key, isText: true, call)
   }
 
   /// As `listAll`, but one page at a time, for callers that do not keep the entries.

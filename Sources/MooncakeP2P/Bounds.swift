@@ -51,16 +51,14 @@ package final class Bounds {
     return operation.cancellation == nil ? closing : canceled
   }
 
+  /// A call that may take as long as the operation.
+  private var longCall: Call { Call(until: deadline, cancellation: cancellation) }
+
   /// A call to the metadata service within these bounds, ten seconds at most.
-  package var call: Call {
-    Call(
-      until: min(deadline, .after(milliseconds: 10_000)), cancellation: cancellation)
-  }
+  package var call: Call { longCall.within(milliseconds: 10_000) }
 
   /// A call that can just as well be repeated later: two seconds at most.
-  package var shortCall: Call {
-    Call(until: min(deadline, .after(milliseconds: 2000)), cancellation: cancellation)
-  }
+  package var shortCall: Call { longCall.within(milliseconds: 2000) }
 
   /// A call that undoes or ends something: three seconds at most, within what is left of the
   /// operation, but always long enough for one answer from a healthy service. Each step makes a new

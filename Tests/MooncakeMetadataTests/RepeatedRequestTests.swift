@@ -46,7 +46,7 @@ struct RepeatedRequestTests {
       request.text.contains("/v3/kv/range") ? .http(200, #"{"header":{"revision":"5"}}"#) : .close
     }
     defer { server.stop() }
-    let store = try #require(try store("etcd", server.port) as? EtcdService)
+    let store = try store("etcd", server.port)
     #expect(try store.get("k", call) == nil)
     #expect(code { _ = try store.putIfAbsent(entry, lease: nil, call) } == .unreachable)
     #expect(server.requestCount("/v3/kv/txn") == 1)

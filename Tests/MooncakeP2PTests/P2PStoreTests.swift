@@ -114,6 +114,30 @@ func expect(
     #expect(try third.list(prefix: "").isEmpty)
   }
 
+  /// The memory that a get allocates, and the manifest beside it, reach the metadata service in one
+  /// piece: each further one would be waited for.
+  @Test func aGetWithoutBuffersPublishesItsMemoryOnce() throws {
+    let cluster = try Cluster()
+    let origin = try cluster.store()
+    let receiver = try cluster.store()
+    let model = Memory(1_000_000, seed: 4)
+    try origin.register("m", [model.buffer], shards)
+    let metadata = try MetadataServices.open(MetadataURI(parsing: cluster.server.uri))
+    let key = "mooncake/ram/\(receiver.engine.name)"
+    let before = try metadata.list(prefix: key, from: nil, limit: 1, testCall).revision
+
+    let result = try receiver.get("m")
+    #expect(memcmp(result.buffers[0].address, model.bytes.baseAddress!, 1_000_000) == 0)
+    guard
+      case .changes(let changes, _) = try metadata.changes(
+        prefix: key, since: before, testCall)
+    else {
+      Issue.record("the changes are not known any more")
+      return
+    }
+    #expect(changes.count == 1)
+  }
+
   @Test func manyReceiversAtOnceFeedEachOther() throws {
     let cluster = try Cluster()
     let origin = try cluster.store()

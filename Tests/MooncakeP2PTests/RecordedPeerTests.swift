@@ -142,6 +142,18 @@ import Testing
     #expect(third.passedOver.isEmpty && receiver.passedOver.isEmpty)
   }
 
+  /// The answer that leads to the manifest is used for what comes after it, too.
+  @Test func aHolderIsAskedOnceWhereThingsAre() throws {
+    let place = try Neighborhood(Recording.all[1])
+    try place.publish(.none)
+    let store = try place.cluster.store()
+    let part = Memory(100)
+    try store.read("m", offset: 0, into: part.bytes.baseAddress!, length: 100)
+    #expect(place.holder.openCount == 1)
+    _ = try store.get("m")
+    #expect(place.holder.openCount == 2)
+  }
+
   @Test(arguments: Recording.all)
   func aNewerHeadIsRefusedByWhoNeedsIt(_ recording: Recording) throws {
     let place = try Neighborhood(recording)

@@ -64,7 +64,7 @@ package final class Simulation {
     unfinishedCount = scenario.receiverCount
     everything = ShardSet(count: scenario.shardCount, isFull: true)
     var ledgerSettings = scenario.ledger
-    if scenario.isOriginAlone { ledgerSettings.readersAtOnce = .max / 2 }
+    if scenario.isOriginAlone { ledgerSettings.placeLimit = .max / 2 }
     nodes[0].ledger = UploadLedger(
       shardCount: scenario.shardCount, seed: random.next(), settings: ledgerSettings)
     for node in 1..<count {
@@ -190,7 +190,7 @@ package final class Simulation {
     outcome.completeCount += 1
     outcome.durations[node] = now - nodes[node].startTime
     outcome.makespan = max(outcome.makespan, now - firstStart)
-    for holder in nodes[node].plan!.lenders {
+    for holder in nodes[node].plan!.holdersWithGrants {
       let request = ShardRequest.farewell(
         to: holder, version: version, reader: UInt64(node), shardCount: scenario.shardCount)
       queue.add(

@@ -132,12 +132,28 @@ class Peers(FaultTest):
 
     def test_lost_lease(self):
         service = self.start(services.Etcd)
-        self.peer(service, "target")
-        for line in service.control("lease", "list").split():
-            if len(line) > 12 and line.isalnum():
-                service.control("lease", "revoke", line)
+        peer = self.peer(service, "target")
+        leases = [word for word in service.control("lease", "list").split()
+                  if len(word) > 12 and word.isalnum()]
+        # Else it may be back before anybody has looked.
+        peer.stop()
+        for lease in leases:
+            service.control("lease", "revoke", lease)
         self.assertEqual(self.names(service), [])
+        peer.resume()
         self.appear(service, "target", TTL)
+
+    def test_changes_without_a_pause(self):
+        """What is put under a lease does not renew it, and does not keep it from being renewed."""
+        found = [(service, self.peer(service, "target")) for service in map(self.start, KINDS)]
+        end = time.monotonic() + 2 * TTL
+        while time.monotonic() < end:
+            for _, peer in found:
+                for change in ("unregister", "register"):
+                    self.assertEqual(peer.ask(change)["code"], 0, peer.log_tail())
+        for service, peer in found:
+            self.assertEqual(self.names(service), ["target", "target"], peer.log_tail())
+            self.assertNotIn("is published again", peer.log_tail(1000))
 
     def test_deleted_keys(self):
         for kind in KINDS:

@@ -194,6 +194,13 @@ class Addresses(unittest.TestCase):
                 self.assertLess(time.monotonic() - begin, 5, (scheme, answer))
                 self.assertIn(uri, text)
 
+    def test_lists_that_announce_more_than_they_hold(self):
+        """No room is made for what is only announced: giving it back would outlast the call."""
+        for answer in (b"*99999999\r\n", b"*1\r\n*99999999\r\n"):
+            impostor = services.Impostor(answer)
+            self.addCleanup(impostor.end)
+            self.check(f"redis://127.0.0.1:{impostor.port}", "no answer of Redis")
+
     def test_engine_is_not_created(self):
         """The same through an engine, which leaks nothing."""
         script = os.path.join(os.path.dirname(__file__), "engine_failures.py")

@@ -24,8 +24,8 @@ package final class MetadataPublisher: Sendable {
   private let routeKey: String
   private let rpcAddress: HostPort
   private let incarnation: String
-  /// Readable when the engine closes; cancels a running call.
-  private let cancellation: Int32
+  /// Canceled when the engine closes; without a deadline of its own.
+  private let untilClose: Call
 
   /// Used only by the thread, and by `start` and `stop` while there is no thread.
   private struct Work: Sendable {
@@ -34,6 +34,8 @@ package final class MetadataPublisher: Sendable {
     /// The entries put under the lease.
     var entries: [MetadataEntry] = []
     var next = Deadline.never
+    /// When the lease needs its time again, whatever is put under it until then: that renews none.
+    var renewal = Deadline.never
     var backoffMilliseconds: UInt64 = 0
     var isSuperseded = false
   }
@@ -69,11 +71,11 @@ package final class MetadataPublisher: Sendable {
 
   package init(
     _ directory: MetadataDirectory, _ local: LocalSegment, rpcAddress: HostPort,
-    cancellation: Int32
+    untilClose: Call
   ) {
     self.directory = directory
     self.local = local
-    self.cancellation = cancellation
+    self.untilClose = untilClose
     incarnation = SegmentDescriptor.text(incarnation: local.descriptor.incarnation)
     routeKey = directory.routeKey(local.name)
     self.rpcAddress = rpcAddress
@@ -85,13 +87,14 @@ package final class MetadataPublisher: Sendable {
 
   /// Publishes for the first time, replacing what an earlier process left, and starts the thread.
   package func start(until deadline: Deadline) throws(EngineError) {
-    let call = Call(until: deadline, cancellation: cancellation)
+    let call = untilClose.within(deadline)
     do throws(EngineError) {
       try work.withLock { work throws(EngineError) in
         try publish(&work, isFirst: true, call)
         // Renew at once: if the user may put but not renew, fail now instead of vanishing when the
         // lease ends.
-        _ = try directory.store.renew(work.lease, work.entries, call)
+        _ = try renew(&work, call)
+        work.next = work.renewal
       }
     } catch {
       if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) {
@@ -135,8 +138,8 @@ package final class MetadataPublisher: Sendable {
     }
   }
 
-  /// Ends the thread and removes the entries. `cancellation` must already be readable, so that a
-  /// running call ends.
+  /// Ends the thread and removes the entries. The engine's close must already have canceled calls,
+  /// so that a running one ends.
   package func stop() {
     let isFirst = state.withLock { state in
       defer { state.isStopping = true }
@@ -187,28 +190,37 @@ package final class MetadataPublisher: Sendable {
 
   private func step(_ work: inout Work) {
     let ttl = directory.settings.ttlMilliseconds
-    let call = Call(
-      until: .after(milliseconds: max(1000, ttl * 3 / 10)), cancellation: cancellation)
+    let call = untilClose.within(milliseconds: max(1000, ttl * 3 / 10))
     let version = local.buffers.version
     do throws(EngineError) {
       let isNews = state.withLock { $0.wanted > $0.published }
-      if !work.isSuperseded && !isNews && work.entries.count == 2 {
-        if try directory.store.renew(work.lease, work.entries, call) == .kept {
-          succeeded(&work) { $0.renewals &+= 1 }
-          return
+      // News may come without a pause, and may be refused; what the service has stays there.
+      if !work.isSuperseded && work.entries.count == 2 && (!isNews || work.renewal.hasPassed) {
+        if try renew(&work, call) == .kept {
+          state.withLock { $0.counters.renewals &+= 1 }
+          if !isNews {
+            succeeded(&work)
+            return
+          }
+        } else {
+          // The entries belong to another process or are gone, so drop the lease.
+          work.lease = nil
+          work.entries = []
         }
-        // The entries belong to another process or are gone, so drop the lease.
-        work.lease = nil
-        work.entries = []
       }
       try publish(&work, isFirst: false, call)
     } catch {
-      // A service that refuses the changes still keeps the old entries.
-      if error.isRefusal, work.entries.count == 2 {
-        _ = try? directory.store.renew(work.lease, work.entries, call)
-      }
       failed(&work, error, version)
     }
+  }
+
+  private func renew(
+    _ work: inout Work, _ call: Call
+  ) throws(EngineError) -> MetadataRenewal {
+    let next = Deadline.after(milliseconds: directory.settings.ttlMilliseconds / 3)
+    let found = try directory.store.renew(work.lease, work.entries, call)
+    work.renewal = next
+    return found
   }
 
   private func publish(
@@ -223,8 +235,9 @@ package final class MetadataPublisher: Sendable {
     }
     // Without leases, entries stay until they are removed.
     if work.lease == nil && work.entries.isEmpty {
-      work.lease = try directory.store.grant(
-        ttlMilliseconds: directory.settings.ttlMilliseconds, call)
+      let ttl = directory.settings.ttlMilliseconds
+      work.renewal = .after(milliseconds: ttl / 3)
+      work.lease = try directory.store.grant(ttlMilliseconds: ttl, call)
     }
     // Read the version before the text: the text must contain everything up to that version.
     let version = local.buffers.version
@@ -249,9 +262,10 @@ package final class MetadataPublisher: Sendable {
       throw error
     }
     work.isSuperseded = false
-    succeeded(&work) {
-      $0.publications &+= 1
-      if isRepetition { $0.repetitions &+= 1 }
+    succeeded(&work)
+    state.withLock {
+      $0.counters.publications &+= 1
+      if isRepetition { $0.counters.repetitions &+= 1 }
     }
     advance(to: version)
     if isRepetition { Log.info("segment \(local.name) is published again") }
@@ -290,7 +304,8 @@ package final class MetadataPublisher: Sendable {
           + "\(directory.store.uri); peers find that one until it ends")
     }
     work.isSuperseded = true
-    succeeded(&work) { _ in }
+    succeeded(&work)
+    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
     advance(to: local.buffers.version)
   }
 
@@ -303,12 +318,11 @@ package final class MetadataPublisher: Sendable {
     progress.wakeAll()
   }
 
-  private func succeeded(_ work: inout Work, _ count: (inout Counters) -> Void) {
-    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
+  private func succeeded(_ work: inout Work) {
+    work.next = work.renewal
     work.backoffMilliseconds = 0
     let wasDown = state.withLock { state in
       defer { state.isDown = false }
-      count(&state.counters)
       state.refusal = nil
       state.counters.isReachable = true
       state.counters.isRefused = false
@@ -323,11 +337,11 @@ package final class MetadataPublisher: Sendable {
     work.backoffMilliseconds = min(
       Self.maximumBackoffMilliseconds,
       max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
+    let backoff = Deadline.after(milliseconds: work.backoffMilliseconds)
     // Refused entries may be large and will be refused again, so wait longer.
-    let pause =
+    work.next =
       error.isRefusal && work.entries.count == 2
-      ? directory.settings.ttlMilliseconds / 3 : work.backoffMilliseconds
-    work.next = .after(milliseconds: isLost ? 0 : pause)
+      ? max(work.renewal, backoff) : isLost ? .after(milliseconds: 0) : backoff
     let wasTold = state.withLock { state in
       defer {
         state.isDown = true

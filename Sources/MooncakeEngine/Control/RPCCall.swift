@@ -6,10 +6,10 @@ import MooncakeSystem
 struct RPCCall {
   let peer: HostPort
   let type: RPCType
-  let deadline: Deadline
   let settings: HandshakeSettings
-  /// A descriptor that becomes readable to cancel the call; -1 for none.
-  let cancellation: Int32
+  let call: Call
+
+  var deadline: Deadline { call.deadline }
 
   private static let chunkBytes = 64 << 10
   private static let hint = "is the process running and is this its RPC port?"
@@ -41,7 +41,7 @@ struct RPCCall {
     let addresses: [SocketAddress]
     do throws(ResolveError) {
       addresses = try Resolver.resolve(
-        peer.host, port: port, deadline: deadline, cancellation: cancellation)
+        peer.host, port: port, deadline: deadline, cancellation: call.cancellation)
     } catch {
       if error.isCanceled { throw canceled }
       throw failure(
@@ -75,7 +75,7 @@ struct RPCCall {
     do throws(Errno) {
       let socket = try Socket(family: address.family)
       try socket.startConnect(to: address)
-      try socket.wait(for: POLLOUT, until: min(deadline, ownLimit), cancellation: cancellation)
+      try socket.wait(for: POLLOUT, until: min(deadline, ownLimit), cancellation: call.cancellation)
       if let error = socket.takeError() { throw error }
       // Connecting to a port of the ephemeral range without a listener may connect the socket to
       // itself.
@@ -120,7 +120,7 @@ struct RPCCall {
         if let count = try socket.trySend(bytes, from: sentByteCount) {
           sentByteCount += count
         } else {
-          try socket.wait(for: POLLOUT, until: deadline, cancellation: cancellation)
+          try socket.wait(for: POLLOUT, until: deadline, cancellation: call.cancellation)
         }
       }
     } catch {
@@ -136,7 +136,7 @@ struct RPCCall {
       let count: Int
       do throws(Errno) {
         guard let received = try socket.tryReceive(into: chunk) else {
-          try socket.wait(for: POLLIN, until: deadline, cancellation: cancellation)
+          try socket.wait(for: POLLIN, until: deadline, cancellation: call.cancellation)
           continue
         }
         count = received

@@ -48,8 +48,7 @@ package final class RPCCaller: Sendable {
       try loop().submit(
         RPCQuestion(
           call: RPCCall(
-            peer: peer, type: .service, deadline: deadline,
-            settings: .fromEnvironment(), cancellation: -1),
+            peer: peer, type: .service, settings: .fromEnvironment(), call: Call(until: deadline)),
           address: address, addressCount: addressCount,
           bytes: RPCMessage.encoded(type: .service, body: Self.kept(body)),
           completion: completion))

@@ -6,29 +6,25 @@ import MooncakeSystem
 package enum RPCClient {
   /// Sends a request and returns the answer's text. A peer without a port is asked at the default
   /// port.
-  package static func call(
-    _ peer: HostPort, type: RPCType, body: String, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+  package static func ask(
+    _ peer: HostPort, type: RPCType, body: String,
+    settings: HandshakeSettings = .fromEnvironment(), _ call: Call
   ) throws(EngineError) -> String {
     let target = HostPort(host: peer.host, port: peer.port ?? settings.defaultPort)
-    return try RPCCall(
-      peer: target, type: type, deadline: deadline, settings: settings, cancellation: cancellation
-    ).run(body)
+    return try RPCCall(peer: target, type: type, settings: settings, call: call).run(body)
   }
 
   /// Fetches the segment descriptor of the peer at `name` ("host:port"). `own` is the caller's
   /// descriptor, which the protocol uses as the request.
   package static func fetchDescriptor(
-    of name: String, own: String, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+    of name: String, own: String, settings: HandshakeSettings = .fromEnvironment(), _ call: Call
   ) throws(EngineError) -> SegmentDescriptor {
     let peer = try parse(name)
     // Responders parse the request but ignore it, so a request that is too long for them may be
     // empty.
     let fits = !own.isEmpty && own.utf8.count < settings.maximumLength
-    let answer = try call(
-      peer, type: .metadata, body: fits ? own : "{}", deadline: deadline, settings: settings,
-      cancellation: cancellation)
+    let answer = try ask(
+      peer, type: .metadata, body: fits ? own : "{}", settings: settings, call)
     do throws(EngineError) {
       return try SegmentDescriptor(json: answer)
     } catch {
@@ -38,8 +34,8 @@ package enum RPCClient {
 
   /// Delivers a notification; returns once the peer has taken it.
   package static func notify(
-    _ name: String, _ notification: Notification, deadline: Deadline,
-    settings: HandshakeSettings = .fromEnvironment(), cancellation: Int32 = -1
+    _ name: String, _ notification: Notification,
+    settings: HandshakeSettings = .fromEnvironment(), _ call: Call
   ) throws(EngineError) {
     let peer = try parse(name)
     var writer = JSONWriter()
@@ -55,9 +51,7 @@ package enum RPCClient {
           + "\(settings.maximumLength) of a message; send less or raise MC_HANDSHAKE_MAX_LENGTH "
           + "on both sides")
     }
-    let answer = try call(
-      peer, type: .notify, body: body, deadline: deadline, settings: settings,
-      cancellation: cancellation)
+    let answer = try ask(peer, type: .notify, body: body, settings: settings, call)
     let document = try parse(answer, from: peer, type: .notify)
     let (isTaken, reason) = document.read { value in
       (value["notify_msg"]?.string.map { !$0.isEmpty } ?? false, value["mooncake_error"]?.string)
@@ -73,13 +67,10 @@ package enum RPCClient {
 
   /// Asks the peer for a sign of life.
   package static func probe(
-    _ name: String, deadline: Deadline, settings: HandshakeSettings = .fromEnvironment(),
-    cancellation: Int32 = -1
+    _ name: String, settings: HandshakeSettings = .fromEnvironment(), _ call: Call
   ) throws(EngineError) {
     let peer = try parse(name)
-    let answer = try call(
-      peer, type: .probe, body: "{}", deadline: deadline, settings: settings,
-      cancellation: cancellation)
+    let answer = try ask(peer, type: .probe, body: "{}", settings: settings, call)
     _ = try parse(answer, from: peer, type: .probe)
   }
 

@@ -61,10 +61,10 @@ extension TransferEngine {
     }
     // Resolving a name takes a thread; nothing else about the call may.
     let isAccepted = workers.run { [self] in
+      let call = call(until: deadline)
       do throws(ResolveError) {
         let addresses = try Resolver.resolve(
-          peer.host, port: port, deadline: deadline,
-          cancellation: closeEvent.descriptor.rawValue)
+          peer.host, port: port, deadline: call.deadline, cancellation: call.cancellation)
         caller.call(named, at: addresses[...], body, until: deadline, completion)
       } catch {
         completion(
@@ -92,8 +92,6 @@ extension TransferEngine {
   ) throws(EngineError) -> String {
     try checkOpen()
     let peer = try Self.parsePeer(address)
-    return try RPCClient.call(
-      peer, type: .service, body: body, deadline: deadline,
-      cancellation: closeEvent.descriptor.rawValue)
+    return try RPCClient.ask(peer, type: .service, body: body, call(until: deadline))
   }
 }

@@ -33,10 +33,8 @@ extension TransferEngine: BatchAnnouncer {
       guard deliveries.take(token) else { return }
       do throws(EngineError) {
         let name = try segments.segment(pending.segment).name
-        let deadline = Deadline(nanoseconds: pending.deadline)
-        try RPCClient.notify(
-          rpcAddress(of: name, deadline: deadline), pending.notification, deadline: deadline,
-          cancellation: closeEvent.descriptor.rawValue)
+        let call = call(until: Deadline(nanoseconds: pending.deadline))
+        try RPCClient.notify(rpcAddress(of: name, call), pending.notification, call)
         batch.endNotification(nil)
       } catch {
         batch.endNotification(error)

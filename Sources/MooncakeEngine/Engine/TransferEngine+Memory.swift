@@ -135,8 +135,7 @@ extension TransferEngine {
     _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: Call
   ) throws(EngineError) {
     if starts.isEmpty { return }
-    let late = sharedMemory?.server.revoke(
-      until: call.deadline, unless: { Waiting.isReadable(call.cancellation) })
+    let late = sharedMemory?.server.revoke(until: call.deadline, unless: { call.isCanceled })
     transport.server.revoke(removed.map(\.range))
     if removed.contains(where: { $0.range.access != .local }) {
       try? publishChanges(call)

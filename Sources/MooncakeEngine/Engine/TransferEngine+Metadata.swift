@@ -28,29 +28,24 @@ extension TransferEngine {
   package func publishChanges(_ call: Call? = nil) throws(EngineError) {
     guard let publisher else { return try local.checkFitsMessage() }
     let limit = min(deadline(0), .after(milliseconds: Self.publicationMilliseconds))
-    try publisher.publishChanges(
-      Call(
-        until: min(call?.deadline ?? limit, limit), cancellation: call?.cancellation ?? -1))
+    try publisher.publishChanges((call ?? Call(until: limit)).within(limit))
   }
 
   /// Asks the metadata service, or without one the peer itself. `known` is the previous descriptor.
   func fetchDescriptor(
-    _ name: String, known: SegmentDescriptor? = nil, deadline: Deadline
+    _ name: String, known: SegmentDescriptor? = nil, _ call: Call
   ) throws(EngineError) -> SegmentDescriptor {
-    guard let directory else { return try askPeer(name, deadline) }
+    guard let directory else { return try askPeer(name, call) }
     let fallback = known?.rpcAddress ?? ""
     do throws(EngineError) {
       // Leave half of the time for asking the peer.
-      let left = deadline.remainingNanoseconds / 2_000_000
+      let half = call.deadline.remainingNanoseconds / 2_000_000
       return try directory.descriptor(
-        of: name,
-        Call(
-          until: fallback.isEmpty ? deadline : min(deadline, .after(milliseconds: left)),
-          cancellation: closeEvent.descriptor.rawValue))
+        of: name, fallback.isEmpty ? call : call.within(milliseconds: half))
     } catch {
       // If the service is unreachable, peers found before can still be asked directly.
       let isAway = [.unreachable, .timeout, .unresolved].contains(error.code)
-      guard isAway, !fallback.isEmpty, let descriptor = try? askPeer(fallback, deadline),
+      guard isAway, !fallback.isEmpty, let descriptor = try? askPeer(fallback, call),
         descriptor.name == known?.name, descriptor.incarnation == known?.incarnation
       else { throw error }
       return descriptor
@@ -58,19 +53,20 @@ extension TransferEngine {
   }
 
   private func askPeer(
-    _ address: String, _ deadline: Deadline
+    _ address: String, _ call: Call
   ) throws(EngineError) -> SegmentDescriptor {
-    try RPCClient.fetchDescriptor(
-      of: address, own: local.json, deadline: deadline,
-      cancellation: closeEvent.descriptor.rawValue)
+    try RPCClient.fetchDescriptor(of: address, own: local.json, call)
   }
 
   /// The address of the RPC daemon of a segment's owner, "host:port".
-  func rpcAddress(of name: String, deadline: Deadline) throws(EngineError) -> String {
+  func rpcAddress(of name: String, _ call: Call) throws(EngineError) -> String {
     if isOwn(name) { return rpcAddress.description }
     guard let directory else { return name }
-    return try directory.route(
-      to: name, Call(until: deadline, cancellation: closeEvent.descriptor.rawValue)
-    ).description
+    return try directory.route(to: name, call).description
+  }
+
+  /// A call that ends when the engine closes, if not before.
+  func call(until deadline: Deadline) -> Call {
+    Call(until: deadline, cancellation: closeEvent.descriptor.rawValue)
   }
 }

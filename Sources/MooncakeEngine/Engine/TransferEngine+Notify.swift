@@ -10,10 +10,8 @@ extension TransferEngine {
     try notification.validate()
     let name = try segments.segment(segment).name
     try logged { () throws(EngineError) in
-      let deadline = deadline(timeoutMilliseconds)
-      try RPCClient.notify(
-        rpcAddress(of: name, deadline: deadline), notification, deadline: deadline,
-        cancellation: closeEvent.descriptor.rawValue)
+      let call = call(until: deadline(timeoutMilliseconds))
+      try RPCClient.notify(rpcAddress(of: name, call), notification, call)
     }
   }
 

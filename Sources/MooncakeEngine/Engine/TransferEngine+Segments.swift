@@ -16,27 +16,27 @@ extension TransferEngine {
     if name.isEmpty { throw EngineError(.invalidArgument, "the segment name is empty") }
     if isOwn(name) { return 0 }
     return try logged { () throws(EngineError) in
-      try openRemote(name, deadline(timeoutMilliseconds))
+      try openRemote(name, call(until: deadline(timeoutMilliseconds)))
     }
   }
 
-  private func openRemote(_ name: String, _ deadline: Deadline) throws(EngineError) -> SegmentID {
+  private func openRemote(_ name: String, _ call: Call) throws(EngineError) -> SegmentID {
     // Recovery needs a thread later, when there is no caller to report a failure to.
     try workers.reserve()
     if let known = segments.retain(name) {
       do throws(EngineError) {
-        try refresh(known, deadline: deadline)
+        try refresh(known, call)
       } catch {
         _ = try? segments.release(known.id)
         throw error
       }
       return known.id
     }
-    let descriptor = try fetchDescriptor(name, deadline: deadline)
+    let descriptor = try fetchDescriptor(name, call)
     let connections = try transport.connect(
-      to: descriptor, deadline: deadline, handlers: handlers(for: name))
+      to: descriptor, deadline: call.deadline, handlers: handlers(for: name))
     let health = SharedMemoryHealth()
-    let peer = sharedMemory?.connect(to: descriptor, deadline: deadline, health: health)
+    let peer = sharedMemory?.connect(to: descriptor, deadline: call.deadline, health: health)
     let route = SegmentRoute(
       descriptor: descriptor, connections: connections, sharedMemory: peer,
       sharedMemoryHealth: health)
@@ -76,20 +76,18 @@ extension TransferEngine {
   public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
     try checkOpen()
     try logged { () throws(EngineError) in
-      let deadline = deadline(timeoutMilliseconds)
-      try RPCClient.probe(
-        rpcAddress(of: name, deadline: deadline), deadline: deadline,
-        cancellation: closeEvent.descriptor.rawValue)
+      let call = call(until: deadline(timeoutMilliseconds))
+      try RPCClient.probe(rpcAddress(of: name, call), call)
     }
   }
 
   /// Refetches every open segment's descriptor; where that fails, the old one stays.
   package func refreshAllSegments() {
     // One deadline for all, or an unresponsive service would cost its timeout once per segment.
-    let deadline = deadline(0)
+    let call = call(until: deadline(0))
     for segment in segments.all where segment.id != 0 {
       do throws(EngineError) {
-        try refresh(segment, deadline: deadline)
+        try refresh(segment, call)
       } catch {
         Log.warning(
           "refreshing segment \(segment.name): \(error.message)", about: segment.name)
@@ -142,9 +140,9 @@ extension TransferEngine {
   }
 
   /// Fetches a descriptor and replaces the route; a peer that has moved gets new connections.
-  func refresh(_ segment: OpenSegment, deadline: Deadline) throws(EngineError) {
+  func refresh(_ segment: OpenSegment, _ call: Call) throws(EngineError) {
     let old = segment.route
-    let new = try fetchDescriptor(segment.name, known: old.descriptor, deadline: deadline)
+    let new = try fetchDescriptor(segment.name, known: old.descriptor, call)
     if new.isOlder(than: old.descriptor) {
       Log.info("segment \(segment.name): ignored a descriptor older than the known one")
       return
@@ -161,7 +159,8 @@ extension TransferEngine {
       let health = old.sharedMemoryHealth
       let peer =
         isLost
-        ? sharedMemory?.connect(to: new, deadline: deadline, health: health) : old.sharedMemory
+        ? sharedMemory?.connect(to: new, deadline: call.deadline, health: health)
+        : old.sharedMemory
       let former = segment.replaceRoute(
         SegmentRoute(
           descriptor: new, connections: old.connections, sharedMemory: peer,
@@ -170,12 +169,12 @@ extension TransferEngine {
       return
     }
     let connections = try transport.connect(
-      to: new, deadline: deadline, handlers: handlers(for: segment.name))
+      to: new, deadline: call.deadline, handlers: handlers(for: segment.name))
     let health = SharedMemoryHealth()
     let former = segment.replaceRoute(
       SegmentRoute(
         descriptor: new, connections: connections,
-        sharedMemory: sharedMemory?.connect(to: new, deadline: deadline, health: health),
+        sharedMemory: sharedMemory?.connect(to: new, deadline: call.deadline, health: health),
         sharedMemoryHealth: health))
     sharedMemory?.forget(former.sharedMemory)
     Log.info(

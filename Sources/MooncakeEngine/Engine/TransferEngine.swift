@@ -129,9 +129,9 @@ public final class TransferEngine: @unchecked Sendable {
     if directory != nil { identity.rpcAddress = rpcAddress.description }
     local = LocalSegment(identity: identity)
     self.directory = directory
-    let closing = closeEvent.descriptor.rawValue
+    let untilClose = Call(until: .never, cancellation: closeEvent.descriptor.rawValue)
     publisher = directory.map { [local, rpcAddress] directory in
-      MetadataPublisher(directory, local, rpcAddress: rpcAddress, cancellation: closing)
+      MetadataPublisher(directory, local, rpcAddress: rpcAddress, untilClose: untilClose)
     }
     transport = try TCPTransport(
       listener: data, buffers: local.buffers,

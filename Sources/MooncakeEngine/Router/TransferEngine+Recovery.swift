@@ -77,7 +77,7 @@ extension TransferEngine {
         do throws(EngineError) {
           guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
           try refresh(
-            segment, deadline: min(last, .after(milliseconds: Self.recoveryMilliseconds)))
+            segment, call(until: last).within(milliseconds: Self.recoveryMilliseconds))
         } catch {
           failure = error
         }

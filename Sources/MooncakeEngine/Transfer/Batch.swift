@@ -200,6 +200,7 @@ extension Batch {
   package static func end(
     _ slice: SlicePointer, _ outcome: Outcome, reason: @autoclosure () -> String = ""
   ) {
+    slice.pointee.assertUnlisted()
     let task = slice.pointee.task
     let batch = task.pointee.batch
     let length = slice.pointee.length

@@ -19,6 +19,9 @@ package struct Slice {
   /// Whether the target's descriptor was refetched for it.
   package var isRefetched = false
   package let isPooled: Bool
+  #if DEBUG
+    fileprivate var isListed = false
+  #endif
 
   package init(
     task: UnsafeMutablePointer<TransferTask>, local: UnsafeMutableRawPointer, remote: UInt64,
@@ -34,6 +37,31 @@ package struct Slice {
   }
 
   package var batch: Batch { task.pointee.batch }
+
+  /// In debug builds, stops whoever puts a slice on a second list.
+  @inline(__always)
+  fileprivate mutating func enterList() {
+    #if DEBUG
+      assert(!isListed, "a slice on two lists")
+      isListed = true
+    #endif
+  }
+
+  @inline(__always)
+  fileprivate mutating func leaveList() {
+    #if DEBUG
+      assert(isListed, "a slice taken from a list that has lost it")
+      isListed = false
+    #endif
+  }
+
+  /// In debug builds, stops whoever ends a slice that a list still holds.
+  @inline(__always)
+  package func assertUnlisted() {
+    #if DEBUG
+      assert(!isListed, "a slice was ended on a list")
+    #endif
+  }
 }
 
 package typealias SlicePointer = UnsafeMutablePointer<Slice>
@@ -50,6 +78,13 @@ package struct SliceQueue {
 
   @inline(__always)
   package mutating func append(_ slice: SlicePointer) {
+    slice.pointee.enterList()
+    link(slice)
+  }
+
+  /// Appends a slice that came from another list.
+  @inline(__always)
+  fileprivate mutating func link(_ slice: SlicePointer) {
     slice.pointee.next = nil
     if let last { last.pointee.next = slice } else { first = slice }
     last = slice
@@ -72,6 +107,7 @@ package struct SliceQueue {
     first = slice.pointee.next
     if first == nil { last = nil }
     count -= 1
+    slice.pointee.leaveList()
     return slice
   }
 
@@ -159,7 +195,7 @@ package struct SliceInbox: ~Copyable {
     var queue = SliceQueue()
     while let slice = reversed {
       reversed = slice.pointee.next
-      queue.append(slice)
+      queue.link(slice)
     }
     return queue
   }

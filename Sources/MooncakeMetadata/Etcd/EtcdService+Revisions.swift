@@ -1,23 +1,22 @@
 import MooncakeBase
 
 extension EtcdService {
-  /// The value of a key and the revision that wrote it; nil if the key does not exist. A value that
-  /// is not UTF-8 is an error, unless the caller accepts any value.
   package func getRevised(
-    _ key: String, isText: Bool = true, _ call: Call
-  ) throws(EngineError) -> (value: String, revision: UInt64)? {
+    _ key: String, isText: Bool, _ call: Call
+  ) throws(EngineError) -> RevisedValue? {
     let phase = "get '\(key)'"
     return try ask("/v3/kv/range", phase, call) {
       $0.member("key", encoded(key))
     } answer: { value throws(EngineError) in
       guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
       let bytes = try bytes(found, "value", phase)
-      if !isText { return (String(decoding: bytes, as: UTF8.self), number(found["mod_revision"])) }
+      let revision = number(found["mod_revision"])
+      if !isText { return RevisedValue(String(decoding: bytes, as: UTF8.self), revision: revision) }
       guard let text = String(validating: bytes, as: UTF8.self) else {
         throw client.failure(
           .protocolViolation, phase, "the value is not UTF-8", "remove the key, or correct it")
       }
-      return (text, number(found["mod_revision"]))
+      return RevisedValue(text, revision: revision)
     }
   }
 
@@ -55,8 +54,6 @@ extension EtcdService {
     return values
   }
 
-  /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
-  /// `revision` (0 if it does not exist). Otherwise returns false and changes nothing.
   package func replace(
     _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
   ) throws(EngineError) -> Bool {

@@ -6,6 +6,8 @@ import Synchronization
 /// `mooncake metadata serve` as the server.
 package final class HTTPService: MetadataService {
   package let uri: MetadataURI
+  /// Our server counts changes, but neither tells which of them wrote a key nor compares them.
+  package let comparesRevisions = false
   private let client: HTTPClient
   private let credentials: String?
   /// Used instead of name and password.

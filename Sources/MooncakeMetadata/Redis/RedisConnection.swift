@@ -97,10 +97,15 @@ final class RedisConnection: @unchecked Sendable {
   private static let answerLimit = 256 << 20
   private static let chunkBytes = 64 << 10
   private static let connectMilliseconds: UInt64 = 1500
+  /// Elements that a list may announce, far more than any that is asked for: hiredis makes room for
+  /// all of them at once, and walking through it later takes longer than a call may.
+  private static let elementLimit: Int32 = 1 << 20
 
   private let library: HiredisLibrary
   private let socket: Socket
   private let reader: UnsafeMutablePointer<redisReader>
+  /// How the reader makes what it has read.
+  private let makers: UnsafeMutablePointer<redisReplyObjectFunctions>
 
   init(
     _ library: HiredisLibrary, to server: HostPort, _ call: Call
@@ -111,9 +116,22 @@ final class RedisConnection: @unchecked Sendable {
       throw RedisFailure(code: .outOfMemory, cause: "no memory", remedy: "free some")
     }
     self.reader = reader
+    makers = .allocate(capacity: 1)
+    makers.initialize(to: reader.pointee.fn.pointee)
+    makers.pointee.createArray = { task, count in
+      guard count <= RedisConnection.elementLimit, let task,
+        let makers = task.pointee.privdata?.assumingMemoryBound(to: redisReplyObjectFunctions.self)
+      else { return nil }
+      return makers.pointee.createArray(task, count)
+    }
+    reader.pointee.privdata = UnsafeMutableRawPointer(reader.pointee.fn)
+    reader.pointee.fn = makers
   }
 
-  deinit { library.freeReader(reader) }
+  deinit {
+    library.freeReader(reader)
+    makers.deallocate()
+  }
 
   /// Whether the service has closed it or sent something unasked.
   var isStale: Bool { Waiting.isReadable(socket.rawValue) }

@@ -6,6 +6,8 @@ import Synchronization
 /// listing, since Redis reports them only if configured to.
 package final class RedisService: MetadataService {
   package let uri: MetadataURI
+  /// Redis does not count changes.
+  package let comparesRevisions = false
   private let library: HiredisLibrary
   private let idle = Lock<[RedisConnection]>([])
   private let user: String?
@@ -130,8 +132,7 @@ package final class RedisService: MetadataService {
   package func changes(
     prefix: String, since revision: UInt64, _ call: Call
   ) throws(EngineError) -> MetadataChanges {
-    let pause = min(call.deadline, .after(milliseconds: Self.listPauseMilliseconds))
-    if Waiting.sleep(until: pause, cancellation: call.cancellation) {
+    if call.sleep(milliseconds: Self.listPauseMilliseconds) {
       throw failure(.canceled, "watch '\(prefix)'", "given up", "call again if it is still wanted")
     }
     return call.deadline.hasPassed ? .changes([], revision: 0) : .unknown

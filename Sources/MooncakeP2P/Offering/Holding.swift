@@ -24,10 +24,11 @@ package final class Holding: Sendable {
   }
   private let state: Lock<State>
 
-  /// Offers only what is available yet; the caller has registered the memory.
+  /// Offers nothing yet but what is available. The caller registers the payload's memory, which
+  /// publishes the memory of the index too.
   package init(
     name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
-    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64, _ call: Call
+    available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64
   ) throws(EngineError) {
     self.name = name
     self.engine = engine
@@ -43,15 +44,21 @@ package final class Holding: Sendable {
         ledger: UploadLedger(shardCount: manifest.layout.shardCount, seed: holding),
         available: available))
     let bytes = manifest.bytes
-    let memory = try engine.allocate(
-      length: UInt64(bytes.count + layout.buffers.count * Self.rowBytes), access: .remoteRead,
-      publishing: call)
+    let length = UInt64(bytes.count + layout.buffers.count * Self.rowBytes)
+    let memory = try engine.allocate(length: length, location: "*")
     index = UInt64(UInt(bitPattern: memory))
     bytes.withUnsafeBytes { memory.copyMemory(from: $0.baseAddress!, byteCount: $0.count) }
     for (row, buffer) in layout.buffers.enumerated() {
       let place = memory + bytes.count + row * Self.rowBytes
       place.storeBytes(of: buffer.address.littleEndian, as: UInt64.self)
       place.storeBytes(of: buffer.length.littleEndian, toByteOffset: 8, as: UInt64.self)
+    }
+    do throws(EngineError) {
+      try engine.addBuffers([(index, length)], location: "*", access: .remoteRead)
+    } catch {
+      // It throws that this is not registered, but frees it.
+      try? engine.free(memory)
+      throw error
     }
   }
 

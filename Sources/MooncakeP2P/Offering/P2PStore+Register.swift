@@ -147,23 +147,22 @@ extension P2PStore {
     publishedMilliseconds: UInt64 = WallClock.milliseconds(), _ bounds: Bounds,
     leaving ending: inout [UInt64]
   ) throws(EngineError) -> Catalog.Entry {
-    try memory.register(
-      layout.ranges, location: location,
-      access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead, bounds.call,
-      leaving: &ending)
+    let holding = try Holding(
+      name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
+      publishedMilliseconds: publishedMilliseconds)
     do throws(EngineError) {
-      let holding = try Holding(
-        name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
-        publishedMilliseconds: publishedMilliseconds, bounds.call)
-      catalog.open(holding)
-      return Catalog.Entry(
-        name: name, isOrigin: isOrigin, holding: holding, layout: layout)
+      // Publishes the holding's own memory too: the metadata service is waited for once.
+      try memory.register(
+        layout.ranges, location: location,
+        access: manifest.isWritable ? [.remoteRead, .remoteWrite] : .remoteRead, bounds.call,
+        leaving: &ending)
     } catch {
-      var entry = Catalog.Entry(name: name, isOrigin: isOrigin, holding: nil, layout: layout)
-      let failure = undo(&entry, error, bounds)
-      ending = entry.ending
-      throw failure
+      memory.free(
+        [holding.index], Call(until: .after(milliseconds: Bounds.momentMilliseconds)))
+      throw error
     }
+    catalog.open(holding)
+    return Catalog.Entry(name: name, isOrigin: isOrigin, holding: holding, layout: layout)
   }
 
   /// Peers may still have grants to write into a former payload on the same memory, or into one

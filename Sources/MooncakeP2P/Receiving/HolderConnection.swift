@@ -8,12 +8,13 @@ package struct HolderConnection: Sendable {
   package let segment: SegmentID
   package let layout: BufferLayout
 
-  private struct Index: Sendable {
-    var version: PayloadVersion
-    var manifestAddress: UInt64
-    var manifestBytes: UInt64
-    var tableAddress: UInt64
-    var bufferCount: UInt64
+  /// A holder's answer to the first question: where its manifest and its table of buffers are.
+  package struct Index: Sendable {
+    fileprivate var version: PayloadVersion
+    fileprivate var manifestAddress: UInt64
+    fileprivate var manifestBytes: UInt64
+    fileprivate var tableAddress: UInt64
+    fileprivate var bufferCount: UInt64
   }
 
   /// Whoever waits for data from a holder.
@@ -28,50 +29,60 @@ package struct HolderConnection: Sendable {
     package init(isWaiting: @escaping @Sendable () -> Bool) { self.isWaiting = isWaiting }
   }
 
-  /// Asks the holder, which must answer by the deadline, where things are, and reads its table of
-  /// buffers for as long as bytes arrive. `completion` must not wait.
+  /// Asks the holder where things are, which has until the deadline, and reads the table of its
+  /// buffers, for as long as bytes come. `known` is what it answered a moment ago: it is only asked
+  /// again if that is of no use any more. `completion` must not wait.
   package static func open(
     _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
-    _ manifest: Manifest, until deadline: Deadline, for recipient: Recipient,
+    _ manifest: Manifest, known: Index? = nil, until deadline: Deadline, for recipient: Recipient,
     _ completion: @escaping StoreService.Completion<HolderConnection>
   ) {
     let body: Visit<HolderConnection> = { index, deadline throws(EngineError) in
       try connect(engine, holder, manifest, index, deadline, recipient)
     }
-    visit(engine, workers, holder, manifest.version, deadline, recipient, completion, body)
+    let ask: @Sendable () -> Void = {
+      askIndex(engine, holder, deadline) { result in
+        visit(workers, holder, manifest.version, result, deadline, recipient, completion, body)
+      }
+    }
+    guard let known else { return ask() }
+    visit(
+      workers, holder, manifest.version, .success(known), deadline, recipient,
+      { result in
+        if case .failure = result, recipient.isWaiting(), !deadline.hasPassed { return ask() }
+        completion(result)
+      }, body)
   }
 
   private typealias Visit<Value> = @Sendable (Index, Deadline) throws(EngineError) -> Value
 
-  /// A silent holder costs no thread: only one that has answered gets a worker, which blocks.
-  /// Waiting for a free worker is not counted against the holder.
+  /// Goes on with a holder's answer. A silent holder costs no thread: only one that has answered is
+  /// given a worker, which blocks. The time until one is free does not count against the holder.
   private static func visit<Value: Sendable>(
-    _ engine: TransferEngine, _ workers: WorkerPool, _ holder: HolderAddress,
-    _ version: PayloadVersion, _ deadline: Deadline, _ recipient: Recipient,
+    _ workers: WorkerPool, _ holder: HolderAddress, _ version: PayloadVersion,
+    _ answer: Result<Index, EngineError>, _ deadline: Deadline, _ recipient: Recipient,
     _ completion: @escaping StoreService.Completion<Value>,
     _ body: @escaping Visit<Value>
   ) {
-    askIndex(engine, holder, deadline) { result in
-      let index: Index
+    let index: Index
+    do throws(EngineError) {
+      index = try answer.get()
+      guard index.version == version else { throw gone(holder) }
+    } catch {
+      return completion(.failure(error))
+    }
+    recipient.reached()
+    let left = deadline == .never ? nil : deadline.remainingNanoseconds / 1_000_000
+    let isAccepted = workers.run {
       do throws(EngineError) {
-        index = try result.get()
-        guard index.version == version else { throw gone(holder) }
+        let own = left.map { Deadline.after(milliseconds: max(1, $0)) } ?? .never
+        completion(.success(try body(index, own)))
       } catch {
-        return completion(.failure(error))
+        completion(.failure(error))
       }
-      recipient.reached()
-      let left = deadline == .never ? nil : deadline.remainingNanoseconds / 1_000_000
-      let isAccepted = workers.run {
-        do throws(EngineError) {
-          let own = left.map { Deadline.after(milliseconds: max(1, $0)) } ?? .never
-          completion(.success(try body(index, own)))
-        } catch {
-          completion(.failure(error))
-        }
-      }
-      if !isAccepted {
-        completion(.failure(EngineError(.canceled, "the store is closing")))
-      }
+    }
+    if !isAccepted {
+      completion(.failure(EngineError(.canceled, "the store is closing")))
     }
   }
 
@@ -99,17 +110,20 @@ package struct HolderConnection: Sendable {
 
   package func close(_ engine: TransferEngine) { try? engine.closeSegment(segment) }
 
-  /// Reads the manifest of a version from a holder. Only the question where it lies has a deadline.
+  /// Reads the manifest of a version from a holder; the index is for opening the holder afterwards.
+  /// Only the question where things are has a deadline.
   package static func fetchManifest(
     _ engine: TransferEngine, _ workers: WorkerPool, _ record: HolderRecord,
     until deadline: Deadline, for recipient: Recipient,
-    _ completion: @escaping StoreService.Completion<Manifest>
+    _ completion: @escaping StoreService.Completion<(Manifest, Index)>
   ) {
-    let body: Visit<Manifest> = { index, deadline throws(EngineError) in
-      try readManifest(engine, record, index, deadline, recipient)
+    let body: Visit<(Manifest, Index)> = { index, deadline throws(EngineError) in
+      (try readManifest(engine, record, index, deadline, recipient), index)
     }
-    visit(
-      engine, workers, record.holder, record.version, deadline, recipient, completion, body)
+    askIndex(engine, record.holder, deadline) { result in
+      visit(
+        workers, record.holder, record.version, result, deadline, recipient, completion, body)
+    }
   }
 
   private static func readManifest(

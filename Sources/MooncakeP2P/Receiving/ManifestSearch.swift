@@ -3,14 +3,16 @@ import MooncakeEngine
 import MooncakeSystem
 import Synchronization
 
-/// Reads the manifest of a version from whoever has it. One holder is asked first; while nobody
-/// answers, more are asked soon, so that silent ones hold nobody up.
+/// Reads the manifest of a version from any holder. One holder is asked first; while none answers,
+/// more are asked soon, so that silent ones delay nobody.
 struct ManifestSearch {
-  /// What came out, for whoever asks the same holders next.
+  /// The manifest, and what was learned about the holders.
   struct Outcome {
     var manifest: Manifest
     var source: HolderAddress
-    /// Asked, and silent so far.
+    /// Where the source keeps things, so that it need not be asked again.
+    var sourceIndex: HolderConnection.Index
+    /// Asked, and no answer so far.
     var silent: Set<HolderAddress>
   }
 
@@ -18,7 +20,7 @@ struct ManifestSearch {
     enum News: Sendable {
       case reached(HolderAddress)
       case progressed
-      case read(HolderAddress, Manifest)
+      case read(HolderAddress, Manifest, HolderConnection.Index)
       case failed(HolderAddress, EngineError)
     }
     private let news = Lock<[News]>([])
@@ -39,7 +41,7 @@ struct ManifestSearch {
       }
     }
 
-    /// Nobody looks any more.
+    /// The search has ended.
     func close() { closed.store(true, ordering: .releasing) }
     var isClosed: Bool { closed.load(ordering: .acquiring) }
   }
@@ -50,22 +52,23 @@ struct ManifestSearch {
   private let bounds: Bounds
   private var waiting: [HolderRecord]
   private var silent: Set<HolderAddress> = []
-  /// Have answered where it lies; it is being read from them.
+  /// Have said where the manifest is; it is being read from them.
   private var reached: Set<HolderAddress> = []
   private var failures: [String] = []
   private var code = EngineError.Code.noHolder
-  /// When holders were asked last; 0: some shall be asked at once.
+  /// When holders were asked last; 0 to ask some at once.
   private var lastStart: UInt64 = 0
-  /// When bytes of a manifest came last, or a holder said where they are.
+  /// When the latest bytes of a manifest arrived, or a holder said where they are.
   private var lastProgress: UInt64 = 0
 
   private static let askMilliseconds: UInt64 = 2000
   private static let stepNanoseconds: UInt64 = 50_000_000
-  /// A manifest of which nothing comes is waited for so long before others are asked, too; and one
-  /// whose bytes come: each further reader makes all of them slower.
+  /// How long a manifest of which nothing comes is waited for before others are asked too, and how
+  /// long one whose bytes come: each further read makes all of them slower.
   private static let readNanoseconds: UInt64 = 1_000_000_000
   private static let patienceNanoseconds: UInt64 = 10_000_000_000
-  private static let stepCount = 4
+  /// Holders that are asked at a time after the first one.
+  private static let stepHolders = 4
   private static let phase = "fetching the manifest"
 
   init(
@@ -76,7 +79,7 @@ struct ManifestSearch {
     self.workers = workers
     self.version = version
     self.bounds = bounds
-    // Every receiver begins with another holder; the origin, which all know, comes last.
+    // Each receiver begins with a different holder; the origin, which all know, comes last.
     waiting = holders.shuffled().sorted { $0.isOrigin && !$1.isOrigin }
   }
 
@@ -94,7 +97,7 @@ struct ManifestSearch {
       if now >= nextStart && !waiting.isEmpty {
         let isProgressing = !reached.isEmpty && now &- lastProgress < Self.readNanoseconds
         for _ in 0..<(isProgressing ? 1 : count) { start(inbox) }
-        (lastStart, count) = (now, Self.stepCount)
+        (lastStart, count) = (now, Self.stepHolders)
       }
       if silent.isEmpty && reached.isEmpty && waiting.isEmpty { throw exhausted(name) }
       bounds.sleep(
@@ -108,12 +111,13 @@ struct ManifestSearch {
           reached.insert(holder)
           lastProgress = Clock.now()
         case .progressed: lastProgress = Clock.now()
-        case .read(let holder, let manifest):
-          return Outcome(manifest: manifest, source: holder, silent: silent)
+        case .read(let holder, let manifest, let index):
+          return Outcome(
+            manifest: manifest, source: holder, sourceIndex: index, silent: silent)
         case .failed(let holder, let error):
           silent.remove(holder)
           reached.remove(holder)
-          // That is what can be mended.
+          // This is the failure that the caller can do something about.
           if error.code == .unsupported { code = .unsupported }
           failures.append("\(holder.segment) at \(holder.rpc): \(error.message)")
           if reached.isEmpty { lastStart = 0 }
@@ -135,9 +139,9 @@ struct ManifestSearch {
     guard let record = waiting.popLast() else { return }
     let holder = record.holder
     silent.insert(holder)
-    let completion: StoreService.Completion<Manifest> = { result in
+    let completion: StoreService.Completion<(Manifest, HolderConnection.Index)> = { result in
       switch result {
-      case .success(let manifest): inbox.put(.read(holder, manifest))
+      case .success(let (manifest, index)): inbox.put(.read(holder, manifest, index))
       case .failure(let error): inbox.put(.failed(holder, error))
       }
     }

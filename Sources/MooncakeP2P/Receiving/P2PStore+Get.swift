@@ -3,16 +3,17 @@ import MooncakeEngine
 import MooncakeSystem
 
 extension P2PStore {
-  /// Where the bytes of a payload are to go, said once its manifest is known: the buffers, the
-  /// range that all lie in where that is registered in one, and what the store frees in the end.
+  /// Decides, once the manifest is known, where the bytes of a payload go: the buffers, the range
+  /// that contains all of them if it is registered in one piece, and what the store frees at the
+  /// end.
   package typealias Placement =
     (Manifest) throws(EngineError) -> (
       buffers: [PayloadBuffer], range: PayloadBuffer?, allocations: [UInt64]
     )
 
   /// Fetches a whole payload into the caller's buffers, or into memory that the engine allocates.
-  /// Blocks until every shard is there and verified. Others fetch from this process meanwhile and
-  /// afterwards, unless the options say otherwise; `deleteReplica` ends that.
+  /// Blocks until every shard has arrived and is verified. Others fetch from this process meanwhile
+  /// and afterwards, unless the options say otherwise; `deleteReplica` ends that.
   public func get(
     _ name: String, into buffers: [PayloadBuffer]? = nil, _ options: GetOptions = GetOptions(),
     _ operation: StoreOperation = StoreOperation()
@@ -21,7 +22,7 @@ extension P2PStore {
       if let buffers { return (buffers, nil, []) }
       if manifest.layout.size == 0 { return ([], nil, []) }
       try MemoryRoom.check(manifest.layout.size, "payload '\(name)'")
-      // The holding registers it with the rights that it needs.
+      // Not registered yet: that happens once it is known whether it is offered to others.
       let address = try engine.allocate(length: manifest.layout.size, location: options.location)
       return (
         [PayloadBuffer(address: address, length: manifest.layout.size)], nil,
@@ -52,7 +53,7 @@ extension P2PStore {
       do throws(EngineError) {
         return try fetch(target, options, bounds, place, &held, since: start)
       } catch {
-        // The version may have gone while the name has another one.
+        // The version may be gone because the name has a new one.
         guard [.noHolder, .unsupported, .digestMismatch].contains(error.code),
           options.version == nil, let now = try? locate(name, options, bounds),
           now.version != target.version
@@ -77,7 +78,8 @@ extension P2PStore {
     var version: PayloadVersion { summary.version }
   }
 
-  static let neighborCount = 16
+  /// Records of holders that are read at once.
+  static let holderLimit = 16
 
   /// Finds the version to work on; nil if nobody offers the name.
   func locate(
@@ -87,14 +89,14 @@ extension P2PStore {
     let head = try head(name, options, bounds)
     if let head, options.version ?? head.version == head.version {
       var holders = try directory.holders(
-        of: name, head.version, limit: Self.neighborCount, bounds.call)
+        of: name, head.version, limit: Self.holderLimit, bounds.call)
       if !holders.contains(where: { $0.holder == head.origin }) {
         holders.append(HolderRecord(origin: head))
       }
       return Target(summary: head.summary, holders: holders)
     }
     if let version = options.version { return try locate(name, version, head, bounds) }
-    // The origin may have died a moment ago, before another holder has taken its place.
+    // The origin may have died a moment ago, and no other holder has taken its place yet.
     guard let newest = try directory.newest(of: name, bounds.call) else {
       try directory.refuseLaterRecords(of: name, bounds.call)
       return nil
@@ -102,10 +104,10 @@ extension P2PStore {
     return Target(
       summary: newest.summary,
       holders: try directory.holders(
-        of: name, newest.version, limit: Self.neighborCount, bounds.call))
+        of: name, newest.version, limit: Self.holderLimit, bounds.call))
   }
 
-  /// What stands under the name. Whoever asks for a version needs no head that can be read.
+  /// The record under the name. A caller that asks for a version can do without a readable one.
   private func head(
     _ name: String, _ options: GetOptions, _ bounds: Bounds
   ) throws(EngineError) -> PayloadHead? {
@@ -118,13 +120,13 @@ extension P2PStore {
     }
   }
 
-  /// Finds a version that does not stand under the name.
+  /// Finds a version other than the one that the name has.
   private func locate(
     _ name: String, _ version: PayloadVersion, _ head: PayloadHead?, _ bounds: Bounds
   ) throws(EngineError) -> Target? {
     let holders = try directory.holders(
-      of: name, version, limit: Self.neighborCount, bounds.call)
-    // What was removed is gone at once, not only when its holders have learned of it.
+      of: name, version, limit: Self.holderLimit, bounds.call)
+    // A removed version is gone at once, not only when its holders have learned of it.
     if let newest = holders.max(by: { $0.summary.isOlder(than: $1.summary) }),
       try !directory.removals(of: name, bounds.call).cover(newest.summary)
     {
@@ -141,8 +143,8 @@ extension P2PStore {
       "payload '\(name)': nobody holds version \(version); the present one is \(present)")
   }
 
-  /// An error as its caller should see it: that nobody is left may be for holders that this release
-  /// cannot read of.
+  /// The error as the caller should see it: there may be holders left whose records this release
+  /// cannot read.
   func explained(_ error: EngineError, _ target: Target, _ bounds: Bounds) -> EngineError {
     if error.code != .noHolder { return error }
     do throws(EngineError) {
@@ -156,7 +158,7 @@ extension P2PStore {
     return error
   }
 
-  /// Reads the manifest from whoever has it.
+  /// Reads the manifest from any holder.
   func manifest(
     of target: Target, _ bounds: Bounds
   ) throws(EngineError) -> ManifestSearch.Outcome {
@@ -175,7 +177,7 @@ extension P2PStore {
       name: target.name, isOrigin: false, holding: nil, layout: nil, allocations: allocations)
     do throws(EngineError) {
       let layout = try Self.layout(target.name, buffers, in: range, for: manifest)
-      // What peers may change is a snapshot here, which is of no use to others.
+      // A copy of a writable payload is a snapshot, of no use to others.
       let isOffered = options.sharesOnward && !manifest.isWritable
       entry = try accept(
         target, manifest, layout, isOffered, options, bounds, leaving: &entry.ending)
@@ -226,7 +228,7 @@ extension P2PStore {
   ) throws(EngineError) -> [GetResult.Source] {
     let directory = directory
     var service = PayloadDownload.Directory { call throws(EngineError) in
-      try directory.holders(of: target.name, target.version, limit: Self.neighborCount, call)
+      try directory.holders(of: target.name, target.version, limit: Self.holderLimit, call)
     }
     if options.followsVersions && options.version == nil {
       service.present = { call throws(EngineError) in
@@ -239,7 +241,7 @@ extension P2PStore {
     ).run()
   }
 
-  /// Tells others that the whole payload is here. What fails is repeated or harmless.
+  /// Tells others that the whole payload is here. A failure is repaired later or harmless.
   private func complete(_ holding: Holding, _ bounds: Bounds) {
     keeper.put(holding.record, bounds.shortCall)
     shared?.addReplica(

@@ -5,29 +5,29 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// Fetches the shards of one payload. The caller's thread runs it: it does what the plan says,
-/// keeps reads in flight, verifies what has arrived and offers it. Opening holders, which blocks,
-/// is left to workers; no thread waits for a question to be answered.
+/// Fetches the shards of one payload. It runs on the caller's thread: it does what the plan says,
+/// keeps reads in flight, verifies what has arrived and offers it to others. Workers open holders,
+/// which blocks; no thread waits for a question to be answered.
 final class PayloadDownload {
-  /// What workers have found out.
+  /// What workers and answers report to the caller's thread.
   private enum News: Sendable {
     case opened(HolderConnection)
     case answered(HolderAddress, ShardAnswer)
     case failed(HolderAddress, EngineError)
     case discovered([HolderRecord])
-    /// What the name has now, nil for nothing or where that is not known, and more holders.
-    case looked(PayloadVersion?, [HolderRecord])
+    /// The version that the name has now, nil if none or not known, and more holders.
+    case foundVersion(PayloadVersion?, [HolderRecord])
   }
 
-  /// Where a download turns to the metadata service, within a call that ends with the download.
+  /// What a download asks the metadata service, within a call that ends with the download.
   struct Directory: Sendable {
     /// Some holders of the version.
     var holders: @Sendable (Call) throws(EngineError) -> [HolderRecord]
-    /// The version that stands under the name; nil: whoever gets this wants no other.
+    /// The version that the name has; nil if the caller wants no other version.
     var present: (@Sendable (Call) throws(EngineError) -> PayloadVersion?)?
   }
 
-  /// One shard on its way.
+  /// One shard that is being read.
   private struct Flight {
     let shard: Int
     let connection: HolderConnection
@@ -39,10 +39,11 @@ final class PayloadDownload {
   }
 
   private final class Inbox: Sendable {
-    /// nil once nobody takes them any more.
+    private static let callMilliseconds: UInt64 = 5000
+    /// nil once the download has ended.
     private let news = Lock<[News]?>([])
     let event: EventFD
-    /// Readable once nobody takes news any more: what would bring some ends.
+    /// Readable once the download has ended: calls for it end too.
     let ending: EventFD
 
     init() throws(Errno) {
@@ -50,13 +51,14 @@ final class PayloadDownload {
       ending = try EventFD()
     }
 
-    /// For whoever keeps this inbox meanwhile.
+    /// For a caller that keeps this inbox until the call ends.
     var call: Call {
       Call(
-        until: .after(milliseconds: 5000), cancellation: ending.descriptor.rawValue)
+        until: .after(milliseconds: Self.callMilliseconds),
+        cancellation: ending.descriptor.rawValue)
     }
 
-    /// Returns false if what the news holds is the caller's to give back.
+    /// Returns false if the download has ended: the caller must give back what the item holds.
     func put(_ item: News) -> Bool {
       let isTaken = news.withLock { news in
         news?.append(item)
@@ -76,7 +78,7 @@ final class PayloadDownload {
 
     var isClosed: Bool { news.withLock { $0 == nil } }
 
-    /// Takes the last ones.
+    /// Ends the inbox and returns what was left in it.
     func close() -> [News] {
       ending.signal()
       return news.withLock { news in
@@ -91,7 +93,7 @@ final class PayloadDownload {
   private let manifest: Manifest
   private let layout: BufferLayout
   private let bounds: Bounds
-  /// Where what has arrived is offered; nil to offer nothing.
+  /// Offers to others what has arrived; nil to offer nothing.
   private let holding: Holding?
   private let directory: Directory
   private let inbox: Inbox
@@ -99,12 +101,14 @@ final class PayloadDownload {
   private var plan: DownloadPlan
   private var flights: [Flight] = []
   private var connections: [HolderAddress: HolderConnection] = [:]
-  /// What the engine last said of parts of answers.
+  /// What the holder of the manifest has said; nil once its connection was opened with it.
+  private var sourceIndex: (holder: HolderAddress, index: HolderConnection.Index)?
+  /// The engine's latest count of partial arrivals from each segment.
   private var arrivals: [SegmentID: UInt64] = [:]
   private var sources: [String: GetResult.Source] = [:]
   /// Whether a holder speaks another version than this process.
   private var hasOtherVersions = false
-  /// Who has sent shards that no digest covers.
+  /// Holders that have sent shards without digests.
   private var trusted: Set<HolderAddress> = []
   private var doneBytes: UInt64 = 0
   /// Another version that the name has now.
@@ -114,10 +118,12 @@ final class PayloadDownload {
   private var nextLook: UInt64 = 0
 
   private static let lookNanoseconds: UInt64 = 250_000_000
-  /// Longest wait between two looks at progress, cancellation and the plan.
+  private static let lookDoublingLimit: UInt64 = 3
+  /// Longest wait between two checks of progress, cancellation and the plan.
   private static let tickMilliseconds: UInt64 = 100
-  private static let awaitedPerHolder = 2
-  /// Connections that are kept whoever they lead to.
+  /// Reads of one holder that are waited for by an event descriptor.
+  private static let awaitedLimit = 2
+  /// Up to so many connections, none is closed before the end.
   private static let connectionLimit = 32
 
   init(
@@ -129,6 +135,7 @@ final class PayloadDownload {
     self.workers = workers
     let manifest = search.manifest
     self.manifest = manifest
+    sourceIndex = (search.source, search.sourceIndex)
     self.layout = layout
     self.holding = holding
     self.bounds = bounds
@@ -144,7 +151,7 @@ final class PayloadDownload {
     plan.expect(search.source, answers: true, now: Clock.now())
   }
 
-  /// Returns when every shard is there and verified; throws otherwise, with no read in flight.
+  /// Returns when every shard has arrived and is verified. If it throws, no read is in flight.
   func run() throws(EngineError) -> [GetResult.Source] {
     defer { finish() }
     while !plan.isComplete {
@@ -156,7 +163,7 @@ final class PayloadDownload {
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
       if plan.isStuck(now) && flights.isEmpty { throw noHolder() }
-      if directory.present != nil && plan.isForsaken(now) && flights.isEmpty {
+      if directory.present != nil && plan.lacksSource(now) && flights.isEmpty {
         if successor != nil { throw noHolder() }
         lookForSuccessor(now)
       }
@@ -210,11 +217,12 @@ final class PayloadDownload {
       pollfd(fd: bounds.cancellation, events: Int16(POLLIN), revents: 0),
       pollfd(fd: engine.closeEvent.descriptor.rawValue, events: Int16(POLLIN), revents: 0),
     ]
-    // Those of one holder end in the order in which they began: a descriptor each would be many.
+    // Reads of one holder end in the order in which they began, so the first ones are enough: a
+    // descriptor for each would be many.
     var awaited: [SegmentID: Int] = [:]
     for index in flights.indices {
       let segment = flights[index].connection.segment
-      if awaited[segment, default: 0] == Self.awaitedPerHolder { continue }
+      if awaited[segment, default: 0] == Self.awaitedLimit { continue }
       awaited[segment, default: 0] += 1
       if flights[index].event < 0 {
         flights[index].event = (try? engine.eventDescriptor(of: flights[index].batch)) ?? -1
@@ -224,7 +232,7 @@ final class PayloadDownload {
     let until = min(
       min(bounds.deadline, .after(milliseconds: Self.tickMilliseconds)),
       Deadline(nanoseconds: plan.wakeTime))
-    // An interruption is as good as a tick.
+    // An interruption by a signal counts as a tick.
     _ = poll(&items, nfds_t(items.count), until.remainingMilliseconds)
   }
 
@@ -251,19 +259,19 @@ final class PayloadDownload {
     }
   }
 
-  /// Asks whether the name has another version by now; who holds this one, too, since nobody that
-  /// is known has more of it.
+  /// Asks whether the name has another version by now, and for more holders of this one, because
+  /// no known holder has what is missing.
   private func lookForSuccessor(_ now: UInt64) {
     guard !isLooking, now >= nextLook, let present = directory.present else { return }
     isLooking = true
-    nextLook = now &+ Self.lookNanoseconds << min(lookCount, 3)
+    nextLook = now &+ Self.lookNanoseconds << min(lookCount, Self.lookDoublingLimit)
     lookCount += 1
     let isAccepted = workers.run { [inbox, directory, manifest] in
       let call = inbox.call
       let version = try? present(call)
       let isOther = version.map { $0 != manifest.version } ?? false
       let holders = isOther ? (try? directory.holders(call)) ?? [] : []
-      _ = inbox.put(.looked(version, holders))
+      _ = inbox.put(.foundVersion(version, holders))
     }
     if !isAccepted { isLooking = false }
   }
@@ -271,24 +279,29 @@ final class PayloadDownload {
   private func ask(
     _ holder: HolderAddress, _ request: ShardRequest, _ milliseconds: UInt64
   ) {
-    // Its time begins when it is sent: a worker may have come to it late.
+    // The time counts from when it is sent: a worker may have come to it late.
     let question: @Sendable () -> Void = { [engine, manifest, inbox, reader] in
       let deadline = Deadline.after(milliseconds: milliseconds)
       StoreService.ask(engine, holder, request, until: deadline) { result in
         switch result {
         case .success(let answer):
-          // The download may have ended meanwhile; the holder must not wait for us.
+          // The download may have ended meanwhile; then its grants are given back.
           if !inbox.put(.answered(holder, answer)) {
-            Self.takeLeave(of: holder, manifest, reader, engine)
+            Self.sendFarewell(to: holder, manifest, reader, engine)
           }
         case .failure(let error): _ = inbox.put(.failed(holder, error))
         }
       }
     }
     if connections[holder] != nil { return question() }
+    var known: HolderConnection.Index?
+    if let source = sourceIndex, source.holder == holder {
+      (known, sourceIndex) = (source.index, nil)
+    }
     let recipient = HolderConnection.Recipient(isWaiting: { [inbox] in !inbox.isClosed })
     HolderConnection.open(
-      engine, workers, holder, manifest, until: .after(milliseconds: milliseconds), for: recipient
+      engine, workers, holder, manifest, known: known,
+      until: .after(milliseconds: milliseconds), for: recipient
     ) { [engine, inbox] result in
       switch result {
       case .success(let connection):
@@ -352,15 +365,15 @@ final class PayloadDownload {
     case .discovered(let records):
       add(records)
       plan.discovered(now: now)
-    case .looked(let version, let records):
+    case .foundVersion(let version, let records):
       isLooking = false
-      // Those that nobody has asked yet are tried first.
+      // Holders that were not asked yet are tried first.
       add(records)
       successor = version == manifest.version ? nil : version
     }
   }
 
-  /// Of the many holders of a large swarm, those that are not asked or read any more.
+  /// Closes connections that are no longer used: a large swarm has many holders.
   private func closeIdle() {
     if connections.count <= Self.connectionLimit { return }
     let used = Set(flights.map(\.connection.holder)).union(plan.known)
@@ -395,7 +408,7 @@ final class PayloadDownload {
     }
   }
 
-  /// Slices that have arrived are counted; a part of one says only that bytes come.
+  /// Counts whole slices that have arrived; part of a slice only shows that bytes come.
   private func noteProgress(of index: Int) {
     let flight = flights[index]
     let connection = flight.connection
@@ -423,7 +436,7 @@ final class PayloadDownload {
     let bytes = UnsafeRawBufferPointer(start: P2PStore.pointer(local), count: Int(range.length))
     let isIntact = manifest.isWritable ? true : try matches(bytes, flight.shard)
     if manifest.isWritable { trusted.insert(holder) }
-    let isNews = plan.finished(
+    let isNew = plan.finished(
       flight.shard, from: holder, isIntact: isIntact, now: Clock.now())
     let isOrigin = plan.isOrigin(holder)
     var source =
@@ -433,7 +446,7 @@ final class PayloadDownload {
     source.byteCount += range.length
     if !isIntact { source.corruptShardCount += 1 }
     sources[holder.segment] = source
-    if isIntact && isNews {
+    if isIntact && isNew {
       doneBytes += range.length
       holding?.offer(flight.shard)
     }
@@ -454,7 +467,8 @@ final class PayloadDownload {
     return digest == manifest.digests[shard]
   }
 
-  /// Ends what is in flight, so that no byte arrives any more, and gives everything back.
+  /// Cancels what is in flight and waits for its end, so that no more bytes arrive, and gives
+  /// everything back.
   private func finish() {
     for flight in flights { try? engine.cancel(flight.batch) }
     for flight in flights {
@@ -468,14 +482,14 @@ final class PayloadDownload {
       reached.insert(connection.holder)
       connection.close(engine)
     }
-    for holder in plan.lenders where reached.contains(holder) {
-      Self.takeLeave(of: holder, manifest, reader, engine)
+    for holder in plan.holdersWithGrants where reached.contains(holder) {
+      Self.sendFarewell(to: holder, manifest, reader, engine)
     }
     for connection in connections.values { connection.close(engine) }
   }
 
-  private static func takeLeave(
-    of holder: HolderAddress, _ manifest: Manifest, _ reader: UInt64, _ engine: TransferEngine
+  private static func sendFarewell(
+    to holder: HolderAddress, _ manifest: Manifest, _ reader: UInt64, _ engine: TransferEngine
   ) {
     let request = ShardRequest.farewell(
       to: holder, version: manifest.version, reader: reader,

@@ -62,7 +62,8 @@ struct RangeTransfer {
       try bounds.check("\(end - position) bytes left")
       do throws(EngineError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
-        let connection = try open(record.holder, until: deadline)
+        let known = record.holder == search.source ? search.sourceIndex : nil
+        let connection = try open(record.holder, known: known, until: deadline)
         defer { connection.close(engine) }
         while position < end { if try !step(connection) { break } }
       } catch {
@@ -80,14 +81,14 @@ struct RangeTransfer {
   }
 
   private func open(
-    _ holder: HolderAddress, until deadline: Deadline
+    _ holder: HolderAddress, known: HolderConnection.Index?, until deadline: Deadline
   ) throws(EngineError) -> HolderConnection {
     let left = EndMark()
     defer { left.set() }
     let abandon: @Sendable (HolderConnection) -> Void = { [engine] in $0.close(engine) }
     return try bounds.wait("opening a holder", abandon: abandon) {
       HolderConnection.open(
-        engine, workers, holder, manifest, until: deadline,
+        engine, workers, holder, manifest, known: known, until: deadline,
         for: .init(isWaiting: { !left.isSet }), $0)
     }
   }

@@ -52,9 +52,7 @@ package final class PayloadFollower: @unchecked Sendable {
   /// must be looked at, or at the call's deadline. May be called again after an error.
   package func turn(_ call: Call) throws(EngineError) {
     do throws(EngineError) {
-      let wait = Call(
-        until: min(call.deadline, nextLook), cancellation: call.cancellation)
-      for change in try watch.next(wait, listing: call) { take(change) }
+      for change in try watch.next(call.within(nextLook), listing: call) { take(change) }
       try lookAtHeadless(
         Call(
           until: .after(milliseconds: Self.lookMilliseconds), cancellation: call.cancellation))

@@ -139,10 +139,10 @@ package final class StoreDirectory: Sendable {
 
   /// Deletes a key that others may also write, if it has this value.
   package func delete(_ entry: MetadataEntry, _ call: Call) throws(EngineError) {
-    guard let etcd = store as? EtcdService else { return try store.revoke(nil, [entry], call) }
-    guard let (value, revision) = try etcd.getRevised(entry.key, isText: false, call),
-      value.utf8.elementsEqual(entry.value.utf8)
+    guard store.comparesRevisions else { return try store.revoke(nil, [entry], call) }
+    guard let found = try store.getRevised(entry.key, isText: false, call),
+      found.value.utf8.elementsEqual(entry.value.utf8)
     else { return }
-    _ = try etcd.replace(entry.key, writtenBy: revision, with: nil, call)
+    _ = try store.replace(entry.key, writtenBy: found.revision, with: nil, call)
   }
 }

@@ -1,8 +1,8 @@
-/// Where a holder of a payload is asked and read.
+/// Where a holder of a payload can be asked and read.
 package struct HolderAddress: Hashable, Sendable {
-  /// Random; tells apart the holdings of all processes, and the same process before and after.
+  /// Random; differs between processes, and between a process's holdings over time.
   package var holding: UInt64
-  /// Where its process answers: "host:port".
+  /// Where its process answers questions: "host:port".
   package var rpc: String
   /// The segment that its memory belongs to.
   package var segment: String

@@ -1,5 +1,5 @@
-/// How fast receivers were that had grants lately: one that comes again for another turn is known
-/// for slow from its beginning, and keeps nobody else from a place.
+/// How fast the receivers were that lately had grants: a slow one that comes for another turn is
+/// known as slow from the start, and keeps nobody else from a place.
 struct ReaderPaces: Sendable {
   private struct Pace {
     var reader: UInt64
@@ -12,7 +12,7 @@ struct ReaderPaces: Sendable {
   private static let limit = 128
   private static let lifeNanoseconds: UInt64 = 60_000_000_000
 
-  /// Takes the place of what was known of it, or else of the oldest.
+  /// Replaces what was known of the reader or, if there are too many, the oldest entry.
   mutating func remember(_ reader: UInt64, _ nanoseconds: Double, _ now: UInt64) {
     let pace = Pace(reader: reader, nanoseconds: nanoseconds, time: now)
     if let known = paces.firstIndex(where: { $0.reader == reader }) {

@@ -25,7 +25,7 @@ extension ShardRequest {
       writer.name("own")
       own.write(to: &writer)
     }
-    // Who reads a range has nothing: no need to send a long row of zeros.
+    // A receiver that reads a range has nothing: a long row of zeros need not be sent.
     if !have.isEmpty { writer.member("have", Base64.encode(have.bytes)) }
     if let wanted {
       writer.member("from", UInt64(wanted.lowerBound))

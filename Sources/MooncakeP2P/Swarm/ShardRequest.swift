@@ -1,22 +1,22 @@
-/// What a receiver asks a holder for: leave to read some shards that it lacks.
+/// What a receiver asks a holder for: permission to read some of the shards that it lacks.
 package struct ShardRequest: Equatable, Sendable {
   /// The holding that is asked.
   package var holding: UInt64
   package var version: PayloadVersion
-  /// Random for each `get`: one receiver, however often it asks.
+  /// Random for each `get`; the same in all questions of one receiver.
   package var reader: UInt64
-  /// The receiver as a holder, told onward to others; nil if it offers nothing.
+  /// The receiver as a holder, to be named to others; nil if it offers nothing.
   package var own: HolderAddress?
-  /// What it has, or is getting elsewhere; empty with `wanted`.
+  /// What it has or is already reading; empty with `wanted`.
   package var have: ShardSet
-  /// Only these shards, for reading a range; nil: what the holder chooses.
+  /// Only these shards, for reading a range; nil to let the holder choose.
   package var wanted: Range<Int>?
-  /// Counts what a receiver says: a holder passes over what it has said before the latest.
+  /// Numbers the receiver's requests: a holder ignores those that are older than the latest.
   package var turn: UInt64
-  /// Shards granted by this holder that it is still reading: what else was granted is given back.
-  /// All of them each time, so that a lost question or answer leaves no grant behind.
+  /// The shards granted by this holder that it is still reading; all other grants are given back.
+  /// Every request lists all of them, so that a lost question or answer leaves no grant behind.
   package var reading: [Int]
-  /// How many shards it would like to read; 0 only tells.
+  /// How many shards it would like to read; 0 asks for none.
   package var limit: Int
 
   package init(
@@ -34,7 +34,7 @@ package struct ShardRequest: Equatable, Sendable {
     self.limit = limit
   }
 
-  /// A receiver's last words to a holder: it reads nothing any more.
+  /// A receiver's last request to a holder: it no longer reads anything.
   package static func farewell(
     to holder: HolderAddress, version: PayloadVersion, reader: UInt64, shardCount: Int
   ) -> ShardRequest {

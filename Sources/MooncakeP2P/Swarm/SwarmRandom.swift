@@ -1,5 +1,5 @@
-/// Random numbers from a seed (SplitMix64): a simulation repeats exactly, and a holder's choice
-/// costs no system call.
+/// Random numbers from a seed (SplitMix64): simulations are repeatable, and a holder's choice needs
+/// no system call.
 package struct SwarmRandom: RandomNumberGenerator, Sendable {
   private var state: UInt64
 
@@ -13,6 +13,6 @@ package struct SwarmRandom: RandomNumberGenerator, Sendable {
     return mixed ^ (mixed >> 31)
   }
 
-  /// Evenly from 0 up to 1.
+  /// Uniform, from 0 up to but not including 1.
   package mutating func unit() -> Double { Double(next() >> 11) * 0x1p-53 }
 }

@@ -3,32 +3,36 @@
 /// The shard granted least often goes first, at random among equals, so an origin sends each shard
 /// once before it sends any twice, and receivers that ask the same holder get different ones.
 ///
-/// A place is a turn: whoever has had it for a while gets no more grants while others wait. What it
-/// was granted it may read to the end, but one that needs far longer for a shard than others counts
-/// for the small part of a place that it uses, so that slow receivers keep no fast ones away.
+/// A receiver has its place for a turn: after that it gets no more grants while others wait. It may
+/// finish reading what it was granted. A receiver that needs far longer for a shard than others
+/// counts only for the part of a place that it uses, so slow receivers keep no fast ones away.
 package struct UploadLedger: Sendable {
+  /// Limits and times of a holder.
   package struct Settings: Sendable {
-    /// Places: receivers that read at once; others are told to come again, and who else has it.
-    package var readersAtOnce = 4
-    /// Readers in all, however little of a place each needs.
+    /// Places: receivers that read at once. Others are told when to come again, and who else has
+    /// the payload.
+    package var placeLimit = 4
+    /// Readers in all, however little of a place each of them needs.
     package var readerLimit = 64
-    /// How long a place is a receiver's while others wait.
+    /// How long a receiver keeps its place while others wait.
     package var turnNanoseconds: UInt64 = 2_000_000_000
-    /// Who reads less than a place's share of the link, divided by this, counts as a part of a
-    /// reader.
+    /// A reader that is more than so many times slower than a place's share of the link counts as
+    /// part of a reader.
     package var slowFactor = 4.0
-    /// Waiting receivers that are remembered in the order in which they came.
+    /// Waiting receivers whose order of arrival is remembered.
     package var waiterLimit = 64
-    /// Places of their own for those who read what they name: ranges, and the last shards of a
-    /// download.
-    package var extraReaders = 4
-    package var grantsPerReader = 64
+    /// Additional places for receivers that name the shards they want: ranges, and the last shards
+    /// of a download.
+    package var namingReaderLimit = 4
+    /// Shards granted to one reader at a time.
+    package var grantLimit = 64
     package var leaseNanoseconds: UInt64 = 10_000_000_000
-    package var rememberedPeers = 32
-    package var toldPeers = 8
-    /// Peers not heard from for so long are not told onward.
+    package var peerLimit = 32
+    /// Peers named in one answer.
+    package var toldPeerLimit = 8
+    /// Peers not heard of for so long are not named to others.
     package var peerNanoseconds: UInt64 = 30_000_000_000
-    /// The refused are told to come so late that about this many ask in a second.
+    /// Refused receivers are told to come so late that about this many ask in a second.
     package var refusalsPerSecond: UInt64 = 500
     package var shortestRetryMilliseconds: UInt64 = 20
     package var longestRetryMilliseconds: UInt64 = 2000
@@ -37,53 +41,52 @@ package struct UploadLedger: Sendable {
     package init() {}
   }
 
-  /// A receiver with grants; an ask renews the lease of all of them.
-  struct Reader {
+  /// A receiver with grants; each question renews the lease of all of them.
+  private struct Reader {
     var shards: [Int] = []
     var expiry: UInt64 = 0
-    /// Of the latest ask.
+    /// Of the latest question.
     var turn: UInt64 = 0
     /// When it got its place, and the shards that it has read since.
     var since: UInt64
     var readCount: UInt64 = 0
-    /// Whether it has said which shards it wants.
+    /// Whether it names the shards that it wants.
     var isNaming = false
     /// Nanoseconds a shard in its former turn.
     var formerPace: Double?
-    /// Of `shards`, the first ones, that it has said it is reading.
+    /// How many of `shards`, from the first on, it has said that it is reading.
     var begunCount = 0
-    /// Shards that it has read after it had said so. Others it may only give back, since somebody
-    /// else has granted them, too.
+    /// Shards that it has read after it had said that it was reading them. It may also give back
+    /// others unread, because another holder has granted them too.
     var wholeCount: UInt64 = 0
   }
 
-  private struct Peer {
-    var address: HolderAddress
-    var lastHeard: UInt64
-  }
-
-  let settings: Settings
+  private let settings: Settings
   private var random: SwarmRandom
+  /// How often each shard was granted.
   private var grantCounts: [UInt32]
-  var readers: [UInt64: Reader] = [:]
-  private var peers: [Peer] = []
+  private var readers: [UInt64: Reader] = [:]
+  private var peers = KnownPeers()
+  private var refusals = RefusalRate()
   /// How fast those were that have no grants any more.
-  var paces = ReaderPaces()
-  var queue: UploadQueue
-  /// Of those who name shards.
-  var namingQueue: UploadQueue
-  /// Nanoseconds in which the link carried a shard when it was busiest lately, and when that was.
-  var best: (nanoseconds: Double, time: UInt64)?
-  /// When one reader more may show whether it is faster than those who hold all places.
-  var nextTrial: UInt64 = 0
+  private var paces = ReaderPaces()
+  private var queue: UploadQueue
+  /// Of receivers that name shards.
+  private var namingQueue: UploadQueue
+  /// Nanoseconds that the link needed for a shard when it was busiest lately, and when that was.
+  private var best: (nanoseconds: Double, time: UInt64)?
+  /// When one reader more may show whether it is faster than those that have all places.
+  private var nextTrial: UInt64 = 0
   private var isWithdrawn = false
-  /// Whether nothing is granted and no lease renewed until this is false again.
+  /// While true, nothing is granted and no lease renewed.
   package var isPaused = false
-  private var refusalSecond: UInt64 = 0
-  private var refusals: UInt64 = 0
-  private var refusalsBefore: UInt64 = 0
   /// Shards that the latest request gave back: their reader has read them.
   package private(set) var returned: [Int] = []
+
+  /// Nobody is kept waiting by less than half a reader.
+  private static let ignoredPart = 0.5
+  /// How long the link's busiest time is remembered.
+  private static let bestNanoseconds: UInt64 = 10_000_000_000
 
   package init(shardCount: Int, seed: UInt64, settings: Settings = Settings()) {
     self.settings = settings
@@ -100,7 +103,7 @@ package struct UploadLedger: Sendable {
     precondition(available.count == grantCounts.count)
     returned = []
     dropExpired(now)
-    // It has come late, and nobody waits for the answer any more.
+    // The request is late, and nobody waits for its answer any more.
     if let reader = readers[request.reader], reader.turn >= request.turn {
       return ShardAnswer(state: .busy)
     }
@@ -129,14 +132,23 @@ package struct UploadLedger: Sendable {
     readers[request.reader]?.expiry = now &+ settings.leaseNanoseconds
     readers[request.reader]?.turn = request.turn
     if answer.granted.isEmpty {
-      answer.retryMilliseconds = retryMilliseconds(request, now)
+      let retry = refusals.retryMilliseconds(
+        isRefusal: request.limit > 0, perSecond: settings.refusalsPerSecond, now: now)
+      answer.retryMilliseconds = min(
+        settings.longestRetryMilliseconds, max(settings.shortestRetryMilliseconds, retry))
       let waits = answer.state == .busy && readers[request.reader] == nil
       if waits { wait(request, retryMilliseconds: answer.retryMilliseconds, now) }
     }
     answer.readerCount = readers.count
-    // Who is being served knows enough others already.
-    if isNew || answer.granted.isEmpty { answer.peers = somePeers(except: request.own, now: now) }
-    if let own = request.own { remember(own, now: now) }
+    // A receiver that is being served knows enough others already.
+    if isNew || answer.granted.isEmpty {
+      answer.peers = peers.some(
+        except: request.own, limit: settings.toldPeerLimit, maximumAge: settings.peerNanoseconds,
+        &random, now: now)
+    }
+    if let own = request.own {
+      peers.remember(own, limit: settings.peerLimit, &random, now: now)
+    }
     return answer
   }
 
@@ -171,13 +183,13 @@ package struct UploadLedger: Sendable {
     }
   }
 
-  /// Takes back what else was granted.
+  /// Keeps the grants that the receiver says it is reading, and takes the others back.
   private mutating func keep(_ request: ShardRequest, _ now: UInt64) {
     guard var entry = readers[request.reader] else { return }
     let begun = entry.shards.prefix(entry.begunCount)
     returned = entry.shards.filter { !request.reading.contains($0) }
     entry.shards.removeAll { !request.reading.contains($0) }
-    // Of a part of a shard nothing is told.
+    // A receiver that reads a range does not say which shards it has.
     if request.wanted == nil && request.have.count == grantCounts.count {
       let read = returned.filter { request.have.contains($0) }
       entry.readCount += UInt64(read.count)
@@ -193,7 +205,7 @@ package struct UploadLedger: Sendable {
   private mutating func grant(
     _ request: ShardRequest, _ former: Reader?, available: ShardSet, _ now: UInt64
   ) -> [Int] {
-    // Admitted, it waits no longer, whether there is anything for it or not.
+    // It was admitted, so it no longer waits, whether there is anything for it or not.
     let isNaming = request.wanted != nil
     if isNaming { namingQueue.remove(request.reader) } else { queue.remove(request.reader) }
     var reader = readers[request.reader] ?? Reader(since: now, isNaming: isNaming)
@@ -204,16 +216,18 @@ package struct UploadLedger: Sendable {
         former.since, former.readCount, former.wholeCount
       )
     }
-    let limit = min(request.limit, settings.grantsPerReader - reader.shards.count)
+    let limit = min(request.limit, settings.grantLimit - reader.shards.count)
     let granted = choose(limit: limit, request, available: available)
     if granted.isEmpty { return [] }
+    assert(Set(granted).count == granted.count, "a shard is granted twice at once")
+    assert(granted.allSatisfy { available.contains($0) }, "a shard is granted that is not here")
     for shard in granted { grantCounts[shard] &+= 1 }
     reader.shards += granted
     readers[request.reader] = reader
     return granted
   }
 
-  /// One pass over the candidates that keeps the best few, best first.
+  /// Chooses in one pass over the candidates, keeping the best few, best first.
   private mutating func choose(
     limit: Int, _ request: ShardRequest, available: ShardSet
   ) -> [Int] {
@@ -235,43 +249,88 @@ package struct UploadLedger: Sendable {
     return best.map(\.shard)
   }
 
-  /// The more are refused, the later each shall come again, so that asking costs a holder the same
-  /// however many want it.
-  private mutating func retryMilliseconds(_ request: ShardRequest, _ now: UInt64) -> UInt64 {
-    let second = now / 1_000_000_000
-    if second != refusalSecond {
-      refusalsBefore = second == refusalSecond &+ 1 ? refusals : 0
-      refusals = 0
-      refusalSecond = second
+  // MARK: Places: who gets one, and for how long
+
+  private mutating func admits(_ request: ShardRequest, _ former: Reader?, _ now: UInt64) -> Bool {
+    let isNaming = request.wanted != nil
+    let queue = isNaming ? namingQueue : queue
+    if let former, former.isNaming == isNaming {
+      // Its turn ends only if others wait.
+      if queue.isEmpty || !isTurnOver(former, now) { return true }
+      if readers[request.reader] != nil { return false }
     }
-    if request.limit > 0 { refusals += 1 }
-    let waiting = max(refusals, refusalsBefore)
-    return min(
-      settings.longestRetryMilliseconds,
-      max(settings.shortestRetryMilliseconds, waiting * 1000 / settings.refusalsPerSecond))
+    let isDue = queue.isDue(request.reader, now: now)
+    // Neither kind takes places of the other: receivers that read ranges come again and again.
+    if isNaming {
+      return isDue && readers.values.count(where: \.isNaming) < settings.namingReaderLimit
+    }
+    if choosers.count >= settings.readerLimit { return false }
+    if isDue && usedPlaces(now) < Double(settings.placeLimit) - Self.ignoredPart { return true }
+    return paces.pace(of: request.reader, now) == nil && mayTry(now)
   }
 
-  /// A newcomer takes the place of a random one, so memory stays bounded and dead ones fade.
-  private mutating func remember(_ address: HolderAddress, now: UInt64) {
-    let peer = Peer(address: address, lastHeard: now)
-    if let known = peers.firstIndex(where: { $0.address.holding == address.holding }) {
-      peers[known] = peer
-    } else if peers.count < settings.rememberedPeers {
-      peers.append(peer)
-    } else {
-      peers[Int.random(in: peers.indices, using: &random)] = peer
+  /// Readers for which the holder chooses shards.
+  private var choosers: [Reader] { readers.values.filter { !$0.isNaming } }
+
+  private func isTurnOver(_ reader: Reader, _ now: UInt64) -> Bool {
+    now &- reader.since >= settings.turnNanoseconds
+  }
+
+  /// Whether it has read for long enough for its pace to mean something.
+  private func isSettled(_ reader: Reader, _ now: UInt64) -> Bool {
+    now &- reader.since >= settings.turnNanoseconds / 2
+  }
+
+  /// The readers that have all places say nothing about how fast others would be. So once in a turn
+  /// one more of unknown pace may try, even if another has waited longer.
+  private mutating func mayTry(_ now: UInt64) -> Bool {
+    if now < nextTrial || !choosers.allSatisfy({ knownPace(of: $0, now) != nil }) { return false }
+    nextTrial = now &+ settings.turnNanoseconds
+    return true
+  }
+
+  // MARK: Pace
+
+  /// A reader has read more. What it and the others read meanwhile is the least that the link
+  /// carries.
+  private mutating func measure(_ entry: Reader, _ reader: UInt64, _ now: UInt64) {
+    let own = max(1, Double(now &- entry.since) / Double(entry.wholeCount))
+    let sharing = readers.reduce(1.0) { sum, other in
+      if other.key == reader { return sum }
+      return sum + (isSettled(other.value, now) ? min(1, own / pace(of: other.value, now)) : 1)
+    }
+    let nanoseconds = own / sharing
+    if let best, best.nanoseconds < nanoseconds, now &- best.time < Self.bestNanoseconds { return }
+    best = (nanoseconds, now)
+  }
+
+  /// Nanoseconds a shard.
+  private func pace(of reader: Reader, _ now: UInt64) -> Double {
+    // It reports what it has read when about half of what it was granted has arrived.
+    let expected = reader.readCount + UInt64(max(1, reader.shards.count / 2))
+    return max(1, Double(now &- reader.since) / Double(expected))
+  }
+
+  /// In this turn, or in the former one as long as this one is too short to tell.
+  private func knownPace(of reader: Reader, _ now: UInt64) -> Double? {
+    isSettled(reader, now) ? pace(of: reader, now) : reader.formerPace
+  }
+
+  /// Once the turn is long enough to tell.
+  private mutating func rememberPace(of reader: UInt64, _ entry: Reader, _ now: UInt64) {
+    if !entry.isNaming && isSettled(entry, now) {
+      paces.remember(reader, pace(of: entry, now), now)
     }
   }
 
-  private mutating func somePeers(except own: HolderAddress?, now: UInt64) -> [HolderAddress] {
-    var told: [HolderAddress] = []
-    let start = peers.isEmpty ? 0 : Int.random(in: peers.indices, using: &random)
-    for step in peers.indices where told.count < settings.toldPeers {
-      let peer = peers[(start + step) % peers.count]
-      if peer.address.holding == own?.holding { continue }
-      if now &- peer.lastHeard > settings.peerNanoseconds { continue }
-      told.append(peer.address)
-    }
-    return told
+  private func usedPlaces(_ now: UInt64) -> Double {
+    choosers.reduce(0) { $0 + part(of: $1, now) }
+  }
+
+  /// How much of a place it uses: all, unless it is far behind a place's share of the link.
+  private func part(of reader: Reader, _ now: UInt64) -> Double {
+    guard let best, let pace = knownPace(of: reader, now) else { return 1 }
+    let fair = best.nanoseconds * Double(settings.placeLimit)
+    return pace <= fair * settings.slowFactor ? 1 : fair / pace
   }
 }

@@ -1,10 +1,10 @@
-/// Receivers that wait for a place at a holder. They come again by themselves, so it only knows
-/// when each came first and when it was heard last.
+/// Receivers that wait for a place at a holder. They ask again by themselves, so the queue only
+/// knows when each first came and until when it is expected again.
 struct UploadQueue: Sendable {
   private struct Waiter {
     var reader: UInt64
     var since: UInt64
-    /// Without another word until then it waits no longer.
+    /// If it has not asked again by then, it no longer waits.
     var expiry: UInt64
   }
 
@@ -13,9 +13,9 @@ struct UploadQueue: Sendable {
 
   init(limit: Int) { self.limit = limit }
 
-  /// One was refused and told when to come again. Beyond the limit it is not remembered.
+  /// A receiver was refused and told when to ask again. Beyond the limit it is not remembered.
   mutating func add(_ reader: UInt64, retryMilliseconds: UInt64, now: UInt64) {
-    // What it is told is the least that it waits.
+    // It waits at least as long as it was told.
     let expiry = now &+ (2 * retryMilliseconds + Self.patienceMilliseconds) * 1_000_000
     if let known = waiters.firstIndex(where: { $0.reader == reader }) {
       waiters[known].expiry = expiry
@@ -34,9 +34,9 @@ struct UploadQueue: Sendable {
 
   var isEmpty: Bool { waiters.isEmpty }
 
-  /// Whether a place that is free may be this one's: anybody's who comes, until somebody has
-  /// waited for long. Then those go first who have waited at least half as long as that one; to
-  /// keep it for that one alone would leave it unused until that one comes.
+  /// Whether a receiver may have a free place. Any may, until one has waited for long. Then only
+  /// those that have waited at least half as long: keeping the place for that one alone would leave
+  /// it unused until it asks again.
   func isDue(_ reader: UInt64, now: UInt64) -> Bool {
     let longest = waiters.reduce(0) { max($0, now &- $1.since) }
     if longest < Self.longNanoseconds { return true }

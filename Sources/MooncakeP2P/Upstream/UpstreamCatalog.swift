@@ -7,7 +7,7 @@ import MooncakeSystem
 /// writers change a document by compare-and-swap; this one only touches its own entries.
 package final class UpstreamCatalog: Sendable {
   private let directory: StoreDirectory
-  private let etcd: EtcdService
+  private var service: any MetadataService { directory.store }
 
   /// Entries of our own that are still to be removed from a document.
   private struct PendingRemoval {
@@ -34,14 +34,18 @@ package final class UpstreamCatalog: Sendable {
   /// Few, because documents may be large.
   private static let pageCount = 16
 
-  /// nil unless the metadata service is etcd.
+  /// The only service in which Mooncake's store keeps documents.
+  private static let upstreamService = MetadataURI.Service.etcd
+
+  /// nil if Mooncake's store does not know the metadata service, or if the service does not compare
+  /// revisions, so that one writer's change could overwrite another's.
   package init?(_ directory: StoreDirectory) {
-    guard let etcd = directory.store as? EtcdService else { return nil }
+    guard directory.uri.service == Self.upstreamService, directory.store.comparesRevisions
+    else { return nil }
     self.directory = directory
-    self.etcd = etcd
   }
 
-  /// A document and its etcd revision.
+  /// A document and the revision that wrote it.
   package typealias Found = (document: UpstreamDocument, revision: UInt64)
 
   package func key(_ name: String) -> String { directory.prefix + "checkpoint/" + name }
@@ -57,11 +61,11 @@ package final class UpstreamCatalog: Sendable {
   package func revised(
     _ name: String, _ call: Call
   ) throws(EngineError) -> Found? {
-    guard let (text, revision) = try etcd.getRevised(key(name), call) else { return nil }
+    guard let found = try service.getRevised(key(name), call) else { return nil }
     do throws(EngineError) {
-      let document = try UpstreamDocument(json: text)
+      let document = try UpstreamDocument(json: found.value)
       if !document.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
-      return (document, revision)
+      return (document, found.revision)
     } catch {
       throw EngineError(
         error.code,
@@ -77,7 +81,7 @@ package final class UpstreamCatalog: Sendable {
     var infos: [PayloadInfo] = []
     var position: String?
     repeat {
-      let page = try etcd.list(
+      let page = try service.list(
         prefix: key(prefix), from: position, limit: Self.pageCount, call)
       for entry in page.entries {
         guard let document = try? UpstreamDocument(json: entry.value),
@@ -113,7 +117,7 @@ package final class UpstreamCatalog: Sendable {
     if isCreateOnly {
       let isFree =
         try isShared
-        ? etcd.replace(key, writtenBy: 0, with: text, call) : etcd.get(key, call) == nil
+        ? service.replace(key, writtenBy: 0, with: text, call) : service.get(key, call) == nil
       if !isFree {
         throw EngineError(
           .exists,
@@ -121,9 +125,9 @@ package final class UpstreamCatalog: Sendable {
             + "name, or do not ask for create-only")
       }
     } else if isShared {
-      try etcd.put(MetadataEntry(key: key, value: text), lease: nil, call)
+      try service.put(MetadataEntry(key: key, value: text), lease: nil, call)
     } else {
-      _ = try etcd.delete(key, call)
+      _ = try service.delete(key, call)
     }
     if !isShared {
       Log.info(
@@ -224,7 +228,7 @@ package final class UpstreamCatalog: Sendable {
 
   /// Removes a payload's document; returns whether there was one.
   package func remove(_ name: String, _ call: Call) throws(EngineError) -> Bool {
-    try etcd.delete(key(name), call)
+    try service.delete(key(name), call)
   }
 
   /// Reads, changes and swaps until no other writer interferes. Failures are logged: the document
@@ -240,13 +244,11 @@ package final class UpstreamCatalog: Sendable {
         guard try body(&document) else { return true }
         let text = document.isOrphaned ? nil : document.json
         if let text, text.utf8.count > Self.maximumDocumentBytes { return true }
-        if try etcd.replace(key(name), writtenBy: found.revision, with: text, call) { return true }
-        let pause = UInt64.random(in: 1...UInt64(2 << min(attempt, 6)))
-        if Waiting.sleep(
-          until: min(call.deadline, .after(milliseconds: pause)), cancellation: call.cancellation)
-        {
-          break
+        if try service.replace(key(name), writtenBy: found.revision, with: text, call) {
+          return true
         }
+        let pause = UInt64.random(in: 1...UInt64(2 << min(attempt, 6)))
+        if call.sleep(milliseconds: pause) { break }
       }
       Log.warning("payload '\(name)': \(what) in '\(key(name))': other writers keep changing it")
     } catch {

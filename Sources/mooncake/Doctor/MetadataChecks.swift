@@ -227,7 +227,7 @@ struct MetadataChecks {
     do throws(EngineError) {
       let route = try directory.route(to: name, call)
       try RPCClient.probe(
-        route.description, deadline: .after(milliseconds: min(timeoutMilliseconds, 1000)))
+        route.description, Call(until: .after(milliseconds: min(timeoutMilliseconds, 1000))))
       return nil
     } catch {
       let commands = [entry.key, directory.segmentKey(name)].map {

@@ -49,13 +49,12 @@ import Testing
       name: "n:1", tcpDataPort: 7,
       buffers: [RemoteBuffer(address: 4096, length: 1, access: .remoteRead)])
     let server = try makeServer(host: host, queue: queue, descriptor: descriptor.json())
-    let deadline = Deadline.after(milliseconds: 5000)
-    #expect(
-      try RPCClient.fetchDescriptor(of: server.name, own: "{}", deadline: deadline) == descriptor)
+    let call = Call(until: .after(milliseconds: 5000))
+    #expect(try RPCClient.fetchDescriptor(of: server.name, own: "{}", call) == descriptor)
     let message = Notification(name: "a \"b\"", message: "line\n2 é")
-    try RPCClient.notify(server.name, message, deadline: deadline)
+    try RPCClient.notify(server.name, message, call)
     #expect(queue.takeAll() == [message])
-    try RPCClient.probe(server.name, deadline: deadline)
+    try RPCClient.probe(server.name, call)
     server.stop()
   }
 
@@ -63,7 +62,7 @@ import Testing
     let server = try makeServer()
     // "localhost" may resolve to ::1 first, where nobody listens: the next address is tried.
     try RPCClient.probe(
-      "localhost:\(server.address.port)", deadline: .after(milliseconds: 5000))
+      "localhost:\(server.address.port)", Call(until: .after(milliseconds: 5000)))
     server.stop()
   }
 
@@ -71,7 +70,7 @@ import Testing
     let server = try makeServer()
     var settings = HandshakeSettings()
     settings.defaultPort = server.address.port
-    try RPCClient.probe("127.0.0.1", deadline: .after(milliseconds: 5000), settings: settings)
+    try RPCClient.probe("127.0.0.1", settings: settings, Call(until: .after(milliseconds: 5000)))
     server.stop()
   }
 
@@ -79,7 +78,7 @@ import Testing
     let server = try makeServer(descriptor: nil)
     let error = failure { () throws(EngineError) in
       _ = try RPCClient.fetchDescriptor(
-        of: server.name, own: "{}", deadline: .after(milliseconds: 5000))
+        of: server.name, own: "{}", Call(until: .after(milliseconds: 5000)))
     }
     #expect(error?.code == .notFound)
     #expect(error?.message.contains(server.name) == true)
@@ -90,7 +89,7 @@ import Testing
     let name = try makeListener().localAddress().description
     let start = Clock.now()
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: .after(milliseconds: 10_000))
+      try RPCClient.probe(name, Call(until: .after(milliseconds: 10_000)))
     }
     #expect(error?.code == .unreachable)
     #expect(error?.message.hasPrefix("peer \(name): connect refused (probe RPC)") == true)
@@ -102,7 +101,7 @@ import Testing
     let name = try listener.localAddress().description
     let start = Clock.now()
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: .after(milliseconds: 200))
+      try RPCClient.probe(name, Call(until: .after(milliseconds: 200)))
     }
     #expect(error?.code == .timeout)
     #expect(error?.message.contains("the answer was awaited") == true)
@@ -116,10 +115,10 @@ import Testing
     var settings = HandshakeSettings()
     settings.maximumLength = 128 << 20
     let error = failure { () throws(EngineError) in
-      _ = try RPCClient.call(
+      _ = try RPCClient.ask(
         HostPort(host: "127.0.0.1", port: port), type: .notify,
-        body: String(repeating: " ", count: 64 << 20), deadline: .after(milliseconds: 300),
-        settings: settings)
+        body: String(repeating: " ", count: 64 << 20), settings: settings,
+        Call(until: .after(milliseconds: 300)))
     }
     #expect(error?.code == .timeout)
     _ = consume listener
@@ -143,7 +142,7 @@ import Testing
     usleep(20_000)
     let start = Clock.now()
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(address.description, deadline: .after(milliseconds: 300))
+      try RPCClient.probe(address.description, Call(until: .after(milliseconds: 300)))
     }
     #expect(error?.code == .timeout)
     #expect(Clock.now() - start < 3_000_000_000)
@@ -167,7 +166,7 @@ import Testing
   func badAnswers(bytes: [UInt8], code: EngineError.Code) throws {
     let (name, thread) = try makePeer(answering: bytes)
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: .after(milliseconds: 5000))
+      try RPCClient.probe(name, Call(until: .after(milliseconds: 5000)))
     }
     #expect(error?.code == code, "\(error?.message ?? "no error")")
     #expect(error?.message.contains(name) == true)
@@ -183,8 +182,9 @@ import Testing
       var settings = HandshakeSettings()
       settings.maximumLength = 128 << 20
       let error = failure { () throws(EngineError) in
-        _ = try RPCClient.call(
-          peer, type: .notify, body: body, deadline: .after(milliseconds: 5000), settings: settings)
+        _ = try RPCClient.ask(
+          peer, type: .notify, body: body, settings: settings,
+          Call(until: .after(milliseconds: 5000)))
       }
       #expect(error?.code == .unreachable)
       thread.join()
@@ -197,7 +197,7 @@ import Testing
   ])
   func badNames(name: String) {
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: .after(milliseconds: 1000))
+      try RPCClient.probe(name, Call(until: .after(milliseconds: 1000)))
     }
     #expect(error?.code == .invalidArgument)
     #expect((error?.message.utf8.count ?? 0) < 400)
@@ -205,7 +205,7 @@ import Testing
 
   @Test func unknownHost() {
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe("no-such-host.invalid:1", deadline: .after(milliseconds: 10_000))
+      try RPCClient.probe("no-such-host.invalid:1", Call(until: .after(milliseconds: 10_000)))
     }
     #expect(error?.code == .unresolved || error?.code == .timeout)
     #expect(error?.message.contains("no-such-host.invalid") == true)
@@ -215,7 +215,7 @@ import Testing
     let error = failure { () throws(EngineError) in
       try RPCClient.notify(
         "127.0.0.1:1", Notification(name: "", message: String(repeating: "x", count: 1 << 20)),
-        deadline: .after(milliseconds: 1000), settings: HandshakeSettings())
+        settings: HandshakeSettings(), Call(until: .after(milliseconds: 1000)))
     }
     #expect(error?.code == .invalidArgument)
     #expect(error?.message.contains("MC_HANDSHAKE_MAX_LENGTH") == true)
@@ -225,8 +225,8 @@ import Testing
     let server = try makeServer(descriptor: "\"" + String(repeating: "x", count: 2 << 20) + "\"")
     let error = failure { () throws(EngineError) in
       _ = try RPCClient.fetchDescriptor(
-        of: server.name, own: "{}", deadline: .after(milliseconds: 5000),
-        settings: HandshakeSettings())
+        of: server.name, own: "{}", settings: HandshakeSettings(),
+        Call(until: .after(milliseconds: 5000)))
     }
     #expect(error?.code == .protocolViolation)
     #expect(error?.message.contains("MC_HANDSHAKE_MAX_LENGTH") == true)
@@ -238,8 +238,8 @@ import Testing
     let server = try makeServer()
     let own = "\"" + String(repeating: "x", count: 2 << 20) + "\""
     let descriptor = try RPCClient.fetchDescriptor(
-      of: server.name, own: own, deadline: .after(milliseconds: 5000),
-      settings: HandshakeSettings())
+      of: server.name, own: own, settings: HandshakeSettings(),
+      Call(until: .after(milliseconds: 5000)))
     #expect(descriptor.name == "peer:1")
     server.stop()
   }
@@ -248,7 +248,7 @@ import Testing
     let listener = try makeListener()
     let name = try listener.localAddress().description
     let error = failure { () throws(EngineError) in
-      try RPCClient.probe(name, deadline: Deadline(nanoseconds: 1))
+      try RPCClient.probe(name, Call(until: Deadline(nanoseconds: 1)))
     }
     #expect(error?.code == .timeout)
     _ = consume listener
@@ -256,11 +256,11 @@ import Testing
 
   @Test func thousandCallsLeaveNoDescriptor() throws {
     let server = try makeServer()
-    try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+    try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     #expect(eventually { server.counters.openConnections == 0 })
     let before = openDescriptorCount()
     for _ in 0..<1000 {
-      try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+      try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     }
     #expect(eventually { server.counters.openConnections == 0 })
     // Concurrent suites also open descriptors; a leak here would be at least 1000.
@@ -276,7 +276,7 @@ import Testing
       try WorkerThread.start(name: "client") {
         for _ in 0..<25 {
           do throws(EngineError) {
-            try RPCClient.probe(name, deadline: .after(milliseconds: 10_000))
+            try RPCClient.probe(name, Call(until: .after(milliseconds: 10_000)))
           } catch {
             Issue.record("\(error)")
           }

@@ -90,7 +90,7 @@ import Testing
     try? peer.send(bytes)
     #expect(try peer.receiveAll().isEmpty)
     #expect(eventually { server.counters.rejectedConnections == 1 })
-    try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+    try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     server.stop()
   }
 
@@ -134,7 +134,7 @@ import Testing
     }
     let start = Clock.now()
     for _ in 0..<50 {
-      try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+      try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     }
     #expect(Clock.now() - start < 2_000_000_000)
     #expect(eventually { server.counters.expiredConnections == 100 })
@@ -176,7 +176,7 @@ import Testing
     #expect(eventually { server.counters.openConnections == 2 })
     try first.send([3])
     usleep(50_000)
-    try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+    try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     #expect(try second.receiveAll().isEmpty)
     // The last to make progress is still served.
     try first.send(Array(RPCMessage.encoded(type: .probe, body: "{}").dropFirst()))
@@ -213,7 +213,7 @@ import Testing
     let peer = try RPCTestPeer(to: server.address)
     try peer.send(RPCMessage.encoded(type: .metadata, body: "{}"))
     usleep(100_000)
-    try RPCClient.probe(server.name, deadline: .after(milliseconds: 5000))
+    try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
     #expect(try peer.receiveAll().count == descriptor.utf8.count + 9)
     server.stop()
   }
@@ -221,9 +221,9 @@ import Testing
   @Test func fullQueueIsToldToTheSender() throws {
     let server = try makeServer(queue: NotificationQueue(maximumCount: 1))
     let message = Notification(name: "a", message: "b")
-    try RPCClient.notify(server.name, message, deadline: .after(milliseconds: 5000))
+    try RPCClient.notify(server.name, message, Call(until: .after(milliseconds: 5000)))
     do {
-      try RPCClient.notify(server.name, message, deadline: .after(milliseconds: 5000))
+      try RPCClient.notify(server.name, message, Call(until: .after(milliseconds: 5000)))
       Issue.record("taken")
     } catch {
       #expect(error.code == .full)
@@ -267,8 +267,8 @@ import Testing
           thread.store(linux_gettid(), ordering: .releasing)
           return nil
         }, notify: { _ in nil }))
-    _ = try RPCClient.call(
-      server.hostPort, type: .metadata, body: "{}", deadline: .after(milliseconds: 5000))
+    _ = try RPCClient.ask(
+      server.hostPort, type: .metadata, body: "{}", Call(until: .after(milliseconds: 5000)))
     #expect(eventually { server.counters.openConnections == 0 })
     usleep(20_000)
     let id = thread.load(ordering: .acquiring)

@@ -7,65 +7,20 @@ import Synchronization
 import Testing
 
 /// A service that counts its listings.
-private final class CountingStore: MetadataService {
-  private let store: any MetadataService
+private final class CountingStore: ForwardingService {
+  let service: any MetadataService
   let entryCount = Atomic(0)
   let callCount = Atomic(0)
 
-  init(_ store: any MetadataService) { self.store = store }
-
-  var uri: MetadataURI { store.uri }
-
-  func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
-    try store.get(key, call)
-  }
-
-  func put(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
-    try store.put(entry, lease: lease, call)
-  }
-
-  func putIfAbsent(
-    _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
-    try store.putIfAbsent(entry, lease: lease, call)
-  }
-
-  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
-    try store.delete(key, call)
-  }
+  init(_ service: any MetadataService) { self.service = service }
 
   func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(EngineError) -> MetadataPage {
-    let page = try store.list(prefix: prefix, from: position, limit: limit, call)
+    let page = try service.list(prefix: prefix, from: position, limit: limit, call)
     entryCount.wrappingAdd(page.entries.count, ordering: .relaxed)
     callCount.wrappingAdd(1, ordering: .relaxed)
     return page
-  }
-
-  func changes(
-    prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges {
-    try store.changes(prefix: prefix, since: revision, call)
-  }
-
-  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease? {
-    try store.grant(ttlMilliseconds: ttlMilliseconds, call)
-  }
-
-  func renew(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
-    _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
-    try store.renew(lease, entries, strays: &strays, call)
-  }
-
-  func revoke(
-    _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) {
-    try store.revoke(lease, entries, call)
   }
 }
 

@@ -135,6 +135,7 @@ final class RecordedHolder: Sendable {
   private let manifestByteCount: Int
   /// How often each reader has asked.
   private let counts = Lock<[String: Int]>([:])
+  private let opens = Lock(0)
 
   init(
     _ recording: Recording, in cluster: Cluster, answers: Change = .none,
@@ -167,7 +168,10 @@ final class RecordedHolder: Sendable {
 
   deinit { engine.close() }
 
-  /// A recorded text, as if written by this process.
+  /// How often it was asked where its manifest and its buffers are.
+  var openCount: Int { opens.withLock { $0 } }
+
+  /// A recorded text as if this process had written it.
   func own(_ text: String) -> String {
     text.replacing(#""rpc":"\#(recordedAddress.rpc)""#, with: #""rpc":"\#(engine.rpcAddress)""#)
       .replacing(
@@ -179,7 +183,10 @@ final class RecordedHolder: Sendable {
       return nil
     }
     let exchanges = call["from"] == nil ? recording.get : recording.read
-    if call["op"]?.string == "open" { return answers.apply(to: placed(exchanges[0].answer)) }
+    if call["op"]?.string == "open" {
+      opens.withLock { $0 += 1 }
+      return answers.apply(to: placed(exchanges[0].answer))
+    }
     let reader = call["reader"]?.string ?? ""
     let asked = exchanges.filter { $0.question.contains(#""op":"ask""#) }
     let count = counts.withLock { counts in

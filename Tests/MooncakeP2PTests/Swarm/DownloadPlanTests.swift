@@ -70,7 +70,7 @@ import Testing
     #expect(plan.finished(0, from: origin, isIntact: true, now: 5) == true)
     #expect(plan.finished(1, from: origin, isIntact: true, now: 5) == true)
     #expect(plan.isComplete && plan.missingCount == 0)
-    #expect(plan.lenders == [origin])
+    #expect(plan.holdersWithGrants == [origin])
     _ = actions(&plan, 6)
     #expect(plan.wakeTime == .max)
   }
@@ -438,32 +438,32 @@ import Testing
       actions.count { if case .leave(holder(2), _) = $0 { true } else { false } }
     }
     #expect(left(actions(&plan, 1)) == 0)
-    #expect(plan.lenders.contains(holder(2)))
+    #expect(plan.holdersWithGrants.contains(holder(2)))
     plan.failed(2, from: holder(2), reason: "canceled", isDead: false, now: 2)
     #expect(left(actions(&plan, 2)) == 1)
-    #expect(plan.lenders.isEmpty)
+    #expect(plan.holdersWithGrants.isEmpty)
   }
 
   /// The origin has died; the other holder has nothing that is missing here.
   @Test func withoutAnybodyWhoMayHelpItIsForsaken() {
     let late = 500 * millisecond
-    func isForsaken(_ other: ShardAnswer?, at now: UInt64) -> Bool {
+    func lacksSource(_ other: ShardAnswer?, at now: UInt64) -> Bool {
       var plan = plan(100)
       plan.add(origin, isOrigin: true)
       plan.add(holder(2), isOrigin: false)
       #expect(asks(actions(&plan, 0)).count == 2)
       plan.askFailed(origin, reason: "refused", isGone: false, now: 1)
       if let other { plan.answered(by: holder(2), other, now: 1) }
-      return plan.isForsaken(now)
+      return plan.lacksSource(now)
     }
-    #expect(isForsaken(serving([], held: 99), at: late))
-    #expect(isForsaken(ShardAnswer(state: .gone), at: late))
-    #expect(isForsaken(nil, at: late))
-    // Not at once, and not while the other one may send something.
-    #expect(!isForsaken(serving([], held: 99), at: late - 1))
-    #expect(!isForsaken(serving([], held: 100), at: late))
-    #expect(!isForsaken(ShardAnswer(state: .busy, heldCount: 1), at: late))
-    #expect(!isForsaken(serving([5], held: 99), at: late))
+    #expect(lacksSource(serving([], held: 99), at: late))
+    #expect(lacksSource(ShardAnswer(state: .gone), at: late))
+    #expect(lacksSource(nil, at: late))
+    // Not at once; not while the other one may send something.
+    #expect(!lacksSource(serving([], held: 99), at: late - 1))
+    #expect(!lacksSource(serving([], held: 100), at: late))
+    #expect(!lacksSource(ShardAnswer(state: .busy, heldCount: 1), at: late))
+    #expect(!lacksSource(serving([5], held: 99), at: late))
   }
 
   @Test func whoWasNotAskedYetMayHelp() {
@@ -471,12 +471,12 @@ import Testing
     plan.add(origin, isOrigin: true)
     _ = actions(&plan, 0)
     plan.askFailed(origin, reason: "refused", isGone: false, now: 1)
-    #expect(plan.isForsaken(600 * millisecond))
+    #expect(plan.lacksSource(600 * millisecond))
     plan.add(holder(2), isOrigin: false)
-    #expect(!plan.isForsaken(600 * millisecond))
+    #expect(!plan.lacksSource(600 * millisecond))
     #expect(asks(actions(&plan, 600 * millisecond)).contains { $0.0 == holder(2) })
-    #expect(!plan.isForsaken(1099 * millisecond))
-    #expect(plan.isForsaken(1100 * millisecond))
+    #expect(!plan.lacksSource(1099 * millisecond))
+    #expect(plan.lacksSource(1100 * millisecond))
   }
 
   @Test func whoDoesNotAnswerKeepsNobodyFromBeingAsked() {

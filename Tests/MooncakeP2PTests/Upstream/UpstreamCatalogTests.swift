@@ -7,6 +7,14 @@ import MooncakeTestSupport
 import Synchronization
 import Testing
 
+/// An etcd whose revisions cannot be compared, as if behind a proxy.
+private final class WithoutRevisions: ForwardingService {
+  let service: any MetadataService
+  let comparesRevisions = false
+
+  init(_ service: any MetadataService) { self.service = service }
+}
+
 /// The documents that both stores write, on a real etcd.
 @Suite(.enabled(if: ServiceProcess.Kind.etcd.isInstalled, "etcd is not installed"))
 struct UpstreamCatalogTests {
@@ -27,6 +35,15 @@ struct UpstreamCatalogTests {
   @Test func onlyEtcdHasThem() throws {
     let service = try ServiceProcess(.ours)
     #expect(UpstreamCatalog(try service.directory()) == nil)
+  }
+
+  @Test func theyNeedRevisions() throws {
+    let etcd = try ServiceProcess(.etcd).store()
+    func catalog(_ service: any MetadataService) -> UpstreamCatalog? {
+      UpstreamCatalog(StoreDirectory(service, prefix: "mooncake/", ttlMilliseconds: 2000))
+    }
+    #expect(catalog(LateStore(etcd)) != nil)
+    #expect(catalog(WithoutRevisions(etcd)) == nil)
   }
 
   @Test func registersReplicatesAndWithdraws() throws {
@@ -157,14 +174,15 @@ struct UpstreamCatalogTests {
 
   @Test func swapsOnlyWhatWasRead() throws {
     let service = try ServiceProcess(.etcd)
-    let etcd = try #require(try service.store() as? EtcdService)
+    let etcd = try service.store()
+    #expect(etcd.comparesRevisions)
     #expect(try etcd.getRevised("k", testCall) == nil)
     #expect(try etcd.replace("k", writtenBy: 0, with: "1", testCall))
     #expect(try !etcd.replace("k", writtenBy: 0, with: "2", testCall))
-    let (value, revision) = try #require(try etcd.getRevised("k", testCall))
-    #expect(value == "1" && revision > 0)
-    #expect(try etcd.replace("k", writtenBy: revision, with: "3", testCall))
-    #expect(try !etcd.replace("k", writtenBy: revision, with: nil, testCall))
+    let found = try #require(try etcd.getRevised("k", testCall))
+    #expect(found.value == "1" && found.revision > 0)
+    #expect(try etcd.replace("k", writtenBy: found.revision, with: "3", testCall))
+    #expect(try !etcd.replace("k", writtenBy: found.revision, with: nil, testCall))
     let latest = try #require(try etcd.getRevised("k", testCall)).revision
     #expect(try etcd.replace("k", writtenBy: latest, with: nil, testCall))
     #expect(try etcd.get("k", testCall) == nil)

@@ -3,12 +3,12 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Where the threads of one peer say that they copy, so that the owner of the memory can wait for
-/// the end of what has begun.
+/// Slots in which the threads of one peer announce their copies, so that the owner of the memory
+/// can wait until the copies that have begun are over.
 ///
-/// A slot's word: sequence (31 bits), whether the copy is guarded, number of the thread (32 bits, 0
-/// while the slot is free). The order that makes it work: a peer occupies a slot and then looks at
-/// the guard; the owner changes the guard and then looks at the slots. One of them sees the other.
+/// A slot's word: sequence (31 bits), whether the copy is guarded, thread number (32 bits, 0 while
+/// the slot is free). It works because of the order: a peer occupies a slot, then reads the guard;
+/// the owner changes the guard, then reads the slots. At least one of them sees the other.
 struct CopySlots: ~Copyable, @unchecked Sendable {
   // Unchecked: the words are atomic.
   private let mapping: MemoryMapping
@@ -20,9 +20,9 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
 
   private static let spinCount = 2000
   private static let firstSleepNanoseconds: UInt64 = 20_000
-  private static let longestSleepNanoseconds: UInt64 = 1_000_000
-  /// A copy lasts less; only then is it worth asking what became of the thread.
-  private static let patienceNanoseconds: UInt64 = 3_000_000
+  private static let sleepLimitNanoseconds: UInt64 = 1_000_000
+  /// Copies take less time; after this it is worth checking whether the thread still runs.
+  private static let checkNanoseconds: UInt64 = 3_000_000
   private static let warningNanoseconds: UInt64 = 1_000_000_000
 
   /// A slot that the calling thread occupies.
@@ -70,9 +70,9 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
     slot.word.pointee.store(slot.value & ~(guarded | threadMask), ordering: .releasing)
   }
 
-  /// Waits until every copy that had begun before the guard changed is over, or will never go on.
-  /// Returns a thread that still copies when the deadline has passed or the wait is canceled:
-  /// memory is not safe from it.
+  /// Waits until every copy that had begun before the guard changed is over or can never continue.
+  /// Returns a thread that still copies when the deadline has passed or the wait is canceled: it
+  /// may still touch the memory.
   ///
   /// Guarded copies of a stopped thread count as over: when it is continued, it looks at the guard
   /// before it touches memory. Others are waited for as long as their thread lives.
@@ -111,7 +111,7 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
     Int32(bitPattern: UInt32(value & threadMask))
   }
 
-  /// Whether the copy is over, or will never go on.
+  /// Whether the copy is over or can never continue.
   private func waitForChange(
     _ word: UnsafeMutablePointer<Atomic<UInt64>>, _ value: UInt64,
     _ process: borrowing ProcessHandle, _ deadline: Deadline, _ isCanceled: () -> Bool
@@ -122,9 +122,9 @@ struct CopySlots: ~Copyable, @unchecked Sendable {
     var hasWarned = false
     while word.pointee.load(ordering: .acquiring) == value {
       sleepBriefly(nanoseconds: pause)
-      pause = min(pause * 2, Self.longestSleepNanoseconds)
+      pause = min(pause * 2, Self.sleepLimitNanoseconds)
       let waited = Clock.now() &- start
-      if waited < Self.patienceNanoseconds { continue }
+      if waited < Self.checkNanoseconds { continue }
       if process.hasEnded || !process.exists(thread: thread) { return true }
       if value & Self.guarded != 0, process.isStopped(thread: thread) { return true }
       if deadline.hasPassed || isCanceled() { return false }

@@ -5,8 +5,8 @@ import MooncakeSystem
 /// Tells whether two processes can share memory: the boot of the machine and the namespaces that
 /// process numbers and abstract socket names belong to. Host names prove neither.
 package enum HostIdentity {
-  /// Text to compare with a peer's; empty where the system does not say. Asked each time: a process
-  /// can enter another namespace, and the child of a fork begin in one.
+  /// Text to compare with a peer's; empty if the system does not tell. Read each time, because a
+  /// process can enter another namespace, and a forked child can start in one.
   package static var current: String { describe() ?? "" }
 
   private static func describe() -> String? {

@@ -3,14 +3,14 @@ import Glibc
 import MooncakeSystem
 import Synchronization
 
-/// Copies of one thread between this process and one peer: a few at most, since the owners of the
-/// memory wait for the end of all of them together.
+/// Copies of one thread between this process and one peer: only a few, because the owners of the
+/// memory may have to wait for all of them.
 ///
-/// Mapped memory is copied by the processor's own loads and stores if the local side is registered
-/// too; both sides are then known to be there. Everything else goes through the kernel, which finds
-/// out by itself what an address is good for.
+/// Mapped memory is copied with plain loads and stores if the local side is registered too, since
+/// then both sides are known to be mapped. Everything else goes through the kernel, which checks
+/// addresses itself.
 struct SharedMemoryCopier: ~Copyable {
-  /// What one copy came to.
+  /// How a copy ended.
   enum Outcome { case done, refused, canceled, late }
 
   private let peer: SharedMemoryPeer
@@ -23,7 +23,7 @@ struct SharedMemoryCopier: ~Copyable {
   private var slot: CopySlots.Occupied
   private var ownSlot: CopySlots.Occupied
 
-  /// A single copy and the time between two looks at cancellation.
+  /// Bytes copied at once, and between two checks for cancellation.
   static let pieceBytes = 1 << 20
 
   @inline(__always)
@@ -44,7 +44,7 @@ struct SharedMemoryCopier: ~Copyable {
     CopySlots.leave(slot)
   }
 
-  /// Lets owners that wait have their turn.
+  /// Lets owners that wait for the slots continue.
   private mutating func pause() {
     CopySlots.leave(ownSlot)
     CopySlots.leave(slot)
@@ -54,7 +54,7 @@ struct SharedMemoryCopier: ~Copyable {
     ownView = own.currentView()
   }
 
-  /// The guard's value when the latest look-up was right.
+  /// The guard's value for which the latest look-up holds.
   @inline(__always)
   var guardValue: UInt64 { view.guardValue }
 
@@ -72,16 +72,16 @@ struct SharedMemoryCopier: ~Copyable {
   // MARK: One range
 
   /// How a range can be copied now.
-  enum Way {
+  enum Method {
     case mapped(UnsafeMutableRawPointer)
     case kernel
     case none
   }
 
   @inline(__always)
-  mutating func way(
-    _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64, _ count: Int
-  ) -> Way {
+  mutating func method(
+    for opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64, _ count: Int
+  ) -> Method {
     var index = view.ranges.find(remote, UInt64(count))
     if index < 0 {
       view = peer.viewAfterMiss(view)
@@ -105,7 +105,7 @@ struct SharedMemoryCopier: ~Copyable {
     return ownView.ranges.find(address, UInt64(count)) >= 0
   }
 
-  /// Copies one piece, at most `pieceBytes`; false if it must be tried by other means.
+  /// Copies one piece, at most `pieceBytes`; false if it must go another way.
   @inline(__always)
   mutating func copyPiece(
     _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64, _ count: Int
@@ -113,7 +113,7 @@ struct SharedMemoryCopier: ~Copyable {
     while peer.isUsable {
       var left = count
       let result: Int
-      switch way(opcode, local, remote, count) {
+      switch method(for: opcode, local, remote, count) {
       case .none: return false
       case .mapped(let mapped):
         let (target, source) = opcode == .read ? (local, mapped) : (mapped, local)
@@ -128,13 +128,13 @@ struct SharedMemoryCopier: ~Copyable {
           opcode, &localVector, &remoteVector, count: 1, expected: view.guardValue)
         if result == count { return true }
       }
-      guard goesOn(after: result) else { return false }
+      guard mayRetry(after: result) else { return false }
     }
     return false
   }
 
-  /// What is to be done after a copy that did not end well; false: other means.
-  mutating func goesOn(after result: Int) -> Bool {
+  /// Whether a copy that did not finish may be tried again; if not, it must go another way.
+  mutating func mayRetry(after result: Int) -> Bool {
     switch result {
     case Int(LINUX_COPY_CHANGED):
       pause()
@@ -156,8 +156,8 @@ struct SharedMemoryCopier: ~Copyable {
       let isDone = copyPiece(opcode, slice.pointee.local, slice.pointee.remote, count)
       return isDone ? .done : .refused
     }
-    // Nothing of a range may move before all of it is known to be right.
-    if case .none = way(opcode, slice.pointee.local, slice.pointee.remote, count) {
+    // Nothing of a range may move before all of it was checked.
+    if case .none = method(for: opcode, slice.pointee.local, slice.pointee.remote, count) {
       return .refused
     }
     var offset = 0

@@ -1,5 +1,5 @@
-/// What processes of one host share, word for word. Another layout gets another `magic`, so that
-/// versions which do not understand each other use TCP.
+/// The layout of what processes of one host share. Every change of it needs another `magic`, so
+/// that versions with different layouts use TCP.
 enum SharedMemoryLayout {
   /// First word of the greeting.
   static let magic: UInt64 = 0x0001_4D48_534E_4F4D
@@ -26,7 +26,7 @@ enum SharedMemoryLayout {
     var memory: UInt32
   }
 
-  // The slots of one peer, in which it says that it copies.
+  // The slots of one peer, in which it announces its copies.
 
   static let slotCount = 64
   /// A cache line each.
@@ -36,10 +36,11 @@ enum SharedMemoryLayout {
   /// First message of the owner; carries the table and the slots.
   struct Greeting {
     var magic = SharedMemoryLayout.magic
-    /// A word of the owner's memory and what it holds: whoever reads it may let the kernel copy.
+    /// A word of the owner's memory and its value: a peer for which the kernel reads it rightly may
+    /// let the kernel copy.
     var probeAddress: UInt64 = 0
     var probeValue: UInt64 = 0
-    /// How many `Notice`s follow at once.
+    /// How many `Notice`s follow immediately.
     var memoryCount: UInt64 = 0
   }
 

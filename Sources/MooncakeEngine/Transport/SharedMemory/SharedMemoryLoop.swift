@@ -3,10 +3,11 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The thread that greets peers, reads their notices and sees them go. Copies never wait for it.
+/// The thread that greets peers, reads their notices and notices when they leave. Copies never wait
+/// for it.
 final class SharedMemoryLoop: @unchecked Sendable {
-  // Unchecked: `thread` is written once before the loop is shared, the rest is synchronized or the
-  // thread's alone.
+  // Unchecked: `thread` is written once before the loop is shared; the rest is synchronized or used
+  // by the thread only.
   private enum Member {
     case connection(SharedMemoryServerConnection)
     case peer(SharedMemoryPeer)
@@ -23,17 +24,18 @@ final class SharedMemoryLoop: @unchecked Sendable {
   private let state = Lock(State())
   private let isStopping = Atomic<Bool>(false)
   private var thread: WorkerThread?
-  /// Connections that their processes have given up, or were made to, but may copy through yet.
-  /// Only the thread touches them.
+  /// Connections that were closed, by either side, while their processes may still copy. Used by
+  /// the thread only.
   private var leaving: [UInt64] = []
-  private var lookMilliseconds = SharedMemoryLoop.shortLookMilliseconds
+  private var checkMilliseconds = SharedMemoryLoop.firstCheckMilliseconds
 
   private static let wakeupToken: UInt64 = 0
   private static let listenerToken: UInt64 = 1
   private static let eventCount = 64
-  /// How often peers are looked at that have hung up in the middle of a copy: at first and at last.
-  private static let shortLookMilliseconds: Int32 = 1
-  private static let longLookMilliseconds: Int32 = 1000
+  /// The pause between two checks of peers that hung up in the middle of a copy: at first and at
+  /// most.
+  private static let firstCheckMilliseconds: Int32 = 1
+  private static let checkLimitMilliseconds: Int32 = 1000
   /// How long accepting rests when the process is out of descriptors or memory.
   private static let restNanoseconds: UInt64 = 50_000_000
 
@@ -53,8 +55,8 @@ final class SharedMemoryLoop: @unchecked Sendable {
     thread?.join()
   }
 
-  /// Watches a peer until it leaves or is forgotten. No weak reference: counting those would make
-  /// every use of the peer slow.
+  /// Watches a peer until it leaves or is forgotten. The reference is strong, because weak ones
+  /// would slow down every use of the peer.
   func watch(_ peer: SharedMemoryPeer) throws(Errno) {
     let token = add(.peer(peer))
     peer.token.store(token, ordering: .relaxed)
@@ -67,7 +69,7 @@ final class SharedMemoryLoop: @unchecked Sendable {
     }
   }
 
-  /// Watches a peer no longer; whoever still copies keeps it.
+  /// Stops watching a peer; copies under way keep it alive.
   func forget(_ peer: SharedMemoryPeer) {
     remove(peer.token.load(ordering: .relaxed))
     epoll.remove(peer.socket.rawValue)
@@ -90,15 +92,15 @@ final class SharedMemoryLoop: @unchecked Sendable {
     defer { events.deallocate() }
     while !isStopping.load(ordering: .sequentiallyConsistent) {
       let count = epoll.wait(
-        into: events, timeoutMilliseconds: leaving.isEmpty ? -1 : lookMilliseconds)
+        into: events, timeoutMilliseconds: leaving.isEmpty ? -1 : checkMilliseconds)
       leaving.removeAll(where: drop)
-      lookMilliseconds = min(2 * lookMilliseconds, Self.longLookMilliseconds)
+      checkMilliseconds = min(2 * checkMilliseconds, Self.checkLimitMilliseconds)
       for index in 0..<count {
         let token = events[index].data.u64
         switch token {
         case Self.wakeupToken: wakeup.clear()
         case Self.listenerToken: accept()
-        default: attend(token)
+        default: handle(token)
         }
       }
     }
@@ -127,7 +129,7 @@ final class SharedMemoryLoop: @unchecked Sendable {
     }
   }
 
-  private func attend(_ token: UInt64) {
+  private func handle(_ token: UInt64) {
     guard let member = state.withLock({ $0.members[token] }) else { return }
     switch member {
     case .connection(let connection):
@@ -145,7 +147,7 @@ final class SharedMemoryLoop: @unchecked Sendable {
     epoll.remove(connection.processDescriptor)
     if drop(token) { return }
     leaving.append(token)
-    lookMilliseconds = Self.shortLookMilliseconds
+    checkMilliseconds = Self.firstCheckMilliseconds
   }
 
   /// Forgets a connection unless its process may be in the middle of a copy.

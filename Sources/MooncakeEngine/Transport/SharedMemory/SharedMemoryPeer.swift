@@ -4,8 +4,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// Another process of this host, or another engine of this process: its table, what of its memory
-/// is mapped here, and the slots in which this engine says that it copies.
+/// Another process of this host, or another engine of this process: its table, the memory of it
+/// that is mapped here, and the slots in which this engine announces its copies.
 package final class SharedMemoryPeer: @unchecked Sendable {
   // Unchecked: everything is set in `init` or synchronized.
 
@@ -20,12 +20,12 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     }
   }
 
-  /// What was registered at the peer as long as the guard has the value seen here.
+  /// What the peer has registered, valid as long as the guard has `guardValue`.
   package final class View: Sendable {
     let guardValue: UInt64
     let version: UInt64
     let ranges: RangeTable
-    /// For each range where it begins in this process, 0 if it is not mapped here.
+    /// Where each range begins in this process; 0 if it is not mapped here.
     let bases: [UInt]
     private let memories: [UInt32: Memory]
 
@@ -56,12 +56,12 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   private let description: String
 
   private static let greetingMilliseconds: UInt64 = 5_000
-  /// An owner offers 256 at once, and some more while it exchanges them.
+  /// An owner offers up to 256 at once, and a few more while it replaces some.
   private static let memoryLimit = 1024
-  /// Notices read before the loop looks at other peers.
-  private static let noticesInTurn = 64
+  /// Notices read before the loop turns to other peers.
+  private static let noticeLimit = 64
 
-  /// Connects to the server of a descriptor and finds out what the kernel allows.
+  /// Connects to a descriptor's server and tests whether the kernel copies between the processes.
   init(
     to name: String, segmentName: String, deadline: Deadline, cancellation: Int32
   ) throws(Errno) {
@@ -82,7 +82,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
       MemoryFile(receiving: files.take(0), byteCount: SharedMemoryLayout.tableBytes))
     slots = try CopySlots(
       MemoryFile(receiving: files.take(1), byteCount: SharedMemoryLayout.slotsBytes))
-    // Asked after the connection: a later process of this number is not mistaken for the owner.
+    // Checked once connected, so that a later process with this number is not taken for the owner.
     if process.hasEnded { throw Errno(ESRCH) }
     kernelCopies = Atomic(Self.probe(owner.process, greeting))
     for _ in 0..<min(greeting.memoryCount, UInt64(Self.memoryLimit)) {
@@ -94,7 +94,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
       "\(description): connected\(copiesByKernel ? "" : "; the kernel does not copy between us")")
   }
 
-  /// Descriptors that came with a message; closes those that nobody takes.
+  /// Descriptors received with a message; closes those that are not taken.
   private struct Received: ~Copyable {
     private var descriptors: [Int32]
 
@@ -153,20 +153,20 @@ package final class SharedMemoryPeer: @unchecked Sendable {
       memories.removeAll()
       viewBox.withLock { $0 = .empty }
     }
-    // Last, as it tells the owner that no copy begins any more: one that has begun holds a slot.
-    // It wakes the loop, too, which lets go of the peer.
+    // Last, because it tells the owner that no copy begins any more; those that have begun hold
+    // slots. It also wakes the loop, which drops the peer.
     _ = shutdown(socket.rawValue, Int32(SHUT_RDWR))
   }
 
-  /// Takes the kernel's refusal for an answer.
+  /// Stops using kernel copies after a refusal.
   func stopKernelCopies(_ error: Errno) {
     if error.rawValue == ESRCH { return leave() }
     if !kernelCopies.exchange(false, ordering: .relaxed) { return }
     Log.info("\(description): the kernel does not copy between us: \(error)")
   }
 
-  /// Asked after an interruption of unknown length, so that nothing is written to a later process
-  /// of the same number.
+  /// Checked after an interruption of unknown length, so that nothing is written to a later process
+  /// with the same number.
   func checkAlive() -> Bool {
     if process.hasEnded { leave() }
     return isUsable
@@ -181,7 +181,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     return view.guardValue == table.guardValue ? view : refresh()
   }
 
-  /// The view after a look-up failed in `view`: what it lacks may be new.
+  /// The view to try after a look-up failed in `view`: the range may be new.
   func viewAfterMiss(_ view: View) -> View {
     table.version == view.version ? view : refresh()
   }
@@ -204,7 +204,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
       bases.reserveCapacity(entries.count)
       var end: UInt64 = 0
       for entry in entries {
-        // Whatever stands in the table, no copy leaves the memory that is mapped.
+        // Whatever the table says, no copy may leave the mapped memory.
         let (next, overflow) = entry.address.addingReportingOverflow(entry.length)
         guard entry.length > 0, !overflow, entry.address >= end else { continue }
         end = next
@@ -236,7 +236,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
   func receiveNotices() {
     do throws(Errno) {
       var count = 0
-      while isUsable && count < Self.noticesInTurn {
+      while isUsable && count < Self.noticeLimit {
         try receiveNotice()
         count += 1
       }
@@ -258,7 +258,7 @@ package final class SharedMemoryPeer: @unchecked Sendable {
     case SharedMemoryLayout.Notice.offered where files.count == 1 && notice.byteCount <= Int.max:
       let file = try MemoryFile(receiving: files.take(0), byteCount: Int(notice.byteCount))
       let isWritable = notice.isWritable != 0
-      // What cannot be mapped stays ordinary memory.
+      // What cannot be mapped is used like ordinary memory.
       guard let mapping = try? file.map(writable: isWritable) else { return }
       let memory = Memory(mapping, isWritable: isWritable)
       let isTaken = memories.withLock { memories in

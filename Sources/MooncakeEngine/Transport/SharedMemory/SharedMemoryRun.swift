@@ -2,10 +2,10 @@ import CLinux
 import Glibc
 import MooncakeSystem
 
-/// Slices for one peer that one thread copies and ends. Neighbors that the kernel copies go into
-/// one system call.
+/// Slices for one peer that one thread copies and ends. Consecutive ones that the kernel copies
+/// share a system call.
 struct SharedMemoryRun: ~Copyable {
-  /// What could not be copied; the caller sends it by other means.
+  /// What could not be copied; the caller sends it another way.
   private(set) var refused = SliceQueue()
   private var copier: SharedMemoryCopier
   private let localVectors: UnsafeMutablePointer<iovec>
@@ -13,10 +13,10 @@ struct SharedMemoryRun: ~Copyable {
   private var pending = SliceQueue()
   private var pendingBytes = 0
   private var pendingOpcode = Opcode.read
-  /// The guard's value when what waits was looked up. The copier's view may be newer by the time it
-  /// is copied: other slices pause, and an owner may take the memory back meanwhile.
+  /// The guard's value when the pending slices were looked up. The copier's view may be newer by
+  /// the time they are copied: other slices pause, and an owner may take the memory back meanwhile.
   private var pendingGuard: UInt64 = 0
-  /// Slices whose deadline has passed by then are not copied any more.
+  /// Slices whose deadline has passed at this time are not copied.
   private let now: UInt64
   private(set) var tally = SharedMemoryCounters.Tally()
 
@@ -37,14 +37,14 @@ struct SharedMemoryRun: ~Copyable {
   mutating func add(_ slice: SlicePointer) {
     let count = slice.pointee.length
     let opcode = slice.pointee.opcode
-    if slice.pointee.batch.isCancelRequested { return settle(slice, .canceled) }
-    if slice.pointee.deadline <= now { return settle(slice, .late) }
+    if slice.pointee.batch.isCancelRequested { return end(slice, .canceled) }
+    if slice.pointee.deadline <= now { return end(slice, .late) }
     if count > SharedMemoryCopier.pieceBytes {
       flush()
-      return settle(slice, copier.copy(slice))
+      return end(slice, copier.copy(slice))
     }
-    switch copier.way(opcode, slice.pointee.local, slice.pointee.remote, count) {
-    case .none: settle(slice, .refused)
+    switch copier.method(for: opcode, slice.pointee.local, slice.pointee.remote, count) {
+    case .none: end(slice, .refused)
     case .mapped: copyAlone(slice)
     case .kernel:
       // Before `flush`, which may look at a newer table than this slice was found in.
@@ -64,7 +64,7 @@ struct SharedMemoryRun: ~Copyable {
     }
   }
 
-  /// Copies what waits.
+  /// Copies the pending slices.
   mutating func flush() {
     let count = pending.count
     var index = 0
@@ -78,12 +78,12 @@ struct SharedMemoryRun: ~Copyable {
         while index < count, left >= localVectors[index].iov_len {
           left -= localVectors[index].iov_len
           index += 1
-          if let slice = pending.popFirst() { settle(slice, .done) }
+          if let slice = pending.popFirst() { end(slice, .done) }
         }
         if index == count { break }
         if result < 0 {
-          let goesOn = copier.goesOn(after: result)
-          if goesOn && result == Int(LINUX_COPY_INTERRUPTED) { continue }
+          let mayRetry = copier.mayRetry(after: result)
+          if mayRetry && result == Int(LINUX_COPY_INTERRUPTED) { continue }
           // Another table: each of the rest is looked up anew.
           isValid = false
         }
@@ -99,11 +99,11 @@ struct SharedMemoryRun: ~Copyable {
   private mutating func copyAlone(_ slice: SlicePointer) {
     let isDone = copier.copyPiece(
       slice.pointee.opcode, slice.pointee.local, slice.pointee.remote, slice.pointee.length)
-    settle(slice, isDone ? .done : .refused)
+    end(slice, isDone ? .done : .refused)
   }
 
   @inline(__always)
-  private mutating func settle(_ slice: SlicePointer, _ outcome: SharedMemoryCopier.Outcome) {
+  private mutating func end(_ slice: SlicePointer, _ outcome: SharedMemoryCopier.Outcome) {
     switch outcome {
     case .done:
       tally.count(slice.pointee.opcode, slice.pointee.length)

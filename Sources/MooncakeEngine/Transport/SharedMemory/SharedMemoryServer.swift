@@ -4,8 +4,8 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The owner's side: lets processes of the same user see the table of registrations and the memory
-/// files, and takes both back.
+/// The owner's side: shares the table of registrations and the memory files with processes of the
+/// same user, and takes both back.
 package final class SharedMemoryServer: @unchecked Sendable {
   // Unchecked: the table is only written under `state`.
 
@@ -28,12 +28,12 @@ package final class SharedMemoryServer: @unchecked Sendable {
   private let state = Lock(State())
 
   private static let connectionLimit = 4096
-  /// How long a peer is waited for that had not ended a copy in time before.
+  /// How long to wait for a peer that did not end a copy in time before.
   private static let lateMilliseconds: UInt64 = 20
-  /// Each keeps a descriptor open; memory beyond is ordinary to peers.
+  /// Each holds a descriptor open; further memory is ordinary memory to peers.
   private static let memoryLimit = 256
 
-  /// A name on which peers can connect already.
+  /// A name under which peers can connect already.
   package final class Listener: Sendable {
     package let name: String
     fileprivate let socket: Lock<LocalSocket?>
@@ -71,12 +71,12 @@ package final class SharedMemoryServer: @unchecked Sendable {
     }
   }
 
-  /// Peers that can reach the buffers, this engine among them.
+  /// Peers that can reach the buffers, including this engine.
   package var connectionCount: Int { state.withLock { $0.connections.count } }
 
   // MARK: Registrations
 
-  /// Allocates memory that peers can map; nil if there is too much of it already.
+  /// Allocates memory that peers can map; nil if there are too many such pieces already.
   func allocate(byteCount: Int, node: UInt32?) -> EngineMemory? {
     let number: UInt32? = state.withLock { state in
       if state.isStopped || state.memories.count >= Self.memoryLimit { return nil }
@@ -100,16 +100,16 @@ package final class SharedMemoryServer: @unchecked Sendable {
     state.withLock { $0.memories[number] = nil }
   }
 
-  /// Shows peers what is registered now.
+  /// Publishes the current registrations to peers.
   package func publish() {
     state.withLock { state in
       if !state.isStopped { publish(&state) }
     }
   }
 
-  /// Shows peers what is registered now. When it returns nil, no peer touches what no longer is;
-  /// else it tells who was still in the middle of a copy when the deadline had passed or the wait
-  /// was canceled.
+  /// Publishes the current registrations to peers and waits for copies that began before. Once it
+  /// returns nil, no peer touches memory that is no longer registered; otherwise it names a thread
+  /// that was still copying when the deadline passed or the wait was canceled.
   func revoke(until deadline: Deadline, unless isCanceled: () -> Bool) -> String? {
     let connections = state.withLock { state in
       if !state.isStopped { publish(&state) }
@@ -125,9 +125,9 @@ package final class SharedMemoryServer: @unchecked Sendable {
   ) -> String? {
     var late: String?
     for connection in connections {
-      // One that was late once must not cost every later call the whole time.
-      let patience = Deadline.after(milliseconds: Self.lateMilliseconds)
-      let end = connection.isLate ? min(deadline, patience) : deadline
+      // A peer that was late once must not delay every later call for the whole time.
+      let shortened = Deadline.after(milliseconds: Self.lateMilliseconds)
+      let end = connection.isLate ? min(deadline, shortened) : deadline
       if let thread = connection.drain(until: end, unless: isCanceled) {
         late = "thread \(thread) of process \(connection.processID)"
       }
@@ -170,8 +170,8 @@ package final class SharedMemoryServer: @unchecked Sendable {
         descriptor: descriptor)
     }
     if isOffered ?? false { return }
-    // Kernel copies or TCP then. The peer must not keep a mapping that has more rights, and it
-    // counts the notices that follow a greeting.
+    // The peer uses kernel copies or TCP then. It must not keep a mapping with more rights, and it
+    // expects a notice, because the greeting said how many follow.
     connection.send(.init(kind: SharedMemoryLayout.Notice.withdrawn, memory: number))
   }
 
@@ -206,17 +206,17 @@ package final class SharedMemoryServer: @unchecked Sendable {
     return isAdmitted ? connection : nil
   }
 
-  /// Forgets a connection that its process has given up; false while a thread of it may still be in
-  /// the middle of a copy, which `revoke` must wait for.
+  /// Forgets a connection that its process has closed; false while a thread of it may still be
+  /// copying, for which `revoke` must wait.
   func drop(token: UInt64) -> Bool {
     guard let connection = state.withLock({ $0.connections[token] }) else { return true }
-    guard connection.hasLetGo else { return false }
+    guard connection.hasStoppedCopying else { return false }
     state.withLock { $0.connections[token] = nil }
     return true
   }
 
-  /// Takes everything back from every peer. When it returns nil, no peer touches this process's
-  /// memory; else it tells who was still in the middle of a copy when the deadline had passed.
+  /// Takes everything back from all peers. Once it returns nil, no peer touches this process's
+  /// memory; otherwise it names a thread that was still copying when the deadline passed.
   func stop(until deadline: Deadline) -> String? {
     let connections = state.withLock { state in
       state.isStopped = true
@@ -252,23 +252,23 @@ final class SharedMemoryServerConnection: Sendable {
   /// Becomes readable when the process has ended.
   var processDescriptor: Int32 { process.rawDescriptor }
 
-  /// Whether the process had not ended its copies in time when it was last asked to.
+  /// Whether the process did not end its copies in time when it was last asked to.
   var isLate: Bool { wasLate.load(ordering: .relaxed) }
 
-  /// Whether no thread of the process is in the middle of a copy and none will begin another.
-  var hasLetGo: Bool {
-    // The slots last: a peer hangs up when it begins nothing more.
+  /// Whether no thread of the process is copying and none will begin to.
+  var hasStoppedCopying: Bool {
+    // The slots are read last: a peer hangs up once it begins no more copies.
     process.hasEnded || socket.isHungUp && slots.areFree(process)
   }
 
-  /// Waits until the process has ended the copies it had begun; returns a thread that has not when
-  /// the deadline has passed or the wait is canceled.
+  /// Waits until the copies that the process had begun are over; returns a thread that is still
+  /// copying when the deadline has passed or the wait is canceled.
   func drain(until deadline: Deadline, unless isCanceled: () -> Bool) -> Int32? {
     let late = slots.drain(process, until: deadline, unless: isCanceled)
-    // It may have been about to end them.
+    // The wait was canceled: the copies may have been about to end.
     if late != nil && !deadline.hasPassed { return late }
     wasLate.store(late != nil, ordering: .relaxed)
-    // An honest peer begins nothing more; the others of this process are this engine itself.
+    // A peer that was hung up on begins no more copies. Those of this process are its own engines.
     if late != nil && process.id != getpid() { hangUp() }
     return late
   }
@@ -291,7 +291,7 @@ final class SharedMemoryServerConnection: Sendable {
     }
   }
 
-  /// The peer goes on over TCP. It hangs up in turn when it has noticed; until then it may begin
+  /// Makes the peer use TCP. It hangs up in turn once it has noticed; until then it may begin
   /// further copies.
   func hangUp() { _ = shutdown(socket.rawValue, Int32(SHUT_WR)) }
 }

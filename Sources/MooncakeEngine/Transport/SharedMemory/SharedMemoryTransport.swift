@@ -4,16 +4,16 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// The shared-memory transport of one engine: its server, the thread behind it, and the queue of
-/// copies that are too large for the thread that submits them.
+/// The shared-memory transport of one engine: its server, the server's thread, and the queue of
+/// copies that are too large for the submitting thread.
 package final class SharedMemoryTransport: Driver, @unchecked Sendable {
   package static let isExclusive = false
 
-  // Unchecked: set in `init` and `start`, the rest is synchronized.
+  // Unchecked: everything is set in `init` or synchronized.
   package let server: SharedMemoryServer
   package let counters = SharedMemoryCounters()
   private let loop: SharedMemoryLoop
-  /// This engine as a peer of itself: holds its table and its slots for the local side of copies.
+  /// This engine as a peer of itself: its table and slots, for the local side of copies.
   package let own: SharedMemoryPeer
   private let vectorBytes = linux_vector_bytes()
 
@@ -42,15 +42,15 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
   /// In sets of drivers.
   package private(set) var driverIndex = 0
 
-  /// What the submitting thread copies itself, even if it does not wait.
+  /// Up to this many bytes the submitting thread copies itself, even if it does not wait.
   package static let inlineBytes = 1 << 20
-  /// What a thread copies alone if it waits.
+  /// Up to this many bytes a waiting thread copies alone.
   private static let aloneBytes = 4 << 20
-  /// From here on non-temporal stores win: what is copied leaves the caches anyway.
+  /// From this size on non-temporal stores are faster, since the data leaves the caches anyway.
   private static let streamBytes = 512 << 10
 
-  /// Serves peers of a listener. No peer is waited for once `cancellation` is readable. `fallBack`
-  /// takes slices that must be sent by other means.
+  /// Serves the peers that connect to a listener. Waits for no peer once `cancellation` is
+  /// readable. `fallBack` takes slices that must go another way.
   package init(
     buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
     processors: ProcessorSet?, cancellation: Int32, drivers: DriverTable,
@@ -73,7 +73,7 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
     }
   }
 
-  /// The loop accepts already, so a queue that others have filled empties soon.
+  /// Retries, since the loop accepts already: a full queue of connections empties soon.
   private static func connectOwn(
     _ name: String, _ cancellation: Int32
   ) throws(Errno) -> SharedMemoryPeer {
@@ -89,8 +89,8 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
     }
   }
 
-  /// The peer of a descriptor, if it is on this host, of this user, and can be reached. What comes
-  /// of it is noted in `health`.
+  /// The peer of a descriptor, if it is on this host, belongs to this user and can be reached. The
+  /// result is noted in `health`.
   package func connect(
     to descriptor: SegmentDescriptor, deadline: Deadline, health: SharedMemoryHealth
   ) -> SharedMemoryPeer? {
@@ -107,7 +107,7 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
       if health.noteSuccess() { Log.info("\(subject): reached now") }
       return peer
     } catch {
-      // A peer of another user or version stays one; an old kernel stays old.
+      // The peer's user and version and the kernel do not change.
       let isFinal = [EPERM, EACCES, EPROTO, ENOSYS].contains(error.rawValue)
       if health.noteFailure("\(error)", isFinal: isFinal) {
         Log.info(
@@ -118,13 +118,13 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
     }
   }
 
-  /// Lets go of a peer that no route names any more; copies under way go on.
+  /// Drops a peer that no route names any more; copies under way continue.
   package func forget(_ peer: SharedMemoryPeer?) {
     if let peer, peer !== own { loop.forget(peer) }
   }
 
   /// Ends queued copies as canceled, waits for running ones and takes everything back from peers.
-  /// Returns who was still in the middle of a copy when the deadline had passed.
+  /// Returns a thread that was still copying when the deadline passed.
   package func stop(until deadline: Deadline) -> String? {
     let (queue, helpers) = state.withLock { state in
       state.isStopping = true
@@ -153,7 +153,7 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
 // MARK: - Copying at once
 
 extension SharedMemoryTransport {
-  /// Copies one range; false if it must be sent by other means.
+  /// Copies one range; false if it must go another way.
   @inline(__always)
   package func copy(
     _ peer: SharedMemoryPeer, _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64,
@@ -165,7 +165,7 @@ extension SharedMemoryTransport {
     return isDone
   }
 
-  /// Copies and ends the slices that `next` yields; returns those that must be sent by other means.
+  /// Copies and ends the slices that `next` yields; returns those that must go another way.
   package func copy(
     _ peer: SharedMemoryPeer, totalBytes: Int, now: UInt64 = 0, next: () -> SlicePointer?
   ) -> SliceQueue {
@@ -189,8 +189,8 @@ extension SharedMemoryTransport {
 // MARK: - Copying later
 
 extension SharedMemoryTransport {
-  /// Queues slices; whoever waits or polls helps, and so do threads of the engine unless the caller
-  /// is about to wait for what it can do alone.
+  /// Queues slices. Threads that wait or poll copy them, and the engine's own threads help unless
+  /// the caller is about to wait and can copy them alone.
   package func enqueue(
     _ peer: SharedMemoryPeer, _ slices: SliceQueue, byteCount: Int, isAsynchronous: Bool
   ) {
@@ -228,7 +228,7 @@ extension SharedMemoryTransport {
     return hasDriven
   }
 
-  /// Copies a part of what is queued; false if nothing is.
+  /// Copies a part of the queue; false if it is empty.
   package func pollIfFree() -> Bool {
     if queued.load(ordering: .sequentiallyConsistent) == 0 { return false }
     users.wrappingAdd(1, ordering: .sequentiallyConsistent)
@@ -264,7 +264,7 @@ extension SharedMemoryTransport {
     }
   }
 
-  /// Takes about a piece of the first in the queue; the rest of that goes to the end, so that peers
+  /// Takes about one piece off the first entry and moves the rest of it to the end, so that peers
   /// and batches share the threads.
   private func take() -> Work? {
     state.withLock { state in
@@ -300,10 +300,10 @@ package final class SharedMemoryCounters: Sendable {
   package let writtenBytes = Atomic<UInt64>(0)
   package let completedSlices = Atomic<UInt64>(0)
   package let failedSlices = Atomic<UInt64>(0)
-  /// Slices that went on over TCP.
+  /// Slices that fell back to TCP.
   package let refusedSlices = Atomic<UInt64>(0)
 
-  /// What one run adds.
+  /// The totals of one run.
   struct Tally {
     var readBytes = 0
     var writtenBytes = 0

@@ -37,7 +37,7 @@ struct SharedTable: ~Copyable, @unchecked Sendable {
     version.pointee.wrappingAdd(1, ordering: .sequentiallyConsistent)
   }
 
-  /// Ends every copy that has not begun: from here on peers look at the table again.
+  /// Makes peers read the table again before their next copy.
   func changeGuard() {
     word(SharedMemoryLayout.guardOffset).pointee
       .wrappingAdd(1, ordering: .sequentiallyConsistent)
@@ -50,7 +50,7 @@ struct SharedTable: ~Copyable, @unchecked Sendable {
 
 /// A peer's side of the table.
 struct SharedTableReader: ~Copyable, @unchecked Sendable {
-  // Unchecked: the words are atomic, entries are checked by the version.
+  // Unchecked: the words are atomic; the version tells whether entries were read whole.
   private let mapping: MemoryMapping
   private let base: UnsafeMutableRawPointer
 
@@ -66,8 +66,8 @@ struct SharedTableReader: ~Copyable, @unchecked Sendable {
 
   var version: UInt64 { word(SharedMemoryLayout.versionOffset) }
 
-  /// The guard and the entries that were registered with it or later; nil while the owner is stuck
-  /// in the middle of a change.
+  /// The guard and the entries, which are as new as it or newer; nil if the owner is stuck in the
+  /// middle of a change.
   func read() -> (guardValue: UInt64, version: UInt64, entries: [SharedMemoryLayout.Entry])? {
     for attempt in 0..<100 {
       // The guard first: it is then never newer than the entries.
@@ -90,7 +90,7 @@ struct SharedTableReader: ~Copyable, @unchecked Sendable {
       UnsafeMutableRawBufferPointer(entries).copyMemory(
         from: UnsafeRawBufferPointer(
           start: source, count: count * MemoryLayout<SharedMemoryLayout.Entry>.stride))
-      // Loads of the entries come before the second look at the version.
+      // The entries are loaded before the version is read again.
       atomicMemoryFence(ordering: .acquiring)
       initializedCount = count
     }

@@ -5,10 +5,11 @@ import MooncakeSystem
 
 /// A receive buffer whose contents the kernel can scatter into registered memory.
 ///
-/// Small writes arrive many to a receive call, each for another address. Copying them with plain
-/// stores would end the process where a host has unmapped or protected memory that it registered;
-/// reading them from a memory file makes the kernel do the stores, and such memory becomes an error
-/// code. Where a sandbox forbids that, or a limit of file sizes does, they go through a pipe.
+/// One receive call brings many small writes, each for another address. Plain stores would crash
+/// the process if the host has unmapped or protected memory that it registered. When the data is
+/// read from a memory file instead, the kernel does the stores and returns an error code for such
+/// memory. Where a sandbox or a limit of file sizes forbids memory files, the data goes through a
+/// pipe.
 package struct ScatterBuffer: ~Copyable {
   private let input: Input
   private let vectors: UnsafeMutablePointer<iovec>
@@ -21,7 +22,7 @@ package struct ScatterBuffer: ~Copyable {
   /// Where bytes are received, and what the kernel reads them from.
   private struct Input: ~Copyable {
     let mapping: MemoryMapping
-    /// The buffer itself, or the end of a pipe that gets a copy of it first.
+    /// The buffer's file, or the read end of the pipe.
     let reader: FileDescriptor
     /// Owned by `writer`; -1 without a pipe.
     let writerNumber: Int32
@@ -33,7 +34,7 @@ package struct ScatterBuffer: ~Copyable {
 
   package static let byteCount = 256 << 10
 
-  /// `usesPipe` is for tests of what a sandbox leads to.
+  /// `usesPipe` lets tests act as if there were no memory files.
   package init(usesPipe: Bool = false) throws(Errno) {
     input = try Self.makeInput(usesPipe: usesPipe)
     address = input.mapping.address
@@ -68,7 +69,7 @@ package struct ScatterBuffer: ~Copyable {
     junk.deallocate()
   }
 
-  /// A memory file that the kernel reads for us.
+  /// Makes a memory file, and tries whether it can be read with `preadv`.
   private static func makeFile() throws(Errno) -> Input {
     let file = try FileDescriptor(
       opening: { memfd_create("mooncake-input", UInt32(MFD_CLOEXEC)) }, call: "memfd_create")
@@ -86,7 +87,7 @@ package struct ScatterBuffer: ~Copyable {
       writerNumber: -1, writer: nil)
   }
 
-  /// Notes that `count` bytes at `offset` belong at `target`; offsets grow from call to call.
+  /// Notes that the `count` bytes at `offset` belong at `target`; offsets grow from call to call.
   package mutating func add(
     offset: Int, count: Int, target: UnsafeMutableRawPointer
   ) throws(Errno) {
@@ -105,7 +106,7 @@ package struct ScatterBuffer: ~Copyable {
     end = offset + count
   }
 
-  /// Stores everything noted. Throws when some memory does not take it.
+  /// Stores everything noted. Throws if some of the memory cannot be written.
   package mutating func flush() throws(Errno) {
     if vectorCount == 0 { return }
     let expected = end - start
@@ -115,16 +116,16 @@ package struct ScatterBuffer: ~Copyable {
     let stored = try retryingInterrupts {
       preadv(input.reader.rawValue, vectors, Int32(count), off_t(start))
     }
-    // Short only where a page of the target cannot be written.
+    // It is short only if a page of the target cannot be written.
     if stored != expected { throw Errno(EFAULT) }
   }
 
-  /// Fills the vectors through the pipe, and changes them.
+  /// Fills the vectors through the pipe, which changes them.
   private func move(_ byteCount: Int, _ vectorCount: Int) throws(Errno) {
     var done = 0
     var index = 0
     while done < byteCount {
-      // As much as the pipe holds.
+      // At most as much as the pipe holds.
       var held = try retryingInterrupts {
         write(input.writerNumber, address + start + done, byteCount - done)
       }
@@ -134,7 +135,7 @@ package struct ScatterBuffer: ~Copyable {
         if stored == -1 && errno == EINTR { continue }
         if stored <= 0 {
           let error = Errno.current
-          // The failure is over with this flush.
+          // The pipe must be empty for the next flush.
           while read(input.reader.rawValue, junk, Self.junkBytes) > 0 {}
           throw error
         }
@@ -144,7 +145,7 @@ package struct ScatterBuffer: ~Copyable {
     }
   }
 
-  /// Takes what is stored off the vectors; returns the first that is not full.
+  /// Takes the stored bytes off the vectors; returns the first one that is not full.
   private func advance(_ first: Int, by stored: Int) -> Int {
     var index = first
     var left = stored

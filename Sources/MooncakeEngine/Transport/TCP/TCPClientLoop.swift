@@ -5,15 +5,15 @@ import Synchronization
 
 /// Drives the client connections assigned to it.
 ///
-/// Whoever holds `isDriven` is the driver: the loop's own thread, or a thread that waits for its
+/// Whoever holds the token is the driver: the loop's own thread, or a thread that waits for its
 /// batch and so saves two wake-ups. Everything below "The driver" belongs to the driver.
 package final class TCPClientLoop: Driver, @unchecked Sendable {
   package static let isExclusive = true
 
   // Unchecked: see above; the rest is atomic.
-  private let ready = Atomic<UInt>(0)
-  private let isDriven = Atomic<Bool>(false)
-  /// Someone sleeps in epoll and must be woken through `wakeup`.
+  private let ready = ReadyStack()
+  private let driver = DriverToken()
+  /// Whether the driver sleeps in epoll and must be woken through `wakeup`.
   private let isPolling = Atomic<Bool>(false)
   /// How the loop's own thread sleeps on `doorbell`, if it does.
   private let parking = Atomic<UInt8>(Parking.awake)
@@ -23,84 +23,65 @@ package final class TCPClientLoop: Driver, @unchecked Sendable {
   private let sweepRequested = Atomic<Bool>(false)
   private let isStopping = Atomic<Bool>(false)
   private let wakeup: EventFD
-  let epoll: Epoll
+  private let epoll: Epoll
   let counters: TCPCounters
   /// In sets of drivers; set before the loop is shared.
   package internal(set) var index = 0
   private let spinNanoseconds: UInt64
   private var thread: WorkerThread?
 
-  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorCount)
+  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorLimit)
   let headers = UnsafeMutableRawPointer.allocate(
-    byteCount: TCPWire.vectorCount * TCPWire.headerBytes, alignment: 64)
+    byteCount: TCPWire.vectorLimit * TCPWire.headerBytes, alignment: 64)
   let statuses = UnsafeMutableRawPointer.allocate(
-    byteCount: TCPWire.vectorCount * TCPWire.statusBytes, alignment: 64)
+    byteCount: TCPWire.vectorLimit * TCPWire.statusBytes, alignment: 64)
   private let events = UnsafeMutableBufferPointer<epoll_event>.allocate(capacity: 128)
-  var active: [TCPEndpoint] = []
+  /// Endpoints with slices.
+  private var active: [TCPEndpoint] = []
   private var watched: [UInt64: TCPEndpoint] = [:]
-  /// Connections given up with unanswered writes.
-  var fences: [UInt64: TCPFence] = [:]
-  var fenceScratch: UnsafeMutableRawPointer?
-  /// Those of them that nobody waits for any more. Others have the loop driven; these are looked at
-  /// now and then, so that a peer which is away for long keeps no driver from other peers.
-  var lateFences = 0 {
-    didSet { hasLateFences.store(lateFences > 0, ordering: .relaxed) }
-  }
-  private let hasLateFences = Atomic<Bool>(false)
-  var nextToken: UInt64 = 1
-  /// When the present turn began.
-  var now: UInt64 = 0
-  /// Whether some endpoint waits for others before it may move bulk.
-  var hasWaitingBulk = false
-  /// Where in `active` the next turn at bulk is given.
-  var bulkCursor = 0
-  /// Moved since the driver last waited.
-  var burstBytes = 0
+  private let fences: FenceTable
+  private var nextToken: UInt64 = 1
+  /// Bytes moved since the driver last waited.
+  private var burstBytes = 0
   private var completedSlices = 0
   private var readBytes = 0
   private var writtenBytes = 0
 
   private enum Parking {
     static let awake: UInt8 = 0
-    /// Looks for work by itself every `restNanoseconds`.
+    /// It looks for work every `restNanoseconds`.
     static let resting: UInt8 = 1
-    /// Until it is woken.
+    /// It sleeps until it is woken.
     static let asleep: UInt8 = 2
   }
 
-  /// While callers are active they drive the loop themselves as a rule; its own thread then only
-  /// looks now and then whether somebody left work behind, which spares a wake-up a submit.
+  /// Active callers usually drive the loop themselves. Its own thread then only checks now and then
+  /// whether somebody left work behind, which saves one wake-up per submit.
   private static let restNanoseconds: UInt64 = 500_000
   private static let activeNanoseconds: UInt64 = 10_000_000
 
   private static let lateFenceNanoseconds: UInt64 = 1_000_000_000
 
-  static let receiveLimitBytes = 1 << 20
   private static let wakeupToken: UInt64 = 0
-  /// More bytes than this in a burst is bulk: spinning would only take the processor from the peer.
+  /// After a burst of more bytes the driver does not spin: the peer needs the processor more.
   private static let spinLimitBytes = 64 << 10
-  /// Up to so many busy connections are tried directly while spinning, without asking epoll.
-  private static let directLimit = 2
+  /// Up to so many busy connections are tried directly, without asking epoll.
+  private static let directPollLimit = 2
 
   package init(counters: TCPCounters, spinNanoseconds: UInt64) throws(Errno) {
     self.counters = counters
     self.spinNanoseconds = spinNanoseconds
+    fences = FenceTable(counters: counters)
     wakeup = try EventFD()
     epoll = try Epoll()
     try epoll.add(wakeup.descriptor.rawValue, events: Epoll.readable, token: Self.wakeupToken)
   }
 
   deinit {
-    // Scheduled by other loops after this one had stopped.
-    var cursor = ready.load(ordering: .relaxed)
-    while let pointer = UnsafeRawPointer(bitPattern: cursor) {
-      cursor = Unmanaged<TCPEndpoint>.fromOpaque(pointer).takeRetainedValue().nextReady
-    }
     vectors.deallocate()
     headers.deallocate()
     statuses.deallocate()
     events.deallocate()
-    fenceScratch?.deallocate()
   }
 
   package func start(name: String, on processors: ProcessorSet?) throws(Errno) {
@@ -115,17 +96,17 @@ package final class TCPClientLoop: Driver, @unchecked Sendable {
     doorbell.wakeAll()
     thread?.join()
     thread = nil
-    // A caller may still drive; it leaves when it sees `isStopping`.
-    while !tryAcquire() { sched_yield() }
+    // A caller may still drive; it stops when it sees `isStopping`.
+    while !driver.tryTake() { sched_yield() }
     takeReady()
     var endpoints: [ObjectIdentifier: TCPEndpoint] = [:]
     for endpoint in active { endpoints[ObjectIdentifier(endpoint)] = endpoint }
     for endpoint in watched.values { endpoints[ObjectIdentifier(endpoint)] = endpoint }
     for endpoint in endpoints.values { endpoint.shutDown() }
     active.removeAll()
-    dropFences()
+    fences.removeAll(epoll: epoll)
     flushCounters()
-    isDriven.store(false, ordering: .sequentiallyConsistent)
+    driver.giveBack()
   }
 }
 
@@ -133,32 +114,20 @@ package final class TCPClientLoop: Driver, @unchecked Sendable {
 
 extension TCPClientLoop {
   /// Puts an endpoint on the ready stack unless it is there.
-  func schedule(_ endpoint: TCPEndpoint) {
-    if endpoint.isScheduled.exchange(true, ordering: .acquiringAndReleasing) { return }
-    let pointer = UInt(bitPattern: Unmanaged.passRetained(endpoint).toOpaque())
-    var top = ready.load(ordering: .relaxed)
-    while true {
-      endpoint.nextReady = top
-      let (exchanged, current) = ready.weakCompareExchange(
-        expected: top, desired: pointer, successOrdering: .sequentiallyConsistent,
-        failureOrdering: .relaxed)
-      if exchanged { return }
-      top = current
-    }
-  }
+  func schedule(_ endpoint: TCPEndpoint) { ready.push(endpoint) }
 
-  /// Makes sure that somebody looks at the ready stack soon. Sequentially consistent throughout:
-  /// either the sleeper sees the stack or we see the sleeper.
+  /// Makes sure that somebody looks at the ready stack soon. Everything is sequentially consistent:
+  /// either the sleeper sees the stack or this sees the sleeper.
   package func kick() {
     if isPolling.exchange(false, ordering: .sequentiallyConsistent) { return wakeup.signal() }
-    if isDriven.load(ordering: .sequentiallyConsistent) { return }
+    if driver.isTaken { return }
     if parking.exchange(Parking.awake, ordering: .sequentiallyConsistent) != Parking.awake {
       doorbell.increment()
       doorbell.wakeAll()
     }
   }
 
-  /// As `kick`, but leaves a resting thread alone: for work that its submitter is about to drive.
+  /// Like `kick`, but leaves a resting thread alone: for work that its submitter is about to drive.
   package func nudge() {
     if parking.load(ordering: .sequentiallyConsistent) == Parking.resting,
       !isPolling.load(ordering: .sequentiallyConsistent)
@@ -174,26 +143,20 @@ extension TCPClientLoop {
     kick()
   }
 
-  @inline(__always)
-  private func tryAcquire() -> Bool {
-    if isDriven.load(ordering: .relaxed) { return false }
-    return !isDriven.exchange(true, ordering: .sequentiallyConsistent)
-  }
-
   private func release() {
-    isDriven.store(false, ordering: .sequentiallyConsistent)
+    driver.giveBack()
     if hasWork { kick() }
   }
 
   private var hasWork: Bool {
-    ready.load(ordering: .sequentiallyConsistent) != 0
+    !ready.isEmpty
       || activeCount.load(ordering: .sequentiallyConsistent) > 0
       || sweepRequested.load(ordering: .sequentiallyConsistent)
   }
 
   /// Drives until `isDone`, if nobody else does. Returns whether it did drive.
   package func driveIfFree(until deadline: Deadline, isDone: () -> Bool) -> Bool {
-    guard tryAcquire() else { return false }
+    guard driver.tryTake() else { return false }
     drive(until: deadline, isDone: isDone)
     release()
     return true
@@ -201,11 +164,11 @@ extension TCPClientLoop {
 
   /// One turn without waiting, if nobody drives.
   package func pollIfFree() -> Bool {
-    guard hasWork, tryAcquire() else { return false }
+    guard hasWork, driver.tryTake() else { return false }
     let now = Clock.now()
     _ = turn(now)
     lastActivity.store(now, ordering: .relaxed)
-    isDriven.store(false, ordering: .sequentiallyConsistent)
+    driver.giveBack()
     if hasWork { nudge() }
     return true
   }
@@ -216,9 +179,9 @@ extension TCPClientLoop {
 extension TCPClientLoop {
   private func run() {
     while !isStopping.load(ordering: .sequentiallyConsistent) {
-      if hasWork, tryAcquire() {
+      if hasWork, driver.tryTake() {
         drive(until: .never) { [unowned self] in !hasWork }
-        isDriven.store(false, ordering: .sequentiallyConsistent)
+        driver.giveBack()
         continue
       }
       let bell = doorbell.value
@@ -226,15 +189,15 @@ extension TCPClientLoop {
       let rests = now &- lastActivity.load(ordering: .relaxed) < Self.activeNanoseconds
       parking.store(
         rests ? Parking.resting : Parking.asleep, ordering: .sequentiallyConsistent)
-      // Work without a driver must not be slept over.
-      if !(hasWork && !isDriven.load(ordering: .sequentiallyConsistent))
+      // The thread must not sleep while there is work that nobody drives.
+      if !(hasWork && !driver.isTaken)
         && !isStopping.load(ordering: .sequentiallyConsistent)
       {
         doorbell.wait(while: bell, until: parkingEnd(rests, now))
       }
       parking.store(Parking.awake, ordering: .sequentiallyConsistent)
-      if hasLateFences.load(ordering: .relaxed), tryAcquire() {
-        pollLateFences()
+      if fences.hasLate, driver.tryTake() {
+        fences.progressLate(epoll: epoll)
         release()
       }
     }
@@ -246,7 +209,7 @@ extension TCPClientLoop {
 extension TCPClientLoop {
   private func parkingEnd(_ rests: Bool, _ now: UInt64) -> Deadline {
     if rests { return Deadline(nanoseconds: now + Self.restNanoseconds) }
-    if hasLateFences.load(ordering: .relaxed) {
+    if fences.hasLate {
       return Deadline(nanoseconds: now + Self.lateFenceNanoseconds)
     }
     return .never
@@ -255,7 +218,7 @@ extension TCPClientLoop {
   private func drive(until deadline: Deadline, isDone: () -> Bool) {
     var quietSince: UInt64 = 0
     var now = Clock.now()
-    // Traffic of others must not keep a waiter beyond its deadline.
+    // Other traffic must not keep a waiter beyond its deadline.
     while !isDone(), now < deadline.nanoseconds, !isStopping.load(ordering: .relaxed) {
       if turn(now) {
         quietSince = 0
@@ -279,21 +242,18 @@ extension TCPClientLoop {
   /// Sleeps until a socket, a timer, a kick or the deadline.
   private func block(until deadline: Deadline, isDone: () -> Bool) {
     isPolling.store(true, ordering: .sequentiallyConsistent)
-    if ready.load(ordering: .sequentiallyConsistent) == 0,
+    if ready.isEmpty,
       !sweepRequested.load(ordering: .sequentiallyConsistent), !isDone(),
       !isStopping.load(ordering: .sequentiallyConsistent)
     {
       var wake = deadline.nanoseconds
       for endpoint in active { wake = min(wake, endpoint.nextTimer) }
-      if !fences.isEmpty { wake = min(wake, fenceTimer) }
-      if hasWaitingBulk { wake = min(wake, Clock.now() &+ BulkTurn.patienceNanoseconds) }
+      if !fences.isEmpty { wake = min(wake, fences.nextExpiry) }
       let timeout = Deadline(nanoseconds: wake).remainingMilliseconds
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       isPolling.store(false, ordering: .sequentiallyConsistent)
-      now = Clock.now()
       dispatch(count)
-      giveBulkTurns()
-      settle()
+      finishTurn()
     } else {
       isPolling.store(false, ordering: .sequentiallyConsistent)
     }
@@ -301,10 +261,9 @@ extension TCPClientLoop {
 
   /// Does what can be done without waiting; returns whether that was anything.
   private func turn(_ now: UInt64) -> Bool {
-    self.now = now
     var isBusy = takeReady()
-    attendTimers(now)
-    if active.count <= Self.directLimit, fences.count == lateFences,
+    handleTimers(now)
+    if active.count <= Self.directPollLimit, fences.awaitedCount == 0,
       active.allSatisfy({ $0.isConnected })
     {
       for index in active.indices where active[index].progress() { isBusy = true }
@@ -313,8 +272,7 @@ extension TCPClientLoop {
       dispatch(count)
       isBusy = isBusy || count > 0
     }
-    giveBulkTurns()
-    settle()
+    finishTurn()
     return isBusy
   }
 
@@ -326,34 +284,31 @@ extension TCPClientLoop {
       } else if let endpoint = watched[token] {
         endpoint.handle(events[index].events)
       } else {
-        progressFence(token)
+        fences.progress(token, epoll: epoll)
       }
     }
   }
 
-  private func attendTimers(_ now: UInt64) {
+  private func handleTimers(_ now: UInt64) {
     let sweeps =
       sweepRequested.load(ordering: .relaxed)
       && sweepRequested.exchange(false, ordering: .sequentiallyConsistent)
-    // An endpoint may leave the list while it is attended to only through `settle`.
+    // Endpoints leave the list in `finishTurn` only.
     for index in active.indices where sweeps || now >= active[index].nextTimer {
-      active[index].attend(now, sweeps: sweeps)
+      active[index].handleTimers(now, sweeps: sweeps)
     }
     if sweeps {
-      for endpoint in watched.values where !endpoint.isActive { endpoint.attend(now, sweeps: true) }
+      for endpoint in watched.values where !endpoint.isActive {
+        endpoint.handleTimers(now, sweeps: true)
+      }
     }
-    if !fences.isEmpty { expireFences() }
+    if !fences.isEmpty { fences.expire(now) }
   }
 
   @discardableResult
   private func takeReady() -> Bool {
-    if ready.load(ordering: .sequentiallyConsistent) == 0 { return false }
-    var cursor = ready.exchange(0, ordering: .sequentiallyConsistent)
-    while let pointer = UnsafeRawPointer(bitPattern: cursor) {
-      let endpoint = Unmanaged<TCPEndpoint>.fromOpaque(pointer).takeRetainedValue()
-      cursor = endpoint.nextReady
-      // Before the inbox is read: a later push schedules again.
-      endpoint.isScheduled.store(false, ordering: .sequentiallyConsistent)
+    if ready.isEmpty { return false }
+    ready.takeAll { endpoint in
       endpoint.probeIdle()
       endpoint.takeInbox()
       endpoint.reviewHeld()
@@ -367,8 +322,8 @@ extension TCPClientLoop {
     return true
   }
 
-  /// Drops endpoints with nothing left to do from the active list.
-  private func settle() {
+  /// Drops endpoints without slices from the active list and publishes what other threads look at.
+  private func finishTurn() {
     var index = 0
     while index < active.count {
       if !active[index].hasSlices {
@@ -380,15 +335,24 @@ extension TCPClientLoop {
         index += 1
       }
     }
-    let awaited = fences.isEmpty ? 0 : fences.count - lateFences
-    activeCount.store(active.count + awaited, ordering: .sequentiallyConsistent)
+    activeCount.store(active.count + fences.awaitedCount, ordering: .sequentiallyConsistent)
     flushCounters()
+  }
+
+  private func makeToken() -> UInt64 {
+    defer { nextToken += 1 }
+    return nextToken
+  }
+
+  /// Keeps a connection whose unanswered writes may still land until the peer has closed it.
+  func fence(_ socket: consuming Socket, _ peer: TCPPeer, unanswered: [Range<UInt64>]) {
+    assertDriven()
+    fences.add(socket, peer, unanswered: unanswered, token: makeToken(), epoll: epoll)
   }
 
   /// Starts to watch a socket for an endpoint.
   func watch(_ socket: Int32, events: UInt32, for endpoint: TCPEndpoint) throws(Errno) -> UInt64 {
-    let token = nextToken
-    nextToken += 1
+    let token = makeToken()
     try epoll.add(socket, events: events, token: token)
     watched[token] = endpoint
     return token
@@ -402,6 +366,14 @@ extension TCPClientLoop {
     epoll.remove(socket)
     watched[token] = nil
   }
+
+  /// In debug builds, stops a thread that touches the loop's state without driving it.
+  @inline(__always)
+  func assertDriven() { driver.assertHeld() }
+
+  /// Counts bytes that were sent or received.
+  @inline(__always)
+  func noteMoved(_ byteCount: Int) { burstBytes &+= byteCount }
 
   /// Counts an ended slice.
   @inline(__always)

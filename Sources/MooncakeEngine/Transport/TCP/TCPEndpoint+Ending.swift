@@ -4,11 +4,15 @@ import Synchronization
 
 // How connections end, and what becomes of the slices on them.
 extension TCPEndpoint {
+  /// With so many failed connections a slice fails.
+  private static let attemptLimit = 5
+
+  /// Who has ended a connection.
   enum Ending {
     /// The peer has closed it, or said that it stores nothing more of it.
     case fenced
     /// On this side only: the peer may still be storing.
-    case open
+    case unfenced
     /// The kernel has given it up, and with it the way to learn what the peer still stores.
     case lost
   }
@@ -16,61 +20,44 @@ extension TCPEndpoint {
   /// Takes the connection out of use and decides what becomes of its slices. Reads may be sent
   /// again at once, for nothing of the connection reaches local memory any more. Writes wait until
   /// nothing of them can land at the target.
-  func disconnect(_ error: EngineError, _ ending: Ending, blames: Bool = true) {
+  func disconnect(_ error: EngineError, _ ending: Ending, countsAttempt: Bool = true) {
+    assert(isConnected)
     loop.counters.clientDisconnects.wrappingAdd(1, ordering: .relaxed)
     lastError = error
-    let sent = onWireCount
-    let unanswered = ending == .fenced ? [] : unansweredWrites()
+    let onWireCount = window.onWireCount
+    let unanswered = ending == .fenced ? [] : window.unansweredWrites()
     if unanswered.isEmpty {
       closeSocket()
-    } else if ending == .open, let socket = takeSocket() {
+    } else if ending == .unfenced, let socket = takeSocket() {
       loop.fence(socket, peer, unanswered: unanswered)
     } else {
       closeSocket()
       _ = peer.unfenced.add(unanswered, isOverdue: true)
     }
-    if blames { blame(sent) }
-    if !unanswered.isEmpty { hold(&queue) }
-    sendSlice = queue.first
-    if blames { rest() }
+    if countsAttempt { countAttempt(onWireCount) }
+    if !unanswered.isEmpty {
+      var slices = window.takeAll()
+      hold(&slices)
+      window.append(contentsOf: &slices)
+    }
+    if countsAttempt { rest() }
   }
 
-  /// Slices on the wire may be tried again, but not forever.
-  private func blame(_ count: Int) {
-    var left = count
-    var exhausted = queue.removeAll { slice in
+  /// Slices on the wire, the first ones, may be tried again, but not forever.
+  private func countAttempt(_ onWireCount: Int) {
+    var left = onWireCount
+    var exhausted = window.removeAll { slice in
       defer { left -= 1 }
       guard left > 0 else { return false }
       slice.pointee.attempts += 1
       return slice.pointee.attempts >= Self.attemptLimit
     }
-    loop.counters.retries.wrappingAdd(UInt64(queue.count), ordering: .relaxed)
+    loop.counters.retries.wrappingAdd(UInt64(window.count), ordering: .relaxed)
     let error = lastError
     while let slice = exhausted.popFirst() {
       end(
         slice, .failed(error.code), reason: error.message + lateStoreNote(slice, after: "."))
     }
-  }
-
-  /// Where what is on the wire and not answered is written.
-  private func unansweredWrites() -> [Range<UInt64>] {
-    var ranges: [Range<UInt64>] = []
-    var cursor = queue.first
-    var left = onWireCount
-    while let slice = cursor, left > 0 {
-      if slice.pointee.opcode == .write {
-        let start = slice.pointee.remote
-        let end = start &+ UInt64(slice.pointee.length)
-        if let last = ranges.last, last.upperBound == start {
-          ranges[ranges.count - 1] = last.lowerBound..<end
-        } else {
-          ranges.append(start..<end)
-        }
-      }
-      cursor = slice.pointee.next
-      left -= 1
-    }
-    return ranges
   }
 }
 
@@ -84,8 +71,7 @@ extension TCPEndpoint {
       switch verdict(slice) {
       case .free: free.append(slice)
       case .pending:
-        let isCanceled = slice.pointee.batch.isCancelRequested
-        earliestDeadline = isCanceled ? 0 : min(earliestDeadline, slice.pointee.deadline)
+        bound.include(slice)
         held.append(slice)
       case .overdue: end(slice, .failed(.unreachable), reason: describeOverdue(slice))
       }
@@ -98,8 +84,7 @@ extension TCPEndpoint {
     if held.isEmpty { return }
     var waiting = held.takeAll()
     hold(&waiting)
-    if sendSlice == nil { sendSlice = waiting.first }
-    queue.append(contentsOf: &waiting)
+    window.append(contentsOf: &waiting)
   }
 
   private func verdict(_ slice: SlicePointer) -> UnfencedRanges.Verdict {
@@ -122,7 +107,7 @@ extension TCPEndpoint {
       + "is its process stopped or its host cut off?"
   }
 
-  private func describe(_ slice: SlicePointer) -> String {
+  func describe(_ slice: SlicePointer) -> String {
     "\(peer.description): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
       + "0x\(String(slice.pointee.remote, radix: 16))"
   }
@@ -133,19 +118,21 @@ extension TCPEndpoint {
 extension TCPEndpoint {
   /// When the endpoint needs attention although nothing happens on its socket.
   var nextTimer: UInt64 {
-    switch state {
-    case .connecting(let until): min(until, earliestDeadline)
-    case .resting(let until): queue.isEmpty ? earliestDeadline : min(until, earliestDeadline)
-    case .idle: queue.isEmpty ? earliestDeadline : 0
-    case .connected: earliestDeadline
+    let deadline = bound.nanoseconds
+    return switch connection.state {
+    case .connecting(let until): min(until, deadline)
+    case .resting(let until): window.isEmpty ? deadline : min(until, deadline)
+    case .idle: window.isEmpty ? deadline : 0
+    case .connected: deadline
     }
   }
 
   /// Does what `nextTimer` announced.
-  func attend(_ now: UInt64, sweeps: Bool) {
-    if case .connecting(let until) = state, now >= until { connectFailed(.timedOut) }
-    if sweeps || now >= earliestDeadline { sweep(now) }
-    switch state {
+  func handleTimers(_ now: UInt64, sweeps: Bool) {
+    loop.assertDriven()
+    if case .connecting(let until) = connection.state, now >= until { connectFailed(.timedOut) }
+    if sweeps || now >= bound.nanoseconds { sweep(now) }
+    switch connection.state {
     case .idle, .resting: _ = progress()
     case .connecting, .connected: break
     }
@@ -154,33 +141,22 @@ extension TCPEndpoint {
   /// Ends slices whose deadline has passed or whose batch is canceled, and hands over the rest of a
   /// retired peer.
   func sweep(_ now: UInt64) {
+    loop.assertDriven()
     func isDue(_ slice: SlicePointer) -> Bool {
       slice.pointee.deadline <= now || slice.pointee.batch.isCancelRequested
     }
     let phase = describeProgress()
     let waited = held.removeAll(where: isDue)
-    let breaksConnection = isAnyOnWire(isDue)
-    // Only then does the connection end: afterwards no byte arrives for what is ended below.
-    if breaksConnection { disconnect(lastError, .open, blames: false) }
+    // First the connection ends: afterwards no byte arrives for what is ended below. A batch that
+    // is canceled from here on keeps what is on the wire until the next sweep.
+    if window.isAnyOnWire(isDue) { disconnect(lastError, .unfenced, countsAttempt: false) }
     let sent = held.removeAll(where: isDue)
-    let queued = queue.removeAll(where: isDue)
-    sendSlice = breaksConnection ? queue.first : firstUnsent
-    earliestDeadline = min(queue.earliestDeadline, held.earliestDeadline)
+    let queued = window.removeAll(where: isDue)
+    bound.reset(to: min(window.earliestDeadline, held.earliestDeadline))
     endDue(waited, "waiting for the end of an earlier write there, which was not answered")
     endDue(sent, phase)
     endDue(queued, phase)
     if peer.isRetired { retire() }
-  }
-
-  private func isAnyOnWire(_ isWanted: (SlicePointer) -> Bool) -> Bool {
-    var cursor = queue.first
-    var left = onWireCount
-    while let slice = cursor, left > 0 {
-      if isWanted(slice) { return true }
-      cursor = slice.pointee.next
-      left -= 1
-    }
-    return false
   }
 
   private func endDue(_ slices: consuming SliceQueue, _ phase: String) {
@@ -200,42 +176,31 @@ extension TCPEndpoint {
     }
   }
 
-  /// The list below the sent bound is unchanged when nothing there was due.
-  private var firstUnsent: SlicePointer? {
-    var cursor = queue.first
-    var index = 0
-    while let slice = cursor, index < sentCount {
-      cursor = slice.pointee.next
-      index += 1
-    }
-    return cursor
-  }
-
   private func describeProgress() -> String {
-    switch state {
+    switch connection.state {
     case .idle: return "waiting for a connection"
     case .connecting: return "connecting"
     case .resting: return "waiting to connect again after: \(lastError.message)"
     case .connected:
-      if receiveOffset > 0 { return "receiving the answer, \(receiveOffset) bytes of it arrived" }
-      if sentCount > 0 { return "waiting for the peer's answer" }
-      return sendOffset > 0 ? "sending, \(sendOffset) bytes are out" : "waiting to be sent"
+      if answer.offset > 0 { return "receiving the answer, \(answer.offset) bytes of it arrived" }
+      if window.sentCount > 0 { return "waiting for the peer's answer" }
+      return window.partialBytes > 0
+        ? "sending, \(window.partialBytes) bytes are out" : "waiting to be sent"
     }
   }
 
   private func retire() {
     if !hasSlices { return closeSocket() }
     guard let successor = peer.successor else { return }
-    if case .connected = state {
-      disconnect(lastError, .open, blames: false)
+    if isConnected {
+      disconnect(lastError, .unfenced, countsAttempt: false)
     } else {
       closeSocket()
     }
-    state = .idle
+    connection.endRest()
     // What waits for a fence goes over once it is there, or ends here.
-    var moved = queue.takeAll()
-    rewind()
-    earliestDeadline = held.earliestDeadline
+    var moved = window.takeAll()
+    bound.reset(to: held.earliestDeadline)
     while let slice = moved.popFirst() {
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
       if slice.pointee.wasSent && successor.isRestarted {
@@ -254,7 +219,7 @@ extension TCPEndpoint {
     takeInbox()
     closeSocket()
     let reason = "\(peer.description): engine destroyed"
-    endAll(queue.takeAll(), .canceled, reason)
+    endAll(window.takeAll(), .canceled, reason)
     endAll(held.takeAll(), .canceled, reason)
   }
 }

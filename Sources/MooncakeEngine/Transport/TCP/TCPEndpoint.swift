@@ -4,79 +4,40 @@ import MooncakeBase
 import MooncakeSystem
 import Synchronization
 
-/// One data connection to a peer, made anew whenever it is needed and broken.
+/// One data connection to a peer, made when it is needed and again when it broke.
 ///
-/// Any thread queues slices through `push`; everything else belongs to whoever drives the loop. The
-/// queue is one list: the slices up to `sendSlice` are on the wire and answered in order, the rest
-/// wait to be sent. A broken connection rewinds the list, since reads and writes may be repeated
-/// until they are terminal.
+/// Any thread queues slices through `push`; everything else belongs to whoever drives the loop. A
+/// connection that breaks rewinds the window, since reads and writes may be repeated until they are
+/// terminal.
 package final class TCPEndpoint: @unchecked Sendable {
-  // Unchecked: `inbox`, `isScheduled` and `load` are atomic, the rest is confined as said above.
-  enum State {
-    case idle
-    case connecting(until: UInt64)
-    case connected
-    /// Waits before the next attempt.
-    case resting(until: UInt64)
-  }
-
+  // Unchecked: what any thread uses is atomic, the rest is confined as said above.
   let peer: TCPPeer
   // The transport's loops outlive its endpoints' use.
   package unowned(unsafe) let loop: TCPClientLoop
-  let inbox = SliceInbox()
-  let isScheduled = Atomic<Bool>(false)
-  /// Link of the loop's ready stack, owned by who set `isScheduled`.
-  var nextReady: UInt = 0
+
+  // Any thread.
+  private let inbox = SliceInbox()
+  let readyLink = ReadyStack.Link()
   /// Bytes queued and not ended, for choosing the least busy connection.
   package let load = Atomic<Int>(0)
 
-  var queue = SliceQueue()
+  // The driver.
+  var window: SendWindow
+  var answer: ReceiveCursor
+  var connection = TCPConnection()
   /// Writes that wait until nothing of an earlier one can land where they go.
   var held = SliceQueue()
-  var state = State.idle
-  var socket: Socket?
-  /// The socket's descriptor while there is one.
-  private(set) var descriptor: Int32 = -1
-  var token: UInt64 = 0
-  var wantsWritable = false
-  var isActive = false
-  var isRetired = false
-
-  /// The first slice that is not completely sent; nil when all are.
-  var sendSlice: SlicePointer?
-  var sendOffset = 0
-  var sentCount = 0
-  /// Bytes of the first slice's answer that have arrived.
-  var receiveOffset = 0
-  /// What of a status frame has arrived when it came in two parts.
-  var partialStatus: UInt64 = 0
-  /// After a fault one slice goes alone, so that the fault is known to be its own.
-  var sendsAlone = false
-  var receivesAlone = false
-  /// A bound below the deadline of every slice, queued or held.
-  var earliestDeadline = UInt64.max
-  var failingSince: UInt64 = 0
-  var restNanoseconds: UInt64 = 0
-  var lastUse: UInt64 = 0
-  var turn = BulkTurn()
-  /// Bytes that must have arrived before the socket counts as readable.
-  var lowWater = 1
+  var bound = DeadlineBound()
+  /// Why the last connection ended.
   var lastError = EngineError(.unreachable, "")
-
-  static let inflightLimit = 1024
-  static let attemptLimit = 5
-  /// After so many failed connections a slice is sent alone, so that it harms no other.
-  static let suspectAttempts = 3
-  static let connectNanoseconds: UInt64 = 5_000_000_000
-  /// How long a peer that refuses or drops connections is tried before its transfers fail.
-  static let failureWindowNanoseconds: UInt64 = 3_000_000_000
-  static let firstRestNanoseconds: UInt64 = 5_000_000
-  static let longestRestNanoseconds: UInt64 = 500_000_000
-  static let patienceMilliseconds: Int32 = 24 * 3600 * 1000
+  /// Whether it is on the loop's list of endpoints with slices; the loop's.
+  var isActive = false
 
   init(peer: TCPPeer, loop: TCPClientLoop) {
     self.peer = peer
     self.loop = loop
+    window = SendWindow(isOneShot: peer.isOneShot)
+    answer = ReceiveCursor(isOneShot: peer.isOneShot)
   }
 
   /// Queues slices from any thread; `loop.kick` or driving must follow.
@@ -86,47 +47,21 @@ package final class TCPEndpoint: @unchecked Sendable {
     loop.schedule(self)
   }
 
-  var isAcknowledged: Bool { peer.usesAcknowledgments }
+  var isConnected: Bool { connection.isConnected }
 
-  var isConnected: Bool {
-    if case .connected = state { return true }
-    return false
-  }
-
-  var hasSlices: Bool { !queue.isEmpty || !held.isEmpty }
-
-  /// How many slices of the queue the connection carries, whole or in part.
-  var onWireCount: Int { sentCount + (sendOffset > 0 ? 1 : 0) }
+  var hasSlices: Bool { !window.isEmpty || !held.isEmpty }
 
   /// Takes over what other threads queued.
   func takeInbox() {
+    loop.assertDriven()
     var new = inbox.takeAll()
     if !new.isEmpty && !peer.unfenced.isEmpty { hold(&new) }
-    guard let first = new.first else { return }
-    var slice: SlicePointer? = first
-    while let current = slice {
-      // A batch canceled between its submit and now missed the sweep: another must come.
-      let isCanceled = current.pointee.batch.isCancelRequested
-      earliestDeadline = isCanceled ? 0 : min(earliestDeadline, current.pointee.deadline)
-      slice = current.pointee.next
+    var cursor = new.first
+    while let slice = cursor {
+      bound.include(slice)
+      cursor = slice.pointee.next
     }
-    if sendSlice == nil { sendSlice = first }
-    queue.append(contentsOf: &new)
-  }
-
-  /// Ends the first slice of the queue.
-  @inline(__always)
-  func endFirst(_ outcome: Outcome, reason: @autoclosure () -> String = "") {
-    guard let slice = queue.first else { return }
-    let next = slice.pointee.next
-    if sendSlice == slice {
-      sendSlice = next
-      sendOffset = 0
-    } else {
-      sentCount -= 1
-    }
-    _ = queue.popFirst()
-    end(slice, outcome, reason: reason())
+    window.append(contentsOf: &new)
   }
 
   @inline(__always)
@@ -135,6 +70,13 @@ package final class TCPEndpoint: @unchecked Sendable {
     loop.count(slice, outcome)
     Batch.end(slice, outcome, reason: reason())
   }
+
+  func endAll(_ slices: consuming SliceQueue, _ outcome: Outcome, _ reason: String) {
+    var slices = slices
+    while let slice = slices.popFirst() {
+      end(slice, outcome, reason: reason + lateStoreNote(slice, after: "."))
+    }
+  }
 }
 
 // MARK: - Connecting
@@ -142,19 +84,20 @@ package final class TCPEndpoint: @unchecked Sendable {
 extension TCPEndpoint {
   /// Moves on whatever can be moved; returns whether anything was.
   func progress() -> Bool {
-    switch state {
+    loop.assertDriven()
+    switch connection.state {
     case .idle:
-      if queue.isEmpty { return false }
+      if window.isEmpty { return false }
       startConnect()
       return true
     case .resting(let until):
-      if queue.isEmpty || Clock.now() < until { return false }
+      if window.isEmpty || Clock.now() < until { return false }
       startConnect()
       return true
     case .connecting: return false
     case .connected:
       let sent = send()
-      guard case .connected = state else { return true }
+      if !isConnected { return true }
       let received = receive()
       if received { sendBehindAnswers() }
       return received || sent
@@ -163,12 +106,13 @@ extension TCPEndpoint {
 
   /// Handles readiness that epoll reported.
   func handle(_ events: UInt32) {
-    if case .connecting = state { return finishConnect() }
-    guard case .connected = state else { return }
+    loop.assertDriven()
+    if case .connecting = connection.state { return finishConnect() }
+    if !isConnected { return }
     if events & Epoll.writable != 0 { _ = send() }
-    guard case .connected = state else { return }
+    if !isConnected { return }
     // Without requests in flight readability means that the peer closed or talks out of turn.
-    if queue.isEmpty { return closeIdle() }
+    if window.isEmpty { return closeIdle() }
     if events & ~Epoll.writable == 0 { return }
     _ = receive()
     sendBehindAnswers()
@@ -176,44 +120,24 @@ extension TCPEndpoint {
 
   /// Answers make room for what waited for them; nothing else would send it.
   private func sendBehindAnswers() {
-    if case .connected = state, !wantsWritable, maySend { _ = send() }
+    if isConnected, !connection.isWatchedForRoom, window.maySend { _ = send() }
   }
 
   private func startConnect() {
-    let address = peer.nextAddress()
     do throws(Errno) {
-      let socket = try Socket(family: address.family)
-      socket.setNoDelay()
-      if address.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
-      // Deadlines decide how long a peer is waited for. A connection that the kernel gives up
-      // leaves open what becomes of its writes.
-      socket.setPatience(milliseconds: Self.patienceMilliseconds)
-      try socket.startConnect(to: address)
-      token = try loop.watch(socket.rawValue, events: Epoll.writable | Epoll.readable, for: self)
-      wantsWritable = true
-      descriptor = socket.rawValue
-      self.socket = consume socket
-      state = .connecting(until: Clock.now() &+ Self.connectNanoseconds)
+      try connection.start(to: peer.nextAddress(), for: self)
     } catch {
       connectFailed(error)
     }
   }
 
   private func finishConnect() {
-    if let error = socket?.takeError() { return connectFailed(error) }
-    let remote: SocketAddress?
-    do throws(Errno) { remote = try socket?.peerAddress() } catch {
-      // Without a peer it is still in progress: a spurious wake-up.
-      return error.rawValue == ENOTCONN ? () : connectFailed(error)
+    do throws(Errno) {
+      if try !connection.finishConnecting(loop) { return }
+    } catch {
+      return connectFailed(error)
     }
-    // A port of the ephemeral range that nobody listens on can connect to itself.
-    if remote == (try? socket?.localAddress()) { return connectFailed(.connectionRefused) }
-    state = .connected
-    failingSince = 0
-    restNanoseconds = 0
-    lastUse = Clock.now()
-    loop.counters.clientConnections.wrappingAdd(1, ordering: .relaxed)
-    updateInterest(blocked: false)
+    connection.watchForRoom(false, loop)
     _ = send()
   }
 
@@ -235,18 +159,13 @@ extension TCPEndpoint {
 
   /// Waits before the next connect; gives up on what is queued when the peer has failed too long.
   func rest() {
-    let now = Clock.now()
-    if failingSince == 0 { failingSince = now }
-    restNanoseconds = min(
-      max(restNanoseconds * 2, Self.firstRestNanoseconds), Self.longestRestNanoseconds)
-    state = .resting(until: now + restNanoseconds)
+    let hasFailedTooLong = connection.rest()
     peer.reportTrouble()
-    if now - failingSince >= Self.failureWindowNanoseconds {
+    if hasFailedTooLong {
       let error = lastError
-      endAll(queue.takeAll(), .failed(error.code), error.message)
+      endAll(window.takeAll(), .failed(error.code), error.message)
       endAll(held.takeAll(), .failed(error.code), error.message)
-      earliestDeadline = .max
-      sendSlice = nil
+      bound.reset()
     }
   }
 
@@ -254,35 +173,9 @@ extension TCPEndpoint {
 
   /// Takes the connection out of use; it is closed with the result.
   func takeSocket() -> Socket? {
-    guard let socket = socket.take() else { return nil }
-    loop.unwatch(socket.rawValue, token: token)
-    if case .connected = state {
-      loop.counters.clientConnections.wrappingSubtract(1, ordering: .relaxed)
-    }
-    state = .idle
-    descriptor = -1
-    wantsWritable = false
-    lowWater = 1
-    rewind()
-    return socket
-  }
-
-  /// The next connection sends everything from the start.
-  func rewind() {
-    var cursor = queue.first
-    for _ in 0..<onWireCount {
-      guard let slice = cursor else { break }
-      slice.pointee.wasSent = true
-      cursor = slice.pointee.next
-    }
-    sendSlice = queue.first
-    sendOffset = 0
-    receiveOffset = 0
-    sentCount = 0
-    sendsAlone = false
-    receivesAlone = false
-    // A turn that ended by silence would wait for a sign of life that the former connection owed.
-    turn = BulkTurn()
+    window.rewind()
+    answer.rewind()
+    return connection.takeSocket(loop)
   }
 
   private func closeIdle() {
@@ -292,20 +185,6 @@ extension TCPEndpoint {
 
   /// A connection that rested is probed before it carries a request: the peer may have restarted.
   func probeIdle() {
-    guard case .connected = state, queue.isEmpty else { return }
-    if peer.isOneShot { return }
-    let now = Clock.now()
-    if now - lastUse < 1_000_000 { return }
-    var byte: UInt8 = 0
-    let count = recv(
-      descriptor, &byte, 1, Int32(MSG_PEEK) | Int32(MSG_DONTWAIT))
-    if count >= 0 || errno != EAGAIN { closeIdle() }
-  }
-
-  func endAll(_ slices: consuming SliceQueue, _ outcome: Outcome, _ reason: String) {
-    var slices = slices
-    while let slice = slices.popFirst() {
-      end(slice, outcome, reason: reason + lateStoreNote(slice, after: "."))
-    }
+    if isConnected, window.isEmpty, !peer.isOneShot, connection.isStale { closeIdle() }
   }
 }

@@ -5,25 +5,25 @@ import MooncakeSystem
 
 /// A connection that was given up with unanswered writes on it.
 ///
-/// This side has ended its stream and discards what still arrives, for a peer that is blocked on
-/// sending an answer never gets to the end of its input. Servers of every release read in order,
-/// store straight into place, and close at the end of input or of the process: the peer's end of
-/// stream, or a reset that was received, means that nothing of the connection can land any more.
-/// Confined to the driver of its loop.
+/// This side has ended its stream and discards what still arrives, because a peer that is blocked
+/// on sending an answer never gets to the end of its input. Servers of every release read in order,
+/// store straight into place, and close at the end of the input or of the process. So the peer's
+/// end of stream, or a reset that was received, means that nothing of the connection can land any
+/// more. Driver only.
 final class TCPFence {
   enum Progress {
     case open
     /// The peer has closed the connection.
     case closed
-    /// The kernel gave it up; the peer may still have data of it.
+    /// The kernel gave it up; the peer may still store data from it.
     case lost(Errno)
   }
 
   let descriptor: Int32
   let token: UInt64
-  /// When writes stop to wait for it.
+  /// When writes stop waiting for it.
   let expiry: UInt64
-  /// Whether nobody waits for it any more.
+  /// Whether writes have stopped waiting for it.
   private(set) var isOverdue = false
   private let socket: Socket
   private let ranges: UnfencedRanges
@@ -31,20 +31,20 @@ final class TCPFence {
   private let peerDescription: String
 
   /// How long writes wait for the peer to close.
-  static let waitNanoseconds: UInt64 = 10_000_000_000
-  /// Kernels since 6.15 try again at least this often, so that the end of an outage is noticed.
-  private static let longestRetryMilliseconds: Int32 = 2000
+  static let waitLimitNanoseconds: UInt64 = 10_000_000_000
+  /// Kernels since 6.15 retransmit at least this often, so that the end of an outage is noticed.
+  private static let retryLimitMilliseconds: Int32 = 2000
   private static let longestRetryOption: Int32 = 44
-  /// What is discarded before others have their turn.
-  private static let turnBytes = 4 << 20
+  /// Bytes discarded before other connections are served.
+  private static let turnLimitBytes = 4 << 20
 
   init(
     _ socket: consuming Socket, token: UInt64, expiry: UInt64, peer: TCPPeer,
     unanswered: [Range<UInt64>]
   ) {
     socket.shutdownWrite()
-    try? socket.set(Int32(IPPROTO_TCP), Self.longestRetryOption, Self.longestRetryMilliseconds)
-    // A host that vanished while nothing was under way is only noticed by asking.
+    try? socket.set(Int32(IPPROTO_TCP), Self.longestRetryOption, Self.retryLimitMilliseconds)
+    // A host that vanished while no data was under way is only noticed by probing.
     socket.keepAlive(idleSeconds: 60)
     descriptor = socket.rawValue
     self.socket = socket
@@ -57,7 +57,7 @@ final class TCPFence {
 
   /// Discards what has arrived.
   func progress(_ scratch: UnsafeMutableRawPointer, _ byteCount: Int) -> Progress {
-    var left = Self.turnBytes
+    var left = Self.turnLimitBytes
     while left > 0 {
       let count = recv(descriptor, scratch, byteCount, 0)
       if count == 0 { return .closed }
@@ -76,10 +76,10 @@ final class TCPFence {
     return .open
   }
 
-  /// Writes to the ranges may go on.
+  /// Lets writes to the ranges continue.
   func lift() { ranges.remove(entry) }
 
-  /// Writes that wait for it must not wait any longer.
+  /// Makes writes to the ranges fail instead of waiting.
   func giveUp(_ reason: String) {
     if isOverdue { return }
     isOverdue = true

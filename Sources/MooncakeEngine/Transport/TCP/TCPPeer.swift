@@ -3,16 +3,16 @@ import Synchronization
 
 /// One peer's data port: what its connections share.
 package final class TCPPeer: Sendable {
-  /// What becomes of the transfers of a peer that is replaced.
+  /// Where the transfers of a replaced peer go.
   package struct Successor: Sendable {
-    /// The name now belongs to another process than the one transfers were sent to.
+    /// The name now belongs to another process than the one that transfers were sent to.
     package var isRestarted: Bool
     package var resubmit: @Sendable (SlicePointer) -> Void
   }
 
-  /// What a peer asks of its segment.
+  /// What a peer reports to its segment.
   package struct Handlers: Sendable {
-    /// Connections fail: is the descriptor still true?
+    /// Connections fail: the descriptor may be out of date.
     package var trouble: @Sendable () -> Void
     /// The target refused a slice's range; the handler now owns the slice.
     package var refusal: @Sendable (SlicePointer) -> Void
@@ -28,9 +28,7 @@ package final class TCPPeer: Sendable {
   package let description: String
   /// Version 1 framing acknowledges nothing, so every request gets a connection of its own.
   package let usesAcknowledgments: Bool
-  /// Whether its bytes only go from one process of this host to another.
-  package let isLocal: Bool
-  /// Where its process may still store earlier writes; shared by all peers that lead to it.
+  /// Where its process may still store earlier writes; shared by all peers of that process.
   package let unfenced: UnfencedRanges
   private let addresses: [SocketAddress]
   private let attempts = Atomic<Int>(0)
@@ -49,7 +47,6 @@ package final class TCPPeer: Sendable {
   ) {
     description = "tcp peer \(addresses[0]) (segment \(segmentName))"
     self.addresses = addresses
-    isLocal = addresses.allSatisfy(\.isLoopback)
     self.usesAcknowledgments = usesAcknowledgments
     self.unfenced = unfenced
     self.handlers = handlers
@@ -66,13 +63,13 @@ package final class TCPPeer: Sendable {
     retired.store(true, ordering: .releasing)
   }
 
-  /// The address for the next connect: all of them in turn.
+  /// The address for the next connect; all are used in turn.
   func nextAddress() -> SocketAddress {
     let index = attempts.wrappingAdd(1, ordering: .relaxed).oldValue
     return addresses[index % addresses.count]
   }
 
-  /// Changes as long as bytes of reads arrive that are not complete yet.
+  /// Grows while data of incomplete reads arrives.
   package var partialArrivalCount: UInt64 { partialArrivals.load(ordering: .relaxed) }
 
   func countPartialArrival() { partialArrivals.wrappingAdd(1, ordering: .relaxed) }
@@ -93,8 +90,8 @@ package final class TCPConnectionGroup: Sendable {
   package let peer: TCPPeer
   package let endpoints: [TCPEndpoint]
 
-  /// The first connection, which alone serves a peer with little to do, belongs to the loop
-  /// `firstLoop`.
+  /// The first connection belongs to the loop `firstLoop`; it alone serves a peer with little to
+  /// do.
   package init(peer: TCPPeer, connectionCount: Int, loops: [TCPClientLoop], firstLoop: Int) {
     self.peer = peer
     endpoints = (0..<connectionCount).map {
@@ -102,8 +99,8 @@ package final class TCPConnectionGroup: Sendable {
     }
   }
 
-  /// Takes the peer out of use: what is queued goes to the successor, or ends by itself without
-  /// one.
+  /// Takes the peer out of use: queued slices go to the successor; without one they end in the
+  /// usual ways.
   package func retire(successor: TCPPeer.Successor?) {
     peer.markRetired(successor)
     for endpoint in endpoints {

@@ -8,7 +8,7 @@ import Synchronization
 package final class TCPServer: @unchecked Sendable {
   // Unchecked: threads and listener are set in `init` and end under the `isStopped` exchange.
   package let address: SocketAddress
-  // Closed by `stop`, so that late peers are refused instead of waiting in its queue.
+  // Closed by `stop`, so that later peers are refused instead of waiting in its queue.
   private var listener: Socket?
   private let wakeup: EventFD
   private let loops: [TCPServerLoop]
@@ -17,7 +17,7 @@ package final class TCPServer: @unchecked Sendable {
   private let counters: TCPCounters
 
   private static let connectionLimit = 65_536
-  /// How long accepting rests when the process is out of descriptors.
+  /// The pause in accepting when the process is out of descriptors.
   private static let restMilliseconds: Int32 = 100
 
   /// Serves connections of a listening socket until `stop`.
@@ -58,8 +58,8 @@ package final class TCPServer: @unchecked Sendable {
     EngineError(.system, "starting the TCP server: \(error)")
   }
 
-  /// Ends every connection in the middle of a request on one of the ranges. When it returns, the
-  /// server neither reads nor writes them.
+  /// Closes every connection that is in the middle of a request on one of the ranges. When it
+  /// returns, the server neither reads nor writes them.
   package func revoke(_ ranges: [RemoteBuffer]) {
     if isStopped.load(ordering: .acquiring) { return }
     let acknowledgment = TCPServerLoop.Acknowledgment(loops.count)
@@ -101,14 +101,15 @@ package final class TCPServer: @unchecked Sendable {
 
   private func admit(_ socket: consuming Socket, to loop: TCPServerLoop) {
     socket.setNoDelay()
-    // A peer that vanished without a word frees its connection within minutes.
+    // The connection of a peer that vanished is closed within minutes.
     socket.keepAlive(idleSeconds: 60)
     do throws(Errno) {
       let peer = try socket.peerAddress()
       if peer.isLoopback { socket.setLocal(bufferBytes: TCPWire.localSocketBufferBytes) }
       loop.adopt(socket, peer: peer.description)
     } catch {
-      // Gone already. Where a sandbox forbids to ask, the peer is served without a name.
+      // ENOTCONN: gone already. Where a sandbox forbids the call, the peer is served without a
+      // name.
       if error.rawValue != ENOTCONN { loop.adopt(socket, peer: "of unknown address") }
     }
   }

@@ -7,25 +7,15 @@ import Synchronization
 /// One accepted connection: parses requests, stores written data, answers in order. Confined to the
 /// thread of its loop.
 final class TCPServerConnection {
-  /// An answer that waits to be sent.
-  private struct Reply {
-    var address: UInt64
-    var length: Int
-    var status: StatusFrame
-    var totalBytes: Int { length + (status == .none ? 0 : TCPWire.statusBytes) }
-  }
-
-  private enum StatusFrame { case none, ok, rejected }
-
   private enum Phase {
     case open
-    /// The peer has finished sending: answer what it asked, then close.
+    /// The peer has finished sending: answer its requests, then close.
     case ending
-    /// A refusal is queued: send what is due, then tell the end.
+    /// A refusal is queued: send the answers, then end the stream.
     case refusing
-    /// A version 1 refusal: it knows no status, and an orderly end would pass for success.
+    /// A version 1 refusal is a reset: there is no status, and an orderly end would mean success.
     case resetting
-    /// Discards what the peer still sends, so that a reset does not overtake the refusal.
+    /// Input is discarded, so that no reset overtakes the refusal.
     case draining(until: UInt64, byteCount: Int)
   }
 
@@ -43,22 +33,18 @@ final class TCPServerConnection {
   private var writeAddress: UInt64 = 0
   private var writeRemaining = 0
   private var writeIsAcknowledged = false
-  /// After a large write the next header is read alone, so that its data goes straight to its
-  /// place.
-  private var expectsBulk = false
+  /// After the header of a large write the next header is read without what follows it, so that the
+  /// data of another large write goes straight to its place.
+  private var expectsLargeWrite = false
 
-  private var replies: [Reply] = []
-  private var replyIndex = 0
-  /// Bytes of the first waiting reply that are sent.
-  private var replyOffset = 0
+  private var replies = ReplyQueue()
   private var isBlocked = false
 
-  private static let replyLimit = 1024
-  /// From here on a system call for each write costs less than a second copy.
-  private static let bulkBytes = 16 << 10
-  private static let turnBytes = 4 << 20
-  private static let drainBytes = 256 << 20
-  private static let drainNanoseconds: UInt64 = 2_000_000_000
+  /// From this size on a system call for each write costs less than a second copy.
+  private static let largeBytes = 16 << 10
+  private static let turnLimitBytes = 4 << 20
+  private static let drainLimitBytes = 256 << 20
+  private static let drainLimitNanoseconds: UInt64 = 2_000_000_000
 
   init(socket: consuming Socket, peer: String) {
     self.socket = socket
@@ -69,13 +55,10 @@ final class TCPServerConnection {
 
   /// Whether a request of the connection touches one of the ranges.
   func touches(_ ranges: [RemoteBuffer]) -> Bool {
-    func hit(_ address: UInt64, _ length: Int) -> Bool {
-      ranges.contains {
-        $0.address < address &+ UInt64(length) && address < $0.address &+ $0.length
-      }
+    if writeRemaining > 0, ranges.contains(where: { $0.touches(writeAddress, writeRemaining) }) {
+      return true
     }
-    if writeRemaining > 0 && hit(writeAddress, writeRemaining) { return true }
-    return replies[replyIndex...].contains { $0.length > 0 && hit($0.address, $0.length) }
+    return replies.touches(ranges)
   }
 
   /// When a draining connection is closed at the latest; nil for others.
@@ -88,7 +71,7 @@ final class TCPServerConnection {
   func serve(_ loop: TCPServerLoop) -> Next {
     if case .draining = phase { return drain(loop) }
     var next = Next.keep
-    if replies.count - replyIndex < Self.replyLimit, case .open = phase {
+    if !replies.isFull, case .open = phase {
       next = receive(loop)
       if case .close = next { return .close }
     }
@@ -97,10 +80,10 @@ final class TCPServerConnection {
       socket.resetOnClose()
       return .close
     }
-    if case .ending = phase, replyIndex == replies.count { return .close }
-    if case .refusing = phase, replyIndex == replies.count {
+    if case .ending = phase, replies.isEmpty { return .close }
+    if case .refusing = phase, replies.isEmpty {
       socket.shutdownWrite()
-      phase = .draining(until: Clock.now() + Self.drainNanoseconds, byteCount: 0)
+      phase = .draining(until: Clock.now() + Self.drainLimitNanoseconds, byteCount: 0)
       next = .again
     }
     updateInterest()
@@ -109,9 +92,8 @@ final class TCPServerConnection {
 
   private func updateInterest() {
     var wanted: UInt32 = isBlocked ? Epoll.writable : 0
-    let acceptsRequests = replies.count - replyIndex < Self.replyLimit
     switch phase {
-    case .open: if acceptsRequests { wanted |= Epoll.readable }
+    case .open: if !replies.isFull { wanted |= Epoll.readable }
     case .ending, .refusing, .resetting: break
     case .draining: wanted |= Epoll.readable
     }
@@ -123,7 +105,7 @@ final class TCPServerConnection {
 
 extension TCPServerConnection {
   private func receive(_ loop: TCPServerLoop) -> Next {
-    var budget = Self.turnBytes
+    var budget = Self.turnLimitBytes
     while budget > 0 {
       let count = writeRemaining > 0 ? receiveIntoPlace(loop) : receiveRequests(loop)
       if count == -Int(EAGAIN) { return .keep }
@@ -133,7 +115,7 @@ extension TCPServerConnection {
         return .keep
       }
       budget -= count
-      if replies.count - replyIndex >= Self.replyLimit { return .again }
+      if replies.isFull { return .again }
       guard case .open = phase else { return .keep }
     }
     return .again
@@ -149,7 +131,7 @@ extension TCPServerConnection {
     let count = readv(socket.rawValue, vectors, 2)
     if count <= 0 { return count == 0 ? 0 : failure(loop, "storing written data") }
     loop.countReceived(count)
-    if expectsBulk { loop.noteBulk() }
+    if expectsLargeWrite { loop.noteLargeRequest() }
     if count < writeRemaining {
       writeAddress += UInt64(count)
       writeRemaining -= count
@@ -158,10 +140,10 @@ extension TCPServerConnection {
     let rest = count - writeRemaining
     writeRemaining = 0
     finishWrite(loop)
-    return take(rest, loop) ? count : -Int(EFAULT)
+    return execute(rest, loop) ? count : -Int(EFAULT)
   }
 
-  /// Receives headers, with the data of small writes behind them.
+  /// Receives headers and the data of small writes that follows them.
   private func receiveRequests(_ loop: TCPServerLoop) -> Int {
     let input = loop.input.address
     input.copyMemory(from: partialHeader, byteCount: partialCount)
@@ -169,15 +151,15 @@ extension TCPServerConnection {
       socket.rawValue, input + partialCount, requestLimit - partialCount, 0)
     if count <= 0 { return count == 0 ? 0 : failure(loop, "receiving requests") }
     loop.countReceived(count)
-    return take(partialCount + count, loop) ? count : -Int(EFAULT)
+    return execute(partialCount + count, loop) ? count : -Int(EFAULT)
   }
 
   private var requestLimit: Int {
-    expectsBulk ? TCPWire.headerBytes : ScatterBuffer.byteCount
+    expectsLargeWrite ? TCPWire.headerBytes : ScatterBuffer.byteCount
   }
 
-  /// Obeys what the input holds; false if the memory it is for does not take it.
-  private func take(_ total: Int, _ loop: TCPServerLoop) -> Bool {
+  /// Executes the buffered requests; false if a target cannot be written.
+  private func execute(_ total: Int, _ loop: TCPServerLoop) -> Bool {
     partialCount = 0
     do throws(Errno) {
       try parse(total, loop)
@@ -217,14 +199,11 @@ extension TCPServerConnection {
 
   /// Checks a request; queues the answer of a read or the refusal.
   private func admit(_ header: TCPWire.Header, _ loop: TCPServerLoop) -> Bool {
-    expectsBulk = header.opcode == .write && header.size >= UInt64(Self.bulkBytes)
+    expectsLargeWrite = header.opcode == .write && header.size >= UInt64(Self.largeBytes)
     let verdict = loop.check(header)
     if verdict == .allowed {
       if header.opcode == .read {
-        replies.append(
-          Reply(
-            address: header.address, length: Int(header.size),
-            status: header.isAcknowledged ? .ok : .none))
+        replies.addData(header.address, Int(header.size), hasStatus: header.isAcknowledged)
         loop.countRequest()
       }
       return true
@@ -232,7 +211,7 @@ extension TCPServerConnection {
     loop.countRejection(header, verdict, peer)
     if header.isAcknowledged {
       phase = .refusing
-      replies.append(Reply(address: 0, length: 0, status: .rejected))
+      replies.addRefusal()
     } else {
       phase = .resetting
     }
@@ -247,12 +226,12 @@ extension TCPServerConnection {
 
   private func finishWrite(_ loop: TCPServerLoop) {
     loop.countRequest()
-    if writeIsAcknowledged { replies.append(Reply(address: 0, length: 0, status: .ok)) }
+    if writeIsAcknowledged { replies.addDone() }
   }
 
   private func drain(_ loop: TCPServerLoop) -> Next {
     guard case .draining(let until, var byteCount) = phase else { return .close }
-    while byteCount < Self.drainBytes && Clock.now() < until {
+    while byteCount < Self.drainLimitBytes && Clock.now() < until {
       let count = recv(socket.rawValue, loop.input.address, ScatterBuffer.byteCount, 0)
       if count == 0 { return .close }
       if count < 0 {
@@ -283,9 +262,9 @@ extension TCPServerConnection {
 
 extension TCPServerConnection {
   private func flush(_ loop: TCPServerLoop) -> Next {
-    var budget = Self.turnBytes
+    var budget = Self.turnLimitBytes
     isBlocked = false
-    while replyIndex < replies.count {
+    while !replies.isEmpty {
       if budget <= 0 {
         // Others have their turn; the socket is writable, so the loop comes back at once.
         isBlocked = true
@@ -293,7 +272,7 @@ extension TCPServerConnection {
       }
       var message = msghdr()
       message.msg_iov = loop.vectors
-      message.msg_iovlen = gather(into: loop.vectors)
+      message.msg_iovlen = replies.gather(into: loop.vectors)
       let count = sendmsg(socket.rawValue, &message, Int32(MSG_NOSIGNAL))
       if count < 0 {
         let error = Errno.current
@@ -307,71 +286,9 @@ extension TCPServerConnection {
       }
       loop.countSent(count)
       budget -= count
-      if replies[replyIndex].length >= Self.bulkBytes { loop.noteBulk() }
-      consume(count)
-      forgetSent()
+      if replies.firstLength >= Self.largeBytes { loop.noteLargeRequest() }
+      replies.advance(count)
     }
     return .keep
-  }
-
-  /// Forgets what was sent, also where a peer always leaves something unsent. What moves is never
-  /// more than what goes.
-  private func forgetSent() {
-    if replyIndex == replies.count {
-      replies.removeAll(keepingCapacity: replies.capacity <= 4 * Self.replyLimit)
-    } else if replyIndex >= max(Self.replyLimit, replies.count / 2) {
-      replies.removeFirst(replyIndex)
-    } else {
-      return
-    }
-    replyIndex = 0
-  }
-
-  /// Fills vectors with what is due next, one chunk at most; returns their number.
-  private func gather(into vectors: UnsafeMutablePointer<iovec>) -> Int {
-    var count = 0
-    var room = TCPWire.sendChunkBytes
-    var skip = replyOffset
-    var index = replyIndex
-    while index < replies.count, count + 2 <= TCPWire.vectorCount, room > 0 {
-      let reply = replies[index]
-      if reply.status != .none {
-        if skip < TCPWire.statusBytes {
-          let frame = reply.status == .ok ? TCPServerLoop.okFrame : TCPServerLoop.rejectedFrame
-          vectors[count] = iovec(
-            iov_base: UnsafeMutableRawPointer(mutating: frame + skip),
-            iov_len: TCPWire.statusBytes - skip)
-          count += 1
-          skip = 0
-        } else {
-          skip -= TCPWire.statusBytes
-        }
-      }
-      let length = min(reply.length - skip, room)
-      if length > 0 {
-        vectors[count] = iovec(
-          iov_base: UnsafeMutableRawPointer(bitPattern: UInt(reply.address) + UInt(skip)),
-          iov_len: length)
-        count += 1
-        room -= length
-      }
-      skip = 0
-      index += 1
-    }
-    return count
-  }
-
-  private func consume(_ byteCount: Int) {
-    var left = byteCount
-    while left > 0 {
-      let due = replies[replyIndex].totalBytes - replyOffset
-      if left < due {
-        replyOffset += left
-        return
-      }
-      left -= due
-      replyOffset = 0
-      replyIndex += 1
-    }
   }
 }

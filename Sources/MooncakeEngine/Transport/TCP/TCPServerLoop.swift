@@ -13,7 +13,7 @@ final class TCPServerLoop: @unchecked Sendable {
     case stop
   }
 
-  /// Lets a thread wait until every loop has obeyed.
+  /// Lets a thread wait until every loop has done what it was told.
   final class Acknowledgment: Sendable {
     private let remaining: Futex
 
@@ -33,7 +33,7 @@ final class TCPServerLoop: @unchecked Sendable {
     }
   }
 
-  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorCount)
+  let vectors = UnsafeMutablePointer<iovec>.allocate(capacity: TCPWire.vectorLimit)
   var input: ScatterBuffer
   private let epoll: Epoll
   private let wakeup: EventFD
@@ -50,22 +50,22 @@ final class TCPServerLoop: @unchecked Sendable {
   private var tableVersion: UInt64 = 0
   private var connections: [UInt64: TCPServerConnection] = [:]
   private var nextToken: UInt64 = 1
-  private var againTokens: [UInt64] = []
+  private var unfinishedTokens: [UInt64] = []
   private var drainingTokens: Set<UInt64> = []
   private var isStopping = false
   private var turnBytes = 0
-  private var isBulkTurn = false
+  private var hasMovedLargeRequest = false
 
   private static let wakeupToken: UInt64 = 0
   private static let eventCount = 128
-  /// A turn that moved more is bulk: its peer needs the processor more than we need its next byte.
+  /// After a turn that moved more, the loop does not spin: the peer needs the processor more.
   private static let spinLimitBytes = 64 << 10
 
   init(buffers: BufferTable, counters: TCPCounters, spinNanoseconds: UInt64) throws(Errno) {
     self.buffers = buffers
     self.counters = counters
-    // Longer than a round trip in which both ends had to be woken: else a pair that once fell
-    // asleep would sleep, and wake each other, for every further request.
+    // Longer than a round trip in which both ends had to be woken. Otherwise a pair that once slept
+    // would sleep, and wake each other, for every further request.
     self.spinNanoseconds = 4 &* spinNanoseconds
     input = try ScatterBuffer()
     epoll = try Epoll()
@@ -94,7 +94,7 @@ final class TCPServerLoop: @unchecked Sendable {
       return mailbox.isClosed
     }
     if !isClosed { return wakeup.signal() }
-    // The thread has closed its connections: there is nothing left to obey with.
+    // The thread has closed its connections and reads no more messages.
     switch message {
     case .adopt(let descriptor, _): Glibc.close(descriptor)
     case .revoke(_, let acknowledgment): acknowledgment.arrive()
@@ -110,18 +110,18 @@ final class TCPServerLoop: @unchecked Sendable {
     var lastActivity: UInt64 = 0
     while !isStopping {
       let spins = lastActivity != 0 && Clock.now() - lastActivity < spinNanoseconds
-      let timeout: Int32 = spins || !againTokens.isEmpty ? 0 : drainTimeout()
+      let timeout: Int32 = spins || !unfinishedTokens.isEmpty ? 0 : drainTimeout()
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       expireDrains()
-      if count == 0 && againTokens.isEmpty {
-        // After the last bytes of a large request others may be in the middle of theirs.
-        if spins { if isBulkTurn { yieldProcessor() } else { relaxProcessor() } }
+      if count == 0 && unfinishedTokens.isEmpty {
+        // After a large request others may be in the middle of theirs and need the processor.
+        if spins { if hasMovedLargeRequest { yieldProcessor() } else { relaxProcessor() } }
         continue
       }
       turnBytes = 0
-      isBulkTurn = false
+      hasMovedLargeRequest = false
       refreshTable()
-      serveAgain()
+      serveUnfinished()
       for index in 0..<count {
         let token = events[index].data.u64
         if token == Self.wakeupToken { readMailbox() } else { serve(token) }
@@ -153,7 +153,7 @@ final class TCPServerLoop: @unchecked Sendable {
   func countRequest() { requestCount += 1 }
 
   /// Part of a large request moved.
-  func noteBulk() { isBulkTurn = true }
+  func noteLargeRequest() { hasMovedLargeRequest = true }
 
   /// Counts and logs a refused request.
   func countRejection(_ header: TCPWire.Header, _ verdict: RangeTable.Verdict, _ peer: String) {
@@ -172,7 +172,7 @@ final class TCPServerLoop: @unchecked Sendable {
   }
 
   private func refreshTable() {
-    // The version is read first: a change between the two reads only means one more refresh.
+    // The version is read first: a change between the two reads only costs one more refresh.
     let version = buffers.version
     if version == tableVersion { return }
     table = buffers.snapshot
@@ -226,9 +226,9 @@ final class TCPServerLoop: @unchecked Sendable {
     counters.connections.wrappingSubtract(1, ordering: .relaxed)
   }
 
-  private func serveAgain() {
-    let tokens = againTokens
-    againTokens.removeAll(keepingCapacity: true)
+  private func serveUnfinished() {
+    let tokens = unfinishedTokens
+    unfinishedTokens.removeAll(keepingCapacity: true)
     for token in tokens { serve(token) }
   }
 
@@ -237,7 +237,7 @@ final class TCPServerLoop: @unchecked Sendable {
     let before = connection.interest
     switch connection.serve(self) {
     case .close: return close(token)
-    case .again: againTokens.append(token)
+    case .again: unfinishedTokens.append(token)
     case .keep: break
     }
     if connection.drainDeadline != nil { drainingTokens.insert(token) }

@@ -28,10 +28,10 @@ package final class TCPTransport: @unchecked Sendable {
   package let loops: [TCPClientLoop]
   package let server: TCPServer
   private let settings: Settings
-  /// Peers that connections were made for.
+  /// How many peers there have been.
   private let peerCount = Atomic(0)
   private struct Weak { weak var ranges: UnfencedRanges? }
-  /// By the process that is written to.
+  /// By process that is written to.
   private let unfenced = Lock<[String: Weak]>([:])
 
   /// Serves on `listener` and starts the client threads.
@@ -64,7 +64,7 @@ package final class TCPTransport: @unchecked Sendable {
     }
   }
 
-  /// Connections to the data port that a descriptor names; made when first used.
+  /// The connections to a descriptor's data port; each is made when it is first used.
   package func connect(
     to descriptor: SegmentDescriptor, deadline: Deadline, handlers: TCPPeer.Handlers
   ) throws(EngineError) -> TCPConnectionGroup {
@@ -87,15 +87,15 @@ package final class TCPTransport: @unchecked Sendable {
       segmentName: descriptor.name, addresses: addresses,
       usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
       unfenced: unfencedRanges(of: descriptor, addresses[0]), handlers: handlers)
-    // Many peers with little each must not all be left to one loop.
+    // Spreads peers over the loops, as most use only their first connection.
     let peerIndex = peerCount.wrappingAdd(1, ordering: .relaxed).oldValue
     return TCPConnectionGroup(
       peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops,
       firstLoop: peerIndex % loops.count)
   }
 
-  /// What is open with the process behind a descriptor: one that moved, or whose segment was closed
-  /// and is opened again, has the same memory.
+  /// The unfenced ranges of a descriptor's process. They outlive its peers: a process that moved,
+  /// or whose segment was closed and is opened again, has the same memory.
   private func unfencedRanges(
     of descriptor: SegmentDescriptor, _ address: SocketAddress
   ) -> UnfencedRanges {

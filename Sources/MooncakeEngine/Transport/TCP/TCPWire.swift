@@ -1,8 +1,8 @@
 import CLinux
 
-/// The existing system's TCP framing: a 24-byte request header (size, address, opcode, padding)
-/// and, in version 2, an 8-byte status frame (code, magic) before read data and after write data.
-/// Numbers are little-endian.
+/// Mooncake's TCP framing: a 24-byte request header (size, address, opcode, padding) and, in
+/// version 2, an 8-byte status frame (code, magic) before read data and after write data. Numbers
+/// are little-endian.
 package enum TCPWire {
   package static let headerBytes = 24
   package static let statusBytes = 8
@@ -12,7 +12,7 @@ package enum TCPWire {
   package static let statusOK: UInt64 = statusMagic
   package static let statusRejected: UInt64 = statusMagic | 1
 
-  /// A request as it stands on the wire.
+  /// The header of a request.
   package struct Header: Equatable, Sendable {
     package var size: UInt64
     package var address: UInt64
@@ -26,7 +26,7 @@ package enum TCPWire {
       self.isAcknowledged = isAcknowledged
     }
 
-    /// Reads 24 bytes. Every bit pattern is a header: peers treat any opcode but write as read.
+    /// Reads 24 bytes. Every bit pattern is a valid header: any opcode but write is a read.
     @inline(__always)
     package init(_ bytes: UnsafeRawPointer) {
       size = UInt64(littleEndian: bytes.loadUnaligned(as: UInt64.self))
@@ -50,9 +50,9 @@ package enum TCPWire {
     case ok
     /// The target refused the address range.
     case rejected
-    /// The magic is right, the code is none that this version knows.
+    /// The magic is right, the code is unknown to this version.
     case failed(UInt32)
-    /// Not a status frame: the peer speaks something else.
+    /// Not a status frame: the peer speaks another protocol.
     case malformed
 
     @inline(__always)
@@ -70,11 +70,11 @@ package enum TCPWire {
     }
   }
 
-  /// Socket buffers of connections inside one host: what is in flight stays in the processors'
-  /// caches between the two copies. Elsewhere the kernel's own tuning follows the path.
+  /// Socket buffers of connections inside one host, so small that data in flight stays in the
+  /// processors' caches between its two copies. Elsewhere the kernel tunes them to the path.
   package static let localSocketBufferBytes: Int32 = 512 << 10
-  /// Bytes handed to one send call: large enough to amortize it, small enough for the cache.
+  /// Data bytes of one send call: enough to amortize it, few enough for the cache.
   package static let sendChunkBytes = 256 << 10
   /// Pieces of one gathered send or scattered receive.
-  package static let vectorCount = 128
+  package static let vectorLimit = 128
 }

@@ -3,17 +3,18 @@ import Synchronization
 
 /// Where a peer's process may still store data of writes that ended without its answer.
 ///
-/// A connection that is given up leaves its last writes in the target's receive queue, and the
-/// target stores them when its server gets to them, which may be after a later write to the same
-/// place has completed on another connection. So the ranges stand here, from before the end of such
-/// a write is published until nothing of it can land, and no write that touches one is sent
-/// meanwhile. One object for each process that is written to, whatever connections lead there.
+/// A connection that is given up leaves its last writes in the target's receive queue. The target
+/// stores them when its server gets to them, perhaps after a later write to the same place has
+/// completed on another connection. So their ranges are kept here, from before the end of such a
+/// write is published until nothing of it can land, and no write that touches one is sent
+/// meanwhile. There is one object for each process that is written to, shared by all connections to
+/// it.
 package final class UnfencedRanges: Sendable {
   package enum Verdict: Equatable, Sendable {
     case free
-    /// The peer is about to close the connection: wait.
+    /// The peer is expected to close the connection soon: wait.
     case pending
-    /// It has not within the bound: the write must not be sent.
+    /// It has not closed it in time: the write must not be sent.
     case overdue
   }
 
@@ -26,11 +27,11 @@ package final class UnfencedRanges: Sendable {
   private struct State {
     var entries: [Entry] = []
     var nextID: UInt64 = 1
-    /// Endpoints that hold writes back.
+    /// Endpoints that hold back writes.
     var waiting: [TCPEndpoint] = []
   }
 
-  /// With so many connections that the peer does not close, nothing is written to it.
+  /// With so many connections that the peer has not closed, nothing is written to it.
   private static let entryLimit = 16
 
   private let state = Lock(State())
@@ -51,7 +52,7 @@ package final class UnfencedRanges: Sendable {
     }
   }
 
-  /// Nothing can land there any more.
+  /// Removes an entry, because nothing of it can land any more.
   package func remove(_ id: UInt64) {
     change { state in
       state.entries.removeAll { $0.id == id }
@@ -59,7 +60,7 @@ package final class UnfencedRanges: Sendable {
     }
   }
 
-  /// The wait for the peer has lasted long enough.
+  /// Makes writes to an entry's ranges fail instead of waiting.
   package func markOverdue(_ id: UInt64) {
     change { state in
       for index in state.entries.indices where state.entries[index].id == id {
@@ -68,7 +69,7 @@ package final class UnfencedRanges: Sendable {
     }
   }
 
-  /// What a write to a range has to do. If it must wait, `endpoint` is scheduled at the next
+  /// Whether a write to a range may be sent. If it must wait, `endpoint` is scheduled at the next
   /// change.
   package func verdict(_ address: UInt64, _ length: Int, for endpoint: TCPEndpoint) -> Verdict {
     let range = address..<address &+ UInt64(length)

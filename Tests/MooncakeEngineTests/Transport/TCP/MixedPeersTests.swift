@@ -4,8 +4,8 @@ import MooncakeSystem
 import MooncakeTestSupport
 import Testing
 
-/// Many peers send bulk data to one loop, which is woken only once much of an answer has arrived.
-@Suite struct BulkTurnTests {
+/// Many peers with large answers on one loop: slow, silent, refusing and closing ones side by side.
+@Suite struct MixedPeersTests {
   private static let count = 1 << 20
   private static let silence: UInt64 = 4000
 
