@@ -368,8 +368,8 @@ def keys(uri, prefix="mooncake/"):
 
 
 def start_peer(uri, name, api="native", **variables):
-    extra = dict(VARIABLES, MOONCAKE_PEER_METADATA=uri, MOONCAKE_PEER_NAME=name)
-    return lab.start_ours(api, **extra, **variables)
+    named = dict(MOONCAKE_PEER_METADATA=uri, MOONCAKE_PEER_NAME=name)
+    return lab.start_ours(api, **dict(VARIABLES, **named, **variables))
 
 
 def start_stock(version, uri, name, **variables):
