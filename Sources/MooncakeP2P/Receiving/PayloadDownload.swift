@@ -313,6 +313,7 @@ final class PayloadDownload {
   }
 
   private func read(_ shard: Int, from holder: HolderAddress) {
+    assert(!flights.contains { $0.shard == shard }, "two reads into the memory of shard \(shard)")
     let range = manifest.layout.range(ofShard: shard)
     guard let connection = connections[holder],
       let remote = connection.layout.address(of: range.offset, length: range.length),
