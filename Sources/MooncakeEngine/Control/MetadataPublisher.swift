@@ -29,23 +29,18 @@ package final class MetadataPublisher: Sendable {
 
   /// Used only by the thread, and by `start` and `stop` while there is no thread.
   private struct Work: Sendable {
-    var lease: MetadataLease?
     var routeVersions = MetadataVersion()
     /// The entries put under the lease.
     var entries: [MetadataEntry] = []
-    var next = Deadline.never
-    /// When the lease needs its time again, whatever is put under it until then: that renews none.
-    var renewal = Deadline.never
-    var backoffMilliseconds: UInt64 = 0
     var isSuperseded = false
   }
 
   private struct State: Sendable {
+    var keeper: LeaseKeeper
     var wanted: UInt64 = 0
     var published: UInt64 = 0
     /// The latest version for which an attempt has ended, successfully or not.
     var attempted: UInt64 = 0
-    var isDown = false
     /// The last attempt's error, if the next would fail the same way.
     var refusal: EngineError?
     var isStopping = false
@@ -53,19 +48,16 @@ package final class MetadataPublisher: Sendable {
 
     /// Whether there are changes that cannot wait for the next regular attempt.
     var hasNews: Bool {
-      wanted > published && (!isDown || refusal != nil && wanted > attempted)
+      wanted > published && (!keeper.isDown || refusal != nil && wanted > attempted)
     }
   }
 
   private let work = Lock(Work())
-  private let state = Lock(State())
+  private let state: Lock<State>
   private let doorbell = Futex()
   private let progress = Futex()
   private let thread = Lock<WorkerThread?>(nil)
 
-  private static let firstBackoffMilliseconds: UInt64 = 100
-  private static let maximumBackoffMilliseconds: UInt64 = 1000
-  private static let removalMilliseconds: UInt64 = 2000
   /// How often a wait checks for cancellation.
   private static let cancellationMilliseconds: UInt64 = 50
 
@@ -79,6 +71,9 @@ package final class MetadataPublisher: Sendable {
     incarnation = SegmentDescriptor.text(incarnation: local.descriptor.incarnation)
     routeKey = directory.routeKey(local.name)
     self.rpcAddress = rpcAddress
+    let keeper = LeaseKeeper(
+      ttlMilliseconds: directory.settings.ttlMilliseconds, at: Clock.now())
+    state = Lock(State(keeper: keeper))
   }
 
   deinit { stop() }
@@ -94,10 +89,9 @@ package final class MetadataPublisher: Sendable {
         // Renew at once: if the user may put but not renew, fail now instead of vanishing when the
         // lease ends.
         _ = try renew(&work, call)
-        work.next = work.renewal
       }
     } catch {
-      if work.withLock({ $0.lease != nil || !$0.entries.isEmpty }) {
+      if lease != nil || work.withLock({ !$0.entries.isEmpty }) {
         remove(within: deadline.hasPassed ? Self.cancellationMilliseconds : nil)
       }
       throw error
@@ -123,7 +117,7 @@ package final class MetadataPublisher: Sendable {
       let (isOver, refusal): (Bool, EngineError?) = state.withLock { state in
         if state.published >= version || state.isStopping { return (true, nil) }
         if let refusal = state.refusal { return (state.attempted >= version, refusal) }
-        return (state.isDown, nil)
+        return (state.keeper.isDown, nil)
       }
       if isOver {
         if let refusal { throw refusal }
@@ -160,12 +154,11 @@ package final class MetadataPublisher: Sendable {
   }
 
   private func remove(within milliseconds: UInt64? = nil) {
-    let isDown = state.withLock { $0.isDown }
-    let milliseconds = milliseconds ?? Self.removalMilliseconds / (isDown ? 4 : 1)
+    let (lease, limit) = state.withLock { ($0.keeper.lease, $0.keeper.endMilliseconds) }
     work.withLock { work in
       do throws(EngineError) {
         try directory.store.revoke(
-          work.lease, work.entries, Call(until: .after(milliseconds: milliseconds)))
+          lease, work.entries, Call(until: .after(milliseconds: milliseconds ?? limit)))
       } catch {
         Log.warning("segment \(local.name) stays published until its lease ends: \(error.message)")
       }
@@ -177,53 +170,75 @@ package final class MetadataPublisher: Sendable {
   private func run() {
     while true {
       let bell = doorbell.value
-      let (isStopping, hasNews) = state.withLock { ($0.isStopping, $0.hasNews) }
-      if isStopping { return }
-      let next = work.withLock { work in
-        if hasNews || work.next.hasPassed { step(&work) }
-        return work.next
+      let (isStopping, isDue) = state.withLock {
+        ($0.isStopping, $0.hasNews || Clock.now() >= $0.keeper.next)
       }
-      let isIdle = state.withLock { !$0.hasNews }
-      if isIdle { doorbell.wait(while: bell, until: next) }
+      if isStopping { return }
+      if isDue { work.withLock { step(&$0) } }
+      let (isIdle, next) = state.withLock { (!$0.hasNews, $0.keeper.next) }
+      if isIdle { doorbell.wait(while: bell, until: Deadline(nanoseconds: next)) }
     }
   }
 
   private func step(_ work: inout Work) {
-    let ttl = directory.settings.ttlMilliseconds
-    let call = untilClose.within(milliseconds: max(1000, ttl * 3 / 10))
+    let (isNews, isDue, milliseconds) = state.withLock {
+      ($0.wanted > $0.published, $0.keeper.isDue(at: Clock.now()), $0.keeper.callMilliseconds)
+    }
+    let call = untilClose.within(milliseconds: milliseconds)
     let version = local.buffers.version
     do throws(EngineError) {
-      let isNews = state.withLock { $0.wanted > $0.published }
-      // News may come without a pause, and may be refused; what the service has stays there.
-      if !work.isSuperseded && work.entries.count == 2 && (!isNews || work.renewal.hasPassed) {
-        if try renew(&work, call) == .kept {
+      // Changes may come without a pause, and may be refused. They do not renew the lease.
+      if work.entries.count == 2 && (isDue || !isNews) {
+        let renewal = try renew(&work, call)
+        if renewal == .kept {
           state.withLock { $0.counters.renewals &+= 1 }
-          if !isNews {
-            succeeded(&work)
-            return
-          }
-        } else {
-          // The entries belong to another process or are gone, so drop the lease.
-          work.lease = nil
-          work.entries = []
+          if !isNews { return succeeded { _ in } }
         }
       }
       try publish(&work, isFirst: false, call)
     } catch {
-      failed(&work, error, version)
+      failed(work, error, version)
     }
   }
 
-  private func renew(
-    _ work: inout Work, _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
-    let next = Deadline.after(milliseconds: directory.settings.ttlMilliseconds / 3)
-    let found = try directory.store.renew(work.lease, work.entries, call)
-    work.renewal = next
-    return found
+  // MARK: Lease
+
+  private var lease: MetadataLease? { state.withLock { $0.keeper.lease } }
+
+  private func renew(_ work: inout Work, _ call: Call) throws(EngineError) -> MetadataRenewal {
+    let (lease, asked) = (self.lease, Clock.now())
+    let renewal = try directory.store.renew(lease, work.entries, call)
+    if renewal == .gone {
+      forgetLease(&work)
+    } else {
+      state.withLock { $0.keeper.renewed(lease, at: asked) }
+      // They belong to another process or are gone.
+      if renewal != .kept { work.entries = [] }
+    }
+    return renewal
   }
 
+  private func forgetLease(_ work: inout Work) {
+    state.withLock { _ = $0.keeper.forget($0.keeper.lease) }
+    work.entries = []
+  }
+
+  // MARK: Entries
+
+  /// Puts the entries; if the lease has ended, once more with a new one.
   private func publish(
+    _ work: inout Work, isFirst: Bool, _ call: Call
+  ) throws(EngineError) {
+    do throws(EngineError) {
+      return try publishOnce(&work, isFirst: isFirst, call)
+    } catch {
+      if error.code != .notFound { throw error }
+      state.withLock { $0.counters.failures &+= 1 }
+    }
+    try publishOnce(&work, isFirst: isFirst, call)
+  }
+
+  private func publishOnce(
     _ work: inout Work, isFirst: Bool, _ call: Call
   ) throws(EngineError) {
     let isRepetition = !isFirst && work.entries.count < 2
@@ -234,10 +249,12 @@ package final class MetadataPublisher: Sendable {
       }
     }
     // Without leases, entries stay until they are removed.
-    if work.lease == nil && work.entries.isEmpty {
-      let ttl = directory.settings.ttlMilliseconds
-      work.renewal = .after(milliseconds: ttl / 3)
-      work.lease = try directory.store.grant(ttlMilliseconds: ttl, call)
+    var lease = self.lease
+    if lease == nil && work.entries.isEmpty {
+      let asked = Clock.now()
+      let new = try directory.store.grant(
+        ttlMilliseconds: directory.settings.ttlMilliseconds, call)
+      lease = state.withLock { $0.keeper.granted(new, at: asked) }
     }
     // Read the version before the text: the text must contain everything up to that version.
     let version = local.buffers.version
@@ -249,23 +266,19 @@ package final class MetadataPublisher: Sendable {
           rpcAddress, incarnation: local.descriptor.incarnation,
           metadataVersion: work.routeVersions.next())
         let route = MetadataEntry(key: routeKey, value: directory.stored(text))
-        try directory.store.put(route, lease: work.lease, call)
+        try directory.store.put(route, lease: lease, call)
         work.entries = [route]
       }
-      try directory.store.put(segment, lease: work.lease, call)
+      try directory.store.put(segment, lease: lease, call)
       work.entries = [work.entries[0], segment]
     } catch {
-      if error.code == .notFound {
-        work.lease = nil
-        work.entries = []
-      }
+      if error.code == .notFound { forgetLease(&work) }
       throw error
     }
     work.isSuperseded = false
-    succeeded(&work)
-    state.withLock {
-      $0.counters.publications &+= 1
-      if isRepetition { $0.counters.repetitions &+= 1 }
+    succeeded {
+      $0.publications &+= 1
+      if isRepetition { $0.repetitions &+= 1 }
     }
     advance(to: version)
     if isRepetition { Log.info("segment \(local.name) is published again") }
@@ -304,8 +317,10 @@ package final class MetadataPublisher: Sendable {
           + "\(directory.store.uri); peers find that one until it ends")
     }
     work.isSuperseded = true
-    succeeded(&work)
-    work.next = .after(milliseconds: directory.settings.ttlMilliseconds / 3)
+    if work.entries.isEmpty { forgetLease(&work) }
+    // Look again after a period.
+    state.withLock { $0.keeper.renewed($0.keeper.lease, at: Clock.now()) }
+    succeeded { _ in }
     advance(to: local.buffers.version)
   }
 
@@ -318,44 +333,33 @@ package final class MetadataPublisher: Sendable {
     progress.wakeAll()
   }
 
-  private func succeeded(_ work: inout Work) {
-    work.next = work.renewal
-    work.backoffMilliseconds = 0
+  private func succeeded(_ count: (inout Counters) -> Void) {
     let wasDown = state.withLock { state in
-      defer { state.isDown = false }
+      count(&state.counters)
       state.refusal = nil
       state.counters.isReachable = true
       state.counters.isRefused = false
-      return state.isDown
+      return state.keeper.succeeded(at: Clock.now())
     }
     if wasDown { Log.info("metadata \(directory.store.uri) can be reached again") }
   }
 
-  private func failed(_ work: inout Work, _ error: EngineError, _ version: UInt64) {
-    // That a lease has ended is not a failure of the service.
-    let isLost = error.code == .notFound && work.backoffMilliseconds == 0
-    work.backoffMilliseconds = min(
-      Self.maximumBackoffMilliseconds,
-      max(Self.firstBackoffMilliseconds, work.backoffMilliseconds * 2))
-    let backoff = Deadline.after(milliseconds: work.backoffMilliseconds)
-    // Refused entries may be large and will be refused again, so wait longer.
-    work.next =
-      error.isRefusal && work.entries.count == 2
-      ? max(work.renewal, backoff) : isLost ? .after(milliseconds: 0) : backoff
-    let wasTold = state.withLock { state in
-      defer {
-        state.isDown = true
-        state.refusal = error.isRefusal ? error : nil
-        state.attempted = max(state.attempted, version)
-      }
+  private func failed(_ work: Work, _ error: EngineError, _ version: UInt64) {
+    let isNew = state.withLock { state in
+      let wasRefused = state.refusal != nil
+      state.refusal = error.isRefusal ? error : nil
+      state.attempted = max(state.attempted, version)
       state.counters.failures &+= 1
-      state.counters.isReachable = isLost || error.isRefusal
+      state.counters.isReachable = error.isRefusal
       state.counters.isRefused = error.isRefusal
-      return state.isDown && (state.refusal != nil || !error.isRefusal)
+      // Refused changes may be large. The service keeps the old entries meanwhile.
+      let isFirst = state.keeper.failed(
+        at: Clock.now(), isRefused: error.isRefusal && work.entries.count == 2)
+      return isFirst || error.isRefusal && !wasRefused
     }
     progress.increment()
     progress.wakeAll()
-    if wasTold || isLost || error.code == .canceled { return }
+    if !isNew || error.code == .canceled { return }
     if error.isRefusal {
       Log.error(
         "segment \(local.name): \(error.message) (transfers go on; peers find what was published "

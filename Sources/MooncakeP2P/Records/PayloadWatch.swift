@@ -54,8 +54,6 @@ final class PayloadWatchLoop: Sendable {
   private let ended = Futex(1)
 
   private static let waitMilliseconds: UInt64 = 30_000
-  private static let firstBackoffMilliseconds: UInt64 = 100
-  private static let maximumBackoffMilliseconds: UInt64 = 1000
 
   init(
     _ directory: StoreDirectory, prefix: String,
@@ -105,24 +103,24 @@ final class PayloadWatchLoop: Sendable {
   }
 
   private func run() {
-    var backoff: UInt64 = 0
+    var backoff = Backoff()
     while !isStopping.isSet {
       do throws(EngineError) {
         try follower.turn(
           Call(
             until: .after(milliseconds: Self.waitMilliseconds),
             cancellation: stopping.descriptor.rawValue))
-        if backoff > 0 { Log.info("metadata \(follower.uri): payloads are watched again") }
-        backoff = 0
+        if backoff.isFailing { Log.info("metadata \(follower.uri): payloads are watched again") }
+        backoff.succeeded()
       } catch {
         if error.code == .canceled { continue }
-        if backoff == 0 {
+        if !backoff.isFailing {
           Log.warning("watching payloads '\(follower.prefix)': \(error.message)")
         }
-        backoff = min(
-          Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
+        backoff.failed()
         _ = Waiting.sleep(
-          until: .after(milliseconds: backoff), cancellation: stopping.descriptor.rawValue)
+          until: .after(milliseconds: backoff.milliseconds),
+          cancellation: stopping.descriptor.rawValue)
       }
     }
   }

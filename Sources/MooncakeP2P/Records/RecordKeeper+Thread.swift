@@ -6,43 +6,35 @@ import Synchronization
 
 /// The thread's work: first the lease, then the names, then records that the service lacks.
 extension RecordKeeper {
-  private static let firstBackoffMilliseconds: UInt64 = 100
-  private static let maximumBackoffMilliseconds: UInt64 = 1000
   /// Names checked per request.
   private static let pageCount = 128
 
-  /// A third of the lease's duration.
-  private var periodNanoseconds: UInt64 { directory.ttlMilliseconds * 1_000_000 / 3 }
-
   func run() {
-    var pause = periodNanoseconds
-    var backoff: UInt64 = 0
-    let firstPause = Self.firstBackoffMilliseconds * 1_000_000
     while !Waiting.sleep(
-      until: Deadline(nanoseconds: Clock.now() &+ pause),
+      until: Deadline(nanoseconds: Clock.now() &+ pause()),
       cancellation: stopping.descriptor.rawValue)
     {
       do throws(EngineError) {
         let isSound = try step()
-        backoff = 0
-        let sinceRenewal = directory.now() &- state.withLock { $0.renewed }
-        pause =
-          isSound
-          ? max(firstPause, periodNanoseconds - min(periodNanoseconds, sinceRenewal)) : firstPause
-        if state.withLock({ $0.isDown.exchange(false) }) {
+        let now = directory.now()
+        if state.withLock({ $0.keeper.succeeded(at: now, isFinished: isSound) }) {
           Log.info("metadata \(directory.uri) can be reached again")
         }
       } catch {
-        backoff = min(
-          Self.maximumBackoffMilliseconds, max(Self.firstBackoffMilliseconds, backoff * 2))
-        pause = backoff * 1_000_000
-        if !state.withLock({ $0.isDown.exchange(true) }) && error.code != .canceled {
+        let now = directory.now()
+        if state.withLock({ $0.keeper.failed(at: now) }) && error.code != .canceled {
           Log.warning(
             "\(error.message) (transfers go on; what this process holds is published again as soon "
               + "as the service can be reached)")
         }
       }
     }
+  }
+
+  /// Until the next round. Its time is on the directory's clock, which cannot be slept on.
+  private func pause() -> UInt64 {
+    let (now, next) = (directory.now(), state.withLock { $0.keeper.next })
+    return next - min(next, now)
   }
 
   /// One round; false if something was lost, so that another round is due soon.
@@ -83,7 +75,7 @@ extension RecordKeeper {
 
   private var call: Call {
     Call(
-      until: .after(milliseconds: max(1000, directory.ttlMilliseconds * 3 / 10)),
+      until: .after(milliseconds: state.withLock { $0.keeper.callMilliseconds }),
       cancellation: stopping.descriptor.rawValue)
   }
 
@@ -92,7 +84,7 @@ extension RecordKeeper {
   /// Renews the lease before anything else; false if an entry is gone.
   private func renew() throws(EngineError) -> Bool {
     let now = directory.now()
-    let (lease, entries) = state.withLock { ($0.lease, self.entries($0)) }
+    let (lease, entries) = state.withLock { ($0.keeper.lease, self.entries($0)) }
     var isSound = true
     var strays: [String] = []
     if lease != nil && !entries.isEmpty {
@@ -112,7 +104,7 @@ extension RecordKeeper {
         }
       }
     }
-    state.withLock { $0.renewed = now }
+    state.withLock { $0.keeper.renewed(lease, at: now) }
     try remove(strays)
     return isSound
   }
@@ -145,7 +137,8 @@ extension RecordKeeper {
 
   /// Between two calls of a round that may take long.
   private func renewIfDue() throws(EngineError) {
-    if directory.now() &- state.withLock({ $0.renewed }) >= periodNanoseconds { _ = try renew() }
+    let now = directory.now()
+    if state.withLock({ $0.keeper.isDue(at: now) }) { _ = try renew() }
   }
 
   // MARK: Names

@@ -69,14 +69,12 @@ package final class RecordKeeper: Sendable {
   struct State: Sendable {
     /// By key.
     var slots: [String: Slot] = [:]
-    var lease: MetadataLease?
+    /// On the directory's clock.
+    var keeper: LeaseKeeper
     var lastEdition: UInt64 = 0
-    /// When the lease was last renewed, on the directory's clock.
-    var renewed: UInt64 = 0
     /// When all names were last checked, and the removal mark at that time.
     var looked: Moment?
     var mark: String?
-    var isDown = false
     /// Whether single records could not be put.
     var isHindered = false
     var isStopping = false
@@ -87,18 +85,19 @@ package final class RecordKeeper: Sendable {
   }
 
   let directory: StoreDirectory
-  let state = Lock(State())
+  let state: Lock<State>
   let stopping: EventFD
   let isWithdrawing = Atomic(false)
   /// False: tests call `step`, and removals are reported on its caller's thread.
   let hasThread: Bool
 
-  private static let removalMilliseconds: UInt64 = 2000
   private static let attemptLimit = 8
 
   package init(_ directory: StoreDirectory, hasThread: Bool = true) throws(EngineError) {
     self.directory = directory
     self.hasThread = hasThread
+    let keeper = LeaseKeeper(ttlMilliseconds: directory.ttlMilliseconds, at: directory.now())
+    state = Lock(State(keeper: keeper))
     do throws(Errno) { stopping = try EventFD() } catch {
       throw EngineError(.system, "making an event for records: \(error)")
     }
@@ -239,16 +238,14 @@ package final class RecordKeeper: Sendable {
     // Only the thread could start another one, and it has ended.
     let withdrawal = state.withLock { $0.withdrawal.take() }
     if let withdrawal, !withdrawal.isCurrent { withdrawal.join() }
-    let (entries, lease, isDown) = state.withLock { state in
+    let (entries, lease, milliseconds) = state.withLock { state in
       defer { state.slots = [:] }
-      return (self.entries(state), state.lease, state.isDown)
+      return (self.entries(state), state.keeper.lease, state.keeper.endMilliseconds)
     }
     if lease == nil { return }
     do throws(EngineError) {
       try store.revoke(
-        lease, entries,
-        Call(
-          until: min(end, .after(milliseconds: Self.removalMilliseconds / (isDown ? 4 : 1)))))
+        lease, entries, Call(until: min(end, .after(milliseconds: milliseconds))))
     } catch {
       Log.warning("records of payloads stay until their lease ends: \(error.message)")
     }
@@ -334,31 +331,23 @@ package final class RecordKeeper: Sendable {
   }
 
   private func lease(_ call: Call) throws(EngineError) -> MetadataLease {
-    let (present, isStopping) = state.withLock { ($0.lease, $0.isStopping) }
+    let (present, isStopping) = state.withLock { ($0.keeper.lease, $0.isStopping) }
     if isStopping { throw Self.closed }
     if let present { return present }
+    let asked = directory.now()
     guard let new = try store.grant(ttlMilliseconds: directory.ttlMilliseconds, call) else {
       throw EngineError(
         .unsupported,
         "metadata \(directory.uri): this server keeps no leases and lists nothing: the store needs "
           + "mooncake metadata serve, etcd or Redis")
     }
-    let now = directory.now()
-    // If two threads granted one, the other expires unused.
-    return state.withLock { state in
-      if state.lease == nil {
-        state.lease = new
-        state.renewed = now
-      }
-      return state.lease!
-    }
+    return state.withLock { $0.keeper.granted(new, at: asked) } ?? new
   }
 
   /// Nothing depends on that lease any more.
   func forget(_ lease: MetadataLease?) {
     state.withLock { state in
-      guard state.lease == lease else { return }
-      state.lease = nil
+      guard state.keeper.forget(lease) else { return }
       for key in state.slots.keys { state.slots[key]?.isStored = false }
     }
   }
@@ -371,6 +360,7 @@ package final class RecordKeeper: Sendable {
     do throws(Errno) {
       try state.withLock { state throws(Errno) in
         if state.thread != nil || state.isStopping || !hasThread { return }
+        state.keeper.begin(at: directory.now())
         // Keeps this object alive until `stop`.
         state.thread = try WorkerThread.start(name: "mc-store") { self.run() }
       }
