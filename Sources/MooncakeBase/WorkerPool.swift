@@ -31,7 +31,7 @@ package final class WorkerPool: Sendable {
   }
 
   /// Keeps one thread from now on, so that `run` cannot fail before the pool stops.
-  package func reserve() throws(EngineError) {
+  package func reserve() throws(MooncakeError) {
     let failure: Errno? = state.withLock { state in
       if state.isReserved || state.isStopping { return nil }
       if state.threadCount == 0, let failure = startThread(&state) { return failure }
@@ -39,7 +39,7 @@ package final class WorkerPool: Sendable {
       return nil
     }
     if let failure {
-      throw EngineError(.system, "\(describeFailure(failure))")
+      throw MooncakeError(.system, "\(describeFailure(failure))")
     }
   }
 

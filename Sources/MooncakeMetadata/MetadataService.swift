@@ -88,29 +88,29 @@ package protocol MetadataService: AnyObject, Sendable {
   var uri: MetadataURI { get }
 
   /// nil if the key does not exist.
-  func get(_ key: String, _ call: Call) throws(EngineError) -> String?
+  func get(_ key: String, _ call: Call) throws(MooncakeError) -> String?
 
   /// The values of many keys, in their order, in as few requests as possible.
-  func values(of keys: [String], _ call: Call) throws(EngineError) -> [String?]
+  func values(of keys: [String], _ call: Call) throws(MooncakeError) -> [String?]
 
   /// Puts an entry, replacing any value. Throws `notFound` if the lease is gone.
   func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError)
+  ) throws(MooncakeError)
 
   /// Puts an entry if its key does not exist; otherwise returns false and changes nothing.
   func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool
+  ) throws(MooncakeError) -> Bool
 
   /// Deletes a key; returns whether it existed.
-  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool
+  func delete(_ key: String, _ call: Call) throws(MooncakeError) -> Bool
 
   /// Entries with a prefix, after the key `position` if given; at most `limit`, or as many as the
   /// service gives at once.
   func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage
+  ) throws(MooncakeError) -> MetadataPage
 
   /// Whether the service tells which revision wrote a value, and replaces it on condition that
   /// nothing has been written since. Where not, `getRevised` and `replace` throw `unsupported`, and
@@ -121,22 +121,22 @@ package protocol MetadataService: AnyObject, Sendable {
   /// is an error, instead of being repaired.
   func getRevised(
     _ key: String, isText: Bool, _ call: Call
-  ) throws(EngineError) -> RevisedValue?
+  ) throws(MooncakeError) -> RevisedValue?
 
   /// Puts a value, or deletes the key if it is nil, provided that the key was last written by
   /// `revision` (0 if it does not exist). Otherwise returns false and changes nothing. A value that
   /// is put belongs to no lease.
   func replace(
     _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
-  ) throws(EngineError) -> Bool
+  ) throws(MooncakeError) -> Bool
 
   /// Waits until keys with a prefix change after a revision, or the deadline passes.
   func changes(
     prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges
+  ) throws(MooncakeError) -> MetadataChanges
 
   /// Creates a lease; nil if the service has no leases.
-  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease?
+  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(MooncakeError) -> MetadataLease?
 
   /// Gives a lease its full time again and checks whether its entries are still there. If the
   /// service attaches keys to leases, adds to `strays` the other keys of the lease: those put
@@ -144,19 +144,19 @@ package protocol MetadataService: AnyObject, Sendable {
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: Call
-  ) throws(EngineError) -> MetadataRenewal
+  ) throws(MooncakeError) -> MetadataRenewal
 
   /// Ends a lease and removes its entries, except those that somebody else has put since.
   func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError)
+  ) throws(MooncakeError)
 }
 
 extension MetadataService {
   /// As above, for callers that have put nothing else under the lease.
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
+  ) throws(MooncakeError) -> MetadataRenewal {
     var strays: [String] = []
     return try renew(lease, entries, strays: &strays, call)
   }
@@ -164,7 +164,7 @@ extension MetadataService {
   /// Reads them one by one.
   package func values(
     of keys: [String], _ call: Call
-  ) throws(EngineError) -> [String?] {
+  ) throws(MooncakeError) -> [String?] {
     var values: [String?] = []
     for key in keys { values.append(try get(key, call)) }
     return values
@@ -173,31 +173,31 @@ extension MetadataService {
   /// For services that do not compare revisions.
   package func getRevised(
     _ key: String, isText: Bool, _ call: Call
-  ) throws(EngineError) -> RevisedValue? {
+  ) throws(MooncakeError) -> RevisedValue? {
     throw withoutRevisions("get '\(key)' with its revision")
   }
 
   /// For services that do not compare revisions.
   package func replace(
     _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     throw withoutRevisions("\(value == nil ? "delete" : "put") '\(key)' if unchanged")
   }
 
-  private func withoutRevisions(_ phase: String) -> EngineError {
+  private func withoutRevisions(_ phase: String) -> MooncakeError {
     failure(.unsupported, phase, "this service does not compare revisions", "use etcd")
   }
 
   /// A text with its revision.
-  package func getRevised(_ key: String, _ call: Call) throws(EngineError) -> RevisedValue? {
+  package func getRevised(_ key: String, _ call: Call) throws(MooncakeError) -> RevisedValue? {
     try getRevised(key, isText: true, call)
   }
 
   /// As `listAll`, but one page at a time, for callers that do not keep the entries.
   package func forEach(
     prefix: String, _ call: Call,
-    _ body: (MetadataEntry) throws(EngineError) -> Void
-  ) throws(EngineError) {
+    _ body: (MetadataEntry) throws(MooncakeError) -> Void
+  ) throws(MooncakeError) {
     var position: String?
     repeat {
       let page = try list(prefix: prefix, from: position, limit: .max, call)
@@ -209,7 +209,7 @@ extension MetadataService {
   /// Everything under a prefix, ordered by key.
   package func listAll(
     prefix: String, _ call: Call
-  ) throws(EngineError) -> (entries: [MetadataEntry], revision: UInt64) {
+  ) throws(MooncakeError) -> (entries: [MetadataEntry], revision: UInt64) {
     var page = try list(prefix: prefix, from: nil, limit: .max, call)
     // Keep the first page's revision: `changes` then repeats whatever changed between pages.
     let revision = page.revision
@@ -223,9 +223,9 @@ extension MetadataService {
 
   /// An error of this service: where, in which phase, why, and what to do about it.
   func failure(
-    _ code: EngineError.Code, _ phase: String, _ cause: String, _ remedy: String
-  ) -> EngineError {
-    EngineError(code, "metadata \(uri): \(phase): \(cause): \(remedy)")
+    _ code: MooncakeError.Code, _ phase: String, _ cause: String, _ remedy: String
+  ) -> MooncakeError {
+    MooncakeError(code, "metadata \(uri): \(phase): \(cause): \(remedy)")
   }
 }
 
@@ -234,13 +234,13 @@ package enum MetadataServices {
   /// Loads the library that the service needs, but does not connect yet.
   package static func open(
     _ uri: MetadataURI, settings: MetadataSettings = .fromEnvironment()
-  ) throws(EngineError) -> any MetadataService {
+  ) throws(MooncakeError) -> any MetadataService {
     switch uri.service {
     case .http: try HTTPService(uri, settings)
     case .etcd: try EtcdService(uri, settings)
     case .redis: try RedisService(uri, settings)
     case .peerToPeer:
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "metadata \(uri): this needs a metadata service: name one")
     }
   }

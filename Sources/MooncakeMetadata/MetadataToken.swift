@@ -11,18 +11,18 @@ package struct MetadataToken: Sendable {
   private static let maximumBytes = 4096
 
   /// `source` tells errors where the text came from.
-  package init(_ text: String, from source: String) throws(EngineError) {
+  package init(_ text: String, from source: String) throws(MooncakeError) {
     bytes = Array(text.utf8)
     // A header's value must arrive unchanged at the other end.
     let isPlain = bytes.allSatisfy { $0 >= 0x20 && $0 < 0x7F }
     if !isPlain || bytes.first == 0x20 || bytes.last == 0x20 {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "\(source) has a character that is not printable ASCII, or a space at its start "
           + "or end: correct it here and at the other side")
     }
     if bytes.isEmpty || bytes.count > Self.maximumBytes {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "\(source) is empty or longer than \(Self.maximumBytes) bytes")
     }
   }

@@ -29,7 +29,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
   private static let maximumEndpointCount = 64
 
   /// Parses a text. Errors quote it with possible secrets hidden.
-  package init(parsing text: String) throws(EngineError) {
+  package init(parsing text: String) throws(MooncakeError) {
     do throws(Malformed) {
       self = try Self.parse(text)
     } catch {
@@ -39,7 +39,7 @@ package struct MetadataURI: Sendable, CustomStringConvertible {
       let part = error.part.map { hasSecret ? "a part of it " : "'\($0.prefix(100))' " } ?? ""
       let hint =
         text.contains("@") ? " (percent-encode all but letters and digits of a password)" : ""
-      throw EngineError(.invalidArgument, "metadata \(shown): \(part)\(error.reason)\(hint)")
+      throw MooncakeError(.invalidArgument, "metadata \(shown): \(part)\(error.reason)\(hint)")
     }
   }
 

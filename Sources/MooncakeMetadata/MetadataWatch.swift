@@ -15,7 +15,7 @@ package final class MetadataWatch {
   }
 
   /// As below, with one call for listing and waiting.
-  package func next(_ call: Call) throws(EngineError) -> [MetadataChange] {
+  package func next(_ call: Call) throws(MooncakeError) -> [MetadataChange] {
     try next(call, listing: call)
   }
 
@@ -24,7 +24,7 @@ package final class MetadataWatch {
   /// wait and is bounded by `listing`.
   package func next(
     _ call: Call, listing: Call
-  ) throws(EngineError) -> [MetadataChange] {
+  ) throws(MooncakeError) -> [MetadataChange] {
     while true {
       guard let revision else {
         let changes = try listAnew(listing)
@@ -32,7 +32,7 @@ package final class MetadataWatch {
         continue
       }
       let outcome: MetadataChanges
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         outcome = try store.changes(prefix: prefix, since: revision, call)
       } catch {
         // The service may come back empty and count from the beginning again.
@@ -49,7 +49,7 @@ package final class MetadataWatch {
     }
   }
 
-  private func listAnew(_ call: Call) throws(EngineError) -> [MetadataChange] {
+  private func listAnew(_ call: Call) throws(MooncakeError) -> [MetadataChange] {
     let (entries, revision) = try store.listAll(prefix: prefix, call)
     var gone = known
     var changes: [MetadataChange] = []

@@ -90,11 +90,11 @@ package final class Bounds {
   package var isOver: Bool { isGivenUp || deadline.hasPassed || isCanceled }
 
   /// Throws once the operation is to end.
-  package func check(_ phase: String) throws(EngineError) {
-    if isCanceled { throw EngineError(.canceled, "\(what): canceled (\(phase))") }
-    if isClosed() { throw EngineError(.canceled, "\(what): the store was closed (\(phase))") }
+  package func check(_ phase: String) throws(MooncakeError) {
+    if isCanceled { throw MooncakeError(.canceled, "\(what): canceled (\(phase))") }
+    if isClosed() { throw MooncakeError(.canceled, "\(what): the store was closed (\(phase))") }
     if deadline.hasPassed {
-      throw EngineError(.timeout, "\(what): the deadline passed (\(phase))")
+      throw MooncakeError(.timeout, "\(what): the deadline passed (\(phase))")
     }
   }
 
@@ -103,7 +103,7 @@ package final class Bounds {
   package func report(
     _ phase: StoreProgress.Phase, isLast: Bool = false,
     _ progress: @autoclosure () -> StoreProgress
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     guard let body = operation.progress else { return }
     let now = Clock.now()
     if now < nextReport && phase == told?.phase && !isLast { return }
@@ -112,12 +112,12 @@ package final class Bounds {
     told = progress
     if !body(progress) {
       isGivenUp = true
-      throw EngineError(.canceled, "\(what): canceled by the progress callback")
+      throw MooncakeError(.canceled, "\(what): canceled by the progress callback")
     }
   }
 
   /// Repeats the last report during a wait in which nothing changes.
-  package func reportAgain() throws(EngineError) {
+  package func reportAgain() throws(MooncakeError) {
     let last = told ?? StoreProgress(.locating)
     try report(last.phase, last)
   }
@@ -136,18 +136,18 @@ package final class Bounds {
   /// Runs blocking code on a worker and waits for it as `wait` does.
   package func run<Value: Sendable>(
     on workers: WorkerPool, _ phase: String,
-    _ body: @escaping @Sendable () throws(EngineError) -> Value
-  ) throws(EngineError) -> Value {
+    _ body: @escaping @Sendable () throws(MooncakeError) -> Value
+  ) throws(MooncakeError) -> Value {
     try wait(phase) { completion in
       let isAccepted = workers.run {
-        do throws(EngineError) {
+        do throws(MooncakeError) {
           completion(.success(try body()))
         } catch {
           completion(.failure(error))
         }
       }
       if !isAccepted {
-        completion(.failure(EngineError(.canceled, "\(what): the store was closed (\(phase))")))
+        completion(.failure(MooncakeError(.canceled, "\(what): the store was closed (\(phase))")))
       }
     }
   }
@@ -158,15 +158,15 @@ package final class Bounds {
   package func wait<Value: Sendable>(
     _ phase: String, abandon: @escaping @Sendable (Value) -> Void = { _ in },
     _ start: (@escaping StoreService.Completion<Value>) -> Void
-  ) throws(EngineError) -> Value {
+  ) throws(MooncakeError) -> Value {
     let pending: PendingResult<Value>
     do throws(Errno) { pending = try PendingResult(abandon) } catch {
-      throw EngineError(.system, "\(what): making an event descriptor: \(error)")
+      throw MooncakeError(.system, "\(what): making an event descriptor: \(error)")
     }
     start { pending.end($0) }
     while true {
       if let result = pending.result { return try result.get() }
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try check(phase)
         try reportAgain()
       } catch {
@@ -198,7 +198,7 @@ private final class PendingResult<Result: Sendable>: Sendable {
   private let abandon: @Sendable (Result) -> Void
 
   private struct State {
-    var outcome: Swift.Result<Result, EngineError>?
+    var outcome: Swift.Result<Result, MooncakeError>?
     var isLeft = false
   }
   private let state = Lock(State())
@@ -208,9 +208,9 @@ private final class PendingResult<Result: Sendable>: Sendable {
     event = try EventFD()
   }
 
-  var result: Swift.Result<Result, EngineError>? { state.withLock { $0.outcome } }
+  var result: Swift.Result<Result, MooncakeError>? { state.withLock { $0.outcome } }
 
-  func end(_ result: Swift.Result<Result, EngineError>) {
+  func end(_ result: Swift.Result<Result, MooncakeError>) {
     let isLeft = state.withLock { state in
       state.outcome = result
       return state.isLeft

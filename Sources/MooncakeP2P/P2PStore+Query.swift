@@ -14,7 +14,7 @@ extension P2PStore {
   /// Mooncake's own store uses the same etcd, its payloads are included.
   public func list(
     prefix: String, _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> [PayloadInfo] {
+  ) throws(MooncakeError) -> [PayloadInfo] {
     let bounds = queryBounds("listing payloads '\(prefix)'", operation)
     try bounds.check("start")
     let payloads = try directory.list(prefix: prefix, bounds.call)
@@ -29,7 +29,7 @@ extension P2PStore {
   /// What is known of a payload, including the length of each buffer, and who offers it.
   public func describe(
     _ name: String, _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> (info: PayloadInfo, holders: [PayloadHolder]) {
+  ) throws(MooncakeError) -> (info: PayloadInfo, holders: [PayloadHolder]) {
     let bounds = queryBounds("describing payload '\(name)'", operation)
     try PayloadName.check(name)
     try bounds.check("start")
@@ -51,7 +51,7 @@ extension P2PStore {
   /// again once the watch has been stopped or the store closed.
   public func watch(
     prefix: String, _ handler: @escaping @Sendable (PayloadChange) -> Void
-  ) throws(EngineError) -> PayloadWatch {
+  ) throws(MooncakeError) -> PayloadWatch {
     try PayloadWatch(directory, prefix: prefix, of: watches, handler)
   }
 

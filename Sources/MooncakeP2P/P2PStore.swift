@@ -46,16 +46,16 @@ public final class P2PStore: Sendable {
   /// Uses the caller's engine, which must be closed after the store.
   public convenience init(
     _ engine: TransferEngine, _ options: Options = Options()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try self.init(engine, options, ownsEngine: false)
   }
 
   /// Creates an engine of its own.
   public convenience init(
     engineOptions: TransferEngine.Options, _ options: Options = Options()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let engine = try TransferEngine(engineOptions)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try self.init(engine, options, ownsEngine: true)
     } catch {
       engine.close()
@@ -65,7 +65,7 @@ public final class P2PStore: Sendable {
 
   private init(
     _ engine: TransferEngine, _ options: Options, ownsEngine: Bool
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.engine = engine
     self.ownsEngine = ownsEngine
     drainMilliseconds = options.drainMilliseconds
@@ -73,11 +73,11 @@ public final class P2PStore: Sendable {
     shared = UpstreamCatalog(directory)
     memory = MemoryTable(engine)
     do throws(Errno) { closing = try EventFD() } catch {
-      throw EngineError(.system, "making an event descriptor for a store: \(error)")
+      throw MooncakeError(.system, "making an event descriptor for a store: \(error)")
     }
     // A removed payload must be withdrawn even when the host has no thread to spare.
     try removals.reserve()
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try workers.reserve()
       keeper = try RecordKeeper(directory)
     } catch {
@@ -96,14 +96,14 @@ public final class P2PStore: Sendable {
 
   private static func openDirectory(
     _ engine: TransferEngine, _ options: Options
-  ) throws(EngineError) -> MetadataDirectory {
+  ) throws(MooncakeError) -> MetadataDirectory {
     if let text = options.metadataURI {
       let uri = try MetadataURI(parsing: text)
       if uri.service != .peerToPeer { return try MetadataDirectory(uri) }
     } else if let directory = engine.directory {
       return directory
     }
-    throw EngineError(
+    throw MooncakeError(
       .unsupported,
       "the store needs a metadata service to find payloads: name one, such as etcd://host:2379, or "
         + "start one with `mooncake metadata serve`")
@@ -172,14 +172,14 @@ public final class P2PStore: Sendable {
   /// another call continues.
   func dissolve(
     _ entry: inout Catalog.Entry, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try revoke(&entry, call)
     memory.free(entry.allocations, call)
     entry.allocations = []
   }
 
   /// Ends peers' access to the memory of a payload; throws as `dissolve`.
-  private func revoke(_ entry: inout Catalog.Entry, _ call: Call) throws(EngineError) {
+  private func revoke(_ entry: inout Catalog.Entry, _ call: Call) throws(MooncakeError) {
     let ranges = entry.layout?.ranges ?? []
     if let holding = entry.holding, holding.manifest.isWritable {
       memory.expectWrites(to: ranges, until: holding.lastGrantExpiry)
@@ -232,7 +232,7 @@ public final class P2PStore: Sendable {
       keeper.remove(holding.record, removalCall)
       _ = holding.drain(until: .after(milliseconds: drainMilliseconds))
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try revoke(&entry, removalCall)
     } catch {
       Log.warning("payload '\(entry.name)': \(error.message)")

@@ -6,7 +6,7 @@ import MooncakeSystem
 package enum StoreService {
   package static let name = "store"
 
-  package typealias Completion<Value> = @Sendable (Result<Value, EngineError>) -> Void
+  package typealias Completion<Value> = @Sendable (Result<Value, MooncakeError>) -> Void
 
   /// Asks a holder for permission to read; `completion` is called by the deadline and must not
   /// wait.
@@ -17,7 +17,7 @@ package enum StoreService {
     engine.callService(at: holder.rpc, request.json, until: deadline) { result in
       completion(
         result.flatMap { text in
-          do throws(EngineError) {
+          do throws(MooncakeError) {
             return .success(try answer(text, shardCount: request.have.count))
           } catch {
             return .failure(error)
@@ -35,7 +35,7 @@ package enum StoreService {
 
   private static func answer(
     _ text: String, shardCount: Int
-  ) throws(EngineError) -> ShardAnswer {
+  ) throws(MooncakeError) -> ShardAnswer {
     // The holder's process lives, but its store is gone.
     if text == RPCAnswer.noService { return ShardAnswer(state: .gone) }
     return try ShardAnswer(json: text, shardCount: shardCount)
@@ -53,7 +53,7 @@ package enum StoreService {
     switch call["op"]?.string {
     case "open": return holding.answerOpen()
     case "ask":
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let shardCount = holding.manifest.layout.shardCount
         return holding.answer(try ShardRequest(json: call, shardCount: shardCount)).json
       } catch {

@@ -15,13 +15,13 @@ package enum StoreVersion {
 
   /// Throws `unsupported`, naming both versions, if `value` needs a later version than this process
   /// knows.
-  static func check(_ value: JSONValue, _ what: String) throws(EngineError) {
+  static func check(_ value: JSONValue, _ what: String) throws(MooncakeError) {
     guard let number = value[member] else { return }
     guard let needed = number.unsigned else {
-      throw EngineError(.protocolViolation, "\(what): malformed \(member)")
+      throw MooncakeError(.protocolViolation, "\(what): malformed \(member)")
     }
     if needed > current {
-      throw EngineError(
+      throw MooncakeError(
         .unsupported,
         "\(what)\(author(of: value)) needs version \(needed) of the store, this process knows "
           + "\(current): update libmooncake here")
@@ -60,10 +60,10 @@ package enum StoreVersion {
   }
 
   /// Throws if an answer is a refusal. Its text comes from another process.
-  static func checkAnswer(_ value: JSONValue) throws(EngineError) {
+  static func checkAnswer(_ value: JSONValue) throws(MooncakeError) {
     try check(value, "its answer")
     guard let text = value["error"]?.string else { return }
-    throw EngineError(
+    throw MooncakeError(
       value[reasonMember]?.string == reason ? .unsupported : .protocolViolation,
       "it refuses: \(Self.printable(text))")
   }

@@ -107,7 +107,8 @@ import Testing
   }
 
   @Test func errorsArePrintable() {
-    let error = EngineError(.system, "peer \u{1b}]0;x\u{7}\n" + String(repeating: "y", count: 9000))
+    let error = MooncakeError(
+      .system, "peer \u{1b}]0;x\u{7}\n" + String(repeating: "y", count: 9000))
     #expect(error.message.hasPrefix("peer \\u{1b}]0;x\\u{7}\\nyyy"))
     #expect(error.message.utf8.count <= 8192)
   }

@@ -34,7 +34,7 @@ struct MetadataURITests {
       "http://h?ca=f", "http://h/m?cert=f&key=g",
     ])
   func refused(text: String) {
-    #expect(throws: EngineError.self) { try MetadataURI(parsing: text) }
+    #expect(throws: MooncakeError.self) { try MetadataURI(parsing: text) }
   }
 
   @Test func passwordsStaySecret() throws {

@@ -21,8 +21,8 @@ struct PassingRefusalTests {
       (403, "etcdserver: permission denied", .accessDenied),
       (401, "CommonName of client sending a request against gateway", .accessDenied),
       (404, "Not Found", .protocolViolation),
-    ] as [(Int, String, EngineError.Code)])
-  func etcd(status: Int, reason: String, code: EngineError.Code) {
+    ] as [(Int, String, MooncakeError.Code)])
+  func etcd(status: Int, reason: String, code: MooncakeError.Code) {
     #expect(EtcdRefusal.meaning(status, reason).code == code)
   }
 

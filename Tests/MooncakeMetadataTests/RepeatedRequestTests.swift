@@ -15,8 +15,8 @@ struct RepeatedRequestTests {
     return try MetadataServices.open(MetadataURI(parsing: "\(scheme)://\(hosts)"))
   }
 
-  private func code(_ body: () throws -> Void) -> EngineError.Code? {
-    do { try body() } catch { return (error as? EngineError)?.code }
+  private func code(_ body: () throws -> Void) -> MooncakeError.Code? {
+    do { try body() } catch { return (error as? MooncakeError)?.code }
     return nil
   }
 

@@ -12,8 +12,8 @@ struct RevisionTests {
     try MetadataServices.open(MetadataURI(parsing: uri))
   }
 
-  private func failure(_ body: () throws -> Void) -> EngineError? {
-    do { try body() } catch { return error as? EngineError }
+  private func failure(_ body: () throws -> Void) -> MooncakeError? {
+    do { try body() } catch { return error as? MooncakeError }
     return nil
   }
 

@@ -28,7 +28,7 @@ struct SilentServiceTests {
     // So short a wait proves nothing.
     #expect(try watch.next(call(200)) == [])
     let time = elapsedMilliseconds {
-      #expect(throws: EngineError.self) { try watch.next(call(1000)) }
+      #expect(throws: MooncakeError.self) { try watch.next(call(1000)) }
     }
     #expect((900...4000).contains(time), "it took \(time) ms")
     #expect(server.requestCount("limit=") == 1)
@@ -58,7 +58,7 @@ struct SilentServiceTests {
     _ = try store.get("k", call(5000))
     // A watch gives up after five seconds of silence.
     guard case .changes(let changes, 5) = try store.changes(prefix: "", since: 5, call(20_000))
-    else { throw EngineError(.system, "no quiet watch") }
+    else { throw MooncakeError(.system, "no quiet watch") }
     #expect(changes.isEmpty && server.requestCount("/v3/watch") == 1)
     _ = try store.changes(prefix: "", since: 5, call(500))
     #expect(server.requestCount("min_mod_revision") == 1)

@@ -44,7 +44,7 @@ import Testing
     }
     let begin = Clock.now()
     expect(isCanceled ? .canceled : .timeout) {
-      _ = try ShardHashing.run(layout, bounds(operation)) { _, pause throws(EngineError) in
+      _ = try ShardHashing.run(layout, bounds(operation)) { _, pause throws(MooncakeError) in
         let end = Deadline.after(milliseconds: 5000)
         while !end.hasPassed {
           try pause()
@@ -65,7 +65,7 @@ import Testing
     let digest = try Digest(of: bytes) { count += 1 }
     #expect(digest == Digest(of: bytes) && count == 4)
     expect(.canceled) {
-      _ = try Digest(of: bytes) { () throws(EngineError) in throw EngineError(.canceled, "") }
+      _ = try Digest(of: bytes) { () throws(MooncakeError) in throw MooncakeError(.canceled, "") }
     }
   }
 }

@@ -59,7 +59,7 @@ final class Memory: @unchecked Sendable {
 
 /// Expects a call to fail with a code.
 func expect(
-  _ code: EngineError.Code, sourceLocation: SourceLocation = #_sourceLocation,
+  _ code: MooncakeError.Code, sourceLocation: SourceLocation = #_sourceLocation,
   _ body: () throws -> Void
 ) {
   do {
@@ -67,7 +67,7 @@ func expect(
     Issue.record("\(code) was expected, nothing was thrown", sourceLocation: sourceLocation)
   } catch {
     let message: Comment = "\(error)"
-    #expect((error as? EngineError)?.code == code, message, sourceLocation: sourceLocation)
+    #expect((error as? MooncakeError)?.code == code, message, sourceLocation: sourceLocation)
   }
 }
 
@@ -312,16 +312,17 @@ func expect(
 }
 
 extension P2PStore {
-  fileprivate func get(_ name: String, operation: StoreOperation) throws(EngineError) -> GetResult {
+  fileprivate func get(_ name: String, operation: StoreOperation) throws(MooncakeError) -> GetResult
+  {
     try get(name, into: nil, GetOptions(), operation)
   }
 
-  fileprivate func get(_ name: String, _ options: GetOptions) throws(EngineError) -> GetResult {
+  fileprivate func get(_ name: String, _ options: GetOptions) throws(MooncakeError) -> GetResult {
     try get(name, into: nil, options)
   }
 
-  fileprivate func describeOrNil(_ name: String) throws(EngineError) -> PayloadInfo? {
-    do throws(EngineError) { return try describe(name).info } catch {
+  fileprivate func describeOrNil(_ name: String) throws(MooncakeError) -> PayloadInfo? {
+    do throws(MooncakeError) { return try describe(name).info } catch {
       if error.code == .notFound { return nil }
       throw error
     }

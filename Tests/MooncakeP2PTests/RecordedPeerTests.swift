@@ -73,9 +73,9 @@ import Testing
       try body()
       Issue.record("\(what) was not refused", sourceLocation: sourceLocation)
     } catch {
-      let message = (error as? EngineError)?.message ?? "\(error)"
+      let message = (error as? MooncakeError)?.message ?? "\(error)"
       #expect(
-        (error as? EngineError)?.code == .unsupported, "\(what): \(error)",
+        (error as? MooncakeError)?.code == .unsupported, "\(what): \(error)",
         sourceLocation: sourceLocation)
       for part in parts {
         #expect(
@@ -369,7 +369,7 @@ import Testing
 
   /// The names of members, with the values of those that do not depend on addresses.
   private func members(_ text: String) throws -> [String: String] {
-    try JSONDocument(parsing: text).read { value throws(EngineError) in
+    try JSONDocument(parsing: text).read { value throws(MooncakeError) in
       var members: [String: String] = [:]
       for member in value.elements {
         let name = member.name ?? ""

@@ -7,13 +7,13 @@ import Testing
 /// Recorded texts of older and newer releases, read by this one.
 @Suite struct StoreVersionTests {
   /// What `body` throws.
-  private func failure(_ body: () throws -> Void) -> EngineError? {
-    do { try body() } catch { return error as? EngineError }
+  private func failure(_ body: () throws -> Void) -> MooncakeError? {
+    do { try body() } catch { return error as? MooncakeError }
     return nil
   }
 
   private func request(_ exchange: Recording.Exchange) throws -> ShardRequest {
-    try JSONDocument(parsing: exchange.question).read { value throws(EngineError) in
+    try JSONDocument(parsing: exchange.question).read { value throws(MooncakeError) in
       try ShardRequest(json: value, shardCount: 4)
     }
   }

@@ -109,7 +109,7 @@ final class Crowd: @unchecked Sendable {
       bell.increment()
       bell.wakeAll()
     }
-    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+    try requests.withUnsafeBufferPointer { requests throws(MooncakeError) in
       try engine.submit(batch, requests, timeoutMilliseconds: 2000)
     }
   }

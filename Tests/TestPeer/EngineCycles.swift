@@ -43,7 +43,7 @@ struct EngineCycles {
     let batch = try initiator.createBatch(capacity: 2)
     _ = try initiator.eventDescriptor(of: batch)
     _ = try initiator.eventDescriptor()
-    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+    try requests.withUnsafeBufferPointer { requests throws(MooncakeError) in
       try initiator.submit(
         batch, requests, notification: Notification(name: "cycle", message: "done"))
     }

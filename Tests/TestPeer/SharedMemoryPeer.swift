@@ -133,8 +133,8 @@ struct CopyingPeer {
       let request = TransferRequest(
         opcode: opcode, segment: segment, source: local, targetOffset: address,
         length: UInt64(count))
-      do throws(EngineError) {
-        try withUnsafePointer(to: request) { pointer throws(EngineError) in
+      do throws(MooncakeError) {
+        try withUnsafePointer(to: request) { pointer throws(MooncakeError) in
           try engine.transfer(
             UnsafeBufferPointer(start: pointer, count: 1), timeoutMilliseconds: 5000)
         }

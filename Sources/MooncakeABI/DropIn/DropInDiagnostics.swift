@@ -11,7 +11,7 @@ import Synchronization
 /// Discovers RDMA devices, which no transport of this version uses.
 @c @implementation
 package func discoverTopology(_ engine: transfer_engine_t?) -> Int32 {
-  dropInCall(engine) { _ throws(EngineError) in 0 }
+  dropInCall(engine) { _ throws(MooncakeError) in 0 }
 }
 
 /// Reports the load of NICs; there are none.
@@ -20,7 +20,7 @@ package func getNicLoadStats(
   _ engine: transfer_engine_t?, _ stats: UnsafeMutablePointer<nic_load_stat_t>?,
   _ count: UnsafeMutablePointer<Int>?
 ) -> Int32 {
-  dropInCall(engine) { _ throws(EngineError) in
+  dropInCall(engine) { _ throws(MooncakeError) in
     _ = try checkOutput(stats, "stats")
     try checkOutput(count, "count").pointee = 0
     return 0
@@ -33,7 +33,7 @@ package func showLinks(
   _ engine: transfer_engine_t?, _ buf_out: UnsafeMutablePointer<CChar>?, _ buf_len: Int,
   _ json: Int32
 ) -> Int32 {
-  dropInCall(engine) { record throws(EngineError) in
+  dropInCall(engine) { record throws(MooncakeError) in
     let matrix = record.dropIn.matrix.withLock { $0 }
     try writeCut(json != 0 ? linksJSON(matrix) : linksText(matrix), buf_out, buf_len)
     return 0
@@ -43,7 +43,7 @@ package func showLinks(
 /// Destroys the engine when a signal or exit() ends the process.
 @c @implementation
 package func enableGracefulShutdown(_ engine: transfer_engine_t?) {
-  _ = dropInCall(engine) { record throws(EngineError) in
+  _ = dropInCall(engine) { record throws(MooncakeError) in
     record.dropIn.endsWithProcess.store(true, ordering: .releasing)
     try GracefulShutdown.enable()
     return 0

@@ -14,7 +14,7 @@ package func createTransferEngine(
   _ metadata_conn_string: UnsafePointer<CChar>?, _ local_server_name: UnsafePointer<CChar>?,
   _ ip_or_host_name: UnsafePointer<CChar>?, _ rpc_port: UInt64, _ auto_discover: Int32
 ) -> transfer_engine_t? {
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     try refuseInsideLogCallback()
     let uri = try requiredText(metadata_conn_string, "metadata_conn_string")
     var listen = DropInListenOptions(
@@ -28,11 +28,11 @@ package func createTransferEngine(
     options.metadataURI = uri
     options.listenRules = .dropIn(listen)
     if let timeout = timeoutFromEnvironment() { options.defaultTimeoutMilliseconds = timeout }
-    let handle = try EngineTable.shared.insert(.dropIn) { () throws(EngineError) in
+    let handle = try EngineTable.shared.insert(.dropIn) { () throws(MooncakeError) in
       try TransferEngine(options)
     }
     if auto_discover != 0 || getenv("MC_FORCE_TCP") != nil {
-      try? EngineTable.shared.with(handle, .dropIn) { record throws(EngineError) in
+      try? EngineTable.shared.with(handle, .dropIn) { record throws(MooncakeError) in
         record.dropIn.isTransportInstalled.store(true, ordering: .relaxed)
       }
     }
@@ -49,7 +49,7 @@ package func createTransferEngine(
 @c @implementation
 package func destroyTransferEngine(_ engine: transfer_engine_t?) {
   guard let engine else { return }
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     try EngineTable.shared.destroy(number(of: engine), .dropIn)
   } catch {
     report(#function, error.message)
@@ -61,7 +61,7 @@ package func destroyTransferEngine(_ engine: transfer_engine_t?) {
 package func getLocalIpAndPort(
   _ engine: transfer_engine_t?, _ buf_out: UnsafeMutablePointer<CChar>?, _ buf_len: Int
 ) -> Int32 {
-  dropInCall(engine) { record throws(EngineError) in
+  dropInCall(engine) { record throws(MooncakeError) in
     try writeCut(record.engine.name, buf_out, buf_len)
     return 0
   }
@@ -73,7 +73,7 @@ package func installTransport(
   _ engine: transfer_engine_t?, _ proto: UnsafePointer<CChar>?,
   _ args: UnsafeMutablePointer<UnsafeMutableRawPointer?>?
 ) -> transport_t? {
-  dropInValue(engine) { record throws(EngineError) in
+  dropInValue(engine) { record throws(MooncakeError) in
     let name = try requiredText(proto, "proto")
     let matrix = try readMatrix(args)
     guard name == "tcp" else { throw unavailable(name) }
@@ -89,7 +89,7 @@ package func installTransport(
 package func uninstallTransport(
   _ engine: transfer_engine_t?, _ proto: UnsafePointer<CChar>?
 ) -> Int32 {
-  dropInCall(engine) { _ throws(EngineError) in 0 }
+  dropInCall(engine) { _ throws(MooncakeError) in 0 }
 }
 
 /// `MC_TRANSFER_TIMEOUT` in milliseconds, if it is set and usable.
@@ -108,23 +108,23 @@ private func timeoutFromEnvironment() -> UInt64? {
 /// The matrix in `args[0]`, if there is one.
 private func readMatrix(
   _ args: UnsafeMutablePointer<UnsafeMutableRawPointer?>?
-) throws(EngineError) -> NICMatrix? {
+) throws(MooncakeError) -> NICMatrix? {
   guard let text = args?.pointee?.assumingMemoryBound(to: CChar.self) else { return nil }
   return try NICMatrix(
     json: try messageText(text, "the NIC priority matrix", maximum: NICMatrix.maximumBytes))
 }
 
-private func unavailable(_ name: String) -> EngineError {
+private func unavailable(_ name: String) -> MooncakeError {
   let known: Set = [
     "rdma", "nvmeof", "nvlink", "nvlink_intra", "hip", "musa", "maca", "cxl", "efa", "cxi", "barex",
     "ascend", "ubshmem", "ub", "nccl", "sunrise_link",
   ]
   if known.contains(name) {
-    return EngineError(
+    return MooncakeError(
       .unsupported,
       "transport '\(name)' is not available in this version: install 'tcp', which reaches every "
         + "peer (programs often call the option protocol)")
   }
-  return EngineError(
+  return MooncakeError(
     .invalidArgument, "transport '\(name.prefix(100))' is unknown: install 'tcp'")
 }

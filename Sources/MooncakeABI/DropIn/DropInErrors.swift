@@ -16,7 +16,7 @@ final class DropInState: Sendable {
   let matrix = Lock(NICMatrix())
 }
 
-extension EngineError.Code {
+extension MooncakeError.Code {
   /// The `ERR_*` value, and the positive code that batch calls return.
   fileprivate var dropIn: (error: Int32, batch: Int32) {
     switch self {
@@ -48,9 +48,9 @@ extension EngineError.Code {
 @inline(__always)
 func dropInCall(
   _ handle: transfer_engine_t?, function: StaticString = #function,
-  _ body: (EngineRecord) throws(EngineError) -> Int32
+  _ body: (EngineRecord) throws(MooncakeError) -> Int32
 ) -> Int32 {
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     return try EngineTable.shared.with(number(of: handle), .dropIn, body)
   } catch {
     return dropInFailure(function, error).error
@@ -61,9 +61,9 @@ func dropInCall(
 @inline(__always)
 func dropInBatchCall(
   _ handle: transfer_engine_t?, function: StaticString = #function,
-  _ body: (EngineRecord) throws(EngineError) -> Void
+  _ body: (EngineRecord) throws(MooncakeError) -> Void
 ) -> Int32 {
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     try EngineTable.shared.with(number(of: handle), .dropIn, body)
     return 0
   } catch {
@@ -75,9 +75,9 @@ func dropInBatchCall(
 @inline(__always)
 func dropInValue<Value>(
   _ handle: transfer_engine_t?, function: StaticString = #function,
-  _ body: (EngineRecord) throws(EngineError) -> Value?
+  _ body: (EngineRecord) throws(MooncakeError) -> Value?
 ) -> Value? {
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     return try EngineTable.shared.with(number(of: handle), .dropIn, body)
   } catch {
     _ = dropInFailure(function, error)
@@ -89,14 +89,14 @@ func dropInValue<Value>(
 @inline(__always)
 func dropInSegment(
   _ handle: transfer_engine_t?, function: StaticString = #function,
-  _ body: (EngineRecord) throws(EngineError) -> Int32
+  _ body: (EngineRecord) throws(MooncakeError) -> Int32
 ) -> Int32 {
   dropInValue(handle, function: function, body) ?? ERR_INVALID_ARGUMENT
 }
 
 @inline(never)
 private func dropInFailure(
-  _ function: StaticString, _ error: EngineError
+  _ function: StaticString, _ error: MooncakeError
 ) -> (error: Int32, batch: Int32) {
   ThreadState.setMessage(function, error.message)
   // Log it, because programs look only there; but not inside the log callback, where the log is
@@ -120,9 +120,9 @@ func unsigned(_ size: Int) -> UInt64 { UInt64(UInt(bitPattern: size)) }
 /// Writes a text and truncates it silently.
 func writeCut(
   _ text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: Int
-) throws(EngineError) {
+) throws(MooncakeError) {
   guard let buffer, capacity != 0 else {
-    throw EngineError(.invalidArgument, "buf_out is null or buf_len is 0")
+    throw MooncakeError(.invalidArgument, "buf_out is null or buf_len is 0")
   }
   writePrefix(of: text, buffer, Int(clamping: unsigned(capacity)))
 }

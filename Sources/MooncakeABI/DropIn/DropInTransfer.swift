@@ -10,9 +10,9 @@ import Synchronization
 /// Creates a batch.
 @c @implementation
 package func allocateBatchID(_ engine: transfer_engine_t?, _ batch_size: Int) -> UInt64 {
-  dropInValue(engine) { record throws(EngineError) in
+  dropInValue(engine) { record throws(MooncakeError) in
     guard let capacity = Int(exactly: unsigned(batch_size)), capacity <= maximumBatchCapacity else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "batch_size is \(unsigned(batch_size)), more than \(maximumBatchCapacity)")
     }
@@ -27,7 +27,7 @@ package func submitTransfer(
   _ engine: transfer_engine_t?, _ batch_id: UInt64,
   _ entries: UnsafeMutablePointer<transfer_request>?, _ count: Int
 ) -> Int32 {
-  dropInBatchCall(engine) { record throws(EngineError) in
+  dropInBatchCall(engine) { record throws(MooncakeError) in
     try submit(record, batch_id, entries, count, nil)
   }
 }
@@ -38,9 +38,9 @@ package func submitTransferWithNotify(
   _ engine: transfer_engine_t?, _ batch_id: UInt64,
   _ entries: UnsafeMutablePointer<transfer_request>?, _ count: Int, _ notify_msg: notify_msg_t
 ) -> Int32 {
-  dropInBatchCall(engine) { record throws(EngineError) in
+  dropInBatchCall(engine) { record throws(MooncakeError) in
     if count == 0 {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "count is 0: the notification goes to the first entry's target")
     }
     let notification = try makeNotification(notify_msg.name, notify_msg.msg)
@@ -52,11 +52,11 @@ package func submitTransferWithNotify(
 private func submit(
   _ record: EngineRecord, _ batch: UInt64, _ entries: UnsafeMutablePointer<transfer_request>?,
   _ count: Int, _ notification: Notification?
-) throws(EngineError) {
+) throws(MooncakeError) {
   let count = try checkArray(
     UnsafePointer(entries), unsigned(count), "entries", limit: maximumBatchCapacity)
   if !record.dropIn.isTransportInstalled.load(ordering: .relaxed) {
-    throw EngineError(
+    throw MooncakeError(
       .unsupported, "no transport is installed: call installTransport(engine, \"tcp\", NULL)")
   }
   try record.engine.submit(
@@ -78,7 +78,7 @@ package func getTransferStatus(
 ) -> Int32 {
   // Programs read the status without checking the code, and must not find an old status there.
   status?.pointee = transfer_status(status: STATUS_FAILED, transferred_bytes: 0)
-  return dropInBatchCall(engine) { record throws(EngineError) in
+  return dropInBatchCall(engine) { record throws(MooncakeError) in
     let output = try checkOutput(status, "status")
     let seen = try record.engine.poll(batch_id, request: Int(clamping: unsigned(task_id)))
     explain(seen.state, batch_id, record.engine, "getTransferStatus")
@@ -100,7 +100,7 @@ private func dropInStatus(_ state: TransferState) -> Int32 {
 /// Frees a batch.
 @c @implementation
 package func freeBatchID(_ engine: transfer_engine_t?, _ batch_id: UInt64) -> Int32 {
-  dropInBatchCall(engine) { record throws(EngineError) in
+  dropInBatchCall(engine) { record throws(MooncakeError) in
     try record.engine.freeBatch(batch_id)
   }
 }
@@ -113,7 +113,7 @@ package func getNotifsFromEngine(
   _ engine: transfer_engine_t?, _ size: UnsafeMutablePointer<Int32>?
 ) -> UnsafeMutablePointer<notify_msg_t>? {
   size?.pointee = 0
-  return dropInValue(engine) { record throws(EngineError) in
+  return dropInValue(engine) { record throws(MooncakeError) in
     let size = try checkOutput(size, "size")
     var received: [Notification] = []
     // Bounded, because steady senders could otherwise keep this call going.
@@ -144,18 +144,18 @@ package func freeNotifsMsgBuf(_ msg: UnsafeMutablePointer<notify_msg_t>?, _ size
 package func genNotifyInEngine(
   _ engine: transfer_engine_t?, _ target_id: UInt64, _ notify_msg: notify_msg_t
 ) -> Int32 {
-  dropInCall(engine) { record throws(EngineError) in
+  dropInCall(engine) { record throws(MooncakeError) in
     let notification = try makeNotification(notify_msg.name, notify_msg.msg)
     guard let segment = Int32(exactly: target_id) else {
-      throw EngineError(.notFound, "segment \(target_id) is not open")
+      throw MooncakeError(.notFound, "segment \(target_id) is not open")
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try record.engine.notify(segment, notification)
       return 0
     } catch {
       // Mooncake reports an unknown id and a peer that refuses the message as metadata errors.
       switch error.code {
-      case .invalidHandle, .full: throw EngineError(.notFound, error.message)
+      case .invalidHandle, .full: throw MooncakeError(.notFound, error.message)
       default: throw error
       }
     }
@@ -164,10 +164,11 @@ package func genNotifyInEngine(
 
 private func copyOut(
   _ notifications: [Notification]
-) throws(EngineError) -> UnsafeMutablePointer<notify_msg_t> {
+) throws(MooncakeError) -> UnsafeMutablePointer<notify_msg_t> {
   let size = notifications.count * MemoryLayout<notify_msg_t>.stride
   guard let block = malloc(size) else {
-    throw EngineError(.outOfMemory, "no memory for \(notifications.count) notifications: all lost")
+    throw MooncakeError(
+      .outOfMemory, "no memory for \(notifications.count) notifications: all lost")
   }
   let array = block.bindMemory(to: notify_msg_t.self, capacity: notifications.count)
   for (index, notification) in notifications.enumerated() {
@@ -176,7 +177,7 @@ private func copyOut(
     (array + index).initialize(to: notify_msg_t(name: name, msg: message))
     if name == nil || message == nil {
       _ = freeNotifsMsgBuf(array, Int32(index + 1))
-      throw EngineError(
+      throw MooncakeError(
         .outOfMemory, "no memory for \(notifications.count) notifications: all lost")
     }
   }

@@ -19,14 +19,14 @@ struct NICMatrix: Sendable, Equatable {
   init() {}
 
   /// Parses `{"cpu:0": [["mlx5_0"], ["mlx5_1"]]}`.
-  init(json text: String) throws(EngineError) {
+  init(json text: String) throws(MooncakeError) {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: text)
     } catch {
       throw Self.malformed(error.description)
     }
-    rows = try document.read { value throws(EngineError) in
+    rows = try document.read { value throws(MooncakeError) in
       guard value.isObject else { throw Self.malformed("it is not an object") }
       var rows: [Row] = []
       for member in value.elements { rows.append(try Self.row(member)) }
@@ -34,7 +34,7 @@ struct NICMatrix: Sendable, Equatable {
     }
   }
 
-  private static func row(_ member: JSONValue) throws(EngineError) -> Row {
+  private static func row(_ member: JSONValue) throws(MooncakeError) -> Row {
     let location = member.name ?? ""
     let lists = member.isArray ? Array(member.elements) : []
     guard lists.count == 2 else {
@@ -45,7 +45,8 @@ struct NICMatrix: Sendable, Equatable {
       available: try names(lists[1], location))
   }
 
-  private static func names(_ list: JSONValue, _ location: String) throws(EngineError) -> [String] {
+  private static func names(_ list: JSONValue, _ location: String) throws(MooncakeError) -> [String]
+  {
     guard list.isArray else {
       throw malformed("\(String(reflecting: location)) contains something other than arrays")
     }
@@ -59,8 +60,8 @@ struct NICMatrix: Sendable, Equatable {
     return names
   }
 
-  private static func malformed(_ what: String) -> EngineError {
-    EngineError(.invalidArgument, "malformed NIC priority matrix: \(what)")
+  private static func malformed(_ what: String) -> MooncakeError {
+    MooncakeError(.invalidArgument, "malformed NIC priority matrix: \(what)")
   }
 
   /// Writes the matrix as one JSON value.

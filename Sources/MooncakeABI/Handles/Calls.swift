@@ -7,10 +7,10 @@ import MooncakeEngine
 /// Runs `body` and returns `MOONCAKE_OK` or the code of what it threw.
 @inline(__always)
 func nativeCall(
-  function: StaticString = #function, _ body: () throws(EngineError) -> Void
+  function: StaticString = #function, _ body: () throws(MooncakeError) -> Void
 ) -> Int32 {
   Globals.prepare()
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     try body()
     return 0
   } catch {
@@ -22,10 +22,10 @@ func nativeCall(
 @inline(__always)
 func nativeCall(
   _ handle: OpaquePointer?, function: StaticString = #function,
-  _ body: (TransferEngine) throws(EngineError) -> Void
+  _ body: (TransferEngine) throws(MooncakeError) -> Void
 ) -> Int32 {
-  do throws(EngineError) {
-    try EngineTable.shared.with(number(of: handle), .native) { record throws(EngineError) in
+  do throws(MooncakeError) {
+    try EngineTable.shared.with(number(of: handle), .native) { record throws(MooncakeError) in
       try body(record.engine)
     }
     return 0
@@ -37,9 +37,9 @@ func nativeCall(
 /// As `nativeCall`, with the object behind another handle of mooncake.h.
 func nativeCall<Object: HandleObject>(
   _ handle: OpaquePointer?, _ type: Object.Type, function: StaticString = #function,
-  _ body: (Object) throws(EngineError) -> Void
+  _ body: (Object) throws(MooncakeError) -> Void
 ) -> Int32 {
-  do throws(EngineError) {
+  do throws(MooncakeError) {
     try HandleTable.shared.with(handle, type, body)
     return 0
   } catch {
@@ -48,7 +48,7 @@ func nativeCall<Object: HandleObject>(
 }
 
 @inline(never)
-private func failed(_ function: StaticString, _ error: EngineError) -> Int32 {
+private func failed(_ function: StaticString, _ error: MooncakeError) -> Int32 {
   report(function, error.message)
   return error.code.rawValue
 }
@@ -72,12 +72,12 @@ func number(of handle: OpaquePointer?) -> UInt64 { UInt64(UInt(bitPattern: handl
 func checkArray<Element>(
   _ pointer: UnsafePointer<Element>?, _ count: UInt64, _ argument: StaticString,
   limit: Int = 1 << 20
-) throws(EngineError) -> Int {
+) throws(MooncakeError) -> Int {
   if pointer == nil && count > 0 {
-    throw EngineError(.invalidArgument, "\(argument) is null but count is \(count)")
+    throw MooncakeError(.invalidArgument, "\(argument) is null but count is \(count)")
   }
   if count > UInt64(limit) {
-    throw EngineError(.full, "count is \(count), at most \(limit) go into one call")
+    throw MooncakeError(.full, "count is \(count), at most \(limit) go into one call")
   }
   return Int(count)
 }
@@ -86,16 +86,16 @@ func checkArray<Element>(
 @inline(__always)
 func checkOutput<Value>(
   _ pointer: UnsafeMutablePointer<Value>?, _ argument: StaticString
-) throws(EngineError) -> UnsafeMutablePointer<Value> {
-  guard let pointer else { throw EngineError(.invalidArgument, "\(argument) is null") }
+) throws(MooncakeError) -> UnsafeMutablePointer<Value> {
+  guard let pointer else { throw MooncakeError(.invalidArgument, "\(argument) is null") }
   return pointer
 }
 
 /// Checks the access rights that a caller gives.
-func checkAccess(_ bits: UInt32) throws(EngineError) -> Access {
+func checkAccess(_ bits: UInt32) throws(MooncakeError) -> Access {
   let all: Access = [.remoteRead, .remoteWrite]
   if bits & ~all.rawValue != 0 {
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument, "access 0x\(String(bits, radix: 16)) has unknown bits")
   }
   return Access(rawValue: bits)

@@ -70,16 +70,16 @@ final class EngineTable: @unchecked Sendable {
 
   /// Creates an engine and a handle for it.
   func insert(
-    _ kind: HandleKind, _ make: () throws(EngineError) -> TransferEngine
-  ) throws(EngineError) -> UInt64 {
+    _ kind: HandleKind, _ make: () throws(MooncakeError) -> TransferEngine
+  ) throws(MooncakeError) -> UInt64 {
     guard let index = reserve() else {
-      throw EngineError(
+      throw MooncakeError(
         .full, "the process has \(Self.capacity) engines already: destroy one first")
     }
     let slot = slots + index
     let generation = slot.pointee.word.load(ordering: .relaxed) >> 32
     let engine: TransferEngine
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       engine = try make()
     } catch {
       slot.pointee.word.store(generation << 32, ordering: .releasing)
@@ -94,14 +94,14 @@ final class EngineTable: @unchecked Sendable {
   @inline(__always)
   func with<Value>(
     _ handle: UInt64, _ kind: HandleKind,
-    _ body: (EngineRecord) throws(EngineError) -> Value
-  ) throws(EngineError) -> Value {
+    _ body: (EngineRecord) throws(MooncakeError) -> Value
+  ) throws(MooncakeError) -> Value {
     let slot = try acquire(handle, kind)
     defer { Self.release(slot, handle) }
     let record = Unmanaged<EngineRecord>.fromOpaque(slot.pointee.record!)
     // A strong reference would make every call of every thread count on one more shared word.
-    let result: Result<Value, EngineError> = record._withUnsafeGuaranteedRef { record in
-      do throws(EngineError) {
+    let result: Result<Value, MooncakeError> = record._withUnsafeGuaranteedRef { record in
+      do throws(MooncakeError) {
         return .success(try body(record))
       } catch {
         return .failure(error)
@@ -111,7 +111,7 @@ final class EngineTable: @unchecked Sendable {
   }
 
   /// Ends the engine: refuses new calls, waits for those inside to return, then frees it.
-  func destroy(_ handle: UInt64, _ kind: HandleKind) throws(EngineError) {
+  func destroy(_ handle: UInt64, _ kind: HandleKind) throws(MooncakeError) {
     let slot = try acquire(handle, kind)
     let generation = Self.generation(of: handle)
     // Also ends this call's own use. The thread that changes live to reserved is the one that
@@ -144,7 +144,7 @@ final class EngineTable: @unchecked Sendable {
       let word = slots[index].word.load(ordering: .acquiring)
       if word & Self.live == 0 { return nil }
       let handle = Self.encode(index, word >> 32, kind)
-      let wanted = try? with(handle, kind) { record throws(EngineError) in isWanted(record) }
+      let wanted = try? with(handle, kind) { record throws(MooncakeError) in isWanted(record) }
       return wanted == true ? handle : nil
     }
   }
@@ -175,10 +175,10 @@ final class EngineTable: @unchecked Sendable {
   @inline(__always)
   private func acquire(
     _ handle: UInt64, _ kind: HandleKind
-  ) throws(EngineError) -> UnsafeMutablePointer<Slot> {
+  ) throws(MooncakeError) -> UnsafeMutablePointer<Slot> {
     guard handle & 0b111 == kind.rawValue << 1 | 1, handle >> 45 == 0 else { throw Self.unknown }
     if ThreadState.isInsideLogCallback {
-      throw EngineError(.invalidArgument, "a log callback must not call the library")
+      throw MooncakeError(.invalidArgument, "a log callback must not call the library")
     }
     let slot = slots + Int(truncatingIfNeeded: handle >> 3) & (Self.capacity - 1)
     let generation = Self.generation(of: handle)
@@ -216,8 +216,8 @@ final class EngineTable: @unchecked Sendable {
     generation == 0xFFFF_FFFF ? 1 : generation + 1
   }
 
-  private static var unknown: EngineError {
-    EngineError(
+  private static var unknown: MooncakeError {
+    MooncakeError(
       .invalidHandle,
       "the handle is null, foreign, from before a fork, or of an engine that was destroyed")
   }

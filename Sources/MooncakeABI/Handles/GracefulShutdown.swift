@@ -19,13 +19,13 @@ enum GracefulShutdown {
   }
 
   /// Installs the handlers and starts the watcher, once per process.
-  static func enable() throws(EngineError) {
+  static func enable() throws(MooncakeError) {
     let process = getpid()
     let former = owner.load(ordering: .acquiring)
     if former == process { return }
     // Create the word before the handlers that use it.
     request.store(0)
-    if exitHandler != 0 { throw EngineError(.outOfMemory, "atexit() refused a handler") }
+    if exitHandler != 0 { throw MooncakeError(.outOfMemory, "atexit() refused a handler") }
     let (exchanged, _) = owner.compareExchange(
       expected: former, desired: process, ordering: .acquiringAndReleasing)
     if !exchanged { return }
@@ -33,7 +33,7 @@ enum GracefulShutdown {
       try WorkerThread.startDetached(name: "mooncake-exit") { watch() }
     } catch {
       owner.store(0, ordering: .releasing)
-      throw EngineError(.system, "the thread that waits for signals could not start: \(error)")
+      throw MooncakeError(.system, "the thread that waits for signals could not start: \(error)")
     }
     var action = sigaction()
     action.__sigaction_handler.sa_handler = { GracefulShutdown.handle($0) }

@@ -55,8 +55,8 @@ final class HandleTable: Sendable {
 
   /// Creates an object and a handle for it.
   func insert<Object: HandleObject>(
-    _ make: () throws(EngineError) -> Object
-  ) throws(EngineError) -> OpaquePointer? {
+    _ make: () throws(MooncakeError) -> Object
+  ) throws(MooncakeError) -> OpaquePointer? {
     let type = ObjectIdentifier(Object.self)
     let hasRoom = state.withLock { state in
       if state.counts[type, default: 0] >= Object.capacity { return false }
@@ -64,12 +64,12 @@ final class HandleTable: Sendable {
       return true
     }
     if !hasRoom {
-      throw EngineError(
+      throw MooncakeError(
         .full,
         "the process has \(Object.capacity) handles of this kind (\(Object.noun)): end one first")
     }
     let object: Object
-    do throws(EngineError) { object = try make() } catch {
+    do throws(MooncakeError) { object = try make() } catch {
       state.withLock { $0.counts[type, default: 1] -= 1 }
       throw error
     }
@@ -86,8 +86,8 @@ final class HandleTable: Sendable {
   /// Runs `body` with the object behind a handle; `remove` waits until it returns.
   func with<Object: HandleObject, Value>(
     _ handle: OpaquePointer?, _ type: Object.Type,
-    _ body: (Object) throws(EngineError) -> Value
-  ) throws(EngineError) -> Value {
+    _ body: (Object) throws(MooncakeError) -> Value
+  ) throws(MooncakeError) -> Value {
     try refuseInsideLogCallback()
     let key = number(of: handle)
     let object = try acquire(key, type)
@@ -99,7 +99,7 @@ final class HandleTable: Sendable {
   /// object when they have.
   func remove<Object: HandleObject>(
     _ handle: OpaquePointer?, _ type: Object.Type, _ close: (Object) -> Void
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try refuseInsideLogCallback()
     let key = number(of: handle)
     let object = try acquire(key, type, isClosing: true)
@@ -121,7 +121,7 @@ final class HandleTable: Sendable {
 
   private func acquire<Object: HandleObject>(
     _ key: UInt64, _ type: Object.Type, isClosing: Bool = false
-  ) throws(EngineError) -> Object {
+  ) throws(MooncakeError) -> Object {
     let object: Object? = state.withLock { state in
       guard let entry = state.entries[key], !entry.isClosing, let object = entry.object as? Object
       else { return nil }
@@ -130,7 +130,7 @@ final class HandleTable: Sendable {
       return object
     }
     if let object { return object }
-    throw EngineError(
+    throw MooncakeError(
       .invalidHandle,
       "the handle is null, foreign, from before a fork, or of \(Object.noun) that was ended")
   }

@@ -24,7 +24,7 @@ extension SizedStruct {
   private static var currentSize: Int { MemoryLayout<Self>.size }
 
   /// Converts a caller's struct to the current version; null gives the defaults.
-  static func read(_ given: UnsafePointer<Self>?) throws(EngineError) -> Self {
+  static func read(_ given: UnsafePointer<Self>?) throws(MooncakeError) -> Self {
     var values = Self()
     guard let given else { return values }
     let bytes = UnsafeRawPointer(given)
@@ -33,7 +33,7 @@ extension SizedStruct {
     if size > currentSize {
       let extra = UnsafeRawBufferPointer(start: bytes + currentSize, count: size - currentSize)
       if extra.contains(where: { $0 != 0 }) {
-        throw EngineError(
+        throw MooncakeError(
           .unsupported,
           "\(typeName) uses fields beyond the \(currentSize) bytes that this version of the "
             + "library knows: load a newer library or leave them 0")
@@ -48,7 +48,7 @@ extension SizedStruct {
   /// Writes this value, the defaults, into a struct of the caller's size.
   func write(
     to output: UnsafeMutablePointer<Self>?, _ argument: StaticString, size: UInt32
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let output = try checkOutput(output, argument)
     let size = try Self.checkSize(size)
     var values = self
@@ -57,9 +57,9 @@ extension SizedStruct {
     _ = withUnsafeBytes(of: values) { memcpy(output, $0.baseAddress!, min(size, $0.count)) }
   }
 
-  private static func checkSize(_ size: UInt32) throws(EngineError) -> Int {
+  private static func checkSize(_ size: UInt32) throws(MooncakeError) -> Int {
     guard size >= firstSize, size <= maximumSize else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "struct_size is \(size): set it to sizeof(\(typeName)), which is \(currentSize) in this "
           + "version")
@@ -69,12 +69,12 @@ extension SizedStruct {
 }
 
 /// Checks that a reserved field is 0.
-func checkReserved(_ value: UInt32, _ argument: StaticString) throws(EngineError) {
-  if value != 0 { throw EngineError(.invalidArgument, "\(argument) is not 0") }
+func checkReserved(_ value: UInt32, _ argument: StaticString) throws(MooncakeError) {
+  if value != 0 { throw MooncakeError(.invalidArgument, "\(argument) is not 0") }
 }
 
 /// Checks a field that must be 0 or 1.
-func checkFlag(_ value: UInt32, _ argument: StaticString) throws(EngineError) -> Bool {
-  if value > 1 { throw EngineError(.invalidArgument, "\(argument) is \(value), not 0 or 1") }
+func checkFlag(_ value: UInt32, _ argument: StaticString) throws(MooncakeError) -> Bool {
+  if value > 1 { throw MooncakeError(.invalidArgument, "\(argument) is \(value), not 0 or 1") }
   return value == 1
 }

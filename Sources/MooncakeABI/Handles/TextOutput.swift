@@ -13,9 +13,9 @@ var maximumMessageBytes: Int { Notification.byteLimit }
 /// Copies a required, non-empty text.
 func requiredText(
   _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumNameBytes
-) throws(EngineError) -> String {
+) throws(MooncakeError) -> String {
   guard let value = try optionalText(text, argument, maximum: maximum) else {
-    throw EngineError(.invalidArgument, "\(argument) is null")
+    throw MooncakeError(.invalidArgument, "\(argument) is null")
   }
   return value
 }
@@ -23,31 +23,31 @@ func requiredText(
 /// Copies a text that may be null but not empty.
 func optionalText(
   _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumNameBytes
-) throws(EngineError) -> String? {
+) throws(MooncakeError) -> String? {
   guard let text else { return nil }
   let value = try copiedText(text, argument, maximum: maximum)
-  if value.isEmpty { throw EngineError(.invalidArgument, "\(argument) is empty") }
+  if value.isEmpty { throw MooncakeError(.invalidArgument, "\(argument) is empty") }
   return value
 }
 
 /// Copies a required text that may be empty.
 func messageText(
   _ text: UnsafePointer<CChar>?, _ argument: StaticString, maximum: Int = maximumMessageBytes
-) throws(EngineError) -> String {
-  guard let text else { throw EngineError(.invalidArgument, "\(argument) is null") }
+) throws(MooncakeError) -> String {
+  guard let text else { throw MooncakeError(.invalidArgument, "\(argument) is null") }
   return try copiedText(text, argument, maximum: maximum)
 }
 
 private func copiedText(
   _ text: UnsafePointer<CChar>, _ argument: StaticString, maximum: Int
-) throws(EngineError) -> String {
+) throws(MooncakeError) -> String {
   let count = strnlen(text, maximum + 1)
   if count > maximum {
-    throw EngineError(.invalidArgument, "\(argument) is longer than \(maximum) bytes")
+    throw MooncakeError(.invalidArgument, "\(argument) is longer than \(maximum) bytes")
   }
   let bytes = UnsafeRawBufferPointer(start: text, count: count)
   guard let value = String(validating: bytes, as: UTF8.self) else {
-    throw EngineError(.invalidArgument, "\(argument) is not valid UTF-8")
+    throw MooncakeError(.invalidArgument, "\(argument) is not valid UTF-8")
   }
   return value
 }
@@ -57,14 +57,14 @@ private func copiedText(
 func writeText(
   _ text: String, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
   _ length: UnsafeMutablePointer<UInt64>?
-) throws(EngineError) {
+) throws(MooncakeError) {
   if buffer == nil && capacity > 0 {
-    throw EngineError(.invalidArgument, "buffer is null but capacity is \(capacity)")
+    throw MooncakeError(.invalidArgument, "buffer is null but capacity is \(capacity)")
   }
   let count = writePrefix(of: text, buffer, Int(clamping: capacity))
   length?.pointee = UInt64(count)
   if UInt64(count) >= capacity {
-    throw EngineError(.full, "the text needs \(count + 1) bytes with its NUL, not \(capacity)")
+    throw MooncakeError(.full, "the text needs \(count + 1) bytes with its NUL, not \(capacity)")
   }
 }
 

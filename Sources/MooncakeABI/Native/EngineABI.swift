@@ -10,7 +10,7 @@ import MooncakeEngine
 package func mooncake_engine_options_init(
   _ options: UnsafeMutablePointer<mooncake_engine_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try writeDefaultOptions(options, size: struct_size)
   }
 }
@@ -21,12 +21,12 @@ package func mooncake_engine_create(
   _ options: UnsafePointer<mooncake_engine_options_t>?,
   _ engine: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     let output = try checkOutput(engine, "engine")
     try refuseInsideLogCallback()
     let options = try readOptions(options)
-    let handle = try EngineTable.shared.insert(.native) { () throws(EngineError) in
-      do throws(EngineError) {
+    let handle = try EngineTable.shared.insert(.native) { () throws(MooncakeError) in
+      do throws(MooncakeError) {
         return try TransferEngine(options)
       } catch {
         Log.error("mooncake_engine_create: \(error.message)")
@@ -40,7 +40,7 @@ package func mooncake_engine_create(
 /// Ends an engine.
 @c @implementation
 package func mooncake_engine_destroy(_ engine: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try refuseInsideCallback()
     try EngineTable.shared.destroy(number(of: engine), .native)
   }
@@ -52,7 +52,7 @@ package func mooncake_engine_name(
   _ engine: OpaquePointer?, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
   _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try writeText(engine.name, buffer, capacity, length)
   }
 }
@@ -63,7 +63,7 @@ package func mooncake_engine_metrics(
   _ engine: OpaquePointer?, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
   _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try writeText(engine.metrics(), buffer, capacity, length)
   }
 }
@@ -73,7 +73,7 @@ package func mooncake_engine_metrics(
 package func mooncake_engine_event_fd(
   _ engine: OpaquePointer?, _ fd: UnsafeMutablePointer<Int32>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(fd, "fd")
     output.pointee = try engine.eventDescriptor()
   }

@@ -11,7 +11,7 @@ extension mooncake_engine_options_t: SizedStruct {
 /// Writes the defaults into a struct of the caller's size.
 func writeDefaultOptions(
   _ options: UnsafeMutablePointer<mooncake_engine_options_t>?, size: UInt32
-) throws(EngineError) {
+) throws(MooncakeError) {
   let defaults = TransferEngine.Options()
   var values = mooncake_engine_options_t()
   values.default_timeout_ms = defaults.defaultTimeoutMilliseconds
@@ -24,12 +24,12 @@ func writeDefaultOptions(
 /// Reads and checks a caller's options.
 func readOptions(
   _ given: UnsafePointer<mooncake_engine_options_t>?
-) throws(EngineError) -> TransferEngine.Options {
+) throws(MooncakeError) -> TransferEngine.Options {
   var options = TransferEngine.Options()
   let values = try mooncake_engine_options_t.read(given)
   try checkReserved(values.reserved, "options.reserved")
   guard let port = UInt16(exactly: values.port) else {
-    throw EngineError(.invalidArgument, "options.port \(values.port) is above 65535")
+    throw MooncakeError(.invalidArgument, "options.port \(values.port) is above 65535")
   }
   options.port = port
   options.name = try optionalText(values.name, "options.name")
@@ -54,12 +54,12 @@ func readOptions(
   return options
 }
 
-private func parseTransports(_ list: String) throws(EngineError) -> [String] {
+private func parseTransports(_ list: String) throws(MooncakeError) -> [String] {
   var names: [String] = []
   for part in list.split(separator: ",", omittingEmptySubsequences: false) {
     let name = String(part.drop { $0 == " " }.reversed().drop { $0 == " " }.reversed())
     if name.isEmpty {
-      throw EngineError(.invalidArgument, "options.transports has an empty entry")
+      throw MooncakeError(.invalidArgument, "options.transports has an empty entry")
     }
     if !names.contains(name) { names.append(name) }
   }
@@ -68,10 +68,10 @@ private func parseTransports(_ list: String) throws(EngineError) -> [String] {
 
 private func replace<Number: FixedWidthInteger>(
   _ option: inout Number, _ value: UInt32, _ range: ClosedRange<UInt32>, _ argument: StaticString
-) throws(EngineError) {
+) throws(MooncakeError) {
   if value == 0 { return }
   if !range.contains(value) {
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument,
       "\(argument) is \(value), not from \(range.lowerBound) to \(range.upperBound)")
   }

@@ -17,7 +17,7 @@ private struct HostLogSink: @unchecked Sendable {
 package func mooncake_log_set_callback(
   _ callback: mooncake_log_callback_t?, _ context: UnsafeMutableRawPointer?
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try refuseInsideLogCallback()
     guard let callback else { return Log.setSink(nil) }
     let sink = HostLogSink(callback: callback, context: context)
@@ -32,26 +32,26 @@ package func mooncake_log_set_callback(
 /// Drops log lines below a level.
 @c @implementation
 package func mooncake_log_set_level(_ level: Int32) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     guard let level = Log.Level(rawValue: level) else {
-      throw EngineError(.invalidArgument, "level \(level) is not one of MOONCAKE_LOG_*")
+      throw MooncakeError(.invalidArgument, "level \(level) is not one of MOONCAKE_LOG_*")
     }
     Log.setLevel(level)
   }
 }
 
 /// Throws inside the log callback, where the log is locked.
-func refuseInsideLogCallback() throws(EngineError) {
+func refuseInsideLogCallback() throws(MooncakeError) {
   if ThreadState.isInsideLogCallback {
-    throw EngineError(.invalidArgument, "a log callback must not call the library")
+    throw MooncakeError(.invalidArgument, "a log callback must not call the library")
   }
 }
 
 /// Throws inside a callback: destroying an object waits for its callbacks, so it would wait for
 /// itself.
-func refuseInsideCallback() throws(EngineError) {
+func refuseInsideCallback() throws(MooncakeError) {
   if ThreadState.isInsideCallback {
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument,
       "a callback must not call this function, which waits for callbacks: leave it to another "
         + "thread")

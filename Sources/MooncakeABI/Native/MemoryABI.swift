@@ -14,7 +14,7 @@ package func mooncake_memory_register(
   _ engine: OpaquePointer?, _ address: UnsafeMutableRawPointer?, _ length: UInt64,
   _ location: UnsafePointer<CChar>?, _ access: UInt32
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let address = try checkAddress(address)
     try engine.register(
       address, length: length, location: try optionalText(location, "location") ?? "*",
@@ -27,7 +27,7 @@ package func mooncake_memory_register(
 package func mooncake_memory_unregister(
   _ engine: OpaquePointer?, _ address: UnsafeMutableRawPointer?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try engine.unregister(try checkAddress(address))
   }
 }
@@ -38,7 +38,7 @@ package func mooncake_memory_register_batch(
   _ engine: OpaquePointer?, _ buffers: UnsafePointer<mooncake_buffer_t>?, _ count: UInt64,
   _ location: UnsafePointer<CChar>?, _ access: UInt32
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let count = try checkArray(buffers, count, "buffers")
     let location = try optionalText(location, "location") ?? "*"
     let access = try checkAccess(access)
@@ -54,7 +54,7 @@ package func mooncake_memory_register_batch(
 package func mooncake_memory_unregister_batch(
   _ engine: OpaquePointer?, _ addresses: UnsafePointer<UnsafeMutableRawPointer?>?, _ count: UInt64
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let count = try checkArray(addresses, count, "addresses")
     if count == 0 { return }
     let numbers = UnsafeRawPointer(addresses!).assumingMemoryBound(to: UInt64.self)
@@ -68,12 +68,12 @@ package func mooncake_memory_allocate(
   _ engine: OpaquePointer?, _ length: UInt64, _ location: UnsafePointer<CChar>?, _ access: UInt32,
   _ address: UnsafeMutablePointer<UnsafeMutableRawPointer?>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(address, "address")
-    if length == 0 { throw EngineError(.invalidArgument, "length is 0") }
+    if length == 0 { throw MooncakeError(.invalidArgument, "length is 0") }
     // No address space holds more, and sizes stay clear of the sign bit.
     if length > 1 << 62 {
-      throw EngineError(.outOfMemory, "\(length) bytes are more than any address space holds")
+      throw MooncakeError(.outOfMemory, "\(length) bytes are more than any address space holds")
     }
     output.pointee = try engine.allocate(
       length: length, location: try optionalText(location, "location") ?? "*",
@@ -86,7 +86,7 @@ package func mooncake_memory_allocate(
 package func mooncake_memory_free(
   _ engine: OpaquePointer?, _ address: UnsafeMutableRawPointer?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try engine.free(try checkAddress(address))
   }
 }
@@ -94,7 +94,7 @@ package func mooncake_memory_free(
 /// An address that is not null.
 func checkAddress(
   _ address: UnsafeMutableRawPointer?
-) throws(EngineError) -> UnsafeMutableRawPointer {
-  guard let address else { throw EngineError(.invalidArgument, "address is null") }
+) throws(MooncakeError) -> UnsafeMutableRawPointer {
+  guard let address else { throw MooncakeError(.invalidArgument, "address is null") }
   return address
 }

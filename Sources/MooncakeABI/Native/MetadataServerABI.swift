@@ -19,11 +19,11 @@ extension mooncake_metadata_server_options_t: SizedStruct {
 
 private func readOptions(
   _ given: UnsafePointer<mooncake_metadata_server_options_t>?
-) throws(EngineError) -> MetadataServer.Options {
+) throws(MooncakeError) -> MetadataServer.Options {
   let values = try mooncake_metadata_server_options_t.read(given)
   var options = MetadataServer.Options()
   guard let port = UInt16(exactly: values.port) else {
-    throw EngineError(.invalidArgument, "options.port \(values.port) is above 65535")
+    throw MooncakeError(.invalidArgument, "options.port \(values.port) is above 65535")
   }
   options.port = port
   if let host = try optionalText(values.host, "options.host") { options.host = host }
@@ -38,7 +38,7 @@ private func readOptions(
 package func mooncake_metadata_server_options_init(
   _ options: UnsafeMutablePointer<mooncake_metadata_server_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     var values = mooncake_metadata_server_options_t()
     values.maximum_bytes = UInt64(MetadataServer.Options().maximumBytes)
     try values.write(to: options, "options", size: struct_size)
@@ -51,11 +51,11 @@ package func mooncake_metadata_server_start(
   _ options: UnsafePointer<mooncake_metadata_server_options_t>?,
   _ server: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     let output = try checkOutput(server, "server")
     try refuseInsideLogCallback()
     let options = try readOptions(options)
-    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+    output.pointee = try HandleTable.shared.insert { () throws(MooncakeError) in
       try MetadataServer(options)
     }
   }
@@ -67,7 +67,7 @@ package func mooncake_metadata_server_uri(
   _ server: OpaquePointer?, _ buffer: UnsafeMutablePointer<CChar>?, _ capacity: UInt64,
   _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
-  nativeCall(server, MetadataServer.self) { server throws(EngineError) in
+  nativeCall(server, MetadataServer.self) { server throws(MooncakeError) in
     try writeText(server.uri, buffer, capacity, length)
   }
 }
@@ -77,7 +77,7 @@ package func mooncake_metadata_server_uri(
 package func mooncake_metadata_server_port(
   _ server: OpaquePointer?, _ port: UnsafeMutablePointer<UInt32>?
 ) -> Int32 {
-  nativeCall(server, MetadataServer.self) { server throws(EngineError) in
+  nativeCall(server, MetadataServer.self) { server throws(MooncakeError) in
     let output = try checkOutput(port, "port")
     output.pointee = UInt32(server.address.port ?? 0)
   }
@@ -86,7 +86,7 @@ package func mooncake_metadata_server_port(
 /// Ends a server.
 @c @implementation
 package func mooncake_metadata_server_stop(_ server: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try HandleTable.shared.remove(server, MetadataServer.self) { $0.stop() }
   }
 }

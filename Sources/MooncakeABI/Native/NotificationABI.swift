@@ -12,7 +12,7 @@ package func mooncake_notification_send(
   _ engine: OpaquePointer?, _ segment: mooncake_segment_t, _ name: UnsafePointer<CChar>?,
   _ message: UnsafePointer<CChar>?, _ timeout_ms: UInt64
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try engine.notify(
       segment, try makeNotification(name, message), timeoutMilliseconds: timeout_ms)
   }
@@ -24,7 +24,7 @@ package func mooncake_notification_receive(
   _ engine: OpaquePointer?,
   _ notification: UnsafeMutablePointer<UnsafeMutablePointer<mooncake_notification_t>?>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(notification, "notification")
     guard let received = engine.receiveNotification() else {
       output.pointee = nil
@@ -45,7 +45,7 @@ package func mooncake_notification_free(
 /// Checks and copies the two texts of a notification.
 func makeNotification(
   _ name: UnsafePointer<CChar>?, _ message: UnsafePointer<CChar>?
-) throws(EngineError) -> Notification {
+) throws(MooncakeError) -> Notification {
   Notification(
     name: try messageText(name, "name", maximum: maximumNameBytes),
     message: try messageText(message, "message"))
@@ -54,12 +54,12 @@ func makeNotification(
 /// Copies struct and texts into one block, so that a single free() releases it.
 private func copyOut(
   _ notification: Notification
-) throws(EngineError) -> UnsafeMutablePointer<mooncake_notification_t> {
+) throws(MooncakeError) -> UnsafeMutablePointer<mooncake_notification_t> {
   let headerSize = MemoryLayout<mooncake_notification_t>.size
   let nameSize = notification.name.utf8.count + 1
   let messageSize = notification.message.utf8.count + 1
   guard let block = malloc(headerSize + nameSize + messageSize) else {
-    throw EngineError(
+    throw MooncakeError(
       .outOfMemory, "no memory for a notification of \(messageSize) bytes; it is lost")
   }
   let name = (block + headerSize).assumingMemoryBound(to: CChar.self)

@@ -11,7 +11,7 @@ package func mooncake_segment_open(
   _ engine: OpaquePointer?, _ name: UnsafePointer<CChar>?, _ timeout_ms: UInt64,
   _ segment: UnsafeMutablePointer<mooncake_segment_t>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(segment, "segment")
     output.pointee = try engine.openSegment(
       try requiredText(name, "name"), timeoutMilliseconds: timeout_ms)
@@ -23,7 +23,7 @@ package func mooncake_segment_open(
 package func mooncake_segment_close(
   _ engine: OpaquePointer?, _ segment: mooncake_segment_t
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in try engine.closeSegment(segment) }
+  nativeCall(engine) { engine throws(MooncakeError) in try engine.closeSegment(segment) }
 }
 
 /// Lists a segment's buffers.
@@ -33,10 +33,10 @@ package func mooncake_segment_buffers(
   _ buffers: UnsafeMutablePointer<mooncake_remote_buffer_t>?, _ capacity: UInt64,
   _ count: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(count, "count")
     if buffers == nil && capacity > 0 {
-      throw EngineError(.invalidArgument, "buffers is null but capacity is \(capacity)")
+      throw MooncakeError(.invalidArgument, "buffers is null but capacity is \(capacity)")
     }
     let all = try engine.descriptor(of: segment).buffers
     output.pointee = UInt64(all.count)
@@ -48,7 +48,7 @@ package func mooncake_segment_buffers(
       }
     }
     if UInt64(all.count) > capacity {
-      throw EngineError(.full, "the segment has \(all.count) buffers, not \(capacity)")
+      throw MooncakeError(.full, "the segment has \(all.count) buffers, not \(capacity)")
     }
   }
 }
@@ -59,7 +59,7 @@ package func mooncake_segment_describe(
   _ engine: OpaquePointer?, _ segment: mooncake_segment_t, _ buffer: UnsafeMutablePointer<CChar>?,
   _ capacity: UInt64, _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     var text = try engine.descriptor(of: segment).json()
     if segment != 0, let reason = try engine.sharedMemoryFailure(of: segment) {
       var writer = JSONWriter()
@@ -75,7 +75,7 @@ package func mooncake_segment_describe(
 package func mooncake_peer_probe(
   _ engine: OpaquePointer?, _ name: UnsafePointer<CChar>?, _ timeout_ms: UInt64
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     try engine.probe(try requiredText(name, "name"), timeoutMilliseconds: timeout_ms)
   }
 }

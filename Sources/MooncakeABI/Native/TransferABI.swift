@@ -10,10 +10,10 @@ import MooncakeEngine
 package func mooncake_batch_create(
   _ engine: OpaquePointer?, _ capacity: UInt64, _ batch: UnsafeMutablePointer<mooncake_batch_t>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(batch, "batch")
     if capacity == 0 || capacity > UInt64(maximumBatchCapacity) {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "capacity is \(capacity), not from 1 to \(maximumBatchCapacity)")
     }
     output.pointee = try engine.createBatch(capacity: Int(capacity))
@@ -26,7 +26,7 @@ package func mooncake_batch_submit(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t,
   _ requests: UnsafePointer<mooncake_transfer_request_t>?, _ count: UInt64, _ timeout_ms: UInt64
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let count = try checkArray(requests, count, "requests", limit: maximumBatchCapacity)
     try engine.submit(
       batch, count: count, timeoutMilliseconds: timeout_ms, notification: nil
@@ -41,10 +41,10 @@ package func mooncake_batch_submit_notify(
   _ requests: UnsafePointer<mooncake_transfer_request_t>?, _ count: UInt64, _ timeout_ms: UInt64,
   _ name: UnsafePointer<CChar>?, _ message: UnsafePointer<CChar>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let count = try checkArray(requests, count, "requests", limit: maximumBatchCapacity)
     if count == 0 {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "count is 0: the notification goes to the first request's segment")
     }
     let notification = try makeNotification(name, message)
@@ -60,7 +60,7 @@ package func mooncake_batch_poll(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t,
   _ status: UnsafeMutablePointer<mooncake_batch_status_t>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(status, "status")
     let seen = try engine.poll(batch)
     explain(seen.state, batch, engine, "mooncake_batch_poll")
@@ -74,7 +74,7 @@ package func mooncake_batch_poll_request(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t, _ index: UInt64,
   _ status: UnsafeMutablePointer<mooncake_transfer_status_t>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(status, "status")
     let seen = try engine.poll(batch, request: Int(clamping: index))
     explain(seen.state, batch, engine, "mooncake_batch_poll_request")
@@ -90,7 +90,7 @@ package func mooncake_batch_wait(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t, _ timeout_ms: UInt64,
   _ status: UnsafeMutablePointer<mooncake_batch_status_t>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let seen = try engine.wait(batch, timeoutMilliseconds: timeout_ms)
     explain(seen.state, batch, engine, "mooncake_batch_wait")
     status?.pointee = mooncake_batch_status_t(seen)
@@ -100,13 +100,13 @@ package func mooncake_batch_wait(
 /// Cancels every request that is not terminal.
 @c @implementation
 package func mooncake_batch_cancel(_ engine: OpaquePointer?, _ batch: mooncake_batch_t) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in try engine.cancel(batch) }
+  nativeCall(engine) { engine throws(MooncakeError) in try engine.cancel(batch) }
 }
 
 /// Frees a batch.
 @c @implementation
 package func mooncake_batch_free(_ engine: OpaquePointer?, _ batch: mooncake_batch_t) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in try engine.freeBatch(batch) }
+  nativeCall(engine) { engine throws(MooncakeError) in try engine.freeBatch(batch) }
 }
 
 /// A descriptor that is readable while a batch is terminal.
@@ -114,7 +114,7 @@ package func mooncake_batch_free(_ engine: OpaquePointer?, _ batch: mooncake_bat
 package func mooncake_batch_event_fd(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t, _ fd: UnsafeMutablePointer<Int32>?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let output = try checkOutput(fd, "fd")
     output.pointee = try engine.eventDescriptor(of: batch)
   }
@@ -133,11 +133,11 @@ package func mooncake_batch_set_callback(
   _ engine: OpaquePointer?, _ batch: mooncake_batch_t, _ callback: mooncake_batch_callback_t?,
   _ context: UnsafeMutableRawPointer?
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     guard let callback else {
       // Report an unknown batch first.
       _ = try engine.poll(batch)
-      throw EngineError(.invalidArgument, "callback is null")
+      throw MooncakeError(.invalidArgument, "callback is null")
     }
     let host = HostBatchCallback(callback: callback, context: context)
     try engine.setCallback(batch) { batch, status in
@@ -153,7 +153,7 @@ package func mooncake_transfer_sync(
   _ engine: OpaquePointer?, _ requests: UnsafePointer<mooncake_transfer_request_t>?,
   _ count: UInt64, _ timeout_ms: UInt64
 ) -> Int32 {
-  nativeCall(engine) { engine throws(EngineError) in
+  nativeCall(engine) { engine throws(MooncakeError) in
     let count = try checkArray(requests, count, "requests", limit: maximumBatchCapacity)
     try engine.transfer(count: count, timeoutMilliseconds: timeout_ms) { index in
       RawRequest(requests! + index)

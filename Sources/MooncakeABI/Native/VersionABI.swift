@@ -35,7 +35,7 @@ package func mooncake_version_number() -> UInt32 {
 @c @implementation
 package func mooncake_error_name(_ code: Int32) -> UnsafePointer<CChar>? {
   if code == 0 { return cString("MOONCAKE_OK") }
-  guard let code = EngineError.Code(rawValue: code) else {
+  guard let code = MooncakeError.Code(rawValue: code) else {
     return cString("MOONCAKE_ERROR_UNKNOWN")
   }
   return cString(code.headerName)
@@ -48,7 +48,7 @@ package func mooncake_error_message() -> UnsafePointer<CChar>? {
   return ThreadState.message ?? cString("")
 }
 
-extension EngineError.Code {
+extension MooncakeError.Code {
   fileprivate var headerName: StaticString {
     switch self {
     case .invalidArgument: "MOONCAKE_ERROR_INVALID_ARGUMENT"

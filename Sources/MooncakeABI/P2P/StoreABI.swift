@@ -17,10 +17,10 @@ final class StoreRecord: HandleObject {
   private let isOwnEngine: Bool
 
   /// Creates a store on the caller's engine.
-  init(on engine: UInt64, _ options: P2PStore.Options) throws(EngineError) {
+  init(on engine: UInt64, _ options: P2PStore.Options) throws(MooncakeError) {
     self.engine = engine
     isOwnEngine = false
-    store = try EngineTable.shared.with(engine, .native) { record throws(EngineError) in
+    store = try EngineTable.shared.with(engine, .native) { record throws(MooncakeError) in
       try P2PStore(record.engine, options)
     }
   }
@@ -28,13 +28,13 @@ final class StoreRecord: HandleObject {
   /// Creates a store with its own engine.
   init(
     _ engineOptions: TransferEngine.Options, _ options: P2PStore.Options
-  ) throws(EngineError) {
-    engine = try EngineTable.shared.insert(.native) { () throws(EngineError) in
+  ) throws(MooncakeError) {
+    engine = try EngineTable.shared.insert(.native) { () throws(MooncakeError) in
       try TransferEngine(engineOptions)
     }
     isOwnEngine = true
-    do throws(EngineError) {
-      store = try EngineTable.shared.with(engine, .native) { record throws(EngineError) in
+    do throws(MooncakeError) {
+      store = try EngineTable.shared.with(engine, .native) { record throws(MooncakeError) in
         try P2PStore(record.engine, options)
       }
     } catch {
@@ -55,7 +55,7 @@ final class StoreRecord: HandleObject {
 package func mooncake_store_options_init(
   _ options: UnsafeMutablePointer<mooncake_store_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     var values = mooncake_store_options_t()
     values.drain_ms = P2PStore.Options().drainMilliseconds
     try values.write(to: options, "options", size: struct_size)
@@ -69,16 +69,16 @@ package func mooncake_store_create(
   _ options: UnsafePointer<mooncake_store_options_t>?,
   _ store: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     let output = try checkOutput(store, "store")
     try refuseInsideLogCallback()
     if engine != nil && engine_options != nil {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "engine and engine_options are both given: give only one of them")
     }
     let storeOptions = try readOptions(options)
     let engineOptions = try readOptions(engine_options)
-    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+    output.pointee = try HandleTable.shared.insert { () throws(MooncakeError) in
       if engine != nil { return try StoreRecord(on: number(of: engine), storeOptions) }
       return try StoreRecord(engineOptions, storeOptions)
     }
@@ -88,7 +88,7 @@ package func mooncake_store_create(
 /// Ends a store.
 @c @implementation
 package func mooncake_store_destroy(_ store: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try refuseInsideCallback()
     try HandleTable.shared.remove(store, StoreRecord.self) { $0.end() }
   }
@@ -99,7 +99,7 @@ package func mooncake_store_destroy(_ store: OpaquePointer?) -> Int32 {
 package func mooncake_store_engine(
   _ store: OpaquePointer?, _ engine: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let output = try checkOutput(engine, "engine")
     output.pointee = OpaquePointer(bitPattern: UInt(record.engine))
   }
@@ -117,10 +117,10 @@ extension Cancellation: HandleObject {
 package func mooncake_cancellation_create(
   _ cancellation: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     let output = try checkOutput(cancellation, "cancellation")
     try refuseInsideLogCallback()
-    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+    output.pointee = try HandleTable.shared.insert { () throws(MooncakeError) in
       try Cancellation()
     }
   }
@@ -129,7 +129,7 @@ package func mooncake_cancellation_create(
 /// Cancels the operations that use it.
 @c @implementation
 package func mooncake_cancellation_cancel(_ cancellation: OpaquePointer?) -> Int32 {
-  nativeCall(cancellation, Cancellation.self) { cancellation throws(EngineError) in
+  nativeCall(cancellation, Cancellation.self) { cancellation throws(MooncakeError) in
     cancellation.cancel()
   }
 }
@@ -137,7 +137,7 @@ package func mooncake_cancellation_cancel(_ cancellation: OpaquePointer?) -> Int
 /// Frees a cancellation.
 @c @implementation
 package func mooncake_cancellation_destroy(_ cancellation: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try HandleTable.shared.remove(cancellation, Cancellation.self) { _ in }
   }
 }
@@ -147,7 +147,7 @@ package func mooncake_cancellation_destroy(_ cancellation: OpaquePointer?) -> In
 package func mooncake_store_operation_init(
   _ operation: UnsafeMutablePointer<mooncake_store_operation_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try mooncake_store_operation_t().write(to: operation, "operation", size: struct_size)
   }
 }
@@ -160,7 +160,7 @@ package func mooncake_store_result_read(
   _ result: OpaquePointer?,
   _ report: UnsafeMutablePointer<UnsafePointer<mooncake_store_report_t>?>?
 ) -> Int32 {
-  nativeCall(result, StoreReport.self) { result throws(EngineError) in
+  nativeCall(result, StoreReport.self) { result throws(MooncakeError) in
     let output = try checkOutput(report, "report")
     output.pointee = result.contents
   }
@@ -169,7 +169,7 @@ package func mooncake_store_result_read(
 /// Frees a result.
 @c @implementation
 package func mooncake_store_result_free(_ result: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try HandleTable.shared.remove(result, StoreReport.self) { _ in }
   }
 }

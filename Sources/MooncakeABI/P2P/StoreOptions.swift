@@ -27,7 +27,7 @@ extension mooncake_store_get_options_t: SizedStruct {
 /// Reads the options of a store.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_options_t>?
-) throws(EngineError) -> P2PStore.Options {
+) throws(MooncakeError) -> P2PStore.Options {
   let values = try mooncake_store_options_t.read(given)
   try checkReserved(values.reserved, "options.reserved")
   var options = P2PStore.Options()
@@ -39,7 +39,7 @@ func readOptions(
 /// Reads the options of a registration.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_register_options_t>?
-) throws(EngineError) -> RegisterOptions {
+) throws(MooncakeError) -> RegisterOptions {
   let values = try mooncake_store_register_options_t.read(given)
   try checkReserved(values.reserved, "options.reserved")
   var options = RegisterOptions()
@@ -53,7 +53,7 @@ func readOptions(
 /// Reads the options of a get.
 func readOptions(
   _ given: UnsafePointer<mooncake_store_get_options_t>?
-) throws(EngineError) -> GetOptions {
+) throws(MooncakeError) -> GetOptions {
   let values = try mooncake_store_get_options_t.read(given)
   try checkReserved(values.reserved, "options.reserved")
   var options = GetOptions()
@@ -62,7 +62,7 @@ func readOptions(
   options.location = try optionalText(values.location, "options.location") ?? options.location
   if let text = try optionalText(values.version, "options.version") {
     guard let version = PayloadVersion(text) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "options.version '\(text)' is not 32 hexadecimal digits")
     }
     options.version = version
@@ -89,13 +89,13 @@ private struct HostProgress: @unchecked Sendable {
 /// Reads an operation's deadline, cancellation and progress callback.
 func readOperation(
   _ given: UnsafePointer<mooncake_store_operation_t>?
-) throws(EngineError) -> StoreOperation {
+) throws(MooncakeError) -> StoreOperation {
   let values = try mooncake_store_operation_t.read(given)
   try checkReserved(values.reserved, "operation.reserved")
   var operation = StoreOperation(timeoutMilliseconds: values.timeout_ms)
   if let cancellation = values.cancellation {
     operation.cancellation = try HandleTable.shared.with(cancellation, Cancellation.self) {
-      (cancellation) throws(EngineError) in cancellation
+      (cancellation) throws(MooncakeError) in cancellation
     }
   }
   if let callback = values.progress {
@@ -108,22 +108,22 @@ func readOperation(
 /// Copies a list of buffers and checks that each could be real memory.
 func readBuffers(
   _ buffers: UnsafePointer<mooncake_buffer_t>?, _ count: UInt64
-) throws(EngineError) -> [PayloadBuffer] {
+) throws(MooncakeError) -> [PayloadBuffer] {
   let count = try checkArray(buffers, count, "buffers", limit: maximumBufferCount)
   guard let buffers, count > 0 else {
-    throw EngineError(.invalidArgument, "count is 0: a payload has at least one buffer")
+    throw MooncakeError(.invalidArgument, "count is 0: a payload has at least one buffer")
   }
   var total: UInt64 = 0
   var result: [PayloadBuffer] = []
   for (index, buffer) in UnsafeBufferPointer(start: buffers, count: count).enumerated() {
     guard let address = buffer.address, buffer.length > 0 else {
-      throw EngineError(.invalidArgument, "buffers[\(index)] is null or empty")
+      throw MooncakeError(.invalidArgument, "buffers[\(index)] is null or empty")
     }
     try checkRange(address, buffer.length)
     total &+= buffer.length
     // Each is below 1 << 63, so a sum that is too large is noticed before it wraps.
     if total >> 62 != 0 {
-      throw EngineError(.invalidArgument, "the buffers are longer than any memory")
+      throw MooncakeError(.invalidArgument, "the buffers are longer than any memory")
     }
     result.append(PayloadBuffer(address: address, length: buffer.length))
   }
@@ -134,16 +134,16 @@ func readBuffers(
 private let maximumBufferCount = 65_536
 
 /// Checks that a range could be memory of this process.
-func checkRange(_ address: UnsafeRawPointer, _ length: UInt64) throws(EngineError) {
+func checkRange(_ address: UnsafeRawPointer, _ length: UInt64) throws(MooncakeError) {
   let start = UInt64(UInt(bitPattern: address))
   if length >> 62 != 0 || start.addingReportingOverflow(length).overflow {
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument, "\(length) bytes at 0x\(String(start, radix: 16)) exceed the address space")
   }
 }
 
 /// Copies a prefix of names, which may be null or empty.
-func prefixText(_ prefix: UnsafePointer<CChar>?) throws(EngineError) -> String {
+func prefixText(_ prefix: UnsafePointer<CChar>?) throws(MooncakeError) -> String {
   if prefix == nil { return "" }
   return try messageText(prefix, "prefix", maximum: maximumNameBytes)
 }

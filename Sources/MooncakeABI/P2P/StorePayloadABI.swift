@@ -11,7 +11,7 @@ import MooncakeP2P
 package func mooncake_store_register_options_init(
   _ options: UnsafeMutablePointer<mooncake_store_register_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try mooncake_store_register_options_t().write(to: options, "options", size: struct_size)
   }
 }
@@ -21,15 +21,15 @@ package func mooncake_store_register_options_init(
 package func mooncake_store_get_options_init(
   _ options: UnsafeMutablePointer<mooncake_store_get_options_t>?, _ struct_size: UInt32
 ) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try mooncake_store_get_options_t().write(to: options, "options", size: struct_size)
   }
 }
 
 /// Creates a result and its handle; only runs `body` if the caller wants none.
 private func writeResult(
-  _ output: UnsafeMutablePointer<OpaquePointer?>?, _ body: () throws(EngineError) -> StoreReport
-) throws(EngineError) {
+  _ output: UnsafeMutablePointer<OpaquePointer?>?, _ body: () throws(MooncakeError) -> StoreReport
+) throws(MooncakeError) {
   if let output {
     output.pointee = try HandleTable.shared.insert(body)
   } else {
@@ -46,12 +46,12 @@ package func mooncake_store_register(
   _ operation: UnsafePointer<mooncake_store_operation_t>?,
   _ result: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let name = try requiredText(name, "name")
     let buffers = try readBuffers(buffers, count)
     let options = try readOptions(options)
     let operation = try readOperation(operation)
-    try writeResult(result) { () throws(EngineError) in
+    try writeResult(result) { () throws(MooncakeError) in
       StoreReport(payloads: [try record.store.register(name, buffers, options, operation)])
     }
   }
@@ -63,7 +63,7 @@ package func mooncake_store_unregister(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
   _ operation: UnsafePointer<mooncake_store_operation_t>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     try record.store.unregister(
       try requiredText(name, "name"), try readOperation(operation))
   }
@@ -78,17 +78,17 @@ package func mooncake_store_get(
   _ operation: UnsafePointer<mooncake_store_operation_t>?,
   _ result: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let name = try requiredText(name, "name")
     let isAllocated = buffers == nil && count == 0
     let buffers = isAllocated ? nil : try readBuffers(buffers, count)
     if isAllocated && result == nil {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "buffers and result are both null: the payload could not be found")
     }
     let options = try readOptions(options)
     let operation = try readOperation(operation)
-    try writeResult(result) { () throws(EngineError) in
+    try writeResult(result) { () throws(MooncakeError) in
       StoreReport(try record.store.get(name, into: buffers, options, operation))
     }
   }
@@ -100,7 +100,7 @@ package func mooncake_store_delete_replica(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
   _ operation: UnsafePointer<mooncake_store_operation_t>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     try record.store.deleteReplica(
       try requiredText(name, "name"), try readOperation(operation))
   }
@@ -112,7 +112,7 @@ package func mooncake_store_remove(
   _ store: OpaquePointer?, _ name: UnsafePointer<CChar>?,
   _ operation: UnsafePointer<mooncake_store_operation_t>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     try record.store.remove(try requiredText(name, "name"), try readOperation(operation))
   }
 }
@@ -124,11 +124,11 @@ package func mooncake_store_list(
   _ operation: UnsafePointer<mooncake_store_operation_t>?,
   _ result: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let output = try checkOutput(result, "result")
     let prefix = try prefixText(prefix)
     let operation = try readOperation(operation)
-    try writeResult(output) { () throws(EngineError) in
+    try writeResult(output) { () throws(MooncakeError) in
       StoreReport(payloads: try record.store.list(prefix: prefix, operation))
     }
   }
@@ -141,11 +141,11 @@ package func mooncake_store_stat(
   _ operation: UnsafePointer<mooncake_store_operation_t>?,
   _ result: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let output = try checkOutput(result, "result")
     let name = try requiredText(name, "name")
     let operation = try readOperation(operation)
-    try writeResult(output) { () throws(EngineError) in
+    try writeResult(output) { () throws(MooncakeError) in
       let (info, holders) = try record.store.describe(name, operation)
       return StoreReport(payloads: [info], holders: holders)
     }
@@ -159,9 +159,9 @@ package func mooncake_store_read(
   _ buffer: UnsafeMutableRawPointer?, _ length: UInt64,
   _ operation: UnsafePointer<mooncake_store_operation_t>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let name = try requiredText(name, "name")
-    guard let buffer else { throw EngineError(.invalidArgument, "buffer is null") }
+    guard let buffer else { throw MooncakeError(.invalidArgument, "buffer is null") }
     try checkRange(buffer, length)
     try record.store.read(
       name, offset: offset, into: buffer, length: length, try readOperation(operation))
@@ -175,9 +175,9 @@ package func mooncake_store_write(
   _ data: UnsafeRawPointer?, _ length: UInt64,
   _ operation: UnsafePointer<mooncake_store_operation_t>?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let name = try requiredText(name, "name")
-    guard let data else { throw EngineError(.invalidArgument, "data is null") }
+    guard let data else { throw MooncakeError(.invalidArgument, "data is null") }
     try checkRange(data, length)
     try record.store.write(
       name, offset: offset, from: data, length: length, try readOperation(operation))

@@ -42,12 +42,12 @@ package func mooncake_store_watch_create(
   _ watch: UnsafeMutablePointer<OpaquePointer?>?, _ callback: mooncake_store_watch_callback_t?,
   _ context: UnsafeMutableRawPointer?
 ) -> Int32 {
-  nativeCall(store, StoreRecord.self) { record throws(EngineError) in
+  nativeCall(store, StoreRecord.self) { record throws(MooncakeError) in
     let output = try checkOutput(watch, "watch")
-    guard let callback else { throw EngineError(.invalidArgument, "callback is null") }
+    guard let callback else { throw MooncakeError(.invalidArgument, "callback is null") }
     let prefix = try prefixText(prefix)
     let host = HostWatchCallback(callback: callback, context: context)
-    output.pointee = try HandleTable.shared.insert { () throws(EngineError) in
+    output.pointee = try HandleTable.shared.insert { () throws(MooncakeError) in
       try record.store.watch(prefix: prefix) { host.call($0) }
     }
   }
@@ -56,7 +56,7 @@ package func mooncake_store_watch_create(
 /// Ends a watch.
 @c @implementation
 package func mooncake_store_watch_destroy(_ watch: OpaquePointer?) -> Int32 {
-  nativeCall { () throws(EngineError) in
+  nativeCall { () throws(MooncakeError) in
     try refuseInsideCallback()
     try HandleTable.shared.remove(watch, PayloadWatch.self) { $0.stop() }
   }

@@ -22,7 +22,7 @@ extension ListenAddress {
   package static func open(
     _ options: DropInListenOptions, settings: HandshakeSettings = .fromEnvironment(),
     deadline: Deadline = .after(milliseconds: 5000)
-  ) throws(EngineError) -> OpenedListener {
+  ) throws(MooncakeError) -> OpenedListener {
     let given = try parse(options)
     let usesNameAsHost = !options.usesStore || settings.isLegacyPortBinding
     let host: String
@@ -49,7 +49,7 @@ extension ListenAddress {
         bound: bound, advertisedHost: host, name: name, dataPorts: settings.portRange))
   }
 
-  private static func parse(_ options: DropInListenOptions) throws(EngineError) -> HostPort {
+  private static func parse(_ options: DropInListenOptions) throws(MooncakeError) -> HostPort {
     let argument = UInt16(exactly: options.port) ?? 0
     do throws(HostPortError) {
       // A malformed port becomes 0, which means none.
@@ -62,7 +62,7 @@ extension ListenAddress {
       {
         return HostPort(host: parsed.host, port: argument)
       }
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "local_server_name \(String(reflecting: String(options.serverName.prefix(100)))) is "
           + "neither a host nor host:port: \(error)")
@@ -107,7 +107,7 @@ extension ListenAddress {
 
   private static func listen(
     on target: SocketAddress, wish: UInt16, settings: HandshakeSettings
-  ) throws(EngineError) -> Socket {
+  ) throws(MooncakeError) -> Socket {
     if wish != 0 {
       var address = target
       address.port = wish

@@ -22,13 +22,13 @@ extension ListenAddress {
   package static func open(
     _ options: ListenOptions, settings: HandshakeSettings = .fromEnvironment(),
     deadline: Deadline = .after(milliseconds: 5000)
-  ) throws(EngineError) -> OpenedListener {
+  ) throws(MooncakeError) -> OpenedListener {
     var port = options.port
     if port == 0, !options.usesMetadataService, let name = options.name {
       // Without a metadata service a name contains the port, so it asks for that port.
       port = (try? HostPort(parsing: name))?.port ?? 0
     }
-    let advertised = try options.advertisedAddress.map { text throws(EngineError) in
+    let advertised = try options.advertisedAddress.map { text throws(MooncakeError) in
       try parseHost(text, option: "advertised_address")
     }
     let target = try bindAddress(options.bindAddress, advertised, port: port, deadline: deadline)
@@ -37,7 +37,7 @@ extension ListenAddress {
     let host = advertised ?? defaultHost(for: bound)
     let natural = HostPort(host: host, port: bound.port).description
     if let name = options.name, name != natural, !options.usesMetadataService {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "name \(String(reflecting: String(name.prefix(100)))): without a metadata service peers "
           + "connect to the name itself, which would be \(natural): give that or none")
@@ -50,11 +50,11 @@ extension ListenAddress {
 
   private static func bindAddress(
     _ text: String?, _ advertised: String?, port: UInt16, deadline: Deadline
-  ) throws(EngineError) -> SocketAddress {
+  ) throws(MooncakeError) -> SocketAddress {
     if let text {
       let host = try parseHost(text, option: "bind_address")
       guard let address = SocketAddress(numeric: host, port: port) else {
-        throw EngineError(
+        throw MooncakeError(
           .invalidArgument,
           "bind_address \(host) is not a numeric address: give one, such as 10.0.0.5 or ::")
       }
@@ -65,13 +65,13 @@ extension ListenAddress {
       addresses = try Resolver.resolve(
         advertised ?? "127.0.0.1", port: port, deadline: deadline)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .unresolved,
         "advertised_address \(advertised ?? ""): \(error): correct the name, or give bind_address "
           + "too")
     }
     guard let own = preferred(addresses.filter { NetworkInterfaces.owns($0) || $0.isAny }) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "advertised_address \(advertised ?? "") is not an address of this machine: give "
           + "bind_address too, such as 0.0.0.0, if peers reach it through address translation")
@@ -88,16 +88,16 @@ extension ListenAddress {
 
   private static func parseHost(
     _ text: String, option: String
-  ) throws(EngineError) -> String {
+  ) throws(MooncakeError) -> String {
     do throws(HostPortError) {
       let parsed = try HostPort(parsing: text)
       if parsed.port == nil { return parsed.host }
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "\(option) \(String(reflecting: String(text.prefix(100)))) is not a host: \(error)")
     }
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument, "\(option) \(text) contains a port: give the port in its own option")
   }
 

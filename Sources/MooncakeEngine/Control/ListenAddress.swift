@@ -17,7 +17,7 @@ package struct ListenAddress: Sendable {
   package var port: UInt16 { bound.port }
 
   /// Opens the data listener: same address, another port.
-  package func openDataListener() throws(EngineError) -> Socket {
+  package func openDataListener() throws(MooncakeError) -> Socket {
     var address = bound
     if let dataPorts {
       return try PortSearch(address: address, range: dataPorts, backlog: Self.dataBacklog).open()
@@ -44,7 +44,7 @@ struct PortSearch {
   let range: ClosedRange<UInt16>
   let backlog: Int32
 
-  func open() throws(EngineError) -> Socket {
+  func open() throws(MooncakeError) -> Socket {
     var address = address
     let start = Int.random(in: 0..<range.count)
     for step in 0..<range.count {
@@ -55,7 +55,7 @@ struct PortSearch {
         if error.rawValue != EADDRINUSE { throw listenFailure(error, address) }
       }
     }
-    throw EngineError(
+    throw MooncakeError(
       .addressInUse,
       "every port from \(range.lowerBound) to \(range.upperBound) is taken on \(address.host): "
         + "widen the range with MC_MIN_RPC_PORT and MC_MAX_RPC_PORT")
@@ -82,7 +82,7 @@ func advertisedAddress(ipv6: Bool, remedy: String) -> SocketAddress? {
 /// Listens on an address; errors say what to do.
 func openListener(
   on address: SocketAddress, backlog: Int32
-) throws(EngineError) -> Socket {
+) throws(MooncakeError) -> Socket {
   do throws(Errno) {
     return try Socket.listening(on: address, backlog: backlog)
   } catch {
@@ -91,30 +91,30 @@ func openListener(
 }
 
 /// The address a socket is bound to, with its real port.
-func boundAddress(of socket: borrowing Socket) throws(EngineError) -> SocketAddress {
+func boundAddress(of socket: borrowing Socket) throws(MooncakeError) -> SocketAddress {
   do throws(Errno) {
     return try socket.localAddress()
   } catch {
-    throw EngineError(.system, "cannot read the address of a listener: \(error)")
+    throw MooncakeError(.system, "cannot read the address of a listener: \(error)")
   }
 }
 
 /// Says why a listener could not be opened and what to do.
-func listenFailure(_ error: Errno, _ address: SocketAddress) -> EngineError {
+func listenFailure(_ error: Errno, _ address: SocketAddress) -> MooncakeError {
   switch error.rawValue {
   case EADDRINUSE:
-    return EngineError(
+    return MooncakeError(
       .addressInUse,
       "listen on \(address): port \(address.port) is taken by another socket: end its process, "
         + "choose another port, or give port 0 to let the system choose")
   case EADDRNOTAVAIL:
-    return EngineError(
+    return MooncakeError(
       .invalidArgument,
       "listen on \(address): not an address of this machine: give one of its own, or bind 0.0.0.0 "
         + "or :: and advertise this one")
   case EACCES:
-    return EngineError(
+    return MooncakeError(
       .system, "listen on \(address): \(error): ports below 1024 need privileges; choose another")
-  default: return EngineError(.system, "listen on \(address): \(error)")
+  default: return MooncakeError(.system, "listen on \(address): \(error)")
   }
 }

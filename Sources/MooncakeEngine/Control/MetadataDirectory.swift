@@ -14,7 +14,7 @@ package final class MetadataDirectory: Sendable {
 
   package init(
     _ uri: MetadataURI, settings: MetadataSettings = .fromEnvironment()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     store = try MetadataServices.open(uri, settings: settings)
     self.settings = settings
     prefix = Self.prefix(cluster: settings.clusterID)
@@ -34,7 +34,7 @@ package final class MetadataDirectory: Sendable {
   package func routeKey(_ name: String) -> String { prefix + "rpc_meta/" + name }
 
   /// Refuses names that cannot be part of a key.
-  package static func check(_ name: String) throws(EngineError) {
+  package static func check(_ name: String) throws(MooncakeError) {
     let reason =
       name.isEmpty
       ? "is empty"
@@ -44,7 +44,7 @@ package final class MetadataDirectory: Sendable {
           ? "begins with a slash"
           : name.utf8.contains { $0 < 0x20 || $0 == 0x7F } ? "has a control character" : nil
     guard let reason else { return }
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument,
       "segment name \(String(reflecting: String(name.prefix(100)))) \(reason): it is part of a key "
         + "in the metadata service")
@@ -53,15 +53,15 @@ package final class MetadataDirectory: Sendable {
   /// The descriptor that a process has published.
   package func descriptor(
     of name: String, _ call: Call
-  ) throws(EngineError) -> SegmentDescriptor {
+  ) throws(MooncakeError) -> SegmentDescriptor {
     try Self.check(name)
     let key = segmentKey(name)
     guard let text = try store.get(key, call) else { throw missing(key, "segment \(name)") }
     var descriptor: SegmentDescriptor
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       descriptor = try SegmentDescriptor(json: text)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         error.code,
         "metadata \(store.uri): key '\(key)': \(error.message): its owner should publish it again; "
           + "else remove it with `mooncake metadata delete`")
@@ -74,7 +74,7 @@ package final class MetadataDirectory: Sendable {
   }
 
   /// Where a process answers RPCs.
-  package func route(to name: String, _ call: Call) throws(EngineError) -> HostPort {
+  package func route(to name: String, _ call: Call) throws(MooncakeError) -> HostPort {
     try Self.check(name)
     let key = routeKey(name)
     guard let text = try store.get(key, call) else { throw missing(key, "the route to \(name)") }
@@ -113,15 +113,15 @@ package final class MetadataDirectory: Sendable {
     return document.read { $0["metadata_version"]?.unsigned ?? 0 }
   }
 
-  private func missing(_ key: String, _ what: String) -> EngineError {
-    EngineError(
+  private func missing(_ key: String, _ what: String) -> MooncakeError {
+    MooncakeError(
       .notFound,
       "metadata \(store.uri): \(what) is not there (key '\(key)'): does its process run, with this "
         + "service and the same MC_METADATA_CLUSTER_ID?")
   }
 
-  private func malformed(_ key: String, _ cause: String) -> EngineError {
-    EngineError(
+  private func malformed(_ key: String, _ cause: String) -> MooncakeError {
+    MooncakeError(
       .protocolViolation,
       "metadata \(store.uri): key '\(key)': malformed route: \(cause): its owner should publish it "
         + "again; else remove it with `mooncake metadata delete`")

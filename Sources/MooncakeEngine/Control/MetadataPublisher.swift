@@ -42,7 +42,7 @@ package final class MetadataPublisher: Sendable {
     /// The latest version for which an attempt has ended, successfully or not.
     var attempted: UInt64 = 0
     /// The last attempt's error, if the next would fail the same way.
-    var refusal: EngineError?
+    var refusal: MooncakeError?
     var isStopping = false
     var counters = Counters()
 
@@ -81,10 +81,10 @@ package final class MetadataPublisher: Sendable {
   package var counters: Counters { state.withLock { $0.counters } }
 
   /// Publishes for the first time, replacing what an earlier process left, and starts the thread.
-  package func start(until deadline: Deadline) throws(EngineError) {
+  package func start(until deadline: Deadline) throws(MooncakeError) {
     let call = untilClose.within(deadline)
-    do throws(EngineError) {
-      try work.withLock { work throws(EngineError) in
+    do throws(MooncakeError) {
+      try work.withLock { work throws(MooncakeError) in
         try publish(&work, isFirst: true, call)
         // Renew at once: if the user may put but not renew, fail now instead of vanishing when the
         // lease ends.
@@ -101,20 +101,20 @@ package final class MetadataPublisher: Sendable {
       self.thread.withLock { $0 = thread }
     } catch {
       remove()
-      throw EngineError(.system, "cannot start the thread for metadata: \(error)")
+      throw MooncakeError(.system, "cannot start the thread for metadata: \(error)")
     }
   }
 
   /// Publishes changes and waits until it is done or the call is over. If the service is
   /// unreachable, the changes are published when it is back. Throws if the service refuses them for
   /// good; it then keeps the old entries.
-  package func publishChanges(_ call: Call) throws(EngineError) {
+  package func publishChanges(_ call: Call) throws(MooncakeError) {
     let version = local.buffers.version
     state.withLock { $0.wanted = max($0.wanted, version) }
     ring()
     while true {
       let seen = progress.value
-      let (isOver, refusal): (Bool, EngineError?) = state.withLock { state in
+      let (isOver, refusal): (Bool, MooncakeError?) = state.withLock { state in
         if state.published >= version || state.isStopping { return (true, nil) }
         if let refusal = state.refusal { return (state.attempted >= version, refusal) }
         return (state.keeper.isDown, nil)
@@ -156,7 +156,7 @@ package final class MetadataPublisher: Sendable {
   private func remove(within milliseconds: UInt64? = nil) {
     let (lease, limit) = state.withLock { ($0.keeper.lease, $0.keeper.endMilliseconds) }
     work.withLock { work in
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try directory.store.revoke(
           lease, work.entries, Call(until: .after(milliseconds: milliseconds ?? limit)))
       } catch {
@@ -186,7 +186,7 @@ package final class MetadataPublisher: Sendable {
     }
     let call = untilClose.within(milliseconds: milliseconds)
     let version = local.buffers.version
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       // Changes may come without a pause, and may be refused. They do not renew the lease.
       if work.entries.count == 2 && (isDue || !isNews) {
         let renewal = try renew(&work, call)
@@ -205,7 +205,7 @@ package final class MetadataPublisher: Sendable {
 
   private var lease: MetadataLease? { state.withLock { $0.keeper.lease } }
 
-  private func renew(_ work: inout Work, _ call: Call) throws(EngineError) -> MetadataRenewal {
+  private func renew(_ work: inout Work, _ call: Call) throws(MooncakeError) -> MetadataRenewal {
     let (lease, asked) = (self.lease, Clock.now())
     let renewal = try directory.store.renew(lease, work.entries, call)
     if renewal == .gone {
@@ -228,8 +228,8 @@ package final class MetadataPublisher: Sendable {
   /// Puts the entries; if the lease has ended, once more with a new one.
   private func publish(
     _ work: inout Work, isFirst: Bool, _ call: Call
-  ) throws(EngineError) {
-    do throws(EngineError) {
+  ) throws(MooncakeError) {
+    do throws(MooncakeError) {
       return try publishOnce(&work, isFirst: isFirst, call)
     } catch {
       if error.code != .notFound { throw error }
@@ -240,7 +240,7 @@ package final class MetadataPublisher: Sendable {
 
   private func publishOnce(
     _ work: inout Work, isFirst: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let isRepetition = !isFirst && work.entries.count < 2
     if isFirst || isRepetition {
       if try isForeign(&work, call) && !isFirst {
@@ -260,7 +260,7 @@ package final class MetadataPublisher: Sendable {
     let version = local.buffers.version
     let segment = MetadataEntry(
       key: directory.segmentKey(local.name), value: directory.stored(local.json))
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       if work.entries.isEmpty {
         let text = MetadataDirectory.routeText(
           rpcAddress, incarnation: local.descriptor.incarnation,
@@ -286,7 +286,7 @@ package final class MetadataPublisher: Sendable {
 
   /// Whether another process has put the keys; if so, they stay. Also raises our version above the
   /// other's: readers that know the newer one would ignore ours.
-  private func isForeign(_ work: inout Work, _ call: Call) throws(EngineError) -> Bool {
+  private func isForeign(_ work: inout Work, _ call: Call) throws(MooncakeError) -> Bool {
     let segmentKey = directory.segmentKey(local.name)
     var isForeign = false
     var latest: UInt64 = 0
@@ -301,8 +301,8 @@ package final class MetadataPublisher: Sendable {
   }
 
   /// The value of a key; empty if it is not text.
-  private func read(_ key: String, _ call: Call) throws(EngineError) -> String? {
-    do throws(EngineError) {
+  private func read(_ key: String, _ call: Call) throws(MooncakeError) -> String? {
+    do throws(MooncakeError) {
       return try directory.store.get(key, call)
     } catch {
       if error.code == .protocolViolation { return "" }
@@ -344,7 +344,7 @@ package final class MetadataPublisher: Sendable {
     if wasDown { Log.info("metadata \(directory.store.uri) can be reached again") }
   }
 
-  private func failed(_ work: Work, _ error: EngineError, _ version: UInt64) {
+  private func failed(_ work: Work, _ error: MooncakeError, _ version: UInt64) {
     let isNew = state.withLock { state in
       let wasRefused = state.refusal != nil
       state.refusal = error.isRefusal ? error : nil

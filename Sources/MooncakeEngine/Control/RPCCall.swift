@@ -14,7 +14,7 @@ struct RPCCall {
   private static let chunkBytes = 64 << 10
   private static let hint = "is the process running and is this its RPC port?"
 
-  func run(_ body: String) throws(EngineError) -> String {
+  func run(_ body: String) throws(MooncakeError) -> String {
     // Some peers serve one connection at a time, so close it as soon as this returns.
     let socket = try connect()
     try send(RPCMessage.encoded(type: type, body: body), on: socket)
@@ -22,7 +22,7 @@ struct RPCCall {
   }
 
   /// The text of an answer.
-  func text(of message: RPCMessage) throws(EngineError) -> String {
+  func text(of message: RPCMessage) throws(MooncakeError) -> String {
     if message.type != type || message.isOldProtocol {
       throw failure(.protocolViolation, "it answered with a message of another type", Self.hint)
     }
@@ -34,7 +34,7 @@ struct RPCCall {
 
   // MARK: Phases
 
-  private func connect() throws(EngineError) -> Socket {
+  private func connect() throws(MooncakeError) -> Socket {
     guard let port = peer.port, port != 0 else {
       throw failure(.invalidArgument, "port 0 cannot be reached", "give the peer's RPC port")
     }
@@ -48,9 +48,9 @@ struct RPCCall {
         error.isTimeout ? .timeout : .unresolved, "cannot resolve \(peer.host)",
         "\(error); check the name and this machine's name service")
     }
-    var last: EngineError?
+    var last: MooncakeError?
     for (index, address) in addresses.enumerated() {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         return try connect(
           to: address, within: connectMilliseconds(addressCount: addresses.count - index))
       } catch {
@@ -70,7 +70,7 @@ struct RPCCall {
 
   private func connect(
     to address: SocketAddress, within milliseconds: UInt64
-  ) throws(EngineError) -> Socket {
+  ) throws(MooncakeError) -> Socket {
     let ownLimit = Deadline.after(milliseconds: milliseconds)
     do throws(Errno) {
       let socket = try Socket(family: address.family)
@@ -89,7 +89,7 @@ struct RPCCall {
 
   func connectFailure(
     _ error: Errno, to address: SocketAddress, within milliseconds: UInt64
-  ) -> EngineError {
+  ) -> MooncakeError {
     // A numeric host is not repeated.
     let place = address.host == peer.host ? "" : " to \(address)"
     switch error.rawValue {
@@ -113,7 +113,7 @@ struct RPCCall {
     }
   }
 
-  private func send(_ bytes: [UInt8], on socket: borrowing Socket) throws(EngineError) {
+  private func send(_ bytes: [UInt8], on socket: borrowing Socket) throws(MooncakeError) {
     var sentByteCount = 0
     do throws(Errno) {
       while sentByteCount < bytes.count {
@@ -128,7 +128,7 @@ struct RPCCall {
     }
   }
 
-  private func receive(from socket: borrowing Socket) throws(EngineError) -> RPCMessage {
+  private func receive(from socket: borrowing Socket) throws(MooncakeError) -> RPCMessage {
     var parser = RPCMessageParser(limit: settings.maximumLength)
     let chunk = UnsafeMutableRawBufferPointer.allocate(byteCount: Self.chunkBytes, alignment: 16)
     defer { chunk.deallocate() }
@@ -157,13 +157,13 @@ struct RPCCall {
 
   // MARK: Errors
 
-  private var canceled: EngineError {
+  private var canceled: MooncakeError {
     failure(
       .canceled, "given up because it was canceled or the engine was destroyed",
       "call again if it is still wanted")
   }
 
-  func closed(afterBytes count: Int) -> EngineError {
+  func closed(afterBytes count: Int) -> MooncakeError {
     failure(
       .unreachable,
       count == 0
@@ -172,11 +172,11 @@ struct RPCCall {
       "it refused the request or is stopping; is this its RPC port?")
   }
 
-  func malformed(_ error: RPCMessageError) -> EngineError {
+  func malformed(_ error: RPCMessageError) -> MooncakeError {
     failure(.protocolViolation, "it sent \(error)", remedy(for: error))
   }
 
-  func broken(_ error: Errno, _ moment: String) -> EngineError {
+  func broken(_ error: Errno, _ moment: String) -> MooncakeError {
     if error.rawValue == ECANCELED { return canceled }
     if error == .timedOut && deadline.hasPassed {
       return failure(
@@ -194,8 +194,8 @@ struct RPCCall {
   }
 
   private func failure(
-    _ code: EngineError.Code, _ cause: String, _ remedy: String
-  ) -> EngineError {
-    EngineError(code, "peer \(peer): \(cause) (\(type) RPC): \(remedy)")
+    _ code: MooncakeError.Code, _ cause: String, _ remedy: String
+  ) -> MooncakeError {
+    MooncakeError(code, "peer \(peer): \(cause) (\(type) RPC): \(remedy)")
   }
 }

@@ -6,7 +6,7 @@ import Synchronization
 /// do not delay calls to others. A connection is kept for a while for the next call.
 package final class RPCCaller: Sendable {
   /// Runs on the caller's thread and must not wait.
-  package typealias Completion = @Sendable (Result<String, EngineError>) -> Void
+  package typealias Completion = @Sendable (Result<String, MooncakeError>) -> Void
 
   private struct State {
     var loop: RPCCallerLoop?
@@ -26,7 +26,7 @@ package final class RPCCaller: Sendable {
   ) {
     guard let address = addresses.first else {
       return completion(
-        .failure(EngineError(.unresolved, "peer \(peer): the name has no address: check it")))
+        .failure(MooncakeError(.unresolved, "peer \(peer): the name has no address: check it")))
     }
     let others = addresses.dropFirst()
     ask(peer, at: address, addressCount: addresses.count, body, until: deadline) { [self] result in
@@ -44,7 +44,7 @@ package final class RPCCaller: Sendable {
     _ peer: HostPort, at address: SocketAddress, addressCount: Int, _ body: String,
     until deadline: Deadline, _ completion: @escaping Completion
   ) {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try loop().submit(
         RPCQuestion(
           call: RPCCall(
@@ -60,7 +60,7 @@ package final class RPCCaller: Sendable {
   /// Runs `body`, which must not wait, on the caller's thread soon after the deadline, unless
   /// stopped before.
   package func run(at deadline: Deadline, _ body: @escaping @Sendable () -> Void) {
-    do throws(EngineError) { try loop().submit(at: deadline, body) } catch {
+    do throws(MooncakeError) { try loop().submit(at: deadline, body) } catch {
       if error.code == .canceled { return }
       Log.error("\(error.message): what waits for a peer may end seconds after its deadline")
     }
@@ -92,11 +92,11 @@ package final class RPCCaller: Sendable {
   }
 
   /// The loop, started by the first call.
-  private func loop() throws(EngineError) -> RPCCallerLoop {
-    let outcome: Result<RPCCallerLoop, EngineError> = state.withLock { state in
+  private func loop() throws(MooncakeError) -> RPCCallerLoop {
+    let outcome: Result<RPCCallerLoop, MooncakeError> = state.withLock { state in
       if let loop = state.loop { return .success(loop) }
       if state.isStopped {
-        return .failure(EngineError(.canceled, "asking a peer: the engine was destroyed"))
+        return .failure(MooncakeError(.canceled, "asking a peer: the engine was destroyed"))
       }
       do throws(Errno) {
         let loop = try RPCCallerLoop()
@@ -104,7 +104,7 @@ package final class RPCCaller: Sendable {
         state.loop = loop
         return .success(loop)
       } catch {
-        return .failure(EngineError(.system, "starting the thread mc-rpc-call: \(error)"))
+        return .failure(MooncakeError(.system, "starting the thread mc-rpc-call: \(error)"))
       }
     }
     return try outcome.get()

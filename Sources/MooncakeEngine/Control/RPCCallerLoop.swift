@@ -44,9 +44,9 @@ final class RPCCallerLoop: @unchecked Sendable {
   /// Questions whose completion has not been called.
   var pendingCount: Int { pending.load(ordering: .acquiring) }
 
-  func submit(_ question: RPCQuestion) throws(EngineError) {
+  func submit(_ question: RPCQuestion) throws(MooncakeError) {
     if pendingCount >= Self.questionLimit {
-      throw EngineError(
+      throw MooncakeError(
         .full, "peer \(question.call.peer): \(Self.questionLimit) questions are under way already")
     }
     pending.wrappingAdd(1, ordering: .acquiringAndReleasing)
@@ -75,8 +75,8 @@ final class RPCCallerLoop: @unchecked Sendable {
     (questions, kept) = ([:], [:])
   }
 
-  private static var stopped: EngineError {
-    EngineError(.canceled, "asking a peer: the engine was destroyed")
+  private static var stopped: MooncakeError {
+    MooncakeError(.canceled, "asking a peer: the engine was destroyed")
   }
 
   private func handle(_ token: UInt64, _ scratch: UnsafeMutableRawBufferPointer) {
@@ -109,7 +109,7 @@ final class RPCCallerLoop: @unchecked Sendable {
   private func connect(_ question: RPCQuestion) {
     let token = nextToken
     nextToken += 1
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try question.connect()
       do throws(Errno) {
         try loop.epoll.add(question.descriptor, events: Epoll.writable, token: token)
@@ -155,7 +155,7 @@ final class RPCCallerLoop: @unchecked Sendable {
       socket, question.address, .after(milliseconds: Self.keptMilliseconds))
   }
 
-  private func end(_ question: RPCQuestion, _ result: Result<String, EngineError>) {
+  private func end(_ question: RPCQuestion, _ result: Result<String, MooncakeError>) {
     question.finish(result)
     pending.wrappingSubtract(1, ordering: .acquiringAndReleasing)
   }

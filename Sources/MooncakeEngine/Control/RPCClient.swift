@@ -9,7 +9,7 @@ package enum RPCClient {
   package static func ask(
     _ peer: HostPort, type: RPCType, body: String,
     settings: HandshakeSettings = .fromEnvironment(), _ call: Call
-  ) throws(EngineError) -> String {
+  ) throws(MooncakeError) -> String {
     let target = HostPort(host: peer.host, port: peer.port ?? settings.defaultPort)
     return try RPCCall(peer: target, type: type, settings: settings, call: call).run(body)
   }
@@ -18,17 +18,17 @@ package enum RPCClient {
   /// descriptor, which the protocol uses as the request.
   package static func fetchDescriptor(
     of name: String, own: String, settings: HandshakeSettings = .fromEnvironment(), _ call: Call
-  ) throws(EngineError) -> SegmentDescriptor {
+  ) throws(MooncakeError) -> SegmentDescriptor {
     let peer = try parse(name)
     // Responders parse the request but ignore it, so a request that is too long for them may be
     // empty.
     let fits = !own.isEmpty && own.utf8.count < settings.maximumLength
     let answer = try ask(
       peer, type: .metadata, body: fits ? own : "{}", settings: settings, call)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       return try SegmentDescriptor(json: answer)
     } catch {
-      throw EngineError(error.code, "peer \(peer): \(error.message) (metadata RPC)")
+      throw MooncakeError(error.code, "peer \(peer): \(error.message) (metadata RPC)")
     }
   }
 
@@ -36,7 +36,7 @@ package enum RPCClient {
   package static func notify(
     _ name: String, _ notification: Notification,
     settings: HandshakeSettings = .fromEnvironment(), _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let peer = try parse(name)
     var writer = JSONWriter()
     writer.beginObject()
@@ -45,7 +45,7 @@ package enum RPCClient {
     writer.endObject()
     let body = writer.text
     if body.utf8.count >= settings.maximumLength {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "peer \(peer): the notification takes \(body.utf8.count) bytes, more than the "
           + "\(settings.maximumLength) of a message; send less or raise MC_HANDSHAKE_MAX_LENGTH "
@@ -58,9 +58,9 @@ package enum RPCClient {
     }
     if isTaken { return }
     if let reason {
-      throw EngineError(.full, "peer \(peer): notification refused (notify RPC): \(reason)")
+      throw MooncakeError(.full, "peer \(peer): notification refused (notify RPC): \(reason)")
     }
-    throw EngineError(
+    throw MooncakeError(
       .protocolViolation,
       "peer \(peer): notification not accepted (notify RPC): the peer does not take notifications")
   }
@@ -68,17 +68,17 @@ package enum RPCClient {
   /// Asks the peer for a sign of life.
   package static func probe(
     _ name: String, settings: HandshakeSettings = .fromEnvironment(), _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let peer = try parse(name)
     let answer = try ask(peer, type: .probe, body: "{}", settings: settings, call)
     _ = try parse(answer, from: peer, type: .probe)
   }
 
-  private static func parse(_ name: String) throws(EngineError) -> HostPort {
+  private static func parse(_ name: String) throws(MooncakeError) -> HostPort {
     do throws(HostPortError) {
       return try HostPort(parsing: name)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "peer name \(String(reflecting: String(name.prefix(100)))) is not host:port: \(error)")
     }
@@ -86,11 +86,11 @@ package enum RPCClient {
 
   private static func parse(
     _ answer: String, from peer: HostPort, type: RPCType
-  ) throws(EngineError) -> JSONDocument {
+  ) throws(MooncakeError) -> JSONDocument {
     do throws(JSONError) {
       return try JSONDocument(parsing: answer)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .protocolViolation, "peer \(peer): the answer is not JSON (\(type) RPC): \(error)")
     }
   }

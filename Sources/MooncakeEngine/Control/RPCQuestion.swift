@@ -9,7 +9,7 @@ final class RPCQuestion: @unchecked Sendable {
   enum Outcome {
     /// Call `advance` again after one of these epoll events.
     case goOn(events: UInt32)
-    case ended(Result<String, EngineError>)
+    case ended(Result<String, MooncakeError>)
     /// The kept connection was closed meanwhile: try a new one.
     case retry
   }
@@ -45,7 +45,7 @@ final class RPCQuestion: @unchecked Sendable {
   /// When it times out.
   var end: Deadline { isConnected ? call.deadline : min(call.deadline, connectEnd) }
 
-  func finish(_ result: Result<String, EngineError>) { completion(result) }
+  func finish(_ result: Result<String, MooncakeError>) { completion(result) }
 
   /// Takes over an open connection.
   func reuse(_ kept: consuming Socket) {
@@ -53,7 +53,7 @@ final class RPCQuestion: @unchecked Sendable {
     (isConnected, isReused) = (true, true)
   }
 
-  func connect() throws(EngineError) {
+  func connect() throws(MooncakeError) {
     (isConnected, isReused, sentCount) = (false, false, 0)
     parser = RPCMessageParser(limit: call.settings.maximumLength)
     socket = nil
@@ -73,7 +73,7 @@ final class RPCQuestion: @unchecked Sendable {
 
   /// Does as much as the socket permits now.
   func advance(_ scratch: UnsafeMutableRawBufferPointer) -> Outcome {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       if !isConnected {
         do throws(Errno) { try finishConnect() } catch { throw connectFailure(error) }
       }
@@ -94,11 +94,11 @@ final class RPCQuestion: @unchecked Sendable {
     }
   }
 
-  func fail(_ error: Errno) -> EngineError {
+  func fail(_ error: Errno) -> MooncakeError {
     isConnected ? call.broken(error, "the answer was awaited") : connectFailure(error)
   }
 
-  func connectFailure(_ error: Errno) -> EngineError {
+  func connectFailure(_ error: Errno) -> MooncakeError {
     call.connectFailure(error, to: address, within: connectMilliseconds)
   }
 
@@ -131,8 +131,8 @@ final class RPCQuestion: @unchecked Sendable {
     return .goOn(events: Epoll.readable)
   }
 
-  private func text(of message: RPCMessage) -> Result<String, EngineError> {
-    do throws(EngineError) { return .success(try call.text(of: message)) } catch {
+  private func text(of message: RPCMessage) -> Result<String, MooncakeError> {
+    do throws(MooncakeError) { return .success(try call.text(of: message)) } catch {
       return .failure(error)
     }
   }

@@ -73,14 +73,14 @@ package final class RPCServer: Sendable {
   /// Starts serving on a listening socket.
   package init(
     listener: consuming Socket, handlers: Handlers, limits: Limits = Limits()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     do throws(Errno) {
       address = try listener.localAddress()
       let loop = try RPCServerLoop(listener: listener, handlers: handlers, limits: limits)
       self.loop = loop
       thread = Lock(try WorkerThread.start(name: "mc-rpc") { loop.run() })
     } catch {
-      throw EngineError(.system, "cannot start the RPC daemon: \(error)")
+      throw MooncakeError(.system, "cannot start the RPC daemon: \(error)")
     }
   }
 

@@ -42,7 +42,7 @@ extension TransferEngine {
     _ completion: @escaping RPCCaller.Completion
   ) {
     let peer: HostPort
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try checkOpen()
       peer = try Self.parsePeer(address)
     } catch {
@@ -53,7 +53,7 @@ extension TransferEngine {
     if port == 0 {
       return completion(
         .failure(
-          EngineError(
+          MooncakeError(
             .invalidArgument, "peer \(named): port 0 cannot be reached: give the peer's RPC port")))
     }
     if let numeric = SocketAddress(numeric: peer.host, port: port) {
@@ -69,27 +69,27 @@ extension TransferEngine {
       } catch {
         completion(
           .failure(
-            EngineError(
+            MooncakeError(
               error.isCanceled ? .canceled : error.isTimeout ? .timeout : .unresolved,
               "peer \(named): cannot resolve \(peer.host): \(error); check the name and this "
                 + "machine's name service")))
       }
     }
     if !isAccepted {
-      completion(.failure(EngineError(.canceled, "asking a peer: the engine was destroyed")))
+      completion(.failure(MooncakeError(.canceled, "asking a peer: the engine was destroyed")))
     }
   }
 
-  private static func parsePeer(_ address: String) throws(EngineError) -> HostPort {
+  private static func parsePeer(_ address: String) throws(MooncakeError) -> HostPort {
     do throws(HostPortError) { return try HostPort(parsing: address) } catch {
-      throw EngineError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
+      throw MooncakeError(.protocolViolation, "peer address '\(address.prefix(100))': \(error)")
     }
   }
 
   /// Calls the services of the process whose RPC daemon is at `address`, "host:port".
   package func callService(
     at address: String, _ body: String, until deadline: Deadline
-  ) throws(EngineError) -> String {
+  ) throws(MooncakeError) -> String {
     try checkOpen()
     let peer = try Self.parsePeer(address)
     return try RPCClient.ask(peer, type: .service, body: body, call(until: deadline))

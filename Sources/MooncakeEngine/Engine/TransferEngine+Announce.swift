@@ -23,7 +23,7 @@ extension TransferEngine: BatchAnnouncer {
   package func deliver(_ pending: Batch.PendingNotification, of batch: Batch) {
     let token = deliveries.add(until: pending.deadline) {
       batch.endNotification(
-        EngineError(
+        MooncakeError(
           .timeout,
           "the notification was not sent: the deadline passed while all threads waited for peers"
         ))
@@ -31,7 +31,7 @@ extension TransferEngine: BatchAnnouncer {
     let isRunning = workers.run { [self] in
       // False if it waited for a thread beyond its deadline and was reported as late.
       guard deliveries.take(token) else { return }
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let name = try segments.segment(pending.segment).name
         let call = call(until: Deadline(nanoseconds: pending.deadline))
         try RPCClient.notify(rpcAddress(of: name, call), pending.notification, call)
@@ -41,7 +41,7 @@ extension TransferEngine: BatchAnnouncer {
       }
     }
     if !isRunning && deliveries.take(token) {
-      batch.endNotification(EngineError(.canceled, "the engine was destroyed before it notified"))
+      batch.endNotification(MooncakeError(.canceled, "the engine was destroyed before it notified"))
     }
   }
 }

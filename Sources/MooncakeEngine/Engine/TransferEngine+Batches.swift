@@ -8,10 +8,10 @@ extension TransferEngine {
   package static let batchCapacityLimit = 1 << 20
 
   /// Creates a batch for up to `capacity` requests over its life.
-  public func createBatch(capacity: Int) throws(EngineError) -> BatchID {
+  public func createBatch(capacity: Int) throws(MooncakeError) -> BatchID {
     try checkOpen()
     guard (1...Self.batchCapacityLimit).contains(capacity) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "a batch holds 1 to \(Self.batchCapacityLimit) requests, not \(capacity)")
     }
@@ -25,7 +25,7 @@ extension TransferEngine {
   public func submit(
     _ batch: BatchID, _ requests: UnsafeBufferPointer<TransferRequest>,
     timeoutMilliseconds: UInt64 = 0, notification: Notification? = nil
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try submit(
       batch, count: requests.count, timeoutMilliseconds: timeoutMilliseconds,
       notification: notification
@@ -37,8 +37,8 @@ extension TransferEngine {
   package func submit(
     _ id: BatchID, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
     request: (Int) -> RawRequest
-  ) throws(EngineError) {
-    try batches.with(id) { batch throws(EngineError) in
+  ) throws(MooncakeError) {
+    try batches.with(id) { batch throws(MooncakeError) in
       try submit(
         batch, count: count, timeoutMilliseconds: timeoutMilliseconds, notification: notification,
         isAsynchronous: true, request: request)
@@ -46,18 +46,18 @@ extension TransferEngine {
   }
 
   /// Reads the status of a whole batch.
-  public func poll(_ id: BatchID) throws(EngineError) -> BatchStatus {
-    try batches.with(id) { batch throws(EngineError) in
+  public func poll(_ id: BatchID) throws(MooncakeError) -> BatchStatus {
+    try batches.with(id) { batch throws(MooncakeError) in
       drivePolled(batch)
       return finalStatus(of: batch)
     }
   }
 
   /// Reads the status of one request.
-  public func poll(_ id: BatchID, request index: Int) throws(EngineError) -> TransferStatus {
-    try batches.with(id) { batch throws(EngineError) in
+  public func poll(_ id: BatchID, request index: Int) throws(MooncakeError) -> TransferStatus {
+    try batches.with(id) { batch throws(MooncakeError) in
       guard index >= 0, index < batch.submittedCount else {
-        throw EngineError(
+        throw MooncakeError(
           .invalidArgument,
           "request \(index) does not exist: \(batch.submittedCount) were submitted")
       }
@@ -76,13 +76,13 @@ extension TransferEngine {
   /// waits without limit.
   public func wait(
     _ id: BatchID, timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) -> BatchStatus {
-    try batches.with(id) { batch throws(EngineError) in
+  ) throws(MooncakeError) -> BatchStatus {
+    try batches.with(id) { batch throws(MooncakeError) in
       let deadline =
         timeoutMilliseconds == 0
         ? Deadline.never : Deadline.after(milliseconds: timeoutMilliseconds)
       guard waitUntilTerminal(batch, deadline) else {
-        throw EngineError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
+        throw MooncakeError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
       }
       return finalStatus(of: batch)
     }
@@ -96,8 +96,8 @@ extension TransferEngine {
   }
 
   /// Soon ends as canceled every request that is not terminal.
-  public func cancel(_ id: BatchID) throws(EngineError) {
-    try batches.with(id) { batch throws(EngineError) in
+  public func cancel(_ id: BatchID) throws(MooncakeError) {
+    try batches.with(id) { batch throws(MooncakeError) in
       if batch.isTerminal { return }
       batch.requestCancel()
       drivers.requestSweeps()
@@ -106,28 +106,28 @@ extension TransferEngine {
   }
 
   /// Frees a batch whose requests are all terminal.
-  public func freeBatch(_ id: BatchID) throws(EngineError) {
+  public func freeBatch(_ id: BatchID) throws(MooncakeError) {
     try batches.remove(id) { $0.settle() }
   }
 
   /// Why the first request that did not complete failed; empty if none did.
   package func failureMessage(of id: BatchID) -> String {
-    (try? batches.with(id) { batch throws(EngineError) in batch.failureMessage }) ?? ""
+    (try? batches.with(id) { batch throws(MooncakeError) in batch.failureMessage }) ?? ""
   }
 
   /// A descriptor that is readable while every submitted request is terminal. Owned by the batch.
-  public func eventDescriptor(of id: BatchID) throws(EngineError) -> Int32 {
-    try batches.with(id) { batch throws(EngineError) in try batch.openEventDescriptor() }
+  public func eventDescriptor(of id: BatchID) throws(MooncakeError) -> Int32 {
+    try batches.with(id) { batch throws(MooncakeError) in try batch.openEventDescriptor() }
   }
 
   /// A descriptor that becomes readable when any batch has become terminal. Owned by the engine.
-  public func eventDescriptor() throws(EngineError) -> Int32 {
+  public func eventDescriptor() throws(MooncakeError) -> Int32 {
     try checkOpen()
     let existing = engineEvent.load(ordering: .acquiring)
     if existing >= 0 { return existing }
     let event: EventFD
     do throws(Errno) { event = try EventFD() } catch {
-      throw EngineError(.system, "event descriptor: \(error)")
+      throw MooncakeError(.system, "event descriptor: \(error)")
     }
     let (stored, current) = engineEvent.compareExchange(
       expected: -1, desired: event.descriptor.rawValue, ordering: .acquiringAndReleasing)
@@ -137,16 +137,16 @@ extension TransferEngine {
   /// Calls `callback` on a thread of the engine each time the batch becomes terminal.
   package func setCallback(
     _ id: BatchID, _ callback: @escaping @Sendable (BatchID, BatchStatus) -> Void
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     // Reserve its thread now: when the batch ends there is no caller left to return a failure to.
     try callbacks.reserve()
-    try batches.with(id) { batch throws(EngineError) in try batch.setCallback(callback) }
+    try batches.with(id) { batch throws(MooncakeError) in try batch.setCallback(callback) }
   }
 
   /// Submits requests, waits for them, and throws the failure of the first that did not complete.
   public func transfer(
     _ requests: UnsafeBufferPointer<TransferRequest>, timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try transfer(count: requests.count, timeoutMilliseconds: timeoutMilliseconds) {
       RawRequest(requests[$0])
     }
@@ -156,7 +156,7 @@ extension TransferEngine {
   @inline(__always)
   package func transfer(
     count: Int, timeoutMilliseconds: UInt64, request: (Int) -> RawRequest
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if count == 1, try copyAtOnce(request(0)) { return }
     let batch = try takeSpareBatch(count)
     try submit(
@@ -166,19 +166,19 @@ extension TransferEngine {
     let status = batch.status
     let message = status.error == nil ? "" : batch.failureMessage
     giveSpareBatch(batch)
-    if let code = status.error { throw EngineError(code, message) }
+    if let code = status.error { throw MooncakeError(code, message) }
   }
 
   /// Moves a request of moderate size through shared memory if that needs no waiting; a batch would
   /// cost more than the copy.
   @inline(__always)
-  private func copyAtOnce(_ raw: RawRequest) throws(EngineError) -> Bool {
+  private func copyAtOnce(_ raw: RawRequest) throws(MooncakeError) -> Bool {
     guard let sharedMemory, raw.length <= UInt64(SharedMemoryTransport.inlineBytes),
       raw.length > 0, let opcode = Opcode(rawValue: raw.opcode),
       let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source)),
       !raw.source.addingReportingOverflow(raw.length).overflow
     else { return false }
-    return try whileOpen { () throws(EngineError) in
+    return try whileOpen { () throws(MooncakeError) in
       let route = try segments.segment(raw.segment).route
       guard let peer = route.sharedMemory, route.connections.peer.unfenced.isEmpty else {
         return false
@@ -190,9 +190,9 @@ extension TransferEngine {
 
   private static let spareBatchCapacity = 256
 
-  private func takeSpareBatch(_ count: Int) throws(EngineError) -> Batch {
+  private func takeSpareBatch(_ count: Int) throws(MooncakeError) -> Batch {
     guard count <= Self.batchCapacityLimit else {
-      throw EngineError(.invalidArgument, "\(count) requests are more than a batch holds")
+      throw MooncakeError(.invalidArgument, "\(count) requests are more than a batch holds")
     }
     if count <= Self.spareBatchCapacity, let batch = spareBatches.withLock({ $0.popLast() }) {
       return batch

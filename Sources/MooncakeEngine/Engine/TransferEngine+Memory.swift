@@ -75,9 +75,9 @@ extension TransferEngine {
   /// it mapped until it is unregistered.
   public func register(
     _ address: UnsafeMutableRawPointer, length: UInt64, location: String = "*", access: Access
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let range = (address: UInt64(UInt(bitPattern: address)), length: length)
-    try withUnsafePointer(to: range) { pointer throws(EngineError) in
+    try withUnsafePointer(to: range) { pointer throws(MooncakeError) in
       try register(
         UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access)
     }
@@ -88,22 +88,22 @@ extension TransferEngine {
   package func register(
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
     access: Access, publishing: Call? = nil
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try addBuffers(Array(ranges), location: location, access: access)
     if access == .local { return }
     let call = publishing ?? Call(until: deadline(0))
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try publishChanges(call)
     } catch {
       var message =
         "registering \(ranges.count) buffer(s), all undone: \(error.message)"
       let starts = ranges.map(\.address)
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try withdraw(local.buffers.remove(starts), Set(starts), call)
       } catch {
         message += "; \(error.message)"
       }
-      throw EngineError(error.code, message)
+      throw MooncakeError(error.code, message)
     }
   }
 
@@ -111,13 +111,13 @@ extension TransferEngine {
   /// in the metadata service.
   package func addBuffers(
     _ ranges: [(address: UInt64, length: UInt64)], location: String, access: Access
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try checkOpen()
     if location.utf8.count > 4096 {
-      throw EngineError(.invalidArgument, "the location name is longer than 4096 bytes")
+      throw MooncakeError(.invalidArgument, "the location name is longer than 4096 bytes")
     }
     if !access.isSubset(of: [.remoteRead, .remoteWrite]) {
-      throw EngineError(.invalidArgument, "access \(access.rawValue) has unknown bits")
+      throw MooncakeError(.invalidArgument, "access \(access.rawValue) has unknown bits")
     }
     try local.buffers.insert(
       ranges.map {
@@ -133,7 +133,7 @@ extension TransferEngine {
   /// copy does not end within the call; `starts` are then recorded as unfinished.
   private func withdraw(
     _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if starts.isEmpty { return }
     let late = sharedMemory?.server.revoke(until: call.deadline, unless: { call.isCanceled })
     transport.server.revoke(removed.map(\.range))
@@ -147,9 +147,9 @@ extension TransferEngine {
   }
 
   /// Ends the registration that begins at `address`. No peer touches the memory after this returns.
-  public func unregister(_ address: UnsafeMutableRawPointer) throws(EngineError) {
+  public func unregister(_ address: UnsafeMutableRawPointer) throws(MooncakeError) {
     let value = UInt64(UInt(bitPattern: address))
-    try withUnsafePointer(to: value) { pointer throws(EngineError) in
+    try withUnsafePointer(to: value) { pointer throws(MooncakeError) in
       try unregister(UnsafeBufferPointer(start: pointer, count: 1))
     }
   }
@@ -157,7 +157,7 @@ extension TransferEngine {
   /// Unregisters every address that is registered; throws for the first that is not.
   package func unregister(
     _ addresses: UnsafeBufferPointer<UInt64>
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try removeBuffers(Array(addresses), nil)
   }
 
@@ -165,7 +165,7 @@ extension TransferEngine {
   /// metadata service; nil means the default timeout.
   package func removeBuffers(
     _ addresses: [UInt64], _ call: Call?
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try checkOpen()
     let removed = local.buffers.remove(addresses)
     var found = Set(removed.map(\.range.address))
@@ -173,37 +173,37 @@ extension TransferEngine {
     found.formUnion(unfinished.withLock { $0.intersection(addresses) })
     try withdraw(removed, found, call ?? Call(until: deadline(0)))
     for address in addresses where !found.contains(address) {
-      throw EngineError(
+      throw MooncakeError(
         .notRegistered, "no registered buffer begins at 0x\(String(address, radix: 16))")
     }
   }
 
-  private func stillCopied(by late: String) -> EngineError {
+  private func stillCopied(by late: String) -> MooncakeError {
     let message =
       "unregister: \(late) is in the middle of a copy that does not end and may still touch the "
       + "memory, which is no longer offered to anybody: keep it, and call again when that thread "
       + "goes on or has ended"
     Log.error(message)
-    return EngineError(.busy, message)
+    return MooncakeError(.busy, message)
   }
 
   /// Allocates zeroed, page-aligned, registered memory that the engine owns, near NUMA node N if
   /// the location is "cpu:N".
   public func allocate(
     length: UInt64, location: String = "*", access: Access
-  ) throws(EngineError) -> UnsafeMutableRawPointer {
+  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     try allocate(length: length, location: location, access: access, publishing: nil)
   }
 
   /// As above; `publishing` bounds the wait for the metadata service.
   package func allocate(
     length: UInt64, location: String = "*", access: Access, publishing: Call?
-  ) throws(EngineError) -> UnsafeMutableRawPointer {
+  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     // Listed before the registration, which looks up where the range lies.
     let address = try allocate(length: length, location: location)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let range = (address: UInt64(UInt(bitPattern: address)), length: length)
-      try withUnsafePointer(to: range) { pointer throws(EngineError) in
+      try withUnsafePointer(to: range) { pointer throws(MooncakeError) in
         try register(
           UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access,
           publishing: publishing)
@@ -224,10 +224,10 @@ extension TransferEngine {
   /// Allocates memory as above without registering it; the caller registers and finally frees it.
   package func allocate(
     length: UInt64, location: String
-  ) throws(EngineError) -> UnsafeMutableRawPointer {
+  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     try checkOpen()
     guard length > 0, length <= UInt64(Int.max) else {
-      throw EngineError(.invalidArgument, "cannot allocate \(length) bytes")
+      throw MooncakeError(.invalidArgument, "cannot allocate \(length) bytes")
     }
     let memory: EngineMemory
     let node = location.hasPrefix("cpu:") ? UInt32(location.dropFirst(4)) : nil
@@ -235,7 +235,7 @@ extension TransferEngine {
       memory = shared
     } else {
       do throws(Errno) { memory = try EngineMemory(byteCount: Int(length), node: node) } catch {
-        throw EngineError(.outOfMemory, "allocating \(length) bytes: \(error)")
+        throw MooncakeError(.outOfMemory, "allocating \(length) bytes: \(error)")
       }
     }
     let address = memory.mapping.address
@@ -254,7 +254,7 @@ extension TransferEngine {
   }
 
   /// Unregisters and frees memory of `allocate`.
-  public func free(_ address: UnsafeMutableRawPointer) throws(EngineError) {
+  public func free(_ address: UnsafeMutableRawPointer) throws(MooncakeError) {
     try free(address, publishing: nil)
   }
 
@@ -262,18 +262,18 @@ extension TransferEngine {
   /// service.
   package func free(
     _ address: UnsafeMutableRawPointer, publishing: Call?
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try checkOpen()
     let key = UInt64(UInt(bitPattern: address))
     guard let memory = mappings.withLock({ $0.removeValue(forKey: key) }) else {
-      throw EngineError(
+      throw MooncakeError(
         .notRegistered, "0x\(String(key, radix: 16)) was not allocated by this engine")
     }
     // Parts of it may have been registered again.
     let end = key + UInt64(memory.mapping.count)
     let parts = local.buffers.snapshot.buffers.map(\.address) + unfinished.withLock { $0 }
     let others = parts.filter { $0 > key && $0 < end }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try removeBuffers([key] + others, publishing)
     } catch {
       if error.code == .busy {

@@ -7,14 +7,14 @@ extension TransferEngine {
   private static let publicationMilliseconds: UInt64 = 10_000
 
   /// nil without a metadata service.
-  static func openDirectory(_ options: Options) throws(EngineError) -> MetadataDirectory? {
+  static func openDirectory(_ options: Options) throws(MooncakeError) -> MetadataDirectory? {
     let uri = try MetadataURI(parsing: options.metadataURI)
     if uri.service == .peerToPeer { return nil }
     return try MetadataDirectory(uri)
   }
 
   /// Publishes the segment under its name; its ports already listen.
-  func startPublishing() throws(EngineError) {
+  func startPublishing() throws(MooncakeError) {
     guard let publisher else { return }
     try MetadataDirectory.check(name)
     try publisher.start(
@@ -25,7 +25,7 @@ extension TransferEngine {
   /// peers. Once `call` (nil: the default timeout) is over, publishing goes on in the background.
   /// Throws if peers will never learn of them: the metadata service refuses for good, or, without
   /// one, the descriptor no longer fits a message.
-  package func publishChanges(_ call: Call? = nil) throws(EngineError) {
+  package func publishChanges(_ call: Call? = nil) throws(MooncakeError) {
     guard let publisher else { return try local.checkFitsMessage() }
     let limit = min(deadline(0), .after(milliseconds: Self.publicationMilliseconds))
     try publisher.publishChanges((call ?? Call(until: limit)).within(limit))
@@ -34,10 +34,10 @@ extension TransferEngine {
   /// Asks the metadata service, or without one the peer itself. `known` is the previous descriptor.
   func fetchDescriptor(
     _ name: String, known: SegmentDescriptor? = nil, _ call: Call
-  ) throws(EngineError) -> SegmentDescriptor {
+  ) throws(MooncakeError) -> SegmentDescriptor {
     guard let directory else { return try askPeer(name, call) }
     let fallback = known?.rpcAddress ?? ""
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       // Leave half of the time for asking the peer.
       let half = call.deadline.remainingNanoseconds / 2_000_000
       return try directory.descriptor(
@@ -54,12 +54,12 @@ extension TransferEngine {
 
   private func askPeer(
     _ address: String, _ call: Call
-  ) throws(EngineError) -> SegmentDescriptor {
+  ) throws(MooncakeError) -> SegmentDescriptor {
     try RPCClient.fetchDescriptor(of: address, own: local.json, call)
   }
 
   /// The address of the RPC daemon of a segment's owner, "host:port".
-  func rpcAddress(of name: String, _ call: Call) throws(EngineError) -> String {
+  func rpcAddress(of name: String, _ call: Call) throws(MooncakeError) -> String {
     if isOwn(name) { return rpcAddress.description }
     guard let directory else { return name }
     return try directory.route(to: name, call).description

@@ -5,11 +5,11 @@ extension TransferEngine {
   /// Delivers a notification to the owner of a segment.
   public func notify(
     _ segment: SegmentID, _ notification: Notification, timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try checkOpen()
     try notification.validate()
     let name = try segments.segment(segment).name
-    try logged { () throws(EngineError) in
+    try logged { () throws(MooncakeError) in
       let call = call(until: deadline(timeoutMilliseconds))
       try RPCClient.notify(rpcAddress(of: name, call), notification, call)
     }

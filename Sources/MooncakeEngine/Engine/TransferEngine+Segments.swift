@@ -10,21 +10,21 @@ extension TransferEngine {
   /// descriptor.
   public func openSegment(
     _ name: String, timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) -> SegmentID {
+  ) throws(MooncakeError) -> SegmentID {
     try checkOpen()
     let name = String(name.drop { $0 == "/" })
-    if name.isEmpty { throw EngineError(.invalidArgument, "the segment name is empty") }
+    if name.isEmpty { throw MooncakeError(.invalidArgument, "the segment name is empty") }
     if isOwn(name) { return 0 }
-    return try logged { () throws(EngineError) in
+    return try logged { () throws(MooncakeError) in
       try openRemote(name, call(until: deadline(timeoutMilliseconds)))
     }
   }
 
-  private func openRemote(_ name: String, _ call: Call) throws(EngineError) -> SegmentID {
+  private func openRemote(_ name: String, _ call: Call) throws(MooncakeError) -> SegmentID {
     // Recovery needs a thread later, when there is no caller to report a failure to.
     try workers.reserve()
     if let known = segments.retain(name) {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try refresh(known, call)
       } catch {
         _ = try? segments.release(known.id)
@@ -40,7 +40,7 @@ extension TransferEngine {
     let route = SegmentRoute(
       descriptor: descriptor, connections: connections, sharedMemory: peer,
       sharedMemoryHealth: health)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let (segment, isNew) = try segments.insert(name, route: route)
       if !isNew { sharedMemory?.forget(peer) }
       return segment.id
@@ -52,7 +52,7 @@ extension TransferEngine {
 
   /// Gives the id back. Connections end once it is closed as often as opened and its transfers are
   /// over.
-  public func closeSegment(_ id: SegmentID) throws(EngineError) {
+  public func closeSegment(_ id: SegmentID) throws(MooncakeError) {
     try checkOpen()
     if id == 0 { return }
     guard let segment = try segments.release(id) else { return }
@@ -67,15 +67,15 @@ extension TransferEngine {
   }
 
   /// The current descriptor of a segment.
-  public func descriptor(of id: SegmentID) throws(EngineError) -> SegmentDescriptor {
+  public func descriptor(of id: SegmentID) throws(MooncakeError) -> SegmentDescriptor {
     try checkOpen()
     return id == 0 ? local.descriptor : try segments.segment(id).route.descriptor
   }
 
   /// Asks a peer for a sign of life.
-  public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(EngineError) {
+  public func probe(_ name: String, timeoutMilliseconds: UInt64 = 0) throws(MooncakeError) {
     try checkOpen()
-    try logged { () throws(EngineError) in
+    try logged { () throws(MooncakeError) in
       let call = call(until: deadline(timeoutMilliseconds))
       try RPCClient.probe(rpcAddress(of: name, call), call)
     }
@@ -86,7 +86,7 @@ extension TransferEngine {
     // One deadline for all, or an unresponsive service would cost its timeout once per segment.
     let call = call(until: deadline(0))
     for segment in segments.all where segment.id != 0 {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try refresh(segment, call)
       } catch {
         Log.warning(
@@ -97,9 +97,9 @@ extension TransferEngine {
 
   /// Logs a failure that no transfer's status will report.
   package func logged<Result>(
-    _ body: () throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
-    do throws(EngineError) { return try body() } catch {
+    _ body: () throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
+    do throws(MooncakeError) { return try body() } catch {
       Log.warning(error.message)
       var logged = error
       logged.isLogged = true
@@ -130,17 +130,17 @@ extension TransferEngine {
   }
 
   /// Why shared memory is not used for a segment's peer, if the peer is on this host.
-  package func sharedMemoryFailure(of id: Int32) throws(EngineError) -> String? {
+  package func sharedMemoryFailure(of id: Int32) throws(MooncakeError) -> String? {
     try segments.segment(id).route.sharedMemoryHealth.failure
   }
 
   /// The shared-memory peer of a segment, if there is one.
-  package func sharedMemoryPeer(of id: Int32) throws(EngineError) -> SharedMemoryPeer? {
+  package func sharedMemoryPeer(of id: Int32) throws(MooncakeError) -> SharedMemoryPeer? {
     try segments.segment(id).route.sharedMemory
   }
 
   /// Fetches a descriptor and replaces the route; a peer that has moved gets new connections.
-  func refresh(_ segment: OpenSegment, _ call: Call) throws(EngineError) {
+  func refresh(_ segment: OpenSegment, _ call: Call) throws(MooncakeError) {
     let old = segment.route
     let new = try fetchDescriptor(segment.name, known: old.descriptor, call)
     if new.isOlder(than: old.descriptor) {

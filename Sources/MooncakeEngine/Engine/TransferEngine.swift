@@ -88,7 +88,7 @@ public final class TransferEngine: @unchecked Sendable {
   private let closeLock = Lock(false)
 
   /// Creates an engine; its ports listen when this returns.
-  public convenience init(_ options: Options = Options()) throws(EngineError) {
+  public convenience init(_ options: Options = Options()) throws(MooncakeError) {
     EngineGlobals.prepare()
     try Self.validate(options)
     let directory = try Self.openDirectory(options)
@@ -98,14 +98,14 @@ public final class TransferEngine: @unchecked Sendable {
 
   private init(
     _ options: Options, _ opened: consuming OpenedListener, _ directory: MetadataDirectory?
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     caller = RPCCaller()
     deliveries = LateWork(caller)
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
     spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 
     do throws(Errno) { closeEvent = try EventFD() } catch {
-      throw EngineError(.system, "creating an engine: \(error)")
+      throw MooncakeError(.system, "creating an engine: \(error)")
     }
     let address = opened.address
     name = address.name
@@ -114,7 +114,7 @@ public final class TransferEngine: @unchecked Sendable {
     let data = try address.openDataListener()
     let dataPort: UInt16
     do throws(Errno) { dataPort = try data.localAddress().port } catch {
-      throw EngineError(.system, "reading the data port: \(error)")
+      throw MooncakeError(.system, "reading the data port: \(error)")
     }
     let processors = try Self.processors(options)
     let threadCount = Self.threadCount(options, processors)
@@ -144,7 +144,7 @@ public final class TransferEngine: @unchecked Sendable {
       descriptor: { [local] in local.json },
       notify: { [notifications] in notifications.append($0) },
       service: { [services] in services.answer($0) })
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       rpc = try RPCServer(listener: opened.listener, handlers: handlers)
     } catch {
       transport.stop()
@@ -186,39 +186,39 @@ public final class TransferEngine: @unchecked Sendable {
     return min(4, max(2, processors?.count ?? Processors.count / 2))
   }
 
-  private static func processors(_ options: Options) throws(EngineError) -> ProcessorSet? {
+  private static func processors(_ options: Options) throws(MooncakeError) -> ProcessorSet? {
     guard let text = options.processors else { return nil }
     do throws(ProcessorSet.ParseError) {
       return try ProcessorSet(parsing: text)
     } catch {
-      throw EngineError(.invalidArgument, "processors: \(error)")
+      throw MooncakeError(.invalidArgument, "processors: \(error)")
     }
   }
 
-  private static func validate(_ options: Options) throws(EngineError) {
+  private static func validate(_ options: Options) throws(MooncakeError) {
     for transport in options.transports where transport != "tcp" && transport != "shm" {
-      throw EngineError(
+      throw MooncakeError(
         .unsupported, "transport '\(transport)' is not available in this version: use shm or tcp")
     }
     if !options.transports.contains("tcp") {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "transports must include tcp, which carries what the others cannot")
     }
     guard (0...64).contains(options.ioThreads), (0...64).contains(options.connectionsPerPeer) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "threads and connections per peer are at most 64 each")
     }
     guard (0...1_000_000).contains(options.spinMicroseconds) else {
-      throw EngineError(.invalidArgument, "the spin time is at most 1000000 microseconds")
+      throw MooncakeError(.invalidArgument, "the spin time is at most 1000000 microseconds")
     }
     if options.defaultTimeoutMilliseconds == 0 {
-      throw EngineError(.invalidArgument, "the default timeout must not be 0")
+      throw MooncakeError(.invalidArgument, "the default timeout must not be 0")
     }
   }
 
   private static func listen(
     _ options: Options, usesService: Bool
-  ) throws(EngineError) -> OpenedListener {
+  ) throws(MooncakeError) -> OpenedListener {
     switch options.listenRules {
     case .native:
       var listen = ListenOptions()
@@ -235,7 +235,7 @@ public final class TransferEngine: @unchecked Sendable {
   }
 
   /// Segment 0 reaches this engine through its own data port, whichever address is advertised.
-  private func openOwnSegment(dataAddress: ListenAddress) throws(EngineError) {
+  private func openOwnSegment(dataAddress: ListenAddress) throws(MooncakeError) {
     var descriptor = local.descriptor
     descriptor.tcpDataHost =
       !dataAddress.bound.isAny
@@ -303,15 +303,15 @@ public final class TransferEngine: @unchecked Sendable {
 
   package var isClosing: Bool { closing.load(ordering: .sequentiallyConsistent) }
 
-  package func checkOpen() throws(EngineError) {
-    if isClosing { throw EngineError(.invalidHandle, "the engine was destroyed") }
+  package func checkOpen() throws(MooncakeError) {
+    if isClosing { throw MooncakeError(.invalidHandle, "the engine was destroyed") }
   }
 
   /// Runs a short operation that queues transfers; `close` waits for it.
   @inline(__always)
   package func whileOpen<Result>(
-    _ body: () throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ body: () throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     activeSubmits.wrappingAdd(1, ordering: .sequentiallyConsistent)
     defer { activeSubmits.wrappingSubtract(1, ordering: .releasing) }
     try checkOpen()

@@ -72,10 +72,10 @@ extension TransferEngine {
   private func runRecovery(_ segment: OpenSegment, mayAsk: Bool) {
     repeat {
       let last = Deadline(nanoseconds: segment.beginFetch())
-      var failure: EngineError?
+      var failure: MooncakeError?
       if segment.id != 0 && !isClosing {
-        do throws(EngineError) {
-          guard mayAsk else { throw EngineError(.system, "no thread could be started for it") }
+        do throws(MooncakeError) {
+          guard mayAsk else { throw MooncakeError(.system, "no thread could be started for it") }
           try refresh(
             segment, call(until: last).within(milliseconds: Self.recoveryMilliseconds))
         } catch {
@@ -102,7 +102,7 @@ extension TransferEngine {
   }
 
   private func finishRecovery(
-    _ segment: OpenSegment, _ slice: SlicePointer, _ failure: EngineError?
+    _ segment: OpenSegment, _ slice: SlicePointer, _ failure: MooncakeError?
   ) {
     if slice.pointee.batch.isCancelRequested || isClosing {
       return endCanceled(segment, slice)
@@ -127,9 +127,9 @@ extension TransferEngine {
         slice, .failed(verdict == .accessDenied ? .accessDenied : .notRegistered),
         reason: describeRefusal(segment, slice))
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       // A loop that has stopped would never end the slice.
-      try whileOpen { () throws(EngineError) in
+      try whileOpen { () throws(MooncakeError) in
         let endpoint = route.connections.leastBusy()
         var queue = SliceQueue()
         queue.append(slice)

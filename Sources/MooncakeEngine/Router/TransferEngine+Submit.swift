@@ -23,16 +23,16 @@ extension TransferEngine {
   package func submit(
     _ batch: Batch, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
     isAsynchronous: Bool, request: (Int) -> RawRequest
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     guard count > 0 else {
       if count == 0 && notification == nil { return }
-      throw EngineError(.invalidArgument, "there is no request to submit")
+      throw MooncakeError(.invalidArgument, "there is no request to submit")
     }
     if let notification {
       try notification.validate()
       try workers.reserve()
     }
-    try whileOpen { () throws(EngineError) in
+    try whileOpen { () throws(MooncakeError) in
       let deadline = deadline(timeoutMilliseconds).nanoseconds
       let first = try batch.beginSubmit(count)
       defer { batch.endSubmit() }
@@ -65,21 +65,21 @@ extension TransferEngine {
   @inline(__always)
   private func check(
     _ raw: RawRequest, _ index: Int, _ task: UnsafeMutablePointer<TransferTask>, _ deadline: UInt64
-  ) throws(EngineError) -> Slice {
+  ) throws(MooncakeError) -> Slice {
     guard let opcode = Opcode(rawValue: raw.opcode) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "request \(index): opcode \(raw.opcode) is neither read nor write")
     }
     // A request of zero bytes never touches its address.
     let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source))
     if source == nil && raw.length > 0 {
-      throw EngineError(.invalidArgument, "request \(index): the local address is null")
+      throw MooncakeError(.invalidArgument, "request \(index): the local address is null")
     }
     if raw.length > RemoteBuffer.lengthLimit
       || raw.source.addingReportingOverflow(raw.length).overflow
       || raw.targetOffset.addingReportingOverflow(raw.length).overflow
     {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "request \(index): \(raw.length) bytes wrap around the address space")
     }
     return Slice(

@@ -48,11 +48,11 @@ package final class BufferTable: Sendable {
   package var buffers: [Buffer] { state.withLock { $0.buffers } }
 
   /// Adds all buffers or none.
-  package func insert(_ new: [Buffer]) throws(EngineError) {
+  package func insert(_ new: [Buffer]) throws(MooncakeError) {
     for buffer in new { try Self.validate(buffer.range) }
-    let conflict: EngineError? = state.withLock { state in
+    let conflict: MooncakeError? = state.withLock { state in
       if state.buffers.count + new.count > Self.capacity {
-        return EngineError(.full, "an engine holds at most \(Self.capacity) buffers")
+        return MooncakeError(.full, "an engine holds at most \(Self.capacity) buffers")
       }
       let conflict = new.count == 1 ? Self.insertOne(new[0], &state) : Self.merge(new, &state)
       if let conflict { return conflict }
@@ -64,7 +64,7 @@ package final class BufferTable: Sendable {
   }
 
   /// Sorts once, so that registering many buffers in one call stays nearly linear.
-  private static func merge(_ new: [Buffer], _ state: inout State) -> EngineError? {
+  private static func merge(_ new: [Buffer], _ state: inout State) -> MooncakeError? {
     let merged = (state.buffers + new).sorted { $0.range.address < $1.range.address }
     for (left, right) in zip(merged, merged.dropFirst()) {
       if let conflict = conflict(left, right) { return conflict }
@@ -74,7 +74,7 @@ package final class BufferTable: Sendable {
   }
 
   /// Inserts without sorting, for many calls with one buffer each.
-  private static func insertOne(_ new: Buffer, _ state: inout State) -> EngineError? {
+  private static func insertOne(_ new: Buffer, _ state: inout State) -> MooncakeError? {
     let index = position(of: new.range.address, in: state.buffers)
     if index > 0, let conflict = conflict(state.buffers[index - 1], new) { return conflict }
     if index < state.buffers.count, let conflict = conflict(new, state.buffers[index]) {
@@ -84,9 +84,9 @@ package final class BufferTable: Sendable {
     return nil
   }
 
-  private static func conflict(_ left: Buffer, _ right: Buffer) -> EngineError? {
+  private static func conflict(_ left: Buffer, _ right: Buffer) -> MooncakeError? {
     guard right.range.address - left.range.address < left.range.length else { return nil }
-    return EngineError(
+    return MooncakeError(
       .overlap,
       "\(describe(right.range)) overlaps the buffer \(describe(left.range)): "
         + "unregister that one first")
@@ -129,13 +129,13 @@ package final class BufferTable: Sendable {
     state.table = RangeTable(state.buffers.map(\.range))
   }
 
-  private static func validate(_ range: RemoteBuffer) throws(EngineError) {
-    if range.address == 0 { throw EngineError(.invalidArgument, "the buffer's address is null") }
-    if range.length == 0 { throw EngineError(.invalidArgument, "the buffer is empty") }
+  private static func validate(_ range: RemoteBuffer) throws(MooncakeError) {
+    if range.address == 0 { throw MooncakeError(.invalidArgument, "the buffer's address is null") }
+    if range.length == 0 { throw MooncakeError(.invalidArgument, "the buffer is empty") }
     if range.address.addingReportingOverflow(range.length).overflow
       || range.length > RemoteBuffer.lengthLimit
     {
-      throw EngineError(.invalidArgument, "the buffer wraps around the end of the address space")
+      throw MooncakeError(.invalidArgument, "the buffer wraps around the end of the address space")
     }
   }
 

@@ -54,7 +54,7 @@ package final class LocalRanges: @unchecked Sendable {
   @inline(__always)
   package func find(
     _ address: UInt64, _ length: UInt64, request: Int
-  ) throws(EngineError) -> Stretch {
+  ) throws(MooncakeError) -> Stretch {
     let entry = entries + Int((address >> Self.entryShift) & UInt64(Self.entryCount - 1))
     let sequence = entry.pointee.sequence.load(ordering: .acquiring)
     let version = entry.pointee.version.load(ordering: .relaxed)
@@ -73,7 +73,7 @@ package final class LocalRanges: @unchecked Sendable {
   @inline(never)
   private func lookUp(
     _ address: UInt64, _ length: UInt64, _ request: Int, _ entry: UnsafeMutablePointer<Entry>
-  ) throws(EngineError) -> Stretch {
+  ) throws(MooncakeError) -> Stretch {
     // Read before the snapshot: at worst a newer entry carries an older version and is replaced
     // early.
     let version = buffers.version
@@ -116,7 +116,7 @@ package final class LocalRanges: @unchecked Sendable {
 
   private static func refusal(
     _ request: Int, _ range: RemoteBuffer, _ table: RangeTable
-  ) -> EngineError {
+  ) -> MooncakeError {
     let after = table.countBeginning(upTo: range.address)
     let isInside =
       after > 0
@@ -125,7 +125,7 @@ package final class LocalRanges: @unchecked Sendable {
     let end = String(buffer.address &+ buffer.length, radix: 16)
     let what =
       isInside ? "begins inside the registered buffer" : "runs into the registered buffer"
-    return EngineError(
+    return MooncakeError(
       .notRegistered,
       "request \(request): the local range \(BufferTable.describe(range)) \(what) "
         + "\(BufferTable.describe(buffer)), which ends at 0x\(end), and is only partly registered: "

@@ -56,7 +56,7 @@ package final class LocalSegment: Sendable {
 
   /// Throws if the text no longer fits into one message to a peer: without a metadata service
   /// nobody could open the segment any more.
-  package func checkFitsMessage() throws(EngineError) {
+  package func checkFitsMessage() throws(MooncakeError) {
     let limit = HandshakeSettings.fromEnvironment().maximumLength
     let buffers = buffers.snapshot.buffers
     var writer = JSONWriter()
@@ -69,7 +69,7 @@ package final class LocalSegment: Sendable {
       count += buffer.textByteCount(nameByteCount: nameByteCount)
     }
     if count < limit { return }
-    throw EngineError(
+    throw MooncakeError(
       .full,
       "segment \(name): with \(buffers.count) buffers the descriptor would have \(count) bytes, "
         + "and peers take \(limit) in one message: register fewer and larger buffers, or raise "

@@ -182,12 +182,12 @@ package final class SegmentTable: Sendable {
 
   package init() {}
 
-  package func segment(_ id: SegmentID) throws(EngineError) -> OpenSegment {
+  package func segment(_ id: SegmentID) throws(MooncakeError) -> OpenSegment {
     let found = state.withLock { state in
       id >= 0 && Int(id) < state.segments.count ? state.segments[Int(id)] : nil
     }
     guard let found else {
-      throw EngineError(.invalidHandle, "segment \(id) is not open")
+      throw MooncakeError(.invalidHandle, "segment \(id) is not open")
     }
     return found
   }
@@ -210,7 +210,7 @@ package final class SegmentTable: Sendable {
   /// Adds a segment; if another thread was faster, counts one more open and `isNew` is false.
   package func insert(
     _ name: String, route: SegmentRoute
-  ) throws(EngineError) -> (segment: OpenSegment, isNew: Bool) {
+  ) throws(MooncakeError) -> (segment: OpenSegment, isNew: Bool) {
     let result: (OpenSegment, Bool)? = state.withLock { state in
       if let id = state.ids[MetadataKey(name)], let segment = state.segments[Int(id)] {
         state.openCounts[id, default: 0] += 1
@@ -227,13 +227,13 @@ package final class SegmentTable: Sendable {
       return (segment, true)
     }
     guard let result else {
-      throw EngineError(.full, "\(Self.capacity) segments are open: close some")
+      throw MooncakeError(.full, "\(Self.capacity) segments are open: close some")
     }
     return result
   }
 
   /// Counts one open less; returns the segment when that was the last.
-  package func release(_ id: SegmentID) throws(EngineError) -> OpenSegment? {
+  package func release(_ id: SegmentID) throws(MooncakeError) -> OpenSegment? {
     _ = try segment(id)
     return state.withLock { state in
       guard let count = state.openCounts[id], let segment = state.segments[Int(id)] else {

@@ -8,21 +8,22 @@ extension SegmentDescriptor {
   package static let maximumBufferCount = 1_048_576
 
   /// Parses a descriptor as any peer publishes it.
-  public init(json: String) throws(EngineError) {
+  public init(json: String) throws(MooncakeError) {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: json)
     } catch {
       throw malformed(error.description)
     }
-    self = try document.read { value throws(EngineError) in
+    self = try document.read { value throws(MooncakeError) in
       try SegmentDescriptor(parsing: value)
     }
   }
 
-  package init(parsing value: JSONValue) throws(EngineError) {
+  package init(parsing value: JSONValue) throws(MooncakeError) {
     if value.isNull {
-      throw EngineError(.notFound, "the peer serves no segment yet; try again once it has started")
+      throw MooncakeError(
+        .notFound, "the peer serves no segment yet; try again once it has started")
     }
     if !value.isObject { throw malformed("it is not an object") }
     guard let name = value["name"]?.string, !name.isEmpty else { throw malformed("it has no name") }
@@ -101,12 +102,12 @@ extension RemoteBuffer {
   }
 }
 
-private func malformed(_ what: String) -> EngineError {
-  EngineError(.protocolViolation, "malformed segment descriptor: \(what)")
+private func malformed(_ what: String) -> MooncakeError {
+  MooncakeError(.protocolViolation, "malformed segment descriptor: \(what)")
 }
 
 /// One name, or an array as published by builds with several transports; never empty.
-private func parseProtocols(_ value: JSONValue?) throws(EngineError) -> [String] {
+private func parseProtocols(_ value: JSONValue?) throws(MooncakeError) -> [String] {
   guard let value else { throw malformed("it names no protocol") }
   var names: [String] = []
   if let name = value.string {
@@ -121,7 +122,7 @@ private func parseProtocols(_ value: JSONValue?) throws(EngineError) -> [String]
   return names
 }
 
-private func parseIncarnation(_ value: JSONValue) throws(EngineError) -> UInt64 {
+private func parseIncarnation(_ value: JSONValue) throws(MooncakeError) -> UInt64 {
   guard let text = try optionalString(value, "mooncake_incarnation") else { return 0 }
   guard text.utf8.count == 16, text.utf8.allSatisfy({ Character(UnicodeScalar($0)).isHexDigit }),
     let incarnation = UInt64(text, radix: 16)
@@ -131,7 +132,7 @@ private func parseIncarnation(_ value: JSONValue) throws(EngineError) -> UInt64 
 
 private func parseBuffers(
   _ value: JSONValue?, isStrict: Bool
-) throws(EngineError) -> [RemoteBuffer] {
+) throws(MooncakeError) -> [RemoteBuffer] {
   guard let value else { return [] }
   if !value.isArray { throw malformed("buffers is not an array") }
   var buffers: [RemoteBuffer] = []
@@ -140,7 +141,7 @@ private func parseBuffers(
     if index == SegmentDescriptor.maximumBufferCount {
       throw malformed("more than \(SegmentDescriptor.maximumBufferCount) buffers")
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       buffers.append(try parseBuffer(element, index: index))
     } catch {
       if isStrict { throw error }
@@ -152,7 +153,7 @@ private func parseBuffers(
   return buffers
 }
 
-private func parseBuffer(_ value: JSONValue, index: Int) throws(EngineError) -> RemoteBuffer {
+private func parseBuffer(_ value: JSONValue, index: Int) throws(MooncakeError) -> RemoteBuffer {
   guard let name = value["name"]?.string, !name.isEmpty else {
     throw malformed("buffer \(index) has no name")
   }
@@ -177,7 +178,7 @@ private func parseBuffer(_ value: JSONValue, index: Int) throws(EngineError) -> 
 
 private func optionalString(
   _ value: JSONValue, _ name: String
-) throws(EngineError) -> String? {
+) throws(MooncakeError) -> String? {
   guard let field = value[name], !field.isNull else { return nil }
   guard let text = field.string else { throw malformed("\(name) is not a string") }
   return text
@@ -185,7 +186,7 @@ private func optionalString(
 
 private func optionalInteger(
   _ value: JSONValue, _ name: String, upTo maximum: UInt64
-) throws(EngineError) -> UInt64? {
+) throws(MooncakeError) -> UInt64? {
   guard let field = value[name], !field.isNull else { return nil }
   guard let number = field.unsigned, number <= maximum else {
     throw malformed("\(name) is not an integer from 0 to \(maximum)")

@@ -120,14 +120,14 @@ package protocol BatchAnnouncer: AnyObject, Sendable {
 
 extension Batch {
   /// Reserves `count` tasks for the calling thread; `endSubmit` must follow.
-  package func beginSubmit(_ count: Int) throws(EngineError) -> Int {
+  package func beginSubmit(_ count: Int) throws(MooncakeError) -> Int {
     if isSubmitting.exchange(true, ordering: .acquiring) {
-      throw EngineError(.busy, "another thread is submitting to this batch")
+      throw MooncakeError(.busy, "another thread is submitting to this batch")
     }
     let first = submitted.load(ordering: .relaxed)
     if count > capacity - first {
       isSubmitting.store(false, ordering: .releasing)
-      throw EngineError(
+      throw MooncakeError(
         .full, "batch capacity is \(capacity), \(first) used, \(count) more requested")
     }
     return first
@@ -247,7 +247,7 @@ extension Batch {
   }
 
   /// Ends the hold of a notification in delivery on the batch.
-  package func endNotification(_ error: EngineError?) {
+  package func endNotification(_ error: MooncakeError?) {
     if let error { recordFailure(.failed(error.code), tasks[0].segment) { error.message } }
     endHold(Self.delivery)
   }
@@ -374,12 +374,12 @@ extension Batch {
   }
 
   /// The descriptor that is readable while the batch is terminal; created on first use.
-  package func openEventDescriptor() throws(EngineError) -> Int32 {
+  package func openEventDescriptor() throws(MooncakeError) -> Int32 {
     let existing = eventDescriptor.load(ordering: .acquiring)
     if existing >= 0 { return existing }
     let event: EventFD
     do throws(Errno) { event = try EventFD() } catch {
-      throw EngineError(.system, "event descriptor: \(error)")
+      throw MooncakeError(.system, "event descriptor: \(error)")
     }
     let (stored, current) = eventDescriptor.compareExchange(
       expected: -1, desired: event.descriptor.rawValue, ordering: .acquiringAndReleasing)
@@ -388,9 +388,9 @@ extension Batch {
     return event.keepOpen()
   }
 
-  package func setCallback(_ new: @escaping Callback) throws(EngineError) {
+  package func setCallback(_ new: @escaping Callback) throws(MooncakeError) {
     if submittedCount > 0 {
-      throw EngineError(.busy, "set the callback before the first submit to the batch")
+      throw MooncakeError(.busy, "set the callback before the first submit to the batch")
     }
     callback.withLock { $0 = new }
     hasCallback = true

@@ -39,14 +39,14 @@ package final class BatchTable: @unchecked Sendable {
   }
 
   /// Adds a batch and returns its id, which also becomes `batch.id`.
-  package func insert(_ batch: Batch) throws(EngineError) -> UInt64 {
+  package func insert(_ batch: Batch) throws(MooncakeError) -> UInt64 {
     let sum = requests.wrappingAdd(batch.capacity, ordering: .relaxed).newValue
     var isInserted = false
     defer {
       if !isInserted { requests.wrappingSubtract(batch.capacity, ordering: .relaxed) }
     }
     if sum > Self.requestLimit {
-      throw EngineError(
+      throw MooncakeError(
         .full,
         "the batches hold \(sum - batch.capacity) requests, \(batch.capacity) more would exceed "
           + "\(Self.requestLimit): free batches, or create smaller ones")
@@ -61,7 +61,7 @@ package final class BatchTable: @unchecked Sendable {
       return free.nextUnused - 1
     }
     guard let index else {
-      throw EngineError(.full, "\(Self.capacity) batches exist: free some with freeBatch")
+      throw MooncakeError(.full, "\(Self.capacity) batches exist: free some with freeBatch")
     }
     let slot = slots + Int(index)
     let generation = (slot.pointee.word.load(ordering: .relaxed) >> 32) & 0x7FFF_FFFF
@@ -78,19 +78,19 @@ package final class BatchTable: @unchecked Sendable {
   /// Runs `body` with the batch, which stays alive meanwhile.
   @inline(__always)
   package func with<Result>(
-    _ id: UInt64, _ body: (Batch) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ id: UInt64, _ body: (Batch) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let slot = try acquire(id)
     defer { slot.pointee.word.wrappingSubtract(1, ordering: .releasing) }
     return try body(slot.pointee.batch!)
   }
 
   /// Removes a batch that `mayFree` approves and waits until nobody uses it.
-  package func remove(_ id: UInt64, mayFree: (Batch) -> Bool) throws(EngineError) {
+  package func remove(_ id: UInt64, mayFree: (Batch) -> Bool) throws(MooncakeError) {
     let slot = try acquire(id)
     guard mayFree(slot.pointee.batch!) else {
       slot.pointee.word.wrappingSubtract(1, ordering: .releasing)
-      throw EngineError(.busy, "transfers of the batch are still in flight")
+      throw MooncakeError(.busy, "transfers of the batch are still in flight")
     }
     let old = slot.pointee.word.bitwiseAnd(~Self.live, ordering: .acquiringAndReleasing).oldValue
     if old & Self.live == 0 {
@@ -113,12 +113,13 @@ package final class BatchTable: @unchecked Sendable {
     for index in 0..<used.load(ordering: .acquiring) {
       let word = slots[index].word.load(ordering: .acquiring)
       if word & Self.live == 0 { continue }
-      try? with((word >> 32) << 32 | UInt64(index) + 1) { batch throws(EngineError) in body(batch) }
+      try? with((word >> 32) << 32 | UInt64(index) + 1) { batch throws(MooncakeError) in body(batch)
+      }
     }
   }
 
   @inline(__always)
-  private func acquire(_ id: UInt64) throws(EngineError) -> UnsafeMutablePointer<Slot> {
+  private func acquire(_ id: UInt64) throws(MooncakeError) -> UnsafeMutablePointer<Slot> {
     let index = Int(id & 0xFFFF_FFFF) - 1
     guard index >= 0, index < used.load(ordering: .acquiring) else { throw Self.unknown(id) }
     let slot = slots + index
@@ -132,7 +133,7 @@ package final class BatchTable: @unchecked Sendable {
     }
   }
 
-  private static func unknown(_ id: UInt64) -> EngineError {
-    EngineError(.invalidHandle, "batch \(id) does not exist or was freed")
+  private static func unknown(_ id: UInt64) -> MooncakeError {
+    MooncakeError(.invalidHandle, "batch \(id) does not exist or was freed")
   }
 }

@@ -78,14 +78,14 @@ public enum TransferState: Int32, Sendable {
 public struct TransferStatus: Sendable, Equatable {
   public var state: TransferState
   /// Why it did not complete; nil while waiting and when completed.
-  public var error: EngineError.Code?
+  public var error: MooncakeError.Code?
   public var transferredBytes: UInt64
 }
 
 /// Status of a whole batch; see `mooncake_batch_status_t`.
 public struct BatchStatus: Sendable, Equatable {
   public var state: TransferState
-  public var error: EngineError.Code?
+  public var error: MooncakeError.Code?
   public var submittedCount: UInt64
   public var completedCount: UInt64
   public var terminalCount: UInt64
@@ -105,10 +105,10 @@ public struct Notification: Sendable, Equatable {
   /// What fits into one RPC message together with the JSON around it.
   package static let byteLimit = HandshakeSettings.fromEnvironment().maximumLength - (8 << 10)
 
-  package func validate() throws(EngineError) {
+  package func validate() throws(MooncakeError) {
     let count = name.utf8.count + message.utf8.count
     if count > Self.byteLimit {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "the notification has \(count) bytes, more than the \(Self.byteLimit) that peers take")
     }

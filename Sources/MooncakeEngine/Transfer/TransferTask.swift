@@ -12,7 +12,7 @@ package struct Outcome: Equatable, Sendable {
   package static let canceled = Outcome(.canceled, .canceled)
   package static let timeout = Outcome(.timeout, .timeout)
 
-  package static func failed(_ code: EngineError.Code) -> Outcome {
+  package static func failed(_ code: MooncakeError.Code) -> Outcome {
     switch code {
     case .canceled: .canceled
     case .timeout: .timeout
@@ -20,15 +20,15 @@ package struct Outcome: Equatable, Sendable {
     }
   }
 
-  private init(_ state: TransferState, _ code: EngineError.Code?) {
+  private init(_ state: TransferState, _ code: MooncakeError.Code?) {
     let magnitude = code.map { UInt32(-$0.rawValue) } ?? 0
     rawValue = UInt32(state.rawValue) | magnitude << 8
   }
 
   package var state: TransferState { TransferState(rawValue: Int32(rawValue & 0xFF)) ?? .failed }
 
-  package var error: EngineError.Code? {
-    EngineError.Code(rawValue: -Int32(rawValue >> 8))
+  package var error: MooncakeError.Code? {
+    MooncakeError.Code(rawValue: -Int32(rawValue >> 8))
   }
 }
 

@@ -23,7 +23,7 @@ final class EtcdClient: Sendable {
   /// Longest time for one endpoint while there are others to try.
   private static let attemptMilliseconds: UInt64 = 5000
 
-  init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+  init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(MooncakeError) {
     self.uri = uri
     let tls = uri.tls.filled(from: settings)
     client = try HTTPClient(tls: tls)
@@ -53,11 +53,11 @@ final class EtcdClient: Sendable {
   /// The answer's text. `isRepeated` is set if an attempt failed that may still have taken effect.
   func ask(
     _ query: Query, _ call: Call, isRepeated: inout Bool
-  ) throws(EngineError) -> [UInt8] {
+  ) throws(MooncakeError) -> [UInt8] {
     let count = uri.endpoints.count
     let first = state.withLock { $0.endpoint }
     var failures: [String] = []
-    var last: EngineError?
+    var last: MooncakeError?
     for step in 0..<count {
       let index = (first + step) % count
       let remaining = call.deadline.remainingNanoseconds / 1_000_000
@@ -65,7 +65,7 @@ final class EtcdClient: Sendable {
       let attempt =
         query.isWatch || step == count - 1
         ? call : call.within(milliseconds: min(share, Self.attemptMilliseconds))
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let answer = try ask(query, at: uri.endpoints[index], attempt, isRepeated: &isRepeated)
         state.withLock {
           $0.endpoint = index
@@ -83,22 +83,22 @@ final class EtcdClient: Sendable {
     }
     guard let last else { throw failure(.invalidArgument, query.phase, "no endpoint", "name one") }
     if failures.count == 1 { throw last }
-    throw EngineError(last.code, failures.joined(separator: "; "))
+    throw MooncakeError(last.code, failures.joined(separator: "; "))
   }
 
   /// Certificates differ by endpoint; a refused password is refused by the whole cluster.
-  private func isCertificate(_ error: EngineError) -> Bool {
+  private func isCertificate(_ error: MooncakeError) -> Bool {
     error.message.utf8.holds("certificate files")
   }
 
   private func ask(
     _ query: Query, at endpoint: HostPort, _ call: Call, isRepeated: inout Bool
-  ) throws(EngineError) -> [UInt8] {
+  ) throws(MooncakeError) -> [UInt8] {
     for isRetry in [false, true] {
       let token = try token(at: endpoint, call, isStale: isRetry)
       var isUnsent = false
       let response: HTTPResponse
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         response = try send(query, at: endpoint, token: token, call, isUnsent: &isUnsent)
       } catch {
         if !isUnsent { isRepeated = true }
@@ -125,7 +125,7 @@ final class EtcdClient: Sendable {
 
   private func token(
     at endpoint: HostPort, _ call: Call, isStale: Bool
-  ) throws(EngineError) -> String? {
+  ) throws(MooncakeError) -> String? {
     guard let user else { return nil }
     if !isStale, let token = state.withLock({ $0.token }) { return token }
     var writer = JSONWriter()
@@ -152,7 +152,7 @@ final class EtcdClient: Sendable {
   private func send(
     _ query: Query, at endpoint: HostPort, token: String?, _ call: Call,
     isUnsent: inout Bool
-  ) throws(EngineError) -> HTTPResponse {
+  ) throws(MooncakeError) -> HTTPResponse {
     var request = HTTPRequest(
       method: .post, server: endpoint, isSecure: isSecure, target: query.path,
       body: Array(query.body.utf8), headers: ["Content-Type: application/json"])
@@ -181,7 +181,7 @@ final class EtcdClient: Sendable {
   /// `token` is the one that was sent; it is hidden in the message.
   private func refusal(
     _ response: HTTPResponse, _ token: String?, _ phase: String, _ endpoint: HostPort
-  ) -> EngineError {
+  ) -> MooncakeError {
     let reason = reason(response)
     let shown = ServiceSecrets(password, token).hidden(in: reason.utf8).prefix(Self.shownCount)
     let cause = "\(endpoint) answers '\(shown)' (status \(response.status))"
@@ -190,8 +190,8 @@ final class EtcdClient: Sendable {
   }
 
   func failure(
-    _ code: EngineError.Code, _ phase: String, _ cause: String, _ remedy: String
-  ) -> EngineError {
-    EngineError(code, "metadata \(uri): \(phase): \(cause): \(remedy)")
+    _ code: MooncakeError.Code, _ phase: String, _ cause: String, _ remedy: String
+  ) -> MooncakeError {
+    MooncakeError(code, "metadata \(uri): \(phase): \(cause): \(remedy)")
   }
 }

@@ -3,7 +3,7 @@ import MooncakeBase
 /// What etcd's errors mean for its use as a metadata service.
 package enum EtcdRefusal {
   package struct Meaning: Sendable {
-    package var code: EngineError.Code
+    package var code: MooncakeError.Code
     package var remedy: String
   }
 

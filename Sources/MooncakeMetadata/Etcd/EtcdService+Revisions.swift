@@ -3,11 +3,11 @@ import MooncakeBase
 extension EtcdService {
   package func getRevised(
     _ key: String, isText: Bool, _ call: Call
-  ) throws(EngineError) -> RevisedValue? {
+  ) throws(MooncakeError) -> RevisedValue? {
     let phase = "get '\(key)'"
     return try ask("/v3/kv/range", phase, call) {
       $0.member("key", encoded(key))
-    } answer: { value throws(EngineError) in
+    } answer: { value throws(MooncakeError) in
       guard let found = value["kvs"]?.elements.first(where: { _ in true }) else { return nil }
       let bytes = try bytes(found, "value", phase)
       let revision = number(found["mod_revision"])
@@ -23,7 +23,7 @@ extension EtcdService {
   /// One transaction for as many keys as etcd allows by default.
   package func values(
     of keys: [String], _ call: Call
-  ) throws(EngineError) -> [String?] {
+  ) throws(MooncakeError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
       let part = keys[values.count...].prefix(Self.transactionCount)
@@ -39,12 +39,12 @@ extension EtcdService {
           writer.endObject()
         }
         writer.endArray()
-      } answer: { value throws(EngineError) in
+      } answer: { value throws(MooncakeError) in
         let count = values.count
         for response in value["responses"]?.elements ?? .none {
           let found = response["response_range"]?["kvs"]?.elements.first { _ in true }
           values.append(
-            try found.map { pair throws(EngineError) in
+            try found.map { pair throws(MooncakeError) in
               String(decoding: try bytes(pair, "value", "get keys"), as: UTF8.self)
             })
         }
@@ -56,7 +56,7 @@ extension EtcdService {
 
   package func replace(
     _ key: String, writtenBy revision: UInt64, with value: String?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let phase = "\(value == nil ? "delete" : "put") '\(key)' if unchanged"
     var isRepeated = false
     let isDone = try ask("/v3/kv/txn", phase, call, isRepeated: &isRepeated) { writer in

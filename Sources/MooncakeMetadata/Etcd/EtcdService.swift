@@ -12,18 +12,18 @@ package final class EtcdService: MetadataService {
   /// cluster.
   private static let silenceMilliseconds: UInt64 = 5000
 
-  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(MooncakeError) {
     self.uri = uri
     client = try EtcdClient(uri, settings)
   }
 
-  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(MooncakeError) -> String? {
     try getRevised(key, call)?.value
   }
 
   package func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try ask("/v3/kv/put", "put '\(entry.key)'", call) {
       write(entry, lease, &$0)
     } answer: { _ in
@@ -32,7 +32,7 @@ package final class EtcdService: MetadataService {
 
   package func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var isRepeated = false
     let isDone = try ask("/v3/kv/txn", phase, call, isRepeated: &isRepeated) { writer in
@@ -61,7 +61,7 @@ package final class EtcdService: MetadataService {
     return try get(entry.key, call) == entry.value
   }
 
-  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(MooncakeError) -> Bool {
     var isRepeated = false
     let isDone = try ask("/v3/kv/deleterange", "delete '\(key)'", call, isRepeated: &isRepeated) {
       $0.member("key", encoded(key))
@@ -74,14 +74,14 @@ package final class EtcdService: MetadataService {
 
   package func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     return try ask("/v3/kv/range", phase, call) { writer in
       let start = position.map { Array($0.utf8) + [0] } ?? Self.start(prefix)
       writer.member("key", Base64.encode(start))
       writer.member("range_end", Base64.encode(Self.end(prefix)))
       writer.member("limit", String(max(1, min(limit, Self.pageCount))))
-    } answer: { value throws(EngineError) in
+    } answer: { value throws(MooncakeError) in
       var page = MetadataPage(
         entries: [], revision: number(value["header"]?["revision"]), next: nil)
       for element in value["kvs"]?.elements ?? .none {
@@ -94,7 +94,7 @@ package final class EtcdService: MetadataService {
 
   package func changes(
     prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges {
+  ) throws(MooncakeError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
     // A member that is frozen or cut off is as silent as one without changes, and so is one whose
     // long answer has arrived only in part. A member that answers this query knows the latest
@@ -116,7 +116,7 @@ package final class EtcdService: MetadataService {
       path: "/v3/watch", body: writer.text, phase: phase, isWatch: true,
       end: LineMark("\"events\"", "\"canceled\":true", "\"error\""))
     let text: [UInt8]
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       var isRepeated = false
       text = try client.ask(
         query, call.within(milliseconds: Self.silenceMilliseconds), isRepeated: &isRepeated)
@@ -137,7 +137,7 @@ package final class EtcdService: MetadataService {
   /// revision.
   private func isUnchanged(
     _ prefix: String, since revision: UInt64, _ phase: String, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     try ask("/v3/kv/range", phase, call.within(milliseconds: 2 * Self.silenceMilliseconds)) {
       $0.member("key", Base64.encode(Self.start(prefix)))
       $0.member("range_end", Base64.encode(Self.end(prefix)))
@@ -155,8 +155,8 @@ package final class EtcdService: MetadataService {
   /// Adds the changes of one line; false if the service no longer has the requested revision.
   private func read(
     _ line: [UInt8], _ phase: String, _ changes: inout [MetadataChange], _ latest: inout UInt64
-  ) throws(EngineError) -> Bool {
-    try decode(line, phase) { value throws(EngineError) in
+  ) throws(MooncakeError) -> Bool {
+    try decode(line, phase) { value throws(MooncakeError) in
       guard let result = value["result"] else {
         throw client.failure(
           .unreachable, phase, "the watch ended: \(value["error"]?["message"]?.string ?? "")",
@@ -187,12 +187,12 @@ package final class EtcdService: MetadataService {
 
   package func grant(
     ttlMilliseconds: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataLease? {
+  ) throws(MooncakeError) -> MetadataLease? {
     let phase = "grant a lease"
     var isRepeated = false
     return try ask("/v3/lease/grant", phase, call, isRepeated: &isRepeated) {
       $0.member("TTL", String((ttlMilliseconds + 999) / 1000))
-    } answer: { value throws(EngineError) in
+    } answer: { value throws(MooncakeError) in
       let id = number(value["ID"])
       let seconds = number(value["TTL"])
       if id == 0 || seconds == 0 || seconds > 1 << 32 { throw malformed(phase) }
@@ -203,7 +203,7 @@ package final class EtcdService: MetadataService {
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
+  ) throws(MooncakeError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew a lease"
     let isAlive = try ask("/v3/lease/keepalive", phase, call) {
@@ -228,9 +228,9 @@ package final class EtcdService: MetadataService {
 
   package func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     guard let lease else { return }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try ask("/v3/lease/revoke", "revoke a lease", call) {
         $0.member("ID", String(lease.id))
       } answer: { _ in
@@ -271,25 +271,25 @@ package final class EtcdService: MetadataService {
 
   func bytes(
     _ pair: JSONValue, _ name: String, _ phase: String
-  ) throws(EngineError) -> [UInt8] {
+  ) throws(MooncakeError) -> [UInt8] {
     guard let bytes = Base64.decode(pair[name]?.string ?? "") else { throw malformed(phase) }
     return bytes
   }
 
-  private func entry(_ pair: JSONValue, _ phase: String) throws(EngineError) -> MetadataEntry {
+  private func entry(_ pair: JSONValue, _ phase: String) throws(MooncakeError) -> MetadataEntry {
     MetadataEntry(
       key: String(decoding: try bytes(pair, "key", phase), as: UTF8.self),
       value: String(decoding: try bytes(pair, "value", phase), as: UTF8.self))
   }
 
-  func malformed(_ phase: String) -> EngineError {
+  func malformed(_ phase: String) -> MooncakeError {
     client.failure(
       .protocolViolation, phase, "the answer lacks expected members", "is this etcd?")
   }
 
   private func decode<Result>(
-    _ text: [UInt8], _ phase: String, _ body: (JSONValue) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ text: [UInt8], _ phase: String, _ body: (JSONValue) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: text)
@@ -303,8 +303,8 @@ package final class EtcdService: MetadataService {
   func ask<Result>(
     _ path: String, _ phase: String, _ call: Call,
     _ write: (inout JSONWriter) -> Void,
-    answer: (JSONValue) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    answer: (JSONValue) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let query = EtcdClient.Query(path: path, body: Self.body(write), phase: phase)
     var isRepeated = false
     return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)
@@ -314,8 +314,8 @@ package final class EtcdService: MetadataService {
   func ask<Result>(
     _ path: String, _ phase: String, _ call: Call, isRepeated: inout Bool,
     _ write: (inout JSONWriter) -> Void,
-    answer: (JSONValue) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    answer: (JSONValue) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     var query = EtcdClient.Query(path: path, body: Self.body(write), phase: phase)
     query.isOnce = true
     return try decode(try client.ask(query, call, isRepeated: &isRepeated), phase, answer)

@@ -30,12 +30,12 @@ struct CurlLibrary: Sendable {
     @convention(c) (Handle, UnsafeMutablePointer<Int32>) -> UnsafeMutablePointer<CURLMsg>?
   let multiCleanup: @convention(c) (Handle) -> CURLMcode
 
-  private static let loaded: Result<CurlLibrary, EngineError> = load()
+  private static let loaded: Result<CurlLibrary, MooncakeError> = load()
 
   private static let isPrepared = Atomic(false)
 
   /// The library, loaded once.
-  static func shared() throws(EngineError) -> CurlLibrary {
+  static func shared() throws(MooncakeError) -> CurlLibrary {
     Fork.prepare(isPrepared) { _ = loaded }
     return try loaded.get()
   }
@@ -48,23 +48,23 @@ struct CurlLibrary: Sendable {
     return withoutWriteSignals { Fork.excluded(body) }
   }
 
-  private static func load() -> Result<CurlLibrary, EngineError> {
+  private static func load() -> Result<CurlLibrary, MooncakeError> {
     guard let library = DynamicLibrary("libcurl.so.4") else {
       return .failure(
-        EngineError(
+        MooncakeError(
           .unsupported,
           "metadata over HTTP needs libcurl.so.4: install the Debian package libcurl4"))
     }
     // curl_multi_poll (7.66) is the newest function used here.
     guard let functions = CurlLibrary(library) else {
       return .failure(
-        EngineError(
+        MooncakeError(
           .unsupported, "libcurl.so.4 is older than 7.66: update the Debian package libcurl4"))
     }
     typealias Start = @convention(c) (Int) -> CURLcode
     guard let start = library.symbol("curl_global_init"),
       unsafeBitCast(start, to: Start.self)(3) == CURLE_OK
-    else { return .failure(EngineError(.system, "libcurl cannot be initialized")) }
+    else { return .failure(MooncakeError(.system, "libcurl cannot be initialized")) }
     return .success(functions)
   }
 

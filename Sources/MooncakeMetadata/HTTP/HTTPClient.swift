@@ -37,7 +37,7 @@ struct HTTPResponse {
 
 /// Why there is no answer; the caller adds the service and the phase.
 struct HTTPFailure: Error {
-  let code: EngineError.Code
+  let code: MooncakeError.Code
   let cause: String
   let remedy: String
   /// Whether the server cannot have seen the request.
@@ -57,7 +57,7 @@ final class HTTPClient: Sendable {
   private let idle = Lock<[HTTPLane]>([])
   private static let idleLimit = 4
 
-  init(tls: TLSFiles) throws(EngineError) {
+  init(tls: TLSFiles) throws(MooncakeError) {
     curl = try CurlLibrary.shared()
     self.tls = tls
   }

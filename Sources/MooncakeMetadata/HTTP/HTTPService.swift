@@ -24,7 +24,7 @@ package final class HTTPService: MetadataService {
   /// How much longer than its wait a server's answer may take.
   private static let answerMilliseconds: UInt64 = 500
 
-  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(MooncakeError) {
     self.uri = uri
     if !uri.isSecure && settings.tls != TLSFiles() {
       Log.warning(
@@ -35,7 +35,7 @@ package final class HTTPService: MetadataService {
     client = try HTTPClient(tls: uri.tls.filled(from: settings))
     // The URI takes precedence.
     let token = uri.user == nil ? settings.token : nil
-    self.token = try token.map { text throws(EngineError) in
+    self.token = try token.map { text throws(MooncakeError) in
       try MetadataToken(text, from: MetadataToken.variable)
     }
     let user = uri.user ?? (token == nil ? settings.user : nil)
@@ -45,7 +45,7 @@ package final class HTTPService: MetadataService {
       token, password, credentials.map { Base64.encode($0.utf8) })
   }
 
-  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(MooncakeError) -> String? {
     let phase = "get '\(key)'"
     guard let bytes = try bytes(key, phase, call) else { return nil }
     guard let text = String(validating: bytes, as: UTF8.self) else {
@@ -57,7 +57,7 @@ package final class HTTPService: MetadataService {
 
   private func bytes(
     _ key: String, _ phase: String, _ call: Call
-  ) throws(EngineError) -> [UInt8]? {
+  ) throws(MooncakeError) -> [UInt8]? {
     let response = try ask(.get, ["key": key], phase, call)
     if response.status == 404 { return nil }
     try expectSuccess(response, phase)
@@ -66,7 +66,7 @@ package final class HTTPService: MetadataService {
 
   package func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let phase = "put '\(entry.key)'"
     let body = Array(entry.value.utf8)
     let parameters = parameters(entry.key, lease)
@@ -81,7 +81,7 @@ package final class HTTPService: MetadataService {
 
   package func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var parameters = parameters(entry.key, lease)
     parameters["absent"] = "1"
@@ -94,7 +94,7 @@ package final class HTTPService: MetadataService {
     return true
   }
 
-  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(MooncakeError) -> Bool {
     let phase = "delete '\(key)'"
     let response = try ask(.delete, ["key": key], phase, call, isOnce: true)
     if response.status == 404 { return false }
@@ -106,7 +106,7 @@ package final class HTTPService: MetadataService {
 
   package func values(
     of keys: [String], _ call: Call
-  ) throws(EngineError) -> [String?] {
+  ) throws(MooncakeError) -> [String?] {
     let phase = "get keys"
     var values: [String?] = []
     while values.count < keys.count {
@@ -121,7 +121,7 @@ package final class HTTPService: MetadataService {
       }
       try expectSuccess(response, phase)
       let count = values.count
-      try decode(response, phase) { value throws(EngineError) in
+      try decode(response, phase) { value throws(MooncakeError) in
         for (key, element) in zip(part, value["values"]?.elements ?? .none) {
           let isThere = element["value"] != nil || element["value_base64"] != nil
           values.append(isThere ? try entry(element, key: key, phase).value : nil)
@@ -149,14 +149,14 @@ package final class HTTPService: MetadataService {
 
   package func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     try page(
       prefix: prefix, from: position, "list '\(prefix)'", limit: max(1, min(limit, 1000)), call)
   }
 
   private func page(
     prefix: String, from position: String?, _ phase: String, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     var parameters = ["prefix": prefix, "limit": String(limit)]
     parameters["after"] = position
     let response = try ask(.get, parameters, phase, call)
@@ -167,7 +167,7 @@ package final class HTTPService: MetadataService {
         "use mooncake metadata serve, etcd or Redis")
     }
     try expectSuccess(response, phase)
-    return try decode(response, phase) { value throws(EngineError) in
+    return try decode(response, phase) { value throws(MooncakeError) in
       guard let revision = value["revision"]?.unsigned, let list = value["entries"] else {
         throw malformed(phase)
       }
@@ -181,14 +181,14 @@ package final class HTTPService: MetadataService {
 
   package func changes(
     prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges {
+  ) throws(MooncakeError) -> MetadataChanges {
     let phase = "watch '\(prefix)'"
     // Make the server answer before the client gives up.
     let left = call.deadline.remainingNanoseconds / 1_000_000
     let wait = min(30_000, left - min(left / 2, Self.answerMilliseconds))
     let parameters = ["prefix": prefix, "since": String(revision), "wait_ms": String(wait)]
     let response: HTTPResponse
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       response = try ask(.get, parameters, phase, call)
     } catch {
       // A server that does not even report "no changes" hangs, or its answer takes longer than the
@@ -200,7 +200,7 @@ package final class HTTPService: MetadataService {
     }
     if response.status == 410 { return .unknown }
     try expectSuccess(response, phase)
-    return try decode(response, phase) { value throws(EngineError) in
+    return try decode(response, phase) { value throws(MooncakeError) in
       guard let revision = value["revision"]?.unsigned, let list = value["changes"] else {
         throw malformed(phase)
       }
@@ -219,7 +219,7 @@ package final class HTTPService: MetadataService {
 
   package func grant(
     ttlMilliseconds: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataLease? {
+  ) throws(MooncakeError) -> MetadataLease? {
     let phase = "grant a lease"
     let response = try ask(
       .post, ["ttl_ms": String(ttlMilliseconds)], phase, call, at: "/lease", isOnce: true)
@@ -230,7 +230,7 @@ package final class HTTPService: MetadataService {
     }
     if Self.isUnknown(response) { return nil }
     try expectSuccess(response, phase)
-    return try decode(response, phase) { value throws(EngineError) in
+    return try decode(response, phase) { value throws(MooncakeError) in
       guard let text = value["lease"]?.string, let id = UInt64(text),
         let ttl = value["ttl_ms"]?.unsigned
       else { throw malformed(phase) }
@@ -241,7 +241,7 @@ package final class HTTPService: MetadataService {
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
+  ) throws(MooncakeError) -> MetadataRenewal {
     guard let lease else {
       // Without leases, only reading a key tells whether the server has lost everything.
       guard let first = entries.first else { return .kept }
@@ -251,7 +251,7 @@ package final class HTTPService: MetadataService {
     let response = try ask(.post, ["id": String(lease.id)], phase, call, at: "/lease")
     if response.status == 404 { return .gone }
     try expectSuccess(response, phase)
-    let count = try decode(response, phase) { value throws(EngineError) in
+    let count = try decode(response, phase) { value throws(MooncakeError) in
       guard let count = value["keys"]?.unsigned else { throw malformed(phase) }
       return count
     }
@@ -274,7 +274,7 @@ package final class HTTPService: MetadataService {
   /// The keys of a lease; empty from older servers, which do not tell.
   private func keys(
     of lease: MetadataLease, _ call: Call
-  ) throws(EngineError) -> [String] {
+  ) throws(MooncakeError) -> [String] {
     let phase = "list the keys of a lease"
     var keys: [String] = []
     while true {
@@ -293,7 +293,7 @@ package final class HTTPService: MetadataService {
 
   package func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if let lease {
       let phase = "revoke a lease"
       let response = try ask(.delete, ["id": String(lease.id)], phase, call, at: "/lease")
@@ -307,7 +307,7 @@ package final class HTTPService: MetadataService {
   /// and a value put in between is deleted, too.
   private func deleteUnchanged(
     _ entry: MetadataEntry, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let phase = "delete '\(entry.key)' if unchanged"
     let response = try ask(
       .post, ["key": entry.key], phase, call, at: "/delete", body: Array(entry.value.utf8))
@@ -332,7 +332,7 @@ package final class HTTPService: MetadataService {
   private func ask(
     _ method: HTTPRequest.Method, _ parameters: [String: String], _ phase: String,
     _ call: Call, at subpath: String = "", body: [UInt8]? = nil, isOnce: Bool = false
-  ) throws(EngineError) -> HTTPResponse {
+  ) throws(MooncakeError) -> HTTPResponse {
     let query = parameters.map { "\($0.key)=\(PercentEncoding.encode($0.value))" }
     var request = HTTPRequest(
       method: method, server: uri.endpoints[0], isSecure: uri.isSecure,
@@ -355,7 +355,7 @@ package final class HTTPService: MetadataService {
 
   private func expectSuccess(
     _ response: HTTPResponse, _ phase: String, lease: MetadataLease? = nil
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if response.status == 200 { return }
     let text =
       secrets.hidden(in: response.body.prefix(Self.quotedBytes))
@@ -384,7 +384,7 @@ package final class HTTPService: MetadataService {
       + "another one the right user and password"
   }
 
-  private func malformed(_ phase: String) -> EngineError {
+  private func malformed(_ phase: String) -> MooncakeError {
     failure(
       .protocolViolation, phase, "the answer lacks expected members",
       "is this the URI of a metadata server?")
@@ -392,8 +392,8 @@ package final class HTTPService: MetadataService {
 
   private func decode<Result>(
     _ response: HTTPResponse, _ phase: String,
-    _ body: (JSONValue) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ body: (JSONValue) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: response.body)
@@ -408,14 +408,14 @@ package final class HTTPService: MetadataService {
   /// Values that JSON text cannot carry arrive as Base64; one that is not UTF-8 is an error.
   private func entry(
     _ value: JSONValue, _ phase: String
-  ) throws(EngineError) -> MetadataEntry {
+  ) throws(MooncakeError) -> MetadataEntry {
     guard let key = value["key"]?.string else { throw malformed(phase) }
     return try entry(value, key: key, phase)
   }
 
   private func entry(
     _ value: JSONValue, key: String, _ phase: String
-  ) throws(EngineError) -> MetadataEntry {
+  ) throws(MooncakeError) -> MetadataEntry {
     if let text = value["value"]?.string { return MetadataEntry(key: key, value: text) }
     guard let bytes = value["value_base64"]?.string.flatMap(Base64.decode) else {
       throw malformed(phase)

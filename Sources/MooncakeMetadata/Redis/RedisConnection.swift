@@ -27,10 +27,10 @@ struct HiredisLibrary: Sendable {
   private static let loaded: HiredisLibrary? = HiredisLibrary()
 
   /// The library, loaded once. Only this version: later ones have different structures.
-  static func shared() throws(EngineError) -> HiredisLibrary {
+  static func shared() throws(MooncakeError) -> HiredisLibrary {
     Fork.prepare(isPrepared) { _ = loaded }
     if let loaded { return loaded }
-    throw EngineError(
+    throw MooncakeError(
       .unsupported,
       "metadata in Redis needs libhiredis.so.0.14: install the Debian package libhiredis0.14")
   }
@@ -69,7 +69,7 @@ package enum RedisReply {
 
 /// Why there is no answer.
 package struct RedisFailure: Error {
-  package let code: EngineError.Code
+  package let code: MooncakeError.Code
   package let cause: String
   package let remedy: String
 

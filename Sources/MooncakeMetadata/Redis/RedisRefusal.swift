@@ -49,7 +49,7 @@ package enum RedisRefusal {
     func says(_ words: String...) -> Bool {
       words.contains { text.hasPrefix($0) || text.utf8.holds("-\($0) ") }
     }
-    func failure(_ code: EngineError.Code, _ remedy: String) -> RedisFailure {
+    func failure(_ code: MooncakeError.Code, _ remedy: String) -> RedisFailure {
       RedisFailure(code: code, cause: cause, remedy: remedy)
     }
     if says("READONLY", "MASTERDOWN") {

@@ -27,7 +27,7 @@ package final class RedisService: MetadataService {
   private static let deleteOwn =
     "if redis.call('get',KEYS[1])==ARGV[1] then return redis.call('del',KEYS[1]) else return 0 end"
 
-  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(EngineError) {
+  package init(_ uri: MetadataURI, _ settings: MetadataSettings) throws(MooncakeError) {
     self.uri = uri
     library = try HiredisLibrary.shared()
     user = uri.user ?? settings.redisUser
@@ -35,7 +35,7 @@ package final class RedisService: MetadataService {
     database = uri.database ?? settings.redisDatabase
   }
 
-  package func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
+  package func get(_ key: String, _ call: Call) throws(MooncakeError) -> String? {
     let phase = "get '\(key)'"
     switch try ask(["GET", key], phase, call) {
     case .none: return nil
@@ -51,13 +51,13 @@ package final class RedisService: MetadataService {
 
   package func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     _ = try ask(Self.set(entry, lease), "put '\(entry.key)'", call)
   }
 
   package func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let phase = "put '\(entry.key)' if absent"
     var isRepeated = false
     let replies = try ask([Self.set(entry, lease) + ["NX"]], phase, call, isRepeated: &isRepeated)
@@ -66,7 +66,7 @@ package final class RedisService: MetadataService {
     return isRepeated ? try get(entry.key, call) == entry.value : false
   }
 
-  package func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
+  package func delete(_ key: String, _ call: Call) throws(MooncakeError) -> Bool {
     var isRepeated = false
     let replies = try ask([["DEL", key]], "delete '\(key)'", call, isRepeated: &isRepeated)
     if case .number(let count) = replies[0], count > 0 { return true }
@@ -76,7 +76,7 @@ package final class RedisService: MetadataService {
 
   package func values(
     of keys: [String], _ call: Call
-  ) throws(EngineError) -> [String?] {
+  ) throws(MooncakeError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
       let part = keys[values.count...].prefix(Self.scanCount)
@@ -92,7 +92,7 @@ package final class RedisService: MetadataService {
 
   package func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     let phase = "list '\(prefix)'"
     var keys: Set<MetadataKey> = []
     var cursor = "0"
@@ -131,7 +131,7 @@ package final class RedisService: MetadataService {
 
   package func changes(
     prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges {
+  ) throws(MooncakeError) -> MetadataChanges {
     if call.sleep(milliseconds: Self.listPauseMilliseconds) {
       throw failure(.canceled, "watch '\(prefix)'", "given up", "call again if it is still wanted")
     }
@@ -142,7 +142,7 @@ package final class RedisService: MetadataService {
 
   package func grant(
     ttlMilliseconds: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataLease? {
+  ) throws(MooncakeError) -> MetadataLease? {
     MetadataLease(id: 0, ttlMilliseconds: ttlMilliseconds)
   }
 
@@ -150,7 +150,7 @@ package final class RedisService: MetadataService {
   package func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
+  ) throws(MooncakeError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let phase = "renew keys"
     var lost: [String] = []
@@ -169,7 +169,7 @@ package final class RedisService: MetadataService {
 
   package func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let commands = entries.map { ["EVAL", Self.deleteOwn, "1", $0.key, $0.value] }
     _ = try ask(commands, "remove keys", call)
   }
@@ -192,13 +192,13 @@ package final class RedisService: MetadataService {
 
   private func ask(
     _ command: [String], _ phase: String, _ call: Call
-  ) throws(EngineError) -> RedisReply {
+  ) throws(MooncakeError) -> RedisReply {
     try ask([command], phase, call)[0]
   }
 
   private func ask(
     _ commands: [[String]], _ phase: String, _ call: Call
-  ) throws(EngineError) -> [RedisReply] {
+  ) throws(MooncakeError) -> [RedisReply] {
     var isRepeated = false
     return try ask(commands, phase, call, isRepeated: &isRepeated)
   }
@@ -206,7 +206,7 @@ package final class RedisService: MetadataService {
   /// `isRepeated` is set if an attempt failed that may still have taken effect.
   private func ask(
     _ commands: [[String]], _ phase: String, _ call: Call, isRepeated: inout Bool
-  ) throws(EngineError) -> [RedisReply] {
+  ) throws(MooncakeError) -> [RedisReply] {
     if commands.isEmpty { return [] }
     do throws(RedisFailure) {
       if let connection = takeIdle() {
@@ -273,7 +273,7 @@ package final class RedisService: MetadataService {
     }
   }
 
-  private func unexpected(_ reply: RedisReply, _ phase: String) -> EngineError {
+  private func unexpected(_ reply: RedisReply, _ phase: String) -> MooncakeError {
     failure(
       .protocolViolation, phase, "the answer has an unexpected type", "is this Redis 5 or newer?")
   }

@@ -52,7 +52,7 @@ package final class MetadataJournal {
   /// after a crash, is cut off. Any other damage is an error, and the file stays as it is.
   package init(
     directory path: String, disk: Disk = Disk(), _ replay: (Record) -> String?
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.path = path
     self.disk = disk
     if mkdir(path, 0o700) != 0 && Errno.current.rawValue != EEXIST {
@@ -79,7 +79,7 @@ package final class MetadataJournal {
 
   private static func open(
     _ path: String, in directory: Int32, _ name: String, flags: Int32
-  ) throws(EngineError) -> FileDescriptor {
+  ) throws(MooncakeError) -> FileDescriptor {
     do throws(Errno) {
       return try FileDescriptor.open(name, in: directory, flags: flags)
     } catch {
@@ -87,14 +87,14 @@ package final class MetadataJournal {
     }
   }
 
-  private static func failure(_ path: String, _ cause: String) -> EngineError {
-    EngineError(.system, "metadata server: \(path): \(cause)")
+  private static func failure(_ path: String, _ cause: String) -> MooncakeError {
+    MooncakeError(.system, "metadata server: \(path): \(cause)")
   }
 
   // MARK: Start
 
   /// Reads what an earlier run has left.
-  private func start(_ replay: (Record) -> String?) throws(EngineError) {
+  private func start(_ replay: (Record) -> String?) throws(MooncakeError) {
     var reader = MetadataJournalReader(
       file.rawValue, path: path + "/" + Self.name, fileBytes: fileBytes)
     let contents = try reader.read(replay)
@@ -113,7 +113,7 @@ package final class MetadataJournal {
   }
 
   /// Writes the head of an empty file.
-  private func create() throws(EngineError) {
+  private func create() throws(MooncakeError) {
     do throws(Errno) {
       try Self.write(head.bytes, to: file.rawValue, at: 0)
       if disk.syncData(file.rawValue) != 0 { throw Errno.current }
@@ -126,7 +126,7 @@ package final class MetadataJournal {
   }
 
   /// Makes the names of file and directory as safe as the file.
-  private func syncNames() throws(EngineError) {
+  private func syncNames() throws(MooncakeError) {
     do throws(Errno) {
       try syncDirectory(directory.rawValue)
       // If this user may not read the parent, it did not create the directory either.
@@ -147,7 +147,7 @@ package final class MetadataJournal {
   }
 
   /// Cuts off what a crash has left half-written.
-  private func cut(to contents: MetadataJournalReader.Contents) throws(EngineError) {
+  private func cut(to contents: MetadataJournalReader.Contents) throws(MooncakeError) {
     let keptBytes = contents.byteCount
     if keptBytes == fileBytes { return }
     let lostBytes = fileBytes - keptBytes

@@ -55,7 +55,7 @@ struct MetadataJournalReader {
   /// sense.
   mutating func read(
     _ replay: (MetadataJournal.Record) -> String?
-  ) throws(EngineError) -> Contents {
+  ) throws(MooncakeError) -> Contents {
     let bytes = try load(0, min(fileBytes, Format.Head.byteCount))
     let first: Int
     switch bytes.withUnsafeBytes({ Format.readBeginning($0, fileBytes: fileBytes) }) {
@@ -77,7 +77,7 @@ struct MetadataJournalReader {
 
   private mutating func readRecords(
     from first: Int, _ replay: (MetadataJournal.Record) -> String?
-  ) throws(EngineError) -> Contents {
+  ) throws(MooncakeError) -> Contents {
     var contents = Contents(
       head: head, isFormer: head == nil, byteCount: first, isMarked: head?.safeBytes == first)
     var last: Format.Header?
@@ -139,7 +139,7 @@ struct MetadataJournalReader {
   }
 
   /// Throws if anything says that the bytes after a position were once safe.
-  private func checkWasNeverSafe(_ position: Int, _ what: String) throws(EngineError) {
+  private func checkWasNeverSafe(_ position: Int, _ what: String) throws(MooncakeError) {
     guard let head else { return }
     let problem = "\(what), though it was safe on the disk according to byte"
     if position < head.safeBytes { throw refusal(at: position, "\(problem) 0") }
@@ -150,7 +150,7 @@ struct MetadataJournalReader {
 
   /// The position of a later record that says more was safe. A commit is written only when the
   /// previous one is safe, so an unsafe commit has no such record after it.
-  private func proof(behind position: Int) throws(EngineError) -> Int? {
+  private func proof(behind position: Int) throws(MooncakeError) -> Int? {
     guard let head else { return nil }
     let headerBytes = Format.Header.byteCount
     var from = position + 1
@@ -172,7 +172,7 @@ struct MetadataJournalReader {
   // MARK: Bytes
 
   /// Where the trailing zeros of the file begin.
-  private func endWithoutZeros() throws(EngineError) -> Int {
+  private func endWithoutZeros() throws(MooncakeError) -> Int {
     var end = fileBytes
     while end > 0 {
       let bytes = try load(max(0, end - Self.loadBytes), min(end, Self.loadBytes))
@@ -183,11 +183,11 @@ struct MetadataJournalReader {
   }
 
   /// Reads bytes of the file. It is not mapped, because a disk error would then end the process.
-  private func load(_ offset: Int, _ count: Int) throws(EngineError) -> [UInt8] {
+  private func load(_ offset: Int, _ count: Int) throws(MooncakeError) -> [UInt8] {
     do throws(Errno) {
       return try readWhole(offset, count)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .system, "metadata server: \(path): reading at byte \(offset): \(error)")
     }
   }
@@ -212,8 +212,8 @@ struct MetadataJournalReader {
 
   private func refusal(
     at offset: Int, _ found: String, _ advice: String = Self.restore
-  ) -> EngineError {
-    EngineError(
+  ) -> MooncakeError {
+    MooncakeError(
       .system,
       "metadata server: \(path): byte \(offset) of \(fileBytes): \(found); the file stays as it "
         + "is, and the server does not start, since it would lose what follows: \(advice) move the "

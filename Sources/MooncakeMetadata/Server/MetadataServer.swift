@@ -31,10 +31,10 @@ public final class MetadataServer: Sendable {
   private let thread: Lock<WorkerThread?>
 
   /// Starts serving; the server listens when this returns.
-  public convenience init(_ options: Options = Options()) throws(EngineError) {
+  public convenience init(_ options: Options = Options()) throws(MooncakeError) {
     var limits = MetadataLimits()
     guard (1 << 20...1 << 40).contains(options.maximumBytes) else {
-      throw EngineError(.invalidArgument, "metadata server: the limit must be 1 MiB to 1 TiB")
+      throw MooncakeError(.invalidArgument, "metadata server: the limit must be 1 MiB to 1 TiB")
     }
     limits.totalBytes = options.maximumBytes
     try self.init(options, limits)
@@ -42,10 +42,10 @@ public final class MetadataServer: Sendable {
 
   package init(
     _ options: Options, _ limits: MetadataLimits, disk: MetadataJournal.Disk = .init()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     MetadataGlobals.prepare()
     guard let target = SocketAddress(numeric: options.host, port: options.port) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "metadata server: host \(String(reflecting: String(options.host.prefix(100)))) is not a "
           + "numeric address: give one, such as 127.0.0.1 or 0.0.0.0")
@@ -70,13 +70,13 @@ public final class MetadataServer: Sendable {
     do throws(Errno) {
       thread = Lock(try WorkerThread.start(name: "mc-metaserver") { loop.run() })
     } catch {
-      throw EngineError(.system, "metadata server: cannot start a thread: \(error)")
+      throw MooncakeError(.system, "metadata server: cannot start a thread: \(error)")
     }
   }
 
   private static func openJournal(
     _ options: Options, _ disk: MetadataJournal.Disk, _ rules: inout MetadataRules
-  ) throws(EngineError) -> MetadataJournal? {
+  ) throws(MooncakeError) -> MetadataJournal? {
     guard let directory = options.directory else { return nil }
     rules.table.startRestore()
     let journal = try MetadataJournal(directory: directory, disk: disk) { rules.replay($0) }
@@ -84,14 +84,14 @@ public final class MetadataServer: Sendable {
     let (used, limit) = (rules.table.usedBytes, rules.table.limits.totalBytes)
     if used <= limit { return journal }
     let mebibytes = (used + (1 << 20) - 1) >> 20
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument,
       "metadata server: \(directory): its contents take \(used) bytes, and the limit is "
         + "\(limit): start with --memory \(mebibytes)MiB or more (maximum_bytes in C), or with "
         + "another directory to start empty; nothing is lost")
   }
 
-  private static func token(_ options: Options) throws(EngineError) -> MetadataToken? {
+  private static func token(_ options: Options) throws(MooncakeError) -> MetadataToken? {
     if let text = options.token {
       return try MetadataToken(text, from: "metadata server: the token")
     }
@@ -99,22 +99,22 @@ public final class MetadataServer: Sendable {
     return try MetadataToken(text, from: "metadata server: \(MetadataToken.variable)")
   }
 
-  private static func listen(on target: SocketAddress) throws(EngineError) -> Socket {
+  private static func listen(on target: SocketAddress) throws(MooncakeError) -> Socket {
     do throws(Errno) {
       return try Socket.listening(on: target)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         error.rawValue == EADDRINUSE ? .addressInUse : .system,
         "metadata server: listen on \(target): \(error)")
     }
   }
 
-  private static func address(of listener: borrowing Socket) throws(EngineError) -> HostPort {
+  private static func address(of listener: borrowing Socket) throws(MooncakeError) -> HostPort {
     do throws(Errno) {
       let bound = try listener.localAddress()
       return HostPort(host: bound.host, port: bound.port)
     } catch {
-      throw EngineError(.system, "metadata server: \(error)")
+      throw MooncakeError(.system, "metadata server: \(error)")
     }
   }
 

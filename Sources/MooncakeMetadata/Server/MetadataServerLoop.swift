@@ -52,7 +52,7 @@ final class MetadataServerLoop: @unchecked Sendable {
   init(
     listener: consuming Socket, rules: MetadataRules, journal: MetadataJournal?,
     token: MetadataToken?
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     library = try MicroHTTPLibrary.shared()
     self.rules = rules
     self.journal = journal
@@ -61,7 +61,7 @@ final class MetadataServerLoop: @unchecked Sendable {
       epoll = try Epoll()
       doorbell = try EventFD()
     } catch {
-      throw EngineError(.system, "metadata server: \(error)")
+      throw MooncakeError(.system, "metadata server: \(error)")
     }
     FileDescriptor.fillStandard()
     let owner = Box()
@@ -91,7 +91,7 @@ final class MetadataServerLoop: @unchecked Sendable {
           connection, isStart: Int(event.rawValue) == mhd_connection_started)
       }, Unmanaged.passUnretained(owner).toOpaque())
     guard let daemon else {
-      throw EngineError(.system, "metadata server: cannot start libmicrohttpd: \(Errno.current)")
+      throw MooncakeError(.system, "metadata server: cannot start libmicrohttpd: \(Errno.current)")
     }
     self.daemon = daemon
     self.owner = owner
@@ -104,7 +104,7 @@ final class MetadataServerLoop: @unchecked Sendable {
       try epoll.add(doorbell.descriptor.rawValue, events: Epoll.readable, token: 1)
       try clients.listen(epoll)
     } catch {
-      throw EngineError(.system, "metadata server: \(error)")
+      throw MooncakeError(.system, "metadata server: \(error)")
     }
   }
 

@@ -33,10 +33,10 @@ struct MicroHTTPLibrary: Sendable {
   private static let loaded: MicroHTTPLibrary? = MicroHTTPLibrary()
 
   /// The library, loaded once.
-  static func shared() throws(EngineError) -> MicroHTTPLibrary {
+  static func shared() throws(MooncakeError) -> MicroHTTPLibrary {
     Fork.prepare(isPrepared) { _ = (loaded, yes, no) }
     if let loaded { return loaded }
-    throw EngineError(
+    throw MooncakeError(
       .unsupported,
       "a metadata server needs libmicrohttpd.so.12: install the Debian package libmicrohttpd12")
   }

@@ -23,7 +23,7 @@ struct DirectoryWalk {
 
   /// Opens the directory of a path and returns how many of its parts are missing. `makes`: missing
   /// ones are made. Otherwise the innermost existing one is opened.
-  mutating func open(directoryOf path: String, makes: Bool) throws(EngineError) -> Int {
+  mutating func open(directoryOf path: String, makes: Bool) throws(MooncakeError) -> Int {
     // By bytes: "/" and a combining mark after it are one character.
     let parts = path.utf8.split(separator: UInt8(ascii: "/")).dropLast().map { Substring($0) }
     var common = 0
@@ -42,7 +42,7 @@ struct DirectoryWalk {
   /// The innermost open directory.
   var current: Directory { inner.last?.directory ?? root }
 
-  private func enter(_ name: String, makes: Bool) throws(EngineError) -> Directory? {
+  private func enter(_ name: String, makes: Bool) throws(MooncakeError) -> Directory? {
     let path = current.path.appending(name)
     do throws(Errno) {
       if makes { _ = try current.makeDirectory(name) }
@@ -52,12 +52,12 @@ struct DirectoryWalk {
       let status = (try? current.status(of: name)) ?? nil
       switch status.map({ $0.st_mode & S_IFMT }) {
       case S_IFLNK:
-        throw EngineError(
+        throw MooncakeError(
           .exists,
           "\(path) is a link; files are not written through links: name the directory that it "
             + "leads to, or remove it")
       case .some(let kind) where kind != S_IFDIR:
-        throw EngineError(.exists, "\(path) is a file, but the payload has a directory there")
+        throw MooncakeError(.exists, "\(path) is a file, but the payload has a directory there")
       default:
         throw FileFailure.error(path, error, makes ? "making the directory" : "opening it")
       }

@@ -13,9 +13,9 @@ final class FileArena: Sendable {
   private let byteCount: UInt64
 
   /// Reserves addresses for files of these sizes; `what` begins error messages.
-  init(sizes: [UInt64], _ what: String) throws(EngineError) {
+  init(sizes: [UInt64], _ what: String) throws(MooncakeError) {
     guard let places = FilePlaces(sizes: sizes, mappingLimit: Self.freeMappings()) else {
-      throw EngineError(.full, "\(what): the files are larger than any memory")
+      throw MooncakeError(.full, "\(what): the files are larger than any memory")
     }
     self.places = places.offsets
     let end = places.byteCount
@@ -26,7 +26,7 @@ final class FileArena: Sendable {
     }
     try Self.checkMapCount(places.mappingCount, sizes.count { $0 > 0 }, what)
     do throws(Errno) { range = try .reserved(byteCount: end) } catch {
-      throw EngineError(.outOfMemory, "\(what): reserving addresses for \(end) bytes: \(error)")
+      throw MooncakeError(.outOfMemory, "\(what): reserving addresses for \(end) bytes: \(error)")
     }
   }
 
@@ -34,7 +34,7 @@ final class FileArena: Sendable {
   func map(
     _ index: Int, _ file: borrowing FileDescriptor, _ size: UInt64, _ path: FilePath,
     writable: Bool
-  ) throws(EngineError) -> UnsafeMutableRawPointer {
+  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     let address = start! + places[index]
     let protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
     let result = mmap(address, Int(size), protection, MAP_SHARED | MAP_FIXED, file.rawValue, 0)
@@ -70,11 +70,11 @@ final class FileArena: Sendable {
   /// Refuses, before anything is read, more mappings than the system would allow.
   private static func checkMapCount(
     _ count: Int, _ fileCount: Int, _ what: String
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     guard let limit = mappingLimit() else { return }
     let needed = mappingCount() + count + spareMappings
     if needed <= limit { return }
-    throw EngineError(
+    throw MooncakeError(
       .full,
       "\(what): \(fileCount) files that are not empty take a mapping each, and the system allows a "
         + "process \(limit) (vm.max_map_count): raise that with `sysctl -w vm.max_map_count="

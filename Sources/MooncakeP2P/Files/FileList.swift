@@ -25,15 +25,15 @@ package struct FileList: Equatable, Sendable {
   package let files: [File]
 
   /// Checks a list of local files.
-  package init(_ files: [File]) throws(EngineError) {
+  package init(_ files: [File]) throws(MooncakeError) {
     if let problem = Self.problem(with: files) {
-      throw EngineError(.invalidArgument, "these files cannot be a payload: \(problem)")
+      throw MooncakeError(.invalidArgument, "these files cannot be a payload: \(problem)")
     }
     self.files = files
   }
 
   /// Reads the list from a peer's manifest, which may contain anything.
-  package init(parsing manifest: Manifest) throws(EngineError) {
+  package init(parsing manifest: Manifest) throws(MooncakeError) {
     let document: JSONDocument
     do throws(JSONError) { document = try JSONDocument(parsing: manifest.attributes) } catch {
       throw Self.violation(error.description)
@@ -69,7 +69,7 @@ package struct FileList: Equatable, Sendable {
     return Array(writer.text.utf8)
   }
 
-  private static func files(_ value: JSONValue) throws(EngineError) -> [File] {
+  private static func files(_ value: JSONValue) throws(MooncakeError) -> [File] {
     try StoreVersion.check(value, "the payload's list of files")
     guard let list = value["files"], list.isArray else {
       throw violation("it has no array 'files'")
@@ -87,8 +87,8 @@ package struct FileList: Equatable, Sendable {
     return files
   }
 
-  private static func violation(_ what: String) -> EngineError {
-    EngineError(.protocolViolation, "the payload's list of files is refused: \(what)")
+  private static func violation(_ what: String) -> MooncakeError {
+    MooncakeError(.protocolViolation, "the payload's list of files is refused: \(what)")
   }
 
   private static func problem(with files: [File]) -> String? {

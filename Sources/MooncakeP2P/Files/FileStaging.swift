@@ -45,9 +45,9 @@ package final class FileStaging {
   /// it. Called again for another version.
   package func place(
     _ manifest: Manifest
-  ) throws(EngineError) -> (buffers: [PayloadBuffer], range: PayloadBuffer?) {
+  ) throws(MooncakeError) -> (buffers: [PayloadBuffer], range: PayloadBuffer?) {
     discard()
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let list = try list(of: manifest)
       let arena = try FileArena(sizes: list.files.map(\.size), "\(path)")
       let target = try open()
@@ -73,7 +73,7 @@ package final class FileStaging {
   /// their memory stays until `discard`.
   package func commit(
     syncs: Bool, _ bounds: Bounds? = nil
-  ) throws(EngineError) -> [MappedFile] {
+  ) throws(MooncakeError) -> [MappedFile] {
     guard let area, let list, let arena else { return [] }
     if syncs { try syncFiles(list, area) }
     let lock = try SwitchLock.take(area.target, bounds)
@@ -112,22 +112,22 @@ package final class FileStaging {
 
   // MARK: Before the first byte
 
-  private func list(of manifest: Manifest) throws(EngineError) -> FileList {
+  private func list(of manifest: Manifest) throws(MooncakeError) -> FileList {
     if !manifest.attributes.isEmpty {
-      do throws(EngineError) { return try FileList(parsing: manifest) } catch {
-        throw EngineError(error.code, "payload '\(payload)': \(error.message)")
+      do throws(MooncakeError) { return try FileList(parsing: manifest) } catch {
+        throw MooncakeError(error.code, "payload '\(payload)': \(error.message)")
       }
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       return try FileList([.init(path: nameWithoutList, size: manifest.layout.size)])
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "the payload was registered from memory and its name makes no file: \(error.message)")
     }
   }
 
-  private func open() throws(EngineError) -> Directory {
+  private func open() throws(MooncakeError) -> Directory {
     do throws(Errno) {
       var attempts = 0
       while true {
@@ -143,14 +143,14 @@ package final class FileStaging {
       }
     } catch {
       if error.rawValue == ENOTDIR {
-        throw EngineError(.exists, "\(path): a part of it is a file, not a directory")
+        throw MooncakeError(.exists, "\(path): a part of it is a file, not a directory")
       }
       throw FileFailure.error(path, error, "making the directory")
     }
   }
 
   /// Checks whether all files can be put in their places.
-  private func check(_ list: FileList, _ target: Directory) throws(EngineError) {
+  private func check(_ list: FileList, _ target: Directory) throws(MooncakeError) {
     var walk = DirectoryWalk(target)
     var seen: Set<UInt64> = []
     let device = try status(of: target).st_dev
@@ -170,7 +170,7 @@ package final class FileStaging {
       if directory.st_mode & S_ISVTX != 0 && user != 0 && present.st_uid != user
         && directory.st_uid != user
       {
-        throw EngineError(
+        throw MooncakeError(
           .accessDenied,
           "\(place) is another user's, in a directory where only owners may replace files")
       }
@@ -179,28 +179,28 @@ package final class FileStaging {
 
   private static func checkDirectory(
     _ directory: Directory, _ status: stat, _ device: dev_t
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if status.st_dev != device { throw isElsewhere(directory.path) }
     if faccessat(directory.number, ".", W_OK | X_OK, AT_EACCESS) != 0 {
       throw FileFailure.error(directory.path, Errno.current, "writing into it")
     }
   }
 
-  private static func isElsewhere(_ path: FilePath) -> EngineError {
-    EngineError(
+  private static func isElsewhere(_ path: FilePath) -> MooncakeError {
+    MooncakeError(
       .unsupported,
       "\(path) is on another file system than the directory that was named, so files cannot be put "
         + "there in one step: get into a directory of that file system")
   }
 
-  static func isInTheWay(_ path: FilePath) -> EngineError {
-    EngineError(.exists, "\(path) exists: ask to replace files, or choose another directory")
+  static func isInTheWay(_ path: FilePath) -> MooncakeError {
+    MooncakeError(.exists, "\(path) exists: ask to replace files, or choose another directory")
   }
 
   /// The existing file that may be replaced, if there is one.
   private func existing(
     _ file: FileList.File, _ parent: Directory
-  ) throws(EngineError) -> stat? {
+  ) throws(MooncakeError) -> stat? {
     let name = DirectoryWalk.name(of: file.path)
     let place = parent.path.appending(name)
     let status: stat?
@@ -209,27 +209,27 @@ package final class FileStaging {
     }
     guard let status else { return nil }
     if status.st_mode & S_IFMT == S_IFDIR {
-      throw EngineError(.exists, "\(place) is a directory, but the payload has a file there")
+      throw MooncakeError(.exists, "\(place) is a directory, but the payload has a file there")
     }
     if !replacesFiles { throw Self.isInTheWay(place) }
     return status
   }
 
-  private func status(of directory: Directory) throws(EngineError) -> stat {
+  private func status(of directory: Directory) throws(MooncakeError) -> stat {
     do throws(Errno) { return try directory.status() } catch {
       throw FileFailure.error(directory.path, error)
     }
   }
 
   /// On some file systems, files are memory.
-  private func checkMemory(_ list: FileList, _ target: Directory) throws(EngineError) {
+  private func checkMemory(_ list: FileList, _ target: Directory) throws(MooncakeError) {
     if linux_is_memory_system(target.number) == 0 { return }
     try MemoryRoom.check(list.files.reduce(0) { $0 &+ $1.size }, "\(path), which is in memory")
   }
 
   // MARK: Making
 
-  private func makeArea() throws(EngineError) -> StagingArea {
+  private func makeArea() throws(MooncakeError) -> StagingArea {
     for _ in 0..<1000 {
       if let area = try StagingArea.make(in: target!) {
         self.area = area
@@ -238,12 +238,12 @@ package final class FileStaging {
       // Another get made the directory, failed, and removed it.
       _ = try open()
     }
-    throw EngineError(.busy, "\(path): other programs keep removing it")
+    throw MooncakeError(.busy, "\(path): other programs keep removing it")
   }
 
   private func makeFiles(
     _ list: FileList, _ area: StagingArea
-  ) throws(EngineError) -> [PayloadBuffer] {
+  ) throws(MooncakeError) -> [PayloadBuffer] {
     var walk = DirectoryWalk(area.new)
     var buffers: [PayloadBuffer] = []
     for (index, file) in list.files.enumerated() {
@@ -259,7 +259,7 @@ package final class FileStaging {
       }
       if file.size == 0 { continue }
       guard let size = off_t(exactly: file.size) else {
-        throw EngineError(.full, "\(place): \(file.size) bytes are more than a file can have")
+        throw MooncakeError(.full, "\(place): \(file.size) bytes are more than a file can have")
       }
       // A full disk is reported here, instead of by a signal when the last page is written.
       let number = descriptor.rawValue
@@ -277,7 +277,7 @@ package final class FileStaging {
 
   private static func noRoom(
     _ place: FilePath, _ size: UInt64, _ error: Errno, _ descriptor: borrowing FileDescriptor
-  ) -> EngineError {
+  ) -> MooncakeError {
     var text = "making room for \(size) bytes"
     var room = statvfs()
     if fstatvfs(descriptor.rawValue, &room) == 0 {
@@ -291,7 +291,7 @@ package final class FileStaging {
   /// What is to be moved: the files as they are, and what is in their places now.
   private func entries(
     _ list: FileList, _ area: StagingArea
-  ) throws(EngineError) -> [FileSwitch.Entry] {
+  ) throws(MooncakeError) -> [FileSwitch.Entry] {
     var targets = DirectoryWalk(area.target)
     var staged = DirectoryWalk(area.new)
     var entries: [FileSwitch.Entry] = []
@@ -306,7 +306,7 @@ package final class FileStaging {
         throw FileFailure.error(staged.current.path, error)
       }
       guard let complete, UInt64(complete.st_size) == file.size else {
-        throw EngineError(
+        throw MooncakeError(
           .system, "\(path.appending(file.path)): another program changed it while it arrived")
       }
       entries.append(
@@ -317,7 +317,7 @@ package final class FileStaging {
     return entries
   }
 
-  private func syncFiles(_ list: FileList, _ area: StagingArea) throws(EngineError) {
+  private func syncFiles(_ list: FileList, _ area: StagingArea) throws(MooncakeError) {
     var walk = DirectoryWalk(area.new)
     for file in list.files {
       _ = try walk.open(directoryOf: file.path, makes: false)

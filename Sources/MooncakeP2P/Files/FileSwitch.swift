@@ -63,9 +63,9 @@ struct FileSwitch {
   /// in its place.
   mutating func run(
     syncs: Bool, others: [Directory] = [], placed: (stat) -> Void
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try writeJournal(syncs: syncs || entries.contains { $0.old != 0 })
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       for (index, entry) in entries.enumerated() { placed(try put(entry, index)) }
       if syncs { try syncTargets(others) }
     } catch {
@@ -78,7 +78,7 @@ struct FileSwitch {
 
   // MARK: There
 
-  private mutating func put(_ entry: Entry, _ index: Int) throws(EngineError) -> stat {
+  private mutating func put(_ entry: Entry, _ index: Int) throws(MooncakeError) -> stat {
     _ = try targets.open(directoryOf: entry.path, makes: true)
     _ = try staged.open(directoryOf: entry.path, makes: false)
     let (from, to) = (staged.current, targets.current)
@@ -98,7 +98,7 @@ struct FileSwitch {
       switch error.rawValue {
       case EEXIST: throw FileStaging.isInTheWay(path)
       case ESTALE:
-        throw EngineError(
+        throw MooncakeError(
           .busy, "\(path): another program changed it meanwhile; nothing was replaced")
       default: throw FileFailure.error(path, error, "putting the complete file there")
       }
@@ -143,7 +143,7 @@ struct FileSwitch {
     [EINVAL, ENOSYS, EOPNOTSUPP].contains(error.rawValue)
   }
 
-  private mutating func syncTargets(_ others: [Directory]) throws(EngineError) {
+  private mutating func syncTargets(_ others: [Directory]) throws(MooncakeError) {
     var done: Set<UInt64> = []
     for entry in entries {
       _ = try targets.open(directoryOf: entry.path, makes: false)
@@ -180,7 +180,7 @@ struct FileSwitch {
   private mutating func undo() -> Bool {
     var isDone = true
     for (index, entry) in entries.enumerated().reversed() {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         isDone = try back(entry, index) && isDone
       } catch {
         isDone = isDone && entry.old == 0
@@ -190,7 +190,7 @@ struct FileSwitch {
     return isDone
   }
 
-  private mutating func back(_ entry: Entry, _ index: Int) throws(EngineError) -> Bool {
+  private mutating func back(_ entry: Entry, _ index: Int) throws(MooncakeError) -> Bool {
     let isThere = try targets.open(directoryOf: entry.path, makes: false) == 0
     _ = try staged.open(directoryOf: entry.path, makes: true)
     let (inside, outside) = (staged.current, targets.current)
@@ -239,7 +239,7 @@ struct FileSwitch {
   private static let header = "mooncake-switch 1\n"
   private static let maximumJournalBytes = 64 << 20
 
-  private func writeJournal(syncs: Bool) throws(EngineError) {
+  private func writeJournal(syncs: Bool) throws(MooncakeError) {
     // Paths contain no control characters, so a line is a record.
     var text = Self.header
     for entry in entries {

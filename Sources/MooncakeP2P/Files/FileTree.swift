@@ -16,8 +16,8 @@ package enum FileTree {
 
   /// The contents of one directory; or of several paths, or of a file, each under its last name.
   /// Links to files count as files. Sorted, so that the same files always make the same payload.
-  package static func files(of paths: [FilePath]) throws(EngineError) -> [Found] {
-    if paths.isEmpty { throw EngineError(.invalidArgument, "no file or directory is named") }
+  package static func files(of paths: [FilePath]) throws(MooncakeError) -> [Found] {
+    if paths.isEmpty { throw MooncakeError(.invalidArgument, "no file or directory is named") }
     var found: [Found] = []
     for path in paths {
       if case .file(let size) = try kind(of: path) {
@@ -29,7 +29,7 @@ package enum FileTree {
     }
     if found.isEmpty {
       let named = paths.map(\.description).joined(separator: ", ")
-      throw EngineError(.invalidArgument, "there are no files in \(named)")
+      throw MooncakeError(.invalidArgument, "there are no files in \(named)")
     }
     return found.sorted { $0.name.utf8.lexicographicallyPrecedes($1.name.utf8) }
   }
@@ -43,9 +43,9 @@ package enum FileTree {
 
   private static func walk(
     _ directory: FilePath, name: String, depth: Int, _ found: inout [Found]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if depth > maximumDepth {
-      throw EngineError(.invalidArgument, "\(directory): directories are nested too deeply")
+      throw MooncakeError(.invalidArgument, "\(directory): directories are nested too deeply")
     }
     for entry in try entries(of: directory) where !StagingArea.isStaging(entry) {
       let path = directory.appending(entry)
@@ -54,7 +54,7 @@ package enum FileTree {
       case .directory:
         // Following it could loop, or include the same files twice.
         if isLink(path) {
-          throw EngineError(
+          throw MooncakeError(
             .invalidArgument,
             "\(path) is a link to a directory; only links to files are followed: publish the "
               + "directory itself, or remove the link")
@@ -62,7 +62,7 @@ package enum FileTree {
         try walk(path, name: entryName, depth: depth + 1, &found)
       case .file(let size):
         if found.count == FileList.maximumFileCount {
-          throw EngineError(
+          throw MooncakeError(
             .invalidArgument, "\(directory): more than \(FileList.maximumFileCount) files")
         }
         found.append(Found(path: path, name: entryName, size: size))
@@ -71,12 +71,12 @@ package enum FileTree {
   }
 
   /// What a path refers to, after links.
-  private static func kind(of path: FilePath) throws(EngineError) -> Kind {
+  private static func kind(of path: FilePath) throws(MooncakeError) -> Kind {
     var status = stat()
     if path.withCString({ stat($0, &status) }) != 0 {
       let error = Errno.current
       if isLink(path) {
-        throw EngineError(.invalidArgument, "\(path) is a link that leads nowhere: \(error)")
+        throw MooncakeError(.invalidArgument, "\(path) is a link that leads nowhere: \(error)")
       }
       throw FileFailure.error(path, error)
     }
@@ -84,7 +84,7 @@ package enum FileTree {
     case S_IFREG: return .file(UInt64(status.st_size))
     case S_IFDIR: return .directory
     default:
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "\(path) is neither a file nor a directory; it cannot be published")
     }
   }
@@ -95,7 +95,7 @@ package enum FileTree {
   }
 
   /// The names in a directory, without "." and "..".
-  private static func entries(of directory: FilePath) throws(EngineError) -> [String] {
+  private static func entries(of directory: FilePath) throws(MooncakeError) -> [String] {
     guard let stream = directory.withCString({ opendir($0) }) else {
       throw FileFailure.error(directory, Errno.current)
     }
@@ -112,13 +112,13 @@ package enum FileTree {
       }
       guard let name = String(validating: bytes, as: UTF8.self) else {
         let shown = String(decoding: bytes, as: UTF8.self)
-        throw EngineError(.invalidArgument, "\(directory)/\(shown): the name is not UTF-8")
+        throw MooncakeError(.invalidArgument, "\(directory)/\(shown): the name is not UTF-8")
       }
       if name != "." && name != ".." { names.append(name) }
     }
   }
 
-  private static func lastName(of path: FilePath) throws(EngineError) -> String {
+  private static func lastName(of path: FilePath) throws(MooncakeError) -> String {
     let slash = UInt8(ascii: "/")
     var last = path.bytes.split(separator: slash).last.map(Array.init) ?? []
     if ["", ".", ".."].contains(where: { last.elementsEqual($0.utf8) }) {
@@ -130,11 +130,11 @@ package enum FileTree {
       last = bytes.split(separator: slash).last.map(Array.init) ?? []
     }
     guard let name = String(validating: last, as: UTF8.self) else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "\(path): the name is not UTF-8, which names in a payload must be")
     }
     if name.isEmpty {
-      throw EngineError(.invalidArgument, "\(path) has no name; publish it alone")
+      throw MooncakeError(.invalidArgument, "\(path) has no name; publish it alone")
     }
     return name
   }
@@ -142,8 +142,8 @@ package enum FileTree {
 
 /// Turns failed system calls on files into errors.
 enum FileFailure {
-  static func error(_ path: FilePath, _ error: Errno, _ what: String = "") -> EngineError {
-    let code: EngineError.Code =
+  static func error(_ path: FilePath, _ error: Errno, _ what: String = "") -> MooncakeError {
+    let code: MooncakeError.Code =
       switch error.rawValue {
       case EACCES, EPERM, EROFS: .accessDenied
       case ENOSPC, EDQUOT: .full
@@ -151,6 +151,6 @@ enum FileFailure {
       case ENOMEM: .outOfMemory
       default: .system
       }
-    return EngineError(code, "\(path): \(what.isEmpty ? "" : what + ": ")\(error)")
+    return MooncakeError(code, "\(path): \(what.isEmpty ? "" : what + ": ")\(error)")
   }
 }

@@ -38,7 +38,8 @@ package final class MappedFile: Sendable {
   private static let chunkBytes = 256 << 10
 
   /// Maps an existing file for reading; it must have the size of its place.
-  init(reading path: FilePath, size: UInt64, in arena: FileArena, index: Int) throws(EngineError) {
+  init(reading path: FilePath, size: UInt64, in arena: FileArena, index: Int) throws(MooncakeError)
+  {
     // Nonblocking, in case it has become a pipe.
     let file = try Self.open(path)
     let status = try Self.status(file, path)
@@ -59,7 +60,7 @@ package final class MappedFile: Sendable {
   }
 
   /// Maps one existing file for reading.
-  package convenience init(reading path: FilePath) throws(EngineError) {
+  package convenience init(reading path: FilePath) throws(MooncakeError) {
     let size = UInt64(try Self.status(try Self.open(path), path).st_size)
     let arena = try FileArena(sizes: [size], "\(path)")
     try self.init(reading: path, size: size, in: arena, index: 0)
@@ -78,7 +79,7 @@ package final class MappedFile: Sendable {
   }
 
   /// Throws if the file has changed since it was mapped.
-  package func check() throws(EngineError) {
+  package func check() throws(MooncakeError) {
     var status = stat()
     if path.withCString({ stat($0, &status) }) != 0 || State(status) != state {
       throw Self.changed(path)
@@ -89,8 +90,8 @@ package final class MappedFile: Sendable {
   /// file is truncated meanwhile, that is an error instead of a fatal signal. `pause`, called now
   /// and then, may stop it by throwing.
   package func digest(
-    offset: UInt64, length: UInt64, pause: () throws(EngineError) -> Void = {}
-  ) throws(EngineError) -> Digest {
+    offset: UInt64, length: UInt64, pause: () throws(MooncakeError) -> Void = {}
+  ) throws(MooncakeError) -> Digest {
     let file = try Self.open(path)
     if State(try Self.status(file, path)) != state { throw Self.changed(path) }
     posix_fadvise(file.rawValue, Int(offset), Int(length), POSIX_FADV_SEQUENTIAL)
@@ -117,7 +118,7 @@ package final class MappedFile: Sendable {
     return stream.finish()
   }
 
-  private static func open(_ path: FilePath) throws(EngineError) -> FileDescriptor {
+  private static func open(_ path: FilePath) throws(MooncakeError) -> FileDescriptor {
     do throws(Errno) { return try .open(path, flags: O_RDONLY | O_NONBLOCK | O_NOCTTY) } catch {
       throw FileFailure.error(path, error)
     }
@@ -125,14 +126,14 @@ package final class MappedFile: Sendable {
 
   private static func status(
     _ file: borrowing FileDescriptor, _ path: FilePath
-  ) throws(EngineError) -> stat {
+  ) throws(MooncakeError) -> stat {
     var status = stat()
     if fstat(file.rawValue, &status) != 0 { throw FileFailure.error(path, Errno.current) }
     return status
   }
 
-  private static func changed(_ path: FilePath) -> EngineError {
-    EngineError(
+  private static func changed(_ path: FilePath) -> MooncakeError {
+    MooncakeError(
       .digestMismatch,
       "\(path) has changed since it was published: publish files that nobody writes, and publish "
         + "again after a change")

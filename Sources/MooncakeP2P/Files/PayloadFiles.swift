@@ -24,7 +24,7 @@ public final class PayloadFiles: Sendable {
   }
 
   deinit {
-    do throws(EngineError) { try withdraw() } catch {
+    do throws(MooncakeError) { try withdraw() } catch {
       // A call is using the name: the memory must outlive its end in the store.
       if error.code == .busy { store.keep(files.withLock { $0 }) }
     }
@@ -32,21 +32,21 @@ public final class PayloadFiles: Sendable {
 
   /// Throws if a file has changed, naming it, or if the payload is no longer offered because
   /// somebody removed its name.
-  public func check() throws(EngineError) {
+  public func check() throws(MooncakeError) {
     for file in files.withLock({ $0 }) { try file.check() }
     if let holding, store.catalog.holding(of: name)?.address.holding != holding {
-      throw EngineError(.notHeld, "payload '\(name)' was removed by its name")
+      throw MooncakeError(.notHeld, "payload '\(name)' was removed by its name")
     }
   }
 
   /// Ends the offer. The files stay where they are, and nobody reads them when this returns.
   /// Idempotent.
-  public func withdraw(_ operation: StoreOperation = StoreOperation()) throws(EngineError) {
+  public func withdraw(_ operation: StoreOperation = StoreOperation()) throws(MooncakeError) {
     if files.withLock({ $0.isEmpty }) { return }
     let present = store.catalog.holding(of: name)?.address.holding
     // Otherwise this offer has ended, and the store holds another payload of that name.
     if present == nil || present == holding {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         if isOrigin {
           try store.unregister(name, operation)
         } else {
@@ -80,7 +80,7 @@ extension P2PStore {
   public func publish(
     _ name: String, files paths: [String], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> (info: PayloadInfo, files: PayloadFiles) {
+  ) throws(MooncakeError) -> (info: PayloadInfo, files: PayloadFiles) {
     try publish(name, files: paths.map { FilePath($0) }, options, operation)
   }
 
@@ -88,9 +88,9 @@ extension P2PStore {
   public func publish(
     _ name: String, files paths: [FilePath], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> (info: PayloadInfo, files: PayloadFiles) {
+  ) throws(MooncakeError) -> (info: PayloadInfo, files: PayloadFiles) {
     if options.isWritable {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "payload '\(name)': files are published for reading only")
     }
     let found = try FileTree.files(of: paths)
@@ -108,8 +108,8 @@ extension P2PStore {
     let filled = files.filter { $0.buffer != nil }
     let layout = try Self.layout(name, filled.compactMap(\.buffer), in: arena.buffer)
     let info: PayloadInfo
-    do throws(EngineError) {
-      info = try register(name, layout, options, operation) { piece, pause throws(EngineError) in
+    do throws(MooncakeError) {
+      info = try register(name, layout, options, operation) { piece, pause throws(MooncakeError) in
         try filled[piece.buffer].digest(
           offset: piece.offset, length: piece.length, pause: pause)
       }
@@ -119,7 +119,7 @@ extension P2PStore {
     }
     let result = PayloadFiles(self, name, isOrigin: true, files)
     // A file hashed early may have changed while later ones were hashed.
-    do throws(EngineError) { try result.check() } catch {
+    do throws(MooncakeError) { try result.check() } catch {
       try result.withdraw(operation)
       throw error
     }
@@ -133,7 +133,7 @@ extension P2PStore {
   public func get(
     _ name: String, to directory: String, _ fileOptions: FileOptions = FileOptions(),
     _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> (result: GetResult, files: PayloadFiles) {
+  ) throws(MooncakeError) -> (result: GetResult, files: PayloadFiles) {
     try get(name, to: FilePath(directory), fileOptions, options, operation)
   }
 
@@ -141,20 +141,20 @@ extension P2PStore {
   public func get(
     _ name: String, to directory: FilePath, _ fileOptions: FileOptions = FileOptions(),
     _ options: GetOptions = GetOptions(), _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> (result: GetResult, files: PayloadFiles) {
-    if directory.bytes.isEmpty { throw EngineError(.invalidArgument, "no directory is named") }
+  ) throws(MooncakeError) -> (result: GetResult, files: PayloadFiles) {
+    if directory.bytes.isEmpty { throw MooncakeError(.invalidArgument, "no directory is named") }
     let staging = FileStaging(
       directory: directory, payload: name, replacesFiles: fileOptions.replacesFiles)
     let bounds = bounds(operation, "getting payload '\(name)'", defaultMilliseconds: 0)
     var ranges: [PayloadBuffer] = []
-    do throws(EngineError) {
-      let result = try get(name, options, operation) { manifest throws(EngineError) in
+    do throws(MooncakeError) {
+      let result = try get(name, options, operation) { manifest throws(MooncakeError) in
         let (buffers, range) = try staging.place(manifest)
         ranges = range.map { [$0] } ?? buffers
         return (buffers, range, [])
       }
       let holding = catalog.holding(of: name)?.address.holding
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let files = try staging.commit(syncs: fileOptions.syncs, bounds)
         return (result, PayloadFiles(self, name, isOrigin: false, files))
       } catch {
@@ -174,7 +174,7 @@ extension P2PStore {
   /// otherwise.
   fileprivate func endMemory(
     of files: [MappedFile], _ what: String, _ operation: StoreOperation
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let addresses = memory.ending(among: files.compactMap(\.memoryAddress))
     if addresses.isEmpty { return }
     let bounds = bounds(operation, what, defaultMilliseconds: engine.defaultTimeoutMilliseconds)
@@ -189,7 +189,7 @@ extension P2PStore {
       // Otherwise it has ended, and the store holds another payload of that name.
       let present = catalog.holding(of: name)?.address.holding
       if let present, let holding, present != holding { return true }
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try deleteReplica(name)
         return true
       } catch {

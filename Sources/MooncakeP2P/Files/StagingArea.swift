@@ -57,7 +57,7 @@ final class StagingArea {
   }
 
   /// Makes one; nil if the target directory is gone.
-  static func make(in target: Directory) throws(EngineError) -> StagingArea? {
+  static func make(in target: Directory) throws(MooncakeError) -> StagingArea? {
     for _ in 0..<100 {
       let name = prefix + String(UInt64.random(in: (1 << 60) ... .max), radix: 16)
       do throws(Errno) {
@@ -78,7 +78,7 @@ final class StagingArea {
         throw failure(target, error)
       }
       target.removeDirectory(name)
-      throw EngineError(
+      throw MooncakeError(
         .accessDenied,
         "\(target.path): \(name), just made there, is not an empty directory for its user alone: "
           + "somebody has put another one in its place, or the file system keeps no owners and "
@@ -87,7 +87,7 @@ final class StagingArea {
     throw failure(target, Errno(EEXIST))
   }
 
-  private static func failure(_ target: Directory, _ error: Errno) -> EngineError {
+  private static func failure(_ target: Directory, _ error: Errno) -> MooncakeError {
     FileFailure.error(target.path, error, "making a directory in it")
   }
 
@@ -243,13 +243,13 @@ struct SwitchLock: ~Copyable {
   }
 
   /// Waits for it within the bounds.
-  static func take(_ directory: Directory, _ bounds: Bounds?) throws(EngineError) -> SwitchLock {
+  static func take(_ directory: Directory, _ bounds: Bounds?) throws(MooncakeError) -> SwitchLock {
     let deadline = Deadline.after(milliseconds: limitMilliseconds)
     while true {
       if let lock = tryTaking(directory) { return lock }
       try bounds?.check("waiting for another get to put its files into \(directory.path)")
       if deadline.hasPassed {
-        throw EngineError(
+        throw MooncakeError(
           .busy,
           "\(directory.path): another process has had it locked for \(limitMilliseconds / 1000) s: "
             + "get again when that is done, or choose another directory")

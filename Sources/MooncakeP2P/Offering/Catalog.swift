@@ -37,14 +37,14 @@ final class Catalog: Sendable {
   private let releases = Futex()
 
   /// Reserves, for a call, a name that this store does not hold.
-  func reserve(_ name: String) throws(EngineError) {
-    try state.withLock { state throws(EngineError) in
+  func reserve(_ name: String) throws(MooncakeError) {
+    try state.withLock { state throws(MooncakeError) in
       if state.isClosed { throw Self.closed }
       switch state.slots[MetadataKey(name)] {
       case .none: state.slots[MetadataKey(name)] = .busy
       case .busy: throw Self.busy(name)
       case .held:
-        throw EngineError(
+        throw MooncakeError(
           .exists,
           "payload '\(name)': this store already holds it: call unregister or delete "
             + "replica first")
@@ -54,8 +54,8 @@ final class Catalog: Sendable {
 
   /// Reserves a name for a call that registers it; returns the entry to replace, if this store
   /// registered one.
-  func reserveReplacing(_ name: String) throws(EngineError) -> Entry? {
-    try state.withLock { state throws(EngineError) in
+  func reserveReplacing(_ name: String) throws(MooncakeError) -> Entry? {
+    try state.withLock { state throws(MooncakeError) in
       if state.isClosed { throw Self.closed }
       switch state.slots[MetadataKey(name)] {
       case .none:
@@ -64,7 +64,7 @@ final class Catalog: Sendable {
       case .busy: throw Self.busy(name)
       case .held(let entry):
         if !entry.isOrigin {
-          throw EngineError(
+          throw MooncakeError(
             .exists, "payload '\(name)': this store holds a replica of it: delete that first")
         }
         state.slots[MetadataKey(name)] = .busy
@@ -74,8 +74,8 @@ final class Catalog: Sendable {
   }
 
   /// Takes the entry of a name for a call that ends it; nil if there is no matching entry.
-  func take(_ name: String, where matches: (Entry) -> Bool) throws(EngineError) -> Entry? {
-    try state.withLock { state throws(EngineError) in
+  func take(_ name: String, where matches: (Entry) -> Bool) throws(MooncakeError) -> Entry? {
+    try state.withLock { state throws(MooncakeError) in
       if state.isClosed { throw Self.closed }
       switch state.slots[MetadataKey(name)] {
       case .none: return nil
@@ -137,9 +137,9 @@ final class Catalog: Sendable {
     }
   }
 
-  private static var closed: EngineError { EngineError(.invalidHandle, "the store was closed") }
+  private static var closed: MooncakeError { MooncakeError(.invalidHandle, "the store was closed") }
 
-  private static func busy(_ name: String) -> EngineError {
-    EngineError(.busy, "payload '\(name)': another call of this store is using it")
+  private static func busy(_ name: String) -> MooncakeError {
+    MooncakeError(.busy, "payload '\(name)': another call of this store is using it")
   }
 }

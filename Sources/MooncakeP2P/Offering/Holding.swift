@@ -29,7 +29,7 @@ package final class Holding: Sendable {
   package init(
     name: String, _ engine: TransferEngine, _ manifest: Manifest, _ layout: BufferLayout,
     available: ShardSet, isOrigin: Bool, publishedMilliseconds: UInt64
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.name = name
     self.engine = engine
     self.manifest = manifest
@@ -53,7 +53,7 @@ package final class Holding: Sendable {
       place.storeBytes(of: buffer.address.littleEndian, as: UInt64.self)
       place.storeBytes(of: buffer.length.littleEndian, toByteOffset: 8, as: UInt64.self)
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try engine.addBuffers([(index, length)], location: "*", access: .remoteRead)
     } catch {
       // It throws that this is not registered, but frees it.
@@ -140,7 +140,7 @@ package final class Holding: Sendable {
     while grantCount > 0 {
       if deadline.hasPassed || bounds?.isOver == true { return true }
       // A caller that has canceled does not wait for readers.
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try bounds?.report(.draining, StoreProgress(.draining))
       } catch {
         return true

@@ -58,33 +58,33 @@ final class MemoryTable: Sendable {
   func register(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access, _ call: Call,
     leaving ending: inout [UInt64]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     while true {
       let former = try enter(buffers, location: location, access: access)
       if former.isEmpty { break }
       try finish(former, call)
     }
     if access == .local { return }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       // Without the lock, or others would wait beyond their own deadlines.
       try engine.publishChanges(call)
     } catch {
       let message =
         "registering \(buffers.count) buffer(s), none is left registered: \(error.message)"
       let last = release(buffers)
-      do throws(EngineError) { try finish(last, Self.moment) } catch {
+      do throws(MooncakeError) { try finish(last, Self.moment) } catch {
         ending = last
-        throw EngineError(error.code, "\(message); \(error.message)")
+        throw MooncakeError(error.code, "\(message); \(error.message)")
       }
-      throw EngineError(error.code, message)
+      throw MooncakeError(error.code, message)
     }
   }
 
   /// Adds one use of each buffer; if some are still ending, changes nothing and returns those.
   private func enter(
     _ buffers: [BufferLayout.Buffer], location: String, access: Access
-  ) throws(EngineError) -> [UInt64] {
-    try entries.withLock { entries throws(EngineError) in
+  ) throws(MooncakeError) -> [UInt64] {
+    try entries.withLock { entries throws(MooncakeError) in
       let ending = Self.ending(entries, under: buffers)
       if !ending.isEmpty { return ending }
       var new: [(address: UInt64, length: UInt64)] = []
@@ -95,7 +95,7 @@ final class MemoryTable: Sendable {
           continue
         }
         guard entry.length == buffer.length, entry.access == access else {
-          throw EngineError(
+          throw MooncakeError(
             .overlap,
             "0x\(String(buffer.address, radix: 16)): another payload of this store has registered "
               + "\(entry.length) bytes there, not the same \(buffer.length) with the same access")
@@ -149,7 +149,7 @@ final class MemoryTable: Sendable {
   /// Ends those of these addresses that are let go: when it returns, nobody reads or writes there.
   /// Throws BUSY if a peer is still in the middle of a copy when the call is over; they stay
   /// ending, and the next call tries again.
-  func finish(_ addresses: [UInt64], _ call: Call) throws(EngineError) {
+  func finish(_ addresses: [UInt64], _ call: Call) throws(MooncakeError) {
     while true {
       let seen = waits.value
       let (mine, isAttended) = attend(addresses)
@@ -159,7 +159,7 @@ final class MemoryTable: Sendable {
       }
       if !isAttended { return }
       if call.isOver {
-        throw EngineError(
+        throw MooncakeError(
           .busy,
           "another call is waiting for a process of this host that is copying this memory: keep "
             + "the memory, and call again")
@@ -188,9 +188,9 @@ final class MemoryTable: Sendable {
     }
   }
 
-  private func end(_ addresses: [UInt64], _ call: Call) throws(EngineError) {
-    var failure: EngineError?
-    do throws(EngineError) { try engine.removeBuffers(addresses, call) } catch {
+  private func end(_ addresses: [UInt64], _ call: Call) throws(MooncakeError) {
+    var failure: MooncakeError?
+    do throws(MooncakeError) { try engine.removeBuffers(addresses, call) } catch {
       // Other errors: the engine has closed, so nobody touches the memory, or has logged who does.
       if error.code == .busy { failure = error }
     }
@@ -212,7 +212,7 @@ final class MemoryTable: Sendable {
   func free(_ allocations: [UInt64], _ call: Call) {
     for address in allocations {
       let pointer = UnsafeMutableRawPointer(bitPattern: UInt(address))!
-      do throws(EngineError) { try engine.free(pointer, publishing: call) } catch {
+      do throws(MooncakeError) { try engine.free(pointer, publishing: call) } catch {
         if error.code == .busy { unfreed.withLock { $0.append(address) } }
       }
     }

@@ -11,12 +11,12 @@ extension P2PStore {
   public func register(
     _ name: String, _ buffers: [PayloadBuffer], _ options: RegisterOptions = RegisterOptions(),
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> PayloadInfo {
+  ) throws(MooncakeError) -> PayloadInfo {
     if buffers.isEmpty {
-      throw EngineError(.invalidArgument, "payload '\(name)': no buffers are given")
+      throw MooncakeError(.invalidArgument, "payload '\(name)': no buffers are given")
     }
     let layout = try Self.layout(name, buffers)
-    return try register(name, layout, options, operation) { piece, pause throws(EngineError) in
+    return try register(name, layout, options, operation) { piece, pause throws(MooncakeError) in
       let start = Self.pointer(layout.buffers[piece.buffer].address + piece.offset)
       return try Digest(
         of: UnsafeRawBufferPointer(start: start, count: Int(piece.length)), pause: pause)
@@ -28,7 +28,7 @@ extension P2PStore {
     _ name: String, _ layout: BufferLayout, _ options: RegisterOptions,
     _ operation: StoreOperation,
     digestOf: @escaping ShardHashing.Source
-  ) throws(EngineError) -> PayloadInfo {
+  ) throws(MooncakeError) -> PayloadInfo {
     let bounds = bounds(
       operation, "registering payload '\(name)'", defaultMilliseconds: 0)
     try PayloadName.check(name)
@@ -58,7 +58,7 @@ extension P2PStore {
       available: ShardSet(count: manifest.layout.shardCount, isFull: true), bounds,
       leaving: &ending)
     let holding = new.holding!
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try bounds.report(
         .publishing,
         StoreProgress(.publishing, doneBytes: layout.size, totalBytes: layout.size))
@@ -76,7 +76,7 @@ extension P2PStore {
   /// Withdraws a version that has been replaced. Returns memory that a peer does not let go of; the
   /// next call that ends the name waits for it.
   private func withdrawReplaced(_ former: inout Catalog.Entry, _ bounds: Bounds) -> [UInt64] {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try withdraw(
         &former, until: .after(milliseconds: drainMilliseconds), bounds, isReplaced: true)
     } catch {
@@ -89,36 +89,36 @@ extension P2PStore {
   /// and the name stay; without a replica, the name vanishes.
   public func unregister(
     _ name: String, _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try end(name, isOrigin: true, operation)
   }
 
   /// Ends a replica that this store fetched, and frees its memory if the store allocated it.
   public func deleteReplica(
     _ name: String, _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try end(name, isOrigin: false, operation)
   }
 
   private func end(
     _ name: String, isOrigin: Bool, _ operation: StoreOperation
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let what = isOrigin ? "unregistering" : "deleting the replica of"
     let bounds = bounds(
       operation, "\(what) payload '\(name)'",
       defaultMilliseconds: engine.defaultTimeoutMilliseconds)
     try PayloadName.check(name)
     guard var entry = try catalog.take(name, where: { $0.isOrigin == isOrigin }) else {
-      throw EngineError(
+      throw MooncakeError(
         .notHeld,
         "payload '\(name)': this store has not \(isOrigin ? "registered" : "fetched") it")
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try withdraw(
         &entry, until: min(bounds.deadline, .after(milliseconds: drainMilliseconds)), bounds)
     } catch {
       catalog.release(name, holding: entry)
-      throw EngineError(error.code, "\(what) payload '\(name)': \(error.message)")
+      throw MooncakeError(error.code, "\(what) payload '\(name)': \(error.message)")
     }
     catalog.release(name)
   }
@@ -126,7 +126,7 @@ extension P2PStore {
   /// Removes a name everywhere: every holder withdraws what was published until now.
   public func remove(
     _ name: String, _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let bounds = bounds(
       operation, "removing payload '\(name)'",
       defaultMilliseconds: engine.defaultTimeoutMilliseconds)
@@ -146,11 +146,11 @@ extension P2PStore {
     location: String, available: ShardSet,
     publishedMilliseconds: UInt64 = WallClock.milliseconds(), _ bounds: Bounds,
     leaving ending: inout [UInt64]
-  ) throws(EngineError) -> Catalog.Entry {
+  ) throws(MooncakeError) -> Catalog.Entry {
     let holding = try Holding(
       name: name, engine, manifest, layout, available: available, isOrigin: isOrigin,
       publishedMilliseconds: publishedMilliseconds)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       // Publishes the holding's own memory too: the metadata service is waited for once.
       try memory.register(
         layout.ranges, location: location,
@@ -169,7 +169,7 @@ extension P2PStore {
   /// that is about to be replaced, for which the memory stays open.
   private func waitForLateWriters(
     _ layout: BufferLayout, _ former: Holding?, _ bounds: Bounds
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     var writable: Holding?
     if let former, former.manifest.isWritable,
       BufferLayout.overlap(former.layout.ranges, layout.ranges)
@@ -185,10 +185,10 @@ extension P2PStore {
 
   private func publish(
     _ holding: Holding, isCreateOnly: Bool, _ bounds: Bounds
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try keeper.publish(holding.record, isCreateOnly: isCreateOnly, bounds.call)
     guard let shared else { return }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try shared.put(holding.document, isCreateOnly: isCreateOnly, bounds.call)
     } catch {
       // It may have been written all the same, or be written once the service recovers.
@@ -203,7 +203,7 @@ extension P2PStore {
   func withdraw(
     _ entry: inout Catalog.Entry, until deadline: Deadline, _ bounds: Bounds,
     isReplaced: Bool = false
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if let holding = entry.holding {
       holding.stopGranting()
       keeper.remove(holding.record, bounds.lastCall)
@@ -218,12 +218,13 @@ extension P2PStore {
 
   /// Undoes what a failing call has begun and returns its error, or BUSY if a peer does not let go
   /// of the memory; then the entry names that memory.
-  func undo(_ entry: inout Catalog.Entry, _ error: EngineError, _ bounds: Bounds) -> EngineError {
-    do throws(EngineError) {
+  func undo(_ entry: inout Catalog.Entry, _ error: MooncakeError, _ bounds: Bounds) -> MooncakeError
+  {
+    do throws(MooncakeError) {
       try withdraw(&entry, until: .after(milliseconds: 0), bounds)
       return error
     } catch let busy {
-      return EngineError(.busy, "\(error.message); \(busy.message)")
+      return MooncakeError(.busy, "\(error.message); \(busy.message)")
     }
   }
 
@@ -241,9 +242,9 @@ extension P2PStore {
   /// `range`: one range that contains all buffers and is registered in their place.
   static func layout(
     _ name: String, _ buffers: [PayloadBuffer], in range: PayloadBuffer? = nil
-  ) throws(EngineError) -> BufferLayout {
+  ) throws(MooncakeError) -> BufferLayout {
     if buffers.count > ShardLayout.maximumBufferCount {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "payload '\(name)': \(buffers.count) buffers, at most "
           + "\(ShardLayout.maximumBufferCount) make a payload")
@@ -253,7 +254,7 @@ extension P2PStore {
     }
     let layout = BufferLayout(buffers.map(plain), in: range.map(plain))
     guard let layout else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument, "payload '\(name)': a buffer is null or empty, or wraps around")
     }
     return layout
@@ -263,14 +264,14 @@ extension P2PStore {
     UnsafeRawPointer(bitPattern: UInt(address))!
   }
 
-  static func taken(_ name: String) -> EngineError {
-    EngineError(
+  static func taken(_ name: String) -> MooncakeError {
+    MooncakeError(
       .exists, "payload '\(name)': the name is taken: choose another, or do not ask for create-only"
     )
   }
 
-  func notFound(_ name: String) -> EngineError {
-    EngineError(
+  func notFound(_ name: String) -> MooncakeError {
+    MooncakeError(
       .notFound,
       "payload '\(name)': nobody offers it in metadata \(directory.uri): was it registered there, "
         + "with the same MC_METADATA_CLUSTER_ID?")

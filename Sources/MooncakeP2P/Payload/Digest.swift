@@ -23,8 +23,8 @@ package struct Digest: Hashable, Sendable {
 
   /// Hashes a range of memory step by step; `pause`, called between steps, may stop it by throwing.
   package init(
-    of bytes: UnsafeRawBufferPointer, pause: () throws(EngineError) -> Void
-  ) throws(EngineError) {
+    of bytes: UnsafeRawBufferPointer, pause: () throws(MooncakeError) -> Void
+  ) throws(MooncakeError) {
     let stream = DigestStream()
     var start = 0
     while start < bytes.count {

@@ -43,10 +43,10 @@ package struct Manifest: Equatable, Sendable {
   package init(
     layout: ShardLayout, digests: [Digest], isWritable: Bool = false, salt: UInt64 = 0,
     attributes: [UInt8] = []
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     precondition(digests.count == (isWritable ? 0 : layout.shardCount))
     guard attributes.count <= Self.maximumAttributeBytes else {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "\(attributes.count) bytes of attributes; at most \(Self.maximumAttributeBytes) travel with"
           + " a payload")
@@ -79,7 +79,7 @@ package struct Manifest: Equatable, Sendable {
   }
 
   /// Reads a peer's manifest; every fault is a `protocolViolation`.
-  package init(parsing bytes: [UInt8]) throws(EngineError) {
+  package init(parsing bytes: [UInt8]) throws(MooncakeError) {
     var reader = LittleEndianReader(bytes: bytes)
     guard bytes.count >= Self.headerBytes else {
       throw Self.violation("it does not begin like one")
@@ -109,7 +109,7 @@ package struct Manifest: Equatable, Sendable {
       throw Self.violation("\(bufferCount) buffers are too many")
     }
     let sizes: [UInt64] = (0..<bufferCount).map { _ in reader.next() }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       layout = try ShardLayout(bufferSizes: sizes, shardBytes: shardBytes)
     } catch {
       throw Self.violation(error.message)
@@ -130,13 +130,13 @@ package struct Manifest: Equatable, Sendable {
   }
 
   /// The last letter is the version, a digit.
-  private static func check(magic: UInt64) throws(EngineError) {
+  private static func check(magic: UInt64) throws(MooncakeError) {
     if magic == Self.magic { return }
     let letter = UInt8(magic >> 56)
     guard magic << 8 == Self.magic << 8,
       (UInt8(ascii: "1")...UInt8(ascii: "9")).contains(letter)
     else { throw violation("it does not begin like one") }
-    throw EngineError(
+    throw MooncakeError(
       .unsupported,
       "the manifest has version \(letter - UInt8(ascii: "0")), this process knows 1: update "
         + "libmooncake here")
@@ -146,8 +146,8 @@ package struct Manifest: Equatable, Sendable {
     PayloadVersion(bytes.withUnsafeBytes { Digest(of: $0) })
   }
 
-  private static func violation(_ what: String) -> EngineError {
-    EngineError(.protocolViolation, "a malformed manifest: \(what)")
+  private static func violation(_ what: String) -> MooncakeError {
+    MooncakeError(.protocolViolation, "a malformed manifest: \(what)")
   }
 }
 

@@ -191,9 +191,9 @@ public struct StoreOperation: Sendable {
 public final class Cancellation: Sendable {
   package let event: EventFD
 
-  public init() throws(EngineError) {
+  public init() throws(MooncakeError) {
     do throws(Errno) { event = try EventFD() } catch {
-      throw EngineError(.system, "making a cancellation: \(error)")
+      throw MooncakeError(.system, "making a cancellation: \(error)")
     }
   }
 

@@ -8,13 +8,13 @@ package enum ShardHashing {
   /// Reads the bytes of a shard and returns their digest; called on several threads. Shards can be
   /// gigabytes, so it calls the given closure every few megabytes, and stops if that throws.
   package typealias Source =
-    @Sendable (ShardLayout.Piece, () throws(EngineError) -> Void) throws(EngineError) -> Digest
+    @Sendable (ShardLayout.Piece, () throws(MooncakeError) -> Void) throws(MooncakeError) -> Digest
 
   private struct State {
     var next = 0
     var doneBytes: UInt64 = 0
     var digests: [Digest]
-    var failure: EngineError?
+    var failure: MooncakeError?
   }
 
   private final class Work: Sendable {
@@ -30,13 +30,13 @@ package enum ShardHashing {
     }
 
     /// Throws once another thread has failed.
-    func goOn() throws(EngineError) {
+    func goOn() throws(MooncakeError) {
       if let failure = state.withLock({ $0.failure }) { throw failure }
     }
 
     /// Hashes shards until none is left. `pause` gets the number of bytes done so far and may stop
     /// the work by throwing.
-    func run(pause: (UInt64) throws(EngineError) -> Void) {
+    func run(pause: (UInt64) throws(MooncakeError) -> Void) {
       while true {
         let index: Int? = state.withLock { state in
           guard state.next < layout.shardCount, state.failure == nil else { return nil }
@@ -44,9 +44,9 @@ package enum ShardHashing {
           return state.next
         }
         guard let index else { return }
-        do throws(EngineError) {
+        do throws(MooncakeError) {
           let piece = layout.piece(ofShard: index)
-          let digest = try source(piece) { () throws(EngineError) in
+          let digest = try source(piece) { () throws(MooncakeError) in
             try goOn()
             try pause(state.withLock { $0.doneBytes })
           }
@@ -70,14 +70,14 @@ package enum ShardHashing {
   /// Runs on the caller's thread, and on more threads for large payloads.
   package static func run(
     _ layout: ShardLayout, _ bounds: Bounds, _ source: @escaping Source
-  ) throws(EngineError) -> [Digest] {
+  ) throws(MooncakeError) -> [Digest] {
     try bounds.report(.hashing, StoreProgress(.hashing, totalBytes: layout.size))
     let work = Work(layout, source)
     let threads =
       layout.size < parallelBytes ? 1 : min(threadLimit, Processors.count, layout.shardCount)
     let helpers = WorkerPool(name: "mc-store-hash", threadLimit: max(1, threads - 1))
     for _ in 1..<max(1, threads) { _ = helpers.run { work.run { _ in } } }
-    work.run { done throws(EngineError) in
+    work.run { done throws(MooncakeError) in
       try bounds.check("hashing")
       try bounds.report(
         .hashing, StoreProgress(.hashing, doneBytes: done, totalBytes: layout.size))

@@ -37,14 +37,14 @@ package struct ShardLayout: Equatable, Sendable {
 
   /// Checks the sizes. They may come from a caller or a peer, so the error has the given code.
   package init(
-    bufferSizes: [UInt64], shardBytes: UInt64, failure code: EngineError.Code = .invalidArgument
-  ) throws(EngineError) {
+    bufferSizes: [UInt64], shardBytes: UInt64, failure code: MooncakeError.Code = .invalidArgument
+  ) throws(MooncakeError) {
     guard bufferSizes.count <= Self.maximumBufferCount else {
-      throw EngineError(
+      throw MooncakeError(
         code, "\(bufferSizes.count) buffers; a payload has at most \(Self.maximumBufferCount)")
     }
     guard shardBytes > 0 && shardBytes <= Self.maximumShardBytes else {
-      throw EngineError(
+      throw MooncakeError(
         code, "shards of \(shardBytes) bytes; a shard has 1 to \(Self.maximumShardBytes)")
     }
     var offsets: [UInt64] = [0]
@@ -52,14 +52,14 @@ package struct ShardLayout: Equatable, Sendable {
     offsets.reserveCapacity(bufferSizes.count + 1)
     shards.reserveCapacity(bufferSizes.count + 1)
     for (index, length) in bufferSizes.enumerated() {
-      if length == 0 { throw EngineError(code, "buffer \(index) of the payload has no bytes") }
+      if length == 0 { throw MooncakeError(code, "buffer \(index) of the payload has no bytes") }
       let (end, overflow) = offsets[index].addingReportingOverflow(length)
       if overflow || end > UInt64(Int64.max) {
-        throw EngineError(code, "the buffers have more than 2^63 - 1 bytes together")
+        throw MooncakeError(code, "the buffers have more than 2^63 - 1 bytes together")
       }
       let count = (length - 1) / shardBytes + 1
       guard count <= UInt64(Self.maximumShardCount - shards[index]) else {
-        throw EngineError(
+        throw MooncakeError(
           code,
           "more than \(Self.maximumShardCount) shards of \(shardBytes) bytes: choose larger shards")
       }

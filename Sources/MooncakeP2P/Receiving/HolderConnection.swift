@@ -37,7 +37,7 @@ package struct HolderConnection: Sendable {
     _ manifest: Manifest, known: Index? = nil, until deadline: Deadline, for recipient: Recipient,
     _ completion: @escaping StoreService.Completion<HolderConnection>
   ) {
-    let body: Visit<HolderConnection> = { index, deadline throws(EngineError) in
+    let body: Visit<HolderConnection> = { index, deadline throws(MooncakeError) in
       try connect(engine, holder, manifest, index, deadline, recipient)
     }
     let ask: @Sendable () -> Void = {
@@ -54,18 +54,18 @@ package struct HolderConnection: Sendable {
       }, body)
   }
 
-  private typealias Visit<Value> = @Sendable (Index, Deadline) throws(EngineError) -> Value
+  private typealias Visit<Value> = @Sendable (Index, Deadline) throws(MooncakeError) -> Value
 
   /// Goes on with a holder's answer. A silent holder costs no thread: only one that has answered is
   /// given a worker, which blocks. The time until one is free does not count against the holder.
   private static func visit<Value: Sendable>(
     _ workers: WorkerPool, _ holder: HolderAddress, _ version: PayloadVersion,
-    _ answer: Result<Index, EngineError>, _ deadline: Deadline, _ recipient: Recipient,
+    _ answer: Result<Index, MooncakeError>, _ deadline: Deadline, _ recipient: Recipient,
     _ completion: @escaping StoreService.Completion<Value>,
     _ body: @escaping Visit<Value>
   ) {
     let index: Index
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       index = try answer.get()
       guard index.version == version else { throw gone(holder) }
     } catch {
@@ -74,7 +74,7 @@ package struct HolderConnection: Sendable {
     recipient.reached()
     let left = deadline == .never ? nil : deadline.remainingNanoseconds / 1_000_000
     let isAccepted = workers.run {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let own = left.map { Deadline.after(milliseconds: max(1, $0)) } ?? .never
         completion(.success(try body(index, own)))
       } catch {
@@ -82,22 +82,22 @@ package struct HolderConnection: Sendable {
       }
     }
     if !isAccepted {
-      completion(.failure(EngineError(.canceled, "the store is closing")))
+      completion(.failure(MooncakeError(.canceled, "the store is closing")))
     }
   }
 
   private static func connect(
     _ engine: TransferEngine, _ holder: HolderAddress, _ manifest: Manifest, _ index: Index,
     _ deadline: Deadline, _ recipient: Recipient
-  ) throws(EngineError) -> HolderConnection {
+  ) throws(MooncakeError) -> HolderConnection {
     let segment = try engine.openSegment(
       holder.segment, timeoutMilliseconds: milliseconds(until: deadline))
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let bytes = try read(
         engine, segment, index.tableAddress,
         index.bufferCount * UInt64(Holding.rowBytes), recipient)
       guard let layout = layout(bytes, size: manifest.layout.size) else {
-        throw EngineError(
+        throw MooncakeError(
           .protocolViolation,
           "holder \(holder.segment): its table of buffers is malformed: is its memory intact?")
       }
@@ -117,7 +117,7 @@ package struct HolderConnection: Sendable {
     until deadline: Deadline, for recipient: Recipient,
     _ completion: @escaping StoreService.Completion<(Manifest, Index)>
   ) {
-    let body: Visit<(Manifest, Index)> = { index, deadline throws(EngineError) in
+    let body: Visit<(Manifest, Index)> = { index, deadline throws(MooncakeError) in
       (try readManifest(engine, record, index, deadline, recipient), index)
     }
     askIndex(engine, record.holder, deadline) { result in
@@ -129,12 +129,12 @@ package struct HolderConnection: Sendable {
   private static func readManifest(
     _ engine: TransferEngine, _ record: HolderRecord, _ index: Index, _ deadline: Deadline,
     _ recipient: Recipient
-  ) throws(EngineError) -> Manifest {
+  ) throws(MooncakeError) -> Manifest {
     let (holder, version) = (record.holder, record.version)
     let limit = Manifest.mostBytes(
       bufferCount: record.summary.bufferCount, shardCount: record.summary.shardCount)
     guard index.manifestBytes <= limit else {
-      throw EngineError(
+      throw MooncakeError(
         .protocolViolation,
         "holder \(holder.segment): a manifest of \(index.manifestBytes) bytes is longer than that "
           + "of version \(version) can be")
@@ -144,21 +144,21 @@ package struct HolderConnection: Sendable {
     defer { try? engine.closeSegment(segment) }
     let bytes = try read(engine, segment, index.manifestAddress, index.manifestBytes, recipient)
     let manifest: Manifest
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       manifest = try Manifest(parsing: bytes)
     } catch {
-      throw EngineError(error.code, "holder \(holder.segment): \(error.message)")
+      throw MooncakeError(error.code, "holder \(holder.segment): \(error.message)")
     }
     guard manifest.version == version else {
-      throw EngineError(
+      throw MooncakeError(
         .digestMismatch,
         "holder \(holder.segment): its manifest is not that of version \(version)")
     }
     return manifest
   }
 
-  private static func gone(_ holder: HolderAddress) -> EngineError {
-    EngineError(.notFound, "holder \(holder.segment): it no longer holds this version")
+  private static func gone(_ holder: HolderAddress) -> MooncakeError {
+    MooncakeError(.notFound, "holder \(holder.segment): it no longer holds this version")
   }
 
   private static func askIndex(
@@ -175,7 +175,7 @@ package struct HolderConnection: Sendable {
     engine.callService(at: holder.rpc, writer.text, until: deadline) { result in
       completion(
         result.flatMap { answer in
-          do throws(EngineError) {
+          do throws(MooncakeError) {
             return .success(try parseIndex(answer, holder))
           } catch {
             return .failure(error)
@@ -186,25 +186,25 @@ package struct HolderConnection: Sendable {
 
   private static func parseIndex(
     _ answer: String, _ holder: HolderAddress
-  ) throws(EngineError) -> Index {
+  ) throws(MooncakeError) -> Index {
     if answer == RPCAnswer.noService { throw gone(holder) }
     let document: JSONDocument
     do throws(JSONError) { document = try JSONDocument(parsing: answer) } catch {
-      throw EngineError(
+      throw MooncakeError(
         .protocolViolation, "holder \(holder.segment): its answer is not JSON: \(error)")
     }
     let index: Index?
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       index = try document.read(parse)
     } catch {
-      throw EngineError(error.code, "holder \(holder.segment): \(error.message)")
+      throw MooncakeError(error.code, "holder \(holder.segment): \(error.message)")
     }
     guard let index else { throw gone(holder) }
     return index
   }
 
   /// nil: the holder no longer has it.
-  private static func parse(_ value: JSONValue) throws(EngineError) -> Index? {
+  private static func parse(_ value: JSONValue) throws(MooncakeError) -> Index? {
     try StoreVersion.checkAnswer(value)
     if value["state"]?.unsigned == ShardAnswer.State.gone.rawValue { return nil }
     guard let version = value["version"]?.string.flatMap({ PayloadVersion($0) }),
@@ -214,7 +214,7 @@ package struct HolderConnection: Sendable {
       let tableAddress = value["table_address"]?.unsigned,
       let bufferCount = value["buffers"]?.unsigned,
       bufferCount <= UInt64(ShardLayout.maximumBufferCount)
-    else { throw EngineError(.protocolViolation, "its answer does not say where things are") }
+    else { throw MooncakeError(.protocolViolation, "its answer does not say where things are") }
     return Index(
       version: version, manifestAddress: manifestAddress, manifestBytes: manifestBytes,
       tableAddress: tableAddress, bufferCount: bufferCount)
@@ -224,7 +224,7 @@ package struct HolderConnection: Sendable {
   private static func read(
     _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64, _ length: UInt64,
     _ recipient: Recipient
-  ) throws(EngineError) -> [UInt8] {
+  ) throws(MooncakeError) -> [UInt8] {
     var bytes: [UInt8] = []
     while bytes.count < Int(length) {
       let start = bytes.count
@@ -235,10 +235,10 @@ package struct HolderConnection: Sendable {
           let part = UnsafeMutableRawBufferPointer(rebasing: memory[start...])
           try read(engine, segment, address &+ UInt64(start), into: part, recipient)
         }
-      } catch let error as EngineError {
+      } catch let error as MooncakeError {
         throw error
       } catch {
-        throw EngineError(.system, "\(error)")
+        throw MooncakeError(.system, "\(error)")
       }
     }
     return bytes
@@ -253,7 +253,7 @@ package struct HolderConnection: Sendable {
   private static func read(
     _ engine: TransferEngine, _ segment: SegmentID, _ address: UInt64,
     into memory: UnsafeMutableRawBufferPointer, _ recipient: Recipient
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let batch = try engine.createBatch(capacity: 1)
     defer { try? engine.freeBatch(batch) }
     try engine.submit(batch, count: 1, timeoutMilliseconds: .max, notification: nil) { _ in
@@ -264,7 +264,7 @@ package struct HolderConnection: Sendable {
     }
     var watch = ArrivalWatch(engine, batch, from: segment)
     while true {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         _ = try engine.wait(batch, timeoutMilliseconds: tickMilliseconds)
       } catch {
         if error.code != .timeout { throw error }
@@ -273,14 +273,14 @@ package struct HolderConnection: Sendable {
       let status = try engine.poll(batch)
       if status.state == .completed { return }
       if status.state.isTerminal {
-        throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
+        throw MooncakeError(status.error ?? .canceled, engine.failureMessage(of: batch))
       }
       if watch.hasArrived(engine) { recipient.progressed() }
-      let failure: EngineError
+      let failure: MooncakeError
       if !recipient.isWaiting() {
-        failure = EngineError(.canceled, "the caller has stopped waiting")
+        failure = MooncakeError(.canceled, "the caller has stopped waiting")
       } else if watch.isSilent(for: silenceMilliseconds) {
-        failure = EngineError(
+        failure = MooncakeError(
           .timeout,
           "it answers, but sends nothing for \(silenceMilliseconds) ms: is its data port "
             + "reachable, and do full-size packets get through (MTU)?")

@@ -21,7 +21,7 @@ struct ManifestSearch {
       case reached(HolderAddress)
       case progressed
       case read(HolderAddress, Manifest, HolderConnection.Index)
-      case failed(HolderAddress, EngineError)
+      case failed(HolderAddress, MooncakeError)
     }
     private let news = Lock<[News]>([])
     private let closed = Atomic(false)
@@ -55,7 +55,7 @@ struct ManifestSearch {
   /// Have said where the manifest is; it is being read from them.
   private var reached: Set<HolderAddress> = []
   private var failures: [String] = []
-  private var code = EngineError.Code.noHolder
+  private var code = MooncakeError.Code.noHolder
   /// When holders were asked last; 0 to ask some at once.
   private var lastStart: UInt64 = 0
   /// When the latest bytes of a manifest arrived, or a holder said where they are.
@@ -84,10 +84,10 @@ struct ManifestSearch {
   }
 
   /// `name` is the payload's, for messages.
-  mutating func run(_ name: String) throws(EngineError) -> Outcome {
+  mutating func run(_ name: String) throws(MooncakeError) -> Outcome {
     let inbox: Inbox
     do throws(Errno) { inbox = try Inbox() } catch {
-      throw EngineError(.system, "making an event descriptor: \(error)")
+      throw MooncakeError(.system, "making an event descriptor: \(error)")
     }
     defer { inbox.close() }
     var count = 1
@@ -154,8 +154,8 @@ struct ManifestSearch {
       completion)
   }
 
-  private func exhausted(_ name: String) -> EngineError {
-    EngineError(
+  private func exhausted(_ name: String) -> MooncakeError {
+    MooncakeError(
       code,
       "payload '\(name)': no live holder of version \(version); tried: "
         + failures.joined(separator: "; "))

@@ -7,7 +7,7 @@ extension P2PStore {
   /// that contains all of them if it is registered in one piece, and what the store frees at the
   /// end.
   package typealias Placement =
-    (Manifest) throws(EngineError) -> (
+    (Manifest) throws(MooncakeError) -> (
       buffers: [PayloadBuffer], range: PayloadBuffer?, allocations: [UInt64]
     )
 
@@ -17,8 +17,8 @@ extension P2PStore {
   public func get(
     _ name: String, into buffers: [PayloadBuffer]? = nil, _ options: GetOptions = GetOptions(),
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) -> GetResult {
-    try get(name, options, operation) { [engine] manifest throws(EngineError) in
+  ) throws(MooncakeError) -> GetResult {
+    try get(name, options, operation) { [engine] manifest throws(MooncakeError) in
       if let buffers { return (buffers, nil, []) }
       if manifest.layout.size == 0 { return ([], nil, []) }
       try MemoryRoom.check(manifest.layout.size, "payload '\(name)'")
@@ -34,7 +34,7 @@ extension P2PStore {
   /// As above; the caller provides the memory once it knows the manifest.
   package func get(
     _ name: String, _ options: GetOptions, _ operation: StoreOperation, _ place: Placement
-  ) throws(EngineError) -> GetResult {
+  ) throws(MooncakeError) -> GetResult {
     let bounds = bounds(
       operation, "getting payload '\(name)'", defaultMilliseconds: 0)
     try PayloadName.check(name)
@@ -50,7 +50,7 @@ extension P2PStore {
         else { throw notFound(name) }
         return try getUnverified(document, options, bounds, place, &held, since: start)
       }
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         return try fetch(target, options, bounds, place, &held, since: start)
       } catch {
         // The version may be gone because the name has a new one.
@@ -59,7 +59,7 @@ extension P2PStore {
           now.version != target.version
         else { throw explained(error, target, bounds) }
         if options.followsVersions { continue }
-        throw EngineError(
+        throw MooncakeError(
           .notFound,
           "payload '\(name)': version \(target.version) vanished while it was fetched; the name "
             + "has version \(now.version) now: get it again, or ask to follow versions "
@@ -84,7 +84,7 @@ extension P2PStore {
   /// Finds the version to work on; nil if nobody offers the name.
   func locate(
     _ name: String, _ options: GetOptions, _ bounds: Bounds
-  ) throws(EngineError) -> Target? {
+  ) throws(MooncakeError) -> Target? {
     try bounds.report(.locating, StoreProgress(.locating))
     let head = try head(name, options, bounds)
     if let head, options.version ?? head.version == head.version {
@@ -110,8 +110,8 @@ extension P2PStore {
   /// The record under the name. A caller that asks for a version can do without a readable one.
   private func head(
     _ name: String, _ options: GetOptions, _ bounds: Bounds
-  ) throws(EngineError) -> PayloadHead? {
-    do throws(EngineError) {
+  ) throws(MooncakeError) -> PayloadHead? {
+    do throws(MooncakeError) {
       return try directory.head(name, bounds.call)
     } catch {
       let isUnreadable = error.code == .unsupported || error.code == .protocolViolation
@@ -123,7 +123,7 @@ extension P2PStore {
   /// Finds a version other than the one that the name has.
   private func locate(
     _ name: String, _ version: PayloadVersion, _ head: PayloadHead?, _ bounds: Bounds
-  ) throws(EngineError) -> Target? {
+  ) throws(MooncakeError) -> Target? {
     let holders = try directory.holders(
       of: name, version, limit: Self.holderLimit, bounds.call)
     // A removed version is gone at once, not only when its holders have learned of it.
@@ -138,21 +138,21 @@ extension P2PStore {
     var present = head?.version
     if present == nil { present = try directory.newest(of: name, bounds.call)?.version }
     guard let present else { return nil }
-    throw EngineError(
+    throw MooncakeError(
       .notFound,
       "payload '\(name)': nobody holds version \(version); the present one is \(present)")
   }
 
   /// The error as the caller should see it: there may be holders left whose records this release
   /// cannot read.
-  func explained(_ error: EngineError, _ target: Target, _ bounds: Bounds) -> EngineError {
+  func explained(_ error: MooncakeError, _ target: Target, _ bounds: Bounds) -> MooncakeError {
     if error.code != .noHolder { return error }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try directory.refuseLaterRecords(
         of: target.name, version: target.version, bounds.shortCall)
     } catch let later {
       if later.code == .unsupported {
-        return EngineError(.unsupported, "\(error.message); not asked: \(later.message)")
+        return MooncakeError(.unsupported, "\(error.message); not asked: \(later.message)")
       }
     }
     return error
@@ -161,7 +161,7 @@ extension P2PStore {
   /// Reads the manifest from any holder.
   func manifest(
     of target: Target, _ bounds: Bounds
-  ) throws(EngineError) -> ManifestSearch.Outcome {
+  ) throws(MooncakeError) -> ManifestSearch.Outcome {
     var search = ManifestSearch(engine, workers, target.holders, target.version, bounds)
     return try search.run(target.name)
   }
@@ -169,13 +169,13 @@ extension P2PStore {
   private func fetch(
     _ target: Target, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
-  ) throws(EngineError) -> GetResult {
+  ) throws(MooncakeError) -> GetResult {
     let search = try manifest(of: target, bounds)
     let manifest = search.manifest
     let (buffers, range, allocations) = try place(manifest)
     var entry = Catalog.Entry(
       name: target.name, isOrigin: false, holding: nil, layout: nil, allocations: allocations)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let layout = try Self.layout(target.name, buffers, in: range, for: manifest)
       // A copy of a writable payload is a snapshot, of no use to others.
       let isOffered = options.sharesOnward && !manifest.isWritable
@@ -186,7 +186,7 @@ extension P2PStore {
       if entry.ending.isEmpty { memory.free(allocations, bounds.lastCall) } else { held = entry }
       throw error
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       if var record = entry.holding?.record {
         record.isSuperseded = target.isSuperseded
         keeper.put(record, bounds.shortCall)
@@ -210,7 +210,7 @@ extension P2PStore {
   private func accept(
     _ target: Target, _ manifest: Manifest, _ layout: BufferLayout, _ isOffered: Bool,
     _ options: GetOptions, _ bounds: Bounds, leaving ending: inout [UInt64]
-  ) throws(EngineError) -> Catalog.Entry {
+  ) throws(MooncakeError) -> Catalog.Entry {
     if isOffered {
       return try offer(
         target.name, manifest, layout, isOrigin: false, location: options.location,
@@ -225,13 +225,13 @@ extension P2PStore {
   private func download(
     _ target: Target, _ search: ManifestSearch.Outcome, _ entry: Catalog.Entry,
     _ options: GetOptions, _ bounds: Bounds
-  ) throws(EngineError) -> [GetResult.Source] {
+  ) throws(MooncakeError) -> [GetResult.Source] {
     let directory = directory
-    var service = PayloadDownload.Directory { call throws(EngineError) in
+    var service = PayloadDownload.Directory { call throws(MooncakeError) in
       try directory.holders(of: target.name, target.version, limit: Self.holderLimit, call)
     }
     if options.followsVersions && options.version == nil {
-      service.present = { call throws(EngineError) in
+      service.present = { call throws(MooncakeError) in
         try directory.head(target.name, call)?.version
       }
     }
@@ -252,17 +252,17 @@ extension P2PStore {
   /// Checks that whole shards fit into the buffers.
   static func layout(
     _ name: String, _ buffers: [PayloadBuffer], in range: PayloadBuffer?, for manifest: Manifest
-  ) throws(EngineError) -> BufferLayout {
+  ) throws(MooncakeError) -> BufferLayout {
     let layout = try layout(name, buffers, in: range)
     if layout.size != manifest.layout.size {
-      throw EngineError(
+      throw MooncakeError(
         .sizeMismatch,
         "payload '\(name)': it has \(manifest.layout.size) bytes, the buffers have \(layout.size)")
     }
     for shard in 0..<manifest.layout.shardCount {
       let range = manifest.layout.range(ofShard: shard)
       if layout.address(of: range.offset, length: range.length) == nil {
-        throw EngineError(
+        throw MooncakeError(
           .sizeMismatch,
           "payload '\(name)': shard \(shard) (bytes \(range.offset) to "
             + "\(range.offset + range.length)) crosses the end of a buffer: give buffers of the "

@@ -8,7 +8,7 @@ extension P2PStore {
   public func read(
     _ name: String, offset: UInt64, into memory: UnsafeMutableRawPointer, length: UInt64,
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try move(.read, name, offset, memory, length, operation)
   }
 
@@ -16,23 +16,23 @@ extension P2PStore {
   public func write(
     _ name: String, offset: UInt64, from memory: UnsafeRawPointer, length: UInt64,
     _ operation: StoreOperation = StoreOperation()
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try move(.write, name, offset, UnsafeMutableRawPointer(mutating: memory), length, operation)
   }
 
   private func move(
     _ opcode: Opcode, _ name: String, _ offset: UInt64, _ memory: UnsafeMutableRawPointer,
     _ length: UInt64, _ operation: StoreOperation
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let verb = opcode == .read ? "reading" : "writing"
     let bounds = bounds(
       operation, "\(verb) payload '\(name)'",
       defaultMilliseconds: engine.defaultTimeoutMilliseconds)
     try PayloadName.check(name)
-    if catalog.isClosed { throw EngineError(.invalidHandle, "the store was closed") }
+    if catalog.isClosed { throw MooncakeError(.invalidHandle, "the store was closed") }
     try bounds.check("start")
     guard let target = try locate(name, GetOptions(), bounds) else { throw notFound(name) }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try move(opcode, target, offset, memory, length, bounds)
     } catch {
       throw explained(error, target, bounds)
@@ -42,19 +42,19 @@ extension P2PStore {
   private func move(
     _ opcode: Opcode, _ target: Target, _ offset: UInt64, _ memory: UnsafeMutableRawPointer,
     _ length: UInt64, _ bounds: Bounds
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let name = target.name
     let search = try manifest(of: target, bounds)
     let manifest = search.manifest
     let (end, overflow) = offset.addingReportingOverflow(length)
     if overflow || end > manifest.layout.size {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "payload '\(name)': \(length) bytes at \(offset) are not within its \(manifest.layout.size)"
       )
     }
     if opcode == .write && !manifest.isWritable {
-      throw EngineError(
+      throw MooncakeError(
         .accessDenied, "payload '\(name)': it was not registered as writable")
     }
     if length == 0 { return }

@@ -13,7 +13,7 @@ final class PayloadDownload {
   private enum News: Sendable {
     case opened(HolderConnection)
     case answered(HolderAddress, ShardAnswer)
-    case failed(HolderAddress, EngineError)
+    case failed(HolderAddress, MooncakeError)
     case discovered([HolderRecord])
     /// The version that the name has now, nil if none or not known, and more holders.
     case foundVersion(PayloadVersion?, [HolderRecord])
@@ -22,9 +22,9 @@ final class PayloadDownload {
   /// What a download asks the metadata service, within a call that ends with the download.
   struct Directory: Sendable {
     /// Some holders of the version.
-    var holders: @Sendable (Call) throws(EngineError) -> [HolderRecord]
+    var holders: @Sendable (Call) throws(MooncakeError) -> [HolderRecord]
     /// The version that the name has; nil if the caller wants no other version.
-    var present: (@Sendable (Call) throws(EngineError) -> PayloadVersion?)?
+    var present: (@Sendable (Call) throws(MooncakeError) -> PayloadVersion?)?
   }
 
   /// One shard that is being read.
@@ -130,7 +130,7 @@ final class PayloadDownload {
     _ engine: TransferEngine, _ workers: WorkerPool, _ search: ManifestSearch.Outcome,
     into layout: BufferLayout,
     holding: Holding?, holders: [HolderRecord], _ directory: Directory, _ bounds: Bounds
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.engine = engine
     self.workers = workers
     let manifest = search.manifest
@@ -141,7 +141,7 @@ final class PayloadDownload {
     self.bounds = bounds
     self.directory = directory
     do throws(Errno) { inbox = try Inbox() } catch {
-      throw EngineError(.system, "making an event descriptor: \(error)")
+      throw MooncakeError(.system, "making an event descriptor: \(error)")
     }
     plan = DownloadPlan(
       shardCount: manifest.layout.shardCount, shardBytes: manifest.layout.shardBytes,
@@ -152,13 +152,13 @@ final class PayloadDownload {
   }
 
   /// Returns when every shard has arrived and is verified. If it throws, no read is in flight.
-  func run() throws(EngineError) -> [GetResult.Source] {
+  func run() throws(MooncakeError) -> [GetResult.Source] {
     defer { finish() }
     while !plan.isComplete {
       try bounds.check("\(plan.missingCount) of \(manifest.layout.shardCount) shards missing")
       try bounds.report(.transferring, progress)
       if engine.isClosing {
-        throw EngineError(.canceled, "getting a payload: the engine was destroyed")
+        throw MooncakeError(.canceled, "getting a payload: the engine was destroyed")
       }
       let now = Clock.now()
       while let action = plan.next(now) { perform(action) }
@@ -185,7 +185,7 @@ final class PayloadDownload {
       holderCount: plan.holderCount)
   }
 
-  private func noHolder() -> EngineError {
+  private func noHolder() -> MooncakeError {
     let corrupt = plan.corrupt
     var tried = plan.tried.filter { item in !corrupt.contains { $0.holder == item.holder } }
       .map { "\($0.holder.segment) at \($0.holder.rpc): \($0.reason)" }
@@ -195,7 +195,7 @@ final class PayloadDownload {
       "\($0.holder.segment) at \($0.holder.rpc): sent shard \($0.shard) with a wrong digest"
     }
     if !wrong.isEmpty && (tried.isEmpty || corrupt.contains { plan.isOrigin($0.holder) }) {
-      return EngineError(
+      return MooncakeError(
         .digestMismatch,
         "the bytes are not those that were published: \(wrong.joined(separator: "; ")); nobody "
           + "else has the \(missing) that are missing: the payload was changed after it was "
@@ -203,7 +203,7 @@ final class PayloadDownload {
           + (tried.isEmpty ? "" : "; tried too: " + tried.joined(separator: "; ")))
     }
     tried += wrong
-    return EngineError(
+    return MooncakeError(
       hasOtherVersions ? .unsupported : .noHolder,
       "no live holder for \(missing); tried: "
         + (tried.isEmpty ? "nobody, none is known" : tried.joined(separator: "; ")))
@@ -324,9 +324,9 @@ final class PayloadDownload {
         now: Clock.now())
       return
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let batch = try engine.createBatch(capacity: 1)
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try engine.submit(
           batch, count: 1,
           timeoutMilliseconds: HolderConnection.milliseconds(until: bounds.deadline),
@@ -390,7 +390,7 @@ final class PayloadDownload {
     }
   }
 
-  private func checkFlights() throws(EngineError) {
+  private func checkFlights() throws(MooncakeError) {
     var index = 0
     while index < flights.count {
       let flight = flights[index]
@@ -422,7 +422,7 @@ final class PayloadDownload {
       connection.holder, bytes: flights[index].seenBytes - flight.seenBytes, now: Clock.now())
   }
 
-  private func end(_ flight: Flight, _ status: BatchStatus) throws(EngineError) {
+  private func end(_ flight: Flight, _ status: BatchStatus) throws(MooncakeError) {
     let holder = flight.connection.holder
     let range = manifest.layout.range(ofShard: flight.shard)
     guard status.state == .completed else {
@@ -460,8 +460,8 @@ final class PayloadDownload {
 
   private func matches(
     _ bytes: UnsafeRawBufferPointer, _ shard: Int
-  ) throws(EngineError) -> Bool {
-    let digest = try Digest(of: bytes) { () throws(EngineError) in
+  ) throws(MooncakeError) -> Bool {
+    let digest = try Digest(of: bytes) { () throws(MooncakeError) in
       try bounds.check("verifying shard \(shard)")
       try bounds.report(.transferring, progress)
     }

@@ -52,15 +52,15 @@ struct RangeTransfer {
   /// writable payload has.
   mutating func run(
     _ holders: [HolderRecord], after search: ManifestSearch.Outcome
-  ) throws(EngineError) {
-    var code = EngineError.Code.noHolder
+  ) throws(MooncakeError) {
+    var code = MooncakeError.Code.noHolder
     // A silent holder costs a wait, so those known to answer come first.
     func rank(_ holder: HolderAddress) -> Int {
       search.silent.contains(holder) ? 2 : holder == search.source ? 0 : 1
     }
     for record in holders.shuffled().sorted(by: { rank($0.holder) < rank($1.holder) }) {
       try bounds.check("\(end - position) bytes left")
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
         let known = record.holder == search.source ? search.sourceIndex : nil
         let connection = try open(record.holder, known: known, until: deadline)
@@ -74,7 +74,7 @@ struct RangeTransfer {
       }
       if position == end { return }
     }
-    throw EngineError(
+    throw MooncakeError(
       code,
       "payload: no live holder for bytes \(position) to \(end); tried: "
         + failures.joined(separator: "; "))
@@ -82,7 +82,7 @@ struct RangeTransfer {
 
   private func open(
     _ holder: HolderAddress, known: HolderConnection.Index?, until deadline: Deadline
-  ) throws(EngineError) -> HolderConnection {
+  ) throws(MooncakeError) -> HolderConnection {
     let left = EndMark()
     defer { left.set() }
     let abandon: @Sendable (HolderConnection) -> Void = { [engine] in $0.close(engine) }
@@ -94,7 +94,7 @@ struct RangeTransfer {
   }
 
   /// Moves what one grant allows; returns false if this holder has nothing more for us.
-  private mutating func step(_ connection: HolderConnection) throws(EngineError) -> Bool {
+  private mutating func step(_ connection: HolderConnection) throws(MooncakeError) -> Bool {
     let stop = position + min(stepBytes, end - position)
     var shards = manifest.layout.shards(in: position..<stop)
     shards = shards.lowerBound..<min(shards.upperBound, shards.lowerBound + Self.stepShards)
@@ -106,7 +106,7 @@ struct RangeTransfer {
       ? Deadline.never : Deadline(nanoseconds: start + answer.leaseMilliseconds * 900_000)
     switch answer.state {
     case .gone:
-      throw EngineError(.notFound, "it no longer holds this version")
+      throw MooncakeError(.notFound, "it no longer holds this version")
     case .busy:
       try wait(milliseconds: answer.retryMilliseconds)
       return true
@@ -117,7 +117,7 @@ struct RangeTransfer {
     var last = shards.lowerBound
     while last < shards.upperBound, granted.contains(last) { last += 1 }
     let reached: UInt64
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       reached = try move(connection, shards.lowerBound..<last, stop, until: lease)
     } catch {
       let farewell = try? ask(connection.holder, wanted: 0..<0)
@@ -130,7 +130,7 @@ struct RangeTransfer {
     // If the holder has withdrawn the payload, the memory may already have held something else.
     let farewell = try ask(connection.holder, wanted: 0..<0)
     if farewell.state == .gone {
-      throw EngineError(
+      throw MooncakeError(
         .notFound,
         opcode == .read
           ? "it withdrew the payload while it was read"
@@ -143,7 +143,7 @@ struct RangeTransfer {
   }
 
   /// Waits as long as a busy holder says, so that many waiting readers cost it little.
-  private func wait(milliseconds: UInt64) throws(EngineError) {
+  private func wait(milliseconds: UInt64) throws(MooncakeError) {
     let (least, most) = (Self.pauseMilliseconds.lowerBound, Self.pauseMilliseconds.upperBound)
     let pause = min(max(milliseconds, least), most)
     // Spread out, so that those refused together do not return together.
@@ -157,7 +157,7 @@ struct RangeTransfer {
   /// Asks for shards; anything granted earlier must not be read any more.
   private mutating func ask(
     _ holder: HolderAddress, wanted: Range<Int>
-  ) throws(EngineError) -> ShardAnswer {
+  ) throws(MooncakeError) -> ShardAnswer {
     turn += 1
     let request = ShardRequest(
       holding: holder.holding, version: manifest.version, reader: reader, own: nil,
@@ -173,14 +173,14 @@ struct RangeTransfer {
   /// stopped.
   private func move(
     _ connection: HolderConnection, _ shards: Range<Int>, _ limit: UInt64, until lease: Deadline
-  ) throws(EngineError) -> UInt64 {
+  ) throws(MooncakeError) -> UInt64 {
     var requests: [TransferRequest] = []
     var reached = position
     for shard in shards {
       let range = manifest.layout.range(ofShard: shard)
       let stop = min(limit, range.offset + range.length)
       guard let remote = connection.layout.address(of: reached, length: stop - reached) else {
-        throw EngineError(.protocolViolation, "its buffers do not hold whole shards")
+        throw MooncakeError(.protocolViolation, "its buffers do not hold whole shards")
       }
       requests.append(
         TransferRequest(
@@ -195,9 +195,9 @@ struct RangeTransfer {
   /// Moves requests; after a failure none of them touches the caller's memory any more.
   private func run(
     _ requests: [TransferRequest], until deadline: Deadline
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if deadline.hasPassed {
-      throw EngineError(.timeout, "the grant expired before the write began")
+      throw MooncakeError(.timeout, "the grant expired before the write began")
     }
     let batch = try engine.createBatch(capacity: requests.count)
     defer { try? engine.freeBatch(batch) }
@@ -207,7 +207,7 @@ struct RangeTransfer {
       timeoutMilliseconds: HolderConnection.milliseconds(until: deadline),
       notification: nil
     ) { RawRequest(requests[$0]) }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       while try !engine.poll(batch).state.isTerminal {
         try bounds.check("\(end - position) bytes left")
         bounds.sleep(orReadable: event)
@@ -219,7 +219,7 @@ struct RangeTransfer {
     }
     let status = try engine.poll(batch)
     if status.state != .completed {
-      throw EngineError(status.error ?? .canceled, engine.failureMessage(of: batch))
+      throw MooncakeError(status.error ?? .canceled, engine.failureMessage(of: batch))
     }
   }
 }

@@ -51,8 +51,8 @@ package struct HolderRecord: Equatable, Sendable {
     return writer.text
   }
 
-  package init(json: String) throws(EngineError) {
-    self = try PayloadSummary.read(json) { value throws(EngineError) in
+  package init(json: String) throws(MooncakeError) {
+    self = try PayloadSummary.read(json) { value throws(MooncakeError) in
       guard let holder = value["holder"] else { throw PayloadSummary.malformed("holder") }
       return HolderRecord(
         try PayloadSummary(parsing: value), holder: try HolderAddress(parsing: holder),

@@ -50,8 +50,8 @@ package final class PayloadFollower: @unchecked Sendable {
 
   /// Waits for changes and reports them; returns when there were some, when payloads without a head
   /// must be looked at, or at the call's deadline. May be called again after an error.
-  package func turn(_ call: Call) throws(EngineError) {
-    do throws(EngineError) {
+  package func turn(_ call: Call) throws(MooncakeError) {
+    do throws(MooncakeError) {
       for change in try watch.next(call.within(nextLook), listing: call) { take(change) }
       try lookAtHeadless(
         Call(
@@ -104,7 +104,7 @@ package final class PayloadFollower: @unchecked Sendable {
     tell(former == nil ? .appeared(info) : .changed(info))
   }
 
-  private func lookAtHeadless(_ call: Call) throws(EngineError) {
+  private func lookAtHeadless(_ call: Call) throws(MooncakeError) {
     let now = directory.now()
     let keys = headless.filter { $0.value.due <= now }.map(\.key).sorted()
     if keys.isEmpty { return }

@@ -26,8 +26,8 @@ package struct PayloadHead: Equatable, Sendable {
     return writer.text
   }
 
-  package init(json: String) throws(EngineError) {
-    self = try PayloadSummary.read(json) { value throws(EngineError) in
+  package init(json: String) throws(MooncakeError) {
+    self = try PayloadSummary.read(json) { value throws(MooncakeError) in
       guard let origin = value["origin"] else { throw PayloadSummary.malformed("origin") }
       return PayloadHead(
         try PayloadSummary(parsing: value), origin: try HolderAddress(parsing: origin))

@@ -6,9 +6,9 @@ package enum PayloadName {
   package static let maximumBytes = 512
 
   /// Refuses names that cannot be keys.
-  package static func check(_ name: String) throws(EngineError) {
+  package static func check(_ name: String) throws(MooncakeError) {
     guard let reason = fault(name) else { return }
-    throw EngineError(
+    throw MooncakeError(
       .invalidArgument,
       "payload name \(String(reflecting: String(name.prefix(100)))) \(reason): a name has 1 to "
         + "\(maximumBytes) bytes without control characters and does not begin with a slash")

@@ -48,7 +48,7 @@ package struct PayloadSummary: Equatable, Sendable {
     writer.value(isWritable)
   }
 
-  init(parsing value: JSONValue) throws(EngineError) {
+  init(parsing value: JSONValue) throws(MooncakeError) {
     guard let name = value["name"]?.string, PayloadName.fault(name) == nil else {
       throw Self.malformed("name")
     }
@@ -74,25 +74,25 @@ package struct PayloadSummary: Equatable, Sendable {
 
   static func number(
     _ value: JSONValue, _ name: String, upTo limit: UInt64
-  ) throws(EngineError) -> UInt64 {
+  ) throws(MooncakeError) -> UInt64 {
     guard let number = value[name]?.unsigned, number <= limit else { throw malformed(name) }
     return number
   }
 
-  static func malformed(_ what: String) -> EngineError {
-    EngineError(.protocolViolation, "malformed record of a payload: \(what)")
+  static func malformed(_ what: String) -> MooncakeError {
+    MooncakeError(.protocolViolation, "malformed record of a payload: \(what)")
   }
 
   static func read<Result>(
-    _ text: String, _ body: (JSONValue) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ text: String, _ body: (JSONValue) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: text)
     } catch {
       throw malformed(error.description)
     }
-    return try document.read { value throws(EngineError) in
+    return try document.read { value throws(MooncakeError) in
       try StoreVersion.check(value, "the record of a payload")
       return try body(value)
     }

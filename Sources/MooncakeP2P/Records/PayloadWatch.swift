@@ -23,15 +23,15 @@ public final class PayloadWatch: Sendable {
   package init(
     _ directory: StoreDirectory, prefix: String, of watches: PayloadWatches = PayloadWatches(),
     _ handler: @escaping @Sendable (PayloadChange) -> Void
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.watches = watches
     do throws(Errno) {
       loop = try PayloadWatchLoop(directory, prefix: prefix, handler)
       if try watches.start(loop) { return }
     } catch {
-      throw EngineError(.system, "cannot watch payloads: \(error)")
+      throw MooncakeError(.system, "cannot watch payloads: \(error)")
     }
-    throw EngineError(.invalidHandle, "the store was closed")
+    throw MooncakeError(.invalidHandle, "the store was closed")
   }
 
   deinit { stop() }
@@ -105,7 +105,7 @@ final class PayloadWatchLoop: Sendable {
   private func run() {
     var backoff = Backoff()
     while !isStopping.isSet {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try follower.turn(
           Call(
             until: .after(milliseconds: Self.waitMilliseconds),

@@ -14,7 +14,7 @@ extension RecordKeeper {
       until: Deadline(nanoseconds: Clock.now() &+ pause()),
       cancellation: stopping.descriptor.rawValue)
     {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         let isSound = try step()
         let now = directory.now()
         if state.withLock({ $0.keeper.succeeded(at: now, isFinished: isSound) }) {
@@ -38,17 +38,17 @@ extension RecordKeeper {
   }
 
   /// One round; false if something was lost, so that another round is due soon.
-  package func step() throws(EngineError) -> Bool {
+  package func step() throws(MooncakeError) -> Bool {
     let isSound = try renew()
     // Before records are put again: a payload removed meanwhile must not come back.
-    var failure: EngineError?
+    var failure: MooncakeError?
     let removed = try lookAtNames(&failure)
     withdraw(removed)
     let keys = Set(removed.map { directory.holderKey($0) })
     let waiting = state.withLock { $0.slots.filter { !$0.value.isStored }.map(\.key).sorted() }
     for key in waiting where !keys.contains(key) {
       try renewIfDue()
-      try apart(&failure) { () throws(EngineError) in try settle(key, call) }
+      try apart(&failure) { () throws(MooncakeError) in try settle(key, call) }
     }
     let isNews = state.withLock { !$0.isHindered.exchange(failure != nil) }
     if isNews, let failure {
@@ -63,9 +63,9 @@ extension RecordKeeper {
 
   /// Does the work for one key. An obstacle there must not hold up the others.
   private func apart(
-    _ failure: inout EngineError?, _ body: () throws(EngineError) -> Void
-  ) throws(EngineError) {
-    do throws(EngineError) { try body() } catch {
+    _ failure: inout MooncakeError?, _ body: () throws(MooncakeError) -> Void
+  ) throws(MooncakeError) {
+    do throws(MooncakeError) { try body() } catch {
       switch error.code {
       case .protocolViolation, .invalidArgument, .full: failure = failure ?? error
       default: throw error
@@ -82,7 +82,7 @@ extension RecordKeeper {
   // MARK: Lease
 
   /// Renews the lease before anything else; false if an entry is gone.
-  private func renew() throws(EngineError) -> Bool {
+  private func renew() throws(MooncakeError) -> Bool {
     let now = directory.now()
     let (lease, entries) = state.withLock { ($0.keeper.lease, self.entries($0)) }
     var isSound = true
@@ -111,7 +111,7 @@ extension RecordKeeper {
 
   /// Deletes entries on the lease that belong to nothing held here. A put that was never answered
   /// may take effect at any later time, even after its entry was taken back.
-  private func remove(_ strays: [String]) throws(EngineError) {
+  private func remove(_ strays: [String]) throws(MooncakeError) {
     let late = unknown(strays)
     if late.isEmpty { return }
     for (key, value) in zip(late, try store.values(of: late, call)) {
@@ -136,7 +136,7 @@ extension RecordKeeper {
   }
 
   /// Between two calls of a round that may take long.
-  private func renewIfDue() throws(EngineError) {
+  private func renewIfDue() throws(MooncakeError) {
     let now = directory.now()
     if state.withLock({ $0.keeper.isDue(at: now) }) { _ = try renew() }
   }
@@ -154,7 +154,7 @@ extension RecordKeeper {
     var hasRemovals: Bool?
     var removed: [HolderRecord] = []
     /// The first obstacle at a single name.
-    var failure: EngineError?
+    var failure: MooncakeError?
   }
 
   private typealias Item = (key: String, slot: Slot)
@@ -162,8 +162,8 @@ extension RecordKeeper {
   /// Checks the head of each payload held here and puts missing ones. Returns what has been
   /// removed.
   private func lookAtNames(
-    _ failure: inout EngineError?
-  ) throws(EngineError) -> [HolderRecord] {
+    _ failure: inout MooncakeError?
+  ) throws(MooncakeError) -> [HolderRecord] {
     let items: [Item] = state.withLock { state in
       state.slots.filter { $0.value.isWanted && !$0.value.isPublishing }
         .map { ($0.key, $0.value) }.sorted { $0.key < $1.key }
@@ -189,7 +189,7 @@ extension RecordKeeper {
 
   private func look(
     at items: ArraySlice<Item>, _ look: inout Look
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let texts = try store.values(of: items.map { directory.headKey($0.slot.name) }, call)
     var standing: [Item] = []
     var doubtful: [(item: Item, text: String?)] = []
@@ -205,9 +205,9 @@ extension RecordKeeper {
       }
     }
     let tombstones = try store.values(of: doubtful.map { tombstoneKey($0.item) }, call)
-    var failure: EngineError?
+    var failure: MooncakeError?
     for ((item, text), tombstone) in zip(doubtful, tombstones) {
-      try apart(&failure) { () throws(EngineError) in
+      try apart(&failure) { () throws(MooncakeError) in
         var isRemoved = isTombstone(tombstone, of: item)
         if !isRemoved { isRemoved = try judge(item, text, &look, &standing) }
         if isRemoved { look.removed.append(item.slot.record) }
@@ -219,7 +219,7 @@ extension RecordKeeper {
   }
 
   /// Somebody may have removed a name, and found no head, just before this process put one.
-  private func confirm(_ items: [Item], _ look: inout Look) throws(EngineError) {
+  private func confirm(_ items: [Item], _ look: inout Look) throws(MooncakeError) {
     look.hasRemovals = try directory.hasRemovals(call)
     for item in items {
       if look.hasRemovals == true,
@@ -248,7 +248,7 @@ extension RecordKeeper {
   /// version has been removed.
   private func judge(
     _ item: Item, _ text: String?, _ look: inout Look, _ standing: inout [Item]
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let record = item.slot.record
     let head = directory.head(record.name, in: text)
     if let text, let head {
@@ -290,7 +290,7 @@ extension RecordKeeper {
   /// Puts a head that names this holding, if there is none.
   private func stand(
     _ item: Item, isAllowed: Bool, _ standing: inout [Item]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let record = item.slot.record
     var isPut = false
     if record.isComplete && isAllowed {
@@ -301,7 +301,7 @@ extension RecordKeeper {
       if isNewest {
         // Even if the put is not answered.
         state.withLock { $0.slots[item.key]?.isUnconfirmed = true }
-        isPut = try withLease(call) { lease throws(EngineError) in
+        isPut = try withLease(call) { lease throws(MooncakeError) in
           try store.putIfAbsent(headEntry(item.slot), lease: lease, call)
         }
       }
@@ -323,7 +323,7 @@ extension RecordKeeper {
   /// Stores what was found out about a holding.
   private func note(
     _ item: Item, isHeadOurs: Bool, isSuperseded: Bool? = nil, published: UInt64 = 0
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let isLate = state.withLock { state in
       guard var slot = state.slots[item.key], slot.isWanted else { return true }
       // A head published meanwhile is newer than what was seen here.

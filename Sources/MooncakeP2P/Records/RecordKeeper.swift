@@ -93,13 +93,13 @@ package final class RecordKeeper: Sendable {
 
   private static let attemptLimit = 8
 
-  package init(_ directory: StoreDirectory, hasThread: Bool = true) throws(EngineError) {
+  package init(_ directory: StoreDirectory, hasThread: Bool = true) throws(MooncakeError) {
     self.directory = directory
     self.hasThread = hasThread
     let keeper = LeaseKeeper(ttlMilliseconds: directory.ttlMilliseconds, at: directory.now())
     state = Lock(State(keeper: keeper))
     do throws(Errno) { stopping = try EventFD() } catch {
-      throw EngineError(.system, "making an event for records: \(error)")
+      throw MooncakeError(.system, "making an event for records: \(error)")
     }
   }
 
@@ -122,10 +122,10 @@ package final class RecordKeeper: Sendable {
   /// taken and only a new one is wanted; after an error nothing stays published.
   package func publish(
     _ record: HolderRecord, isCreateOnly: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let key = directory.holderKey(record)
     try start()
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
       try outlive(record, key, isCreateOnly: isCreateOnly, call)
       state.withLock { $0.slots[key]?.isPublishing = false }
@@ -139,7 +139,7 @@ package final class RecordKeeper: Sendable {
   /// must not be withdrawn by it afterwards, so it is published again with a later time.
   private func outlive(
     _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     for _ in 0..<Self.attemptLimit {
       guard let slot = state.withLock({ $0.slots[key] }) else { throw Self.closed }
       if try !directory.removals(of: record.name, call).cover(slot.record.summary) { return }
@@ -147,7 +147,7 @@ package final class RecordKeeper: Sendable {
       if isCreateOnly { try directory.delete(headEntry(slot), call) }
       try putWithHead(record, key, isCreateOnly: isCreateOnly, call)
     }
-    throw EngineError(
+    throw MooncakeError(
       .notFound,
       "payload '\(record.name)': each time that it was published in metadata \(directory.uri), "
         + "somebody removed it: register it again once that has stopped")
@@ -155,18 +155,18 @@ package final class RecordKeeper: Sendable {
 
   private func putWithHead(
     _ record: HolderRecord, _ key: String, isCreateOnly: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     note(try latest(record, call), key, isPublishing: true)
     try settle(key, call)
     let head = state.withLock { $0.slots[key].map(headEntry) }
     guard let head else { throw Self.closed }
-    let isPut = try withLease(call) { lease throws(EngineError) in
+    let isPut = try withLease(call) { lease throws(MooncakeError) in
       if isCreateOnly { return try store.putIfAbsent(head, lease: lease, call) }
       try store.put(head, lease: lease, call)
       return true
     }
     if !isPut {
-      throw EngineError(
+      throw MooncakeError(
         .exists,
         "payload '\(record.name)': the name is taken in metadata \(directory.uri): choose "
           + "another, or do not ask for create-only")
@@ -178,7 +178,7 @@ package final class RecordKeeper: Sendable {
   /// that differing clocks do not make it an older version.
   private func latest(
     _ record: HolderRecord, _ call: Call
-  ) throws(EngineError) -> HolderRecord {
+  ) throws(MooncakeError) -> HolderRecord {
     let name = record.name
     let head = directory.head(name, in: try store.values(of: [directory.headKey(name)], call)[0])
     var last = try directory.removals(of: name, call).untilMilliseconds ?? 0
@@ -196,7 +196,7 @@ package final class RecordKeeper: Sendable {
   /// Publishes a holding, or changes to it.
   package func put(_ record: HolderRecord, _ call: Call) {
     let key = directory.holderKey(record)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try start()
       note(record, key)
       try settle(key, call)
@@ -218,7 +218,7 @@ package final class RecordKeeper: Sendable {
       return true
     }
     if !isKnown { return }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try settle(key, call)
     } catch {
       Log.info("payload '\(record.name)': its record could not be deleted yet: \(error.message)")
@@ -243,7 +243,7 @@ package final class RecordKeeper: Sendable {
       return (self.entries(state), state.keeper.lease, state.keeper.endMilliseconds)
     }
     if lease == nil { return }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try store.revoke(
         lease, entries, Call(until: min(end, .after(milliseconds: milliseconds))))
     } catch {
@@ -274,7 +274,7 @@ package final class RecordKeeper: Sendable {
 
   /// Makes the stored record match the wanted one. Another thread may be doing the same: the one
   /// that finds that it stored an outdated record repeats until it is right.
-  func settle(_ key: String, _ call: Call) throws(EngineError) {
+  func settle(_ key: String, _ call: Call) throws(MooncakeError) {
     var didPut = false
     while true {
       guard let slot = state.withLock({ $0.slots[key] }) else {
@@ -283,7 +283,7 @@ package final class RecordKeeper: Sendable {
       }
       if slot.isWanted {
         let entry = MetadataEntry(key: key, value: slot.text)
-        try withLease(call) { lease throws(EngineError) in
+        try withLease(call) { lease throws(MooncakeError) in
           try store.put(entry, lease: lease, call)
         }
         didPut = true
@@ -318,10 +318,10 @@ package final class RecordKeeper: Sendable {
 
   /// Runs `body` with the lease; if that has ended, once more with a new one.
   func withLease<Result>(
-    _ call: Call, _ body: (MetadataLease) throws(EngineError) -> Result
-  ) throws(EngineError) -> Result {
+    _ call: Call, _ body: (MetadataLease) throws(MooncakeError) -> Result
+  ) throws(MooncakeError) -> Result {
     let lease = try lease(call)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       return try body(lease)
     } catch {
       if error.code != .notFound { throw error }
@@ -330,13 +330,13 @@ package final class RecordKeeper: Sendable {
     return try body(try self.lease(call))
   }
 
-  private func lease(_ call: Call) throws(EngineError) -> MetadataLease {
+  private func lease(_ call: Call) throws(MooncakeError) -> MetadataLease {
     let (present, isStopping) = state.withLock { ($0.keeper.lease, $0.isStopping) }
     if isStopping { throw Self.closed }
     if let present { return present }
     let asked = directory.now()
     guard let new = try store.grant(ttlMilliseconds: directory.ttlMilliseconds, call) else {
-      throw EngineError(
+      throw MooncakeError(
         .unsupported,
         "metadata \(directory.uri): this server keeps no leases and lists nothing: the store needs "
           + "mooncake metadata serve, etcd or Redis")
@@ -352,11 +352,11 @@ package final class RecordKeeper: Sendable {
     }
   }
 
-  private static var closed: EngineError { EngineError(.invalidHandle, "the store was closed") }
+  private static var closed: MooncakeError { MooncakeError(.invalidHandle, "the store was closed") }
 
   // MARK: Thread
 
-  private func start() throws(EngineError) {
+  private func start() throws(MooncakeError) {
     do throws(Errno) {
       try state.withLock { state throws(Errno) in
         if state.thread != nil || state.isStopping || !hasThread { return }
@@ -365,7 +365,7 @@ package final class RecordKeeper: Sendable {
         state.thread = try WorkerThread.start(name: "mc-store") { self.run() }
       }
     } catch {
-      throw EngineError(.system, "cannot start the thread for records: \(error)")
+      throw MooncakeError(.system, "cannot start the thread for records: \(error)")
     }
   }
 }

@@ -7,15 +7,16 @@ extension StoreDirectory {
   /// listed with the newest version that a holder has all of.
   package func list(
     prefix start: String, _ call: Call
-  ) throws(EngineError) -> [PayloadInfo] {
+  ) throws(MooncakeError) -> [PayloadInfo] {
     // By bytes: equal strings may be different names.
     var infos: [MetadataKey: PayloadInfo] = [:]
-    try store.forEach(prefix: headKey(start), call) { entry throws(EngineError) in
+    try store.forEach(prefix: headKey(start), call) { entry throws(MooncakeError) in
       guard let head = head(name(ofHead: entry.key), in: entry.value) else { return }
       infos[MetadataKey(head.name)] = head.summary.info(holderCount: 0)
     }
     var headless: [MetadataKey: [HeldVersion]] = [:]
-    try store.forEach(prefix: holderKeys(startingWith: start), call) { entry throws(EngineError) in
+    try store.forEach(prefix: holderKeys(startingWith: start), call) {
+      entry throws(MooncakeError) in
       guard let record = record(entry) else { return }
       let key = MetadataKey(record.name)
       if infos[key] == nil {
@@ -42,7 +43,7 @@ extension StoreDirectory {
   /// a head.
   func lookUp(
     _ names: [MetadataKey], startingWith start: String, _ call: Call
-  ) throws(EngineError) -> (listed: [MetadataKey: PayloadSummary], [MetadataKey: Removals]) {
+  ) throws(MooncakeError) -> (listed: [MetadataKey: PayloadSummary], [MetadataKey: Removals]) {
     var listed: [MetadataKey: PayloadSummary] = [:]
     var removals: [MetadataKey: Removals] = [:]
     if names.count <= Self.singleCount {
@@ -57,7 +58,8 @@ extension StoreDirectory {
     }
     let asked = Set(names)
     var held: [MetadataKey: [HeldVersion]] = [:]
-    try store.forEach(prefix: holderKeys(startingWith: start), call) { entry throws(EngineError) in
+    try store.forEach(prefix: holderKeys(startingWith: start), call) {
+      entry throws(MooncakeError) in
       guard let record = record(entry) else { return }
       let name = MetadataKey(record.name)
       if asked.contains(name) { Self.note(record, &held[name, default: []]) }
@@ -75,7 +77,7 @@ extension StoreDirectory {
 
   private func head(
     of name: MetadataKey, _ call: Call
-  ) throws(EngineError) -> PayloadSummary? {
+  ) throws(MooncakeError) -> PayloadSummary? {
     head(name.text, in: try store.values(of: [headKey(name.text)], call)[0])?.summary
   }
 }

@@ -31,13 +31,13 @@ struct Tombstone: Sendable {
     self.untilMilliseconds = untilMilliseconds
   }
 
-  init(json: String) throws(EngineError) {
+  init(json: String) throws(MooncakeError) {
     (name, version, untilMilliseconds) = try PayloadSummary.read(json) {
-      value throws(EngineError) in
+      value throws(MooncakeError) in
       guard let name = value["name"]?.string,
         let version = value["removed"]?.string.flatMap({ PayloadVersion($0) }),
         let until = value["until_ms"]?.unsigned
-      else { throw EngineError(.protocolViolation, "malformed removal of a payload") }
+      else { throw MooncakeError(.protocolViolation, "malformed removal of a payload") }
       return (name, version, until)
     }
   }
@@ -85,7 +85,7 @@ extension StoreDirectory {
   /// Removes a name: its holders withdraw every version published until now. Returns false if there
   /// is none. Holders with a later version of the store may not understand this removal: then it
   /// throws `unsupported` and removes nothing.
-  package func remove(_ name: String, _ call: Call) throws(EngineError) -> Bool {
+  package func remove(_ name: String, _ call: Call) throws(MooncakeError) -> Bool {
     let start = wallMilliseconds()
     var isRemoved = false
     for _ in 0..<Self.attemptLimit {
@@ -119,7 +119,7 @@ extension StoreDirectory {
 
   private func bury(
     _ name: String, _ summaries: [PayloadSummary], since start: UInt64, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let until = max(start, summaries.map(\.publishedMilliseconds).max() ?? 0)
     // Before, so that holders that are away notice it even if this breaks off; after, because
     // others may have looked in between.
@@ -131,7 +131,7 @@ extension StoreDirectory {
       let entry = MetadataEntry(
         key: tombstoneKey(name, version),
         value: Tombstone(name, version, untilMilliseconds: until).json)
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try store.put(entry, lease: try burialLease(call), call)
       } catch {
         if error.code != .notFound { throw error }
@@ -142,7 +142,7 @@ extension StoreDirectory {
     try putMark(call)
   }
 
-  private func putMark(_ call: Call) throws(EngineError) {
+  private func putMark(_ call: Call) throws(MooncakeError) {
     try store.put(
       MetadataEntry(
         key: removalMarkKey,
@@ -152,7 +152,7 @@ extension StoreDirectory {
 
   /// A lease that lasts long enough, reused for all removals of some period because services limit
   /// how many there are.
-  private func burialLease(_ call: Call) throws(EngineError) -> MetadataLease? {
+  private func burialLease(_ call: Call) throws(MooncakeError) -> MetadataLease? {
     let now = now()
     let present = burial.withLock { $0 }
     if let present,
@@ -168,10 +168,10 @@ extension StoreDirectory {
   /// The removals of one name.
   package func removals(
     of name: String, _ call: Call
-  ) throws(EngineError) -> Removals {
+  ) throws(MooncakeError) -> Removals {
     var removals = Removals()
     if try isListingSpared(call) { return removals }
-    try store.forEach(prefix: removalPrefix(name), call) { entry throws(EngineError) in
+    try store.forEach(prefix: removalPrefix(name), call) { entry throws(MooncakeError) in
       if let tombstone = tombstone(entry) { removals.note(tombstone) }
     }
     return removals
@@ -180,11 +180,11 @@ extension StoreDirectory {
   /// The same for every name that begins with `start` and for which `isAsked` is true.
   func removals(
     startingWith start: String, _ call: Call, isAsked: (MetadataKey) -> Bool
-  ) throws(EngineError) -> [MetadataKey: Removals] {
+  ) throws(MooncakeError) -> [MetadataKey: Removals] {
     var removals: [MetadataKey: Removals] = [:]
     if try isListingSpared(call) { return removals }
     let prefix = removalPrefix + PercentEncoding.encode(start)
-    try store.forEach(prefix: prefix, call) { entry throws(EngineError) in
+    try store.forEach(prefix: prefix, call) { entry throws(MooncakeError) in
       guard let tombstone = tombstone(entry) else { return }
       let name = MetadataKey(tombstone.name)
       if isAsked(name) { removals[name, default: Removals()].note(tombstone) }
@@ -194,13 +194,13 @@ extension StoreDirectory {
 
   /// Whether a listing, for which Redis walks through all of its keys, can be skipped. The mark is
   /// put before any removal and stays: without it, there are no removals.
-  private func isListingSpared(_ call: Call) throws(EngineError) -> Bool {
+  private func isListingSpared(_ call: Call) throws(MooncakeError) -> Bool {
     guard store is RedisService else { return false }
     return try store.values(of: [removalMarkKey], call)[0] == nil
   }
 
   /// Whether any name was removed recently.
-  func hasRemovals(_ call: Call) throws(EngineError) -> Bool {
+  func hasRemovals(_ call: Call) throws(MooncakeError) -> Bool {
     try store.list(prefix: removalPrefix, from: nil, limit: 2, call).entries.contains {
       $0.key != removalMarkKey
     }
@@ -210,7 +210,7 @@ extension StoreDirectory {
   /// a later version of the store writes there.
   private func tombstone(_ entry: MetadataEntry) -> Tombstone? {
     guard let (name, version) = removed(inKey: entry.key) else { return nil }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let tombstone = try Tombstone(json: entry.value)
       if tombstone.version == version && tombstone.name.utf8.elementsEqual(name.utf8) {
         return tombstone

@@ -24,9 +24,9 @@ extension StoreDirectory {
 
   /// The result of `read`; nil if it throws, which is logged once per key.
   func readable<Value>(
-    _ key: String, _ read: () throws(EngineError) -> Value
+    _ key: String, _ read: () throws(MooncakeError) -> Value
   ) -> Value? {
-    do throws(EngineError) { return try read() } catch {
+    do throws(MooncakeError) { return try read() } catch {
       tellUnreadable(key, error.message)
       return nil
     }
@@ -45,27 +45,27 @@ extension StoreDirectory {
   /// store. Checked before reporting that nobody holds it.
   package func refuseLaterRecords(
     of name: String, version: PayloadVersion? = nil, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let prefix = version.map { holderPrefix(name, $0) } ?? holderPrefix(name)
     let page = try store.list(prefix: prefix, from: nil, limit: Self.lookCount, call)
     for entry in page.entries {
-      do throws(EngineError) { _ = try HolderRecord(json: entry.value) } catch {
+      do throws(MooncakeError) { _ = try HolderRecord(json: entry.value) } catch {
         if error.code == .unsupported { throw refusal(entry.key, error) }
       }
     }
   }
 
   /// Why the head of a name cannot be read, if it needs a later version of the store.
-  func refusal(ofHead name: String, _ text: String?) -> EngineError? {
+  func refusal(ofHead name: String, _ text: String?) -> MooncakeError? {
     guard let text else { return nil }
-    do throws(EngineError) { _ = try PayloadHead(json: text) } catch {
+    do throws(MooncakeError) { _ = try PayloadHead(json: text) } catch {
       if error.code == .unsupported { return refusal(headKey(name), error) }
     }
     return nil
   }
 
   /// The error of a call that fails because of an entry.
-  func refusal(_ key: String, _ error: EngineError) -> EngineError {
-    EngineError(error.code, "metadata \(uri): key '\(key)': \(error.message)")
+  func refusal(_ key: String, _ error: MooncakeError) -> MooncakeError {
+    MooncakeError(error.code, "metadata \(uri): key '\(key)': \(error.message)")
   }
 }

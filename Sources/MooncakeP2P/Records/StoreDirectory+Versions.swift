@@ -48,7 +48,7 @@ extension StoreDirectory {
   /// and no more are read for a version once a complete holder is found.
   package func versions(
     of name: String, _ call: Call
-  ) throws(EngineError) -> [HeldVersion] {
+  ) throws(MooncakeError) -> [HeldVersion] {
     let prefix = holderPrefix(name)
     var versions: [HeldVersion] = []
     var position: String?
@@ -81,7 +81,7 @@ extension StoreDirectory {
   /// newer one is not revived when that one is gone, nor is a removed one.
   package func newest(
     of name: String, _ call: Call
-  ) throws(EngineError) -> HeldVersion? {
+  ) throws(MooncakeError) -> HeldVersion? {
     let versions = try versions(of: name, call)
     if !versions.contains(where: \.isCurrent) { return nil }
     return Self.newest(versions, try removals(of: name, call))

@@ -72,16 +72,16 @@ package final class StoreDirectory: Sendable {
   // MARK: One payload
 
   /// The head of a name; nil if there is none.
-  package func head(_ name: String, _ call: Call) throws(EngineError) -> PayloadHead? {
+  package func head(_ name: String, _ call: Call) throws(MooncakeError) -> PayloadHead? {
     guard let text = try store.get(headKey(name), call) else { return nil }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let head = try PayloadHead(json: text)
       if !head.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
       return head
     } catch {
       let refusal = refusal(headKey(name), error)
       if error.code == .unsupported { throw refusal }
-      throw EngineError(
+      throw MooncakeError(
         error.code,
         "\(refusal.message): register the payload anew; else remove the key with `mooncake "
           + "metadata delete`")
@@ -91,10 +91,10 @@ package final class StoreDirectory: Sendable {
   /// The same from a text already read; nil if it cannot be read, which is logged.
   func head(_ name: String, in text: String?) -> PayloadHead? {
     guard let text else { return nil }
-    return readable(headKey(name)) { () throws(EngineError) in
+    return readable(headKey(name)) { () throws(MooncakeError) in
       let head = try PayloadHead(json: text)
       if head.name.utf8.elementsEqual(name.utf8) { return head }
-      throw EngineError(.protocolViolation, "it names another payload")
+      throw MooncakeError(.protocolViolation, "it names another payload")
     }
   }
 
@@ -102,7 +102,7 @@ package final class StoreDirectory: Sendable {
   /// are, no more than the limit are read.
   package func holders(
     of name: String, _ version: PayloadVersion, limit: Int, _ call: Call
-  ) throws(EngineError) -> [HolderRecord] {
+  ) throws(MooncakeError) -> [HolderRecord] {
     let prefix = holderPrefix(name, version)
     let start = prefix + HexNumber.text(.random(in: 0 ... .max))
     let page = try store.list(prefix: prefix, from: start, limit: limit, call)
@@ -119,7 +119,7 @@ package final class StoreDirectory: Sendable {
   /// Holders of all versions of a name, in no useful order.
   package func allHolders(
     of name: String, limit: Int = .max, _ call: Call
-  ) throws(EngineError) -> [HolderRecord] {
+  ) throws(MooncakeError) -> [HolderRecord] {
     if limit == .max {
       return try store.listAll(prefix: holderPrefix(name), call).entries.compactMap(record)
     }
@@ -130,15 +130,15 @@ package final class StoreDirectory: Sendable {
 
   /// The record of an entry; nil if it is malformed or under the wrong key, which is logged.
   func record(_ entry: MetadataEntry) -> HolderRecord? {
-    readable(entry.key) { () throws(EngineError) in
+    readable(entry.key) { () throws(MooncakeError) in
       let record = try HolderRecord(json: entry.value)
       if holderKey(record).utf8.elementsEqual(entry.key.utf8) { return record }
-      throw EngineError(.protocolViolation, "it names another payload or holder")
+      throw MooncakeError(.protocolViolation, "it names another payload or holder")
     }
   }
 
   /// Deletes a key that others may also write, if it has this value.
-  package func delete(_ entry: MetadataEntry, _ call: Call) throws(EngineError) {
+  package func delete(_ entry: MetadataEntry, _ call: Call) throws(MooncakeError) {
     guard store.comparesRevisions else { return try store.revoke(nil, [entry], call) }
     guard let found = try store.getRevised(entry.key, isText: false, call),
       found.value.utf8.elementsEqual(entry.value.utf8)

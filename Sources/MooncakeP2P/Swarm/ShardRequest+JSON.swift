@@ -40,11 +40,11 @@ extension ShardRequest {
   }
 
   /// Reads a request about a payload of this many shards.
-  package init(json value: JSONValue, shardCount: Int) throws(EngineError) {
+  package init(json value: JSONValue, shardCount: Int) throws(MooncakeError) {
     guard let text = value["version"]?.string, let version = PayloadVersion(text) else {
       throw malformed("version")
     }
-    let own = try value["own"].map { value throws(EngineError) in
+    let own = try value["own"].map { value throws(MooncakeError) in
       try HolderAddress(parsing: value)
     }
     var wanted: Range<Int>?
@@ -87,19 +87,19 @@ extension ShardAnswer {
   }
 
   /// Reads an answer about a payload of this many shards.
-  package init(json text: String, shardCount: Int) throws(EngineError) {
+  package init(json text: String, shardCount: Int) throws(MooncakeError) {
     let document: JSONDocument
     do throws(JSONError) {
       document = try JSONDocument(parsing: text)
     } catch {
       throw malformed(error.description)
     }
-    self = try document.read { value throws(EngineError) in
+    self = try document.read { value throws(MooncakeError) in
       try ShardAnswer(parsing: value, shardCount: shardCount)
     }
   }
 
-  private init(parsing value: JSONValue, shardCount: Int) throws(EngineError) {
+  private init(parsing value: JSONValue, shardCount: Int) throws(MooncakeError) {
     try StoreVersion.checkAnswer(value)
     guard let number = value["state"]?.unsigned, let state = State(rawValue: number) else {
       throw malformed("state")
@@ -129,7 +129,7 @@ extension HolderAddress {
   }
 
   /// Reads what `write` wrote.
-  package init(parsing value: JSONValue) throws(EngineError) {
+  package init(parsing value: JSONValue) throws(MooncakeError) {
     self.init(
       holding: try parseHexadecimal(value["holding"], "holding"),
       rpc: try parseName(value["rpc"], "rpc"),
@@ -146,29 +146,29 @@ extension JSONWriter {
   }
 }
 
-private func malformed(_ what: String) -> EngineError {
-  EngineError(.protocolViolation, "malformed message about shards: \(what)")
+private func malformed(_ what: String) -> MooncakeError {
+  MooncakeError(.protocolViolation, "malformed message about shards: \(what)")
 }
 
-private func parseHexadecimal(_ value: JSONValue?, _ name: String) throws(EngineError) -> UInt64 {
+private func parseHexadecimal(_ value: JSONValue?, _ name: String) throws(MooncakeError) -> UInt64 {
   guard let number = value?.string.flatMap({ HexNumber.parse($0) }) else { throw malformed(name) }
   return number
 }
 
 private func parseNumber(
   _ value: JSONValue?, _ name: String, upTo limit: UInt64
-) throws(EngineError) -> UInt64 {
+) throws(MooncakeError) -> UInt64 {
   guard let number = value?.unsigned, number <= limit else { throw malformed(name) }
   return number
 }
 
-private func parseName(_ value: JSONValue?, _ name: String) throws(EngineError) -> String {
+private func parseName(_ value: JSONValue?, _ name: String) throws(MooncakeError) -> String {
   guard let text = value?.string, (1...ShardMessageLimits.nameBytes).contains(text.utf8.count)
   else { throw malformed(name) }
   return text
 }
 
-private func parseShardSet(_ value: JSONValue?, shardCount: Int) throws(EngineError) -> ShardSet {
+private func parseShardSet(_ value: JSONValue?, shardCount: Int) throws(MooncakeError) -> ShardSet {
   guard let value else { return ShardSet(count: shardCount) }
   guard let bytes = value.string.flatMap(Base64.decode),
     let set = ShardSet(count: shardCount, bytes: bytes)
@@ -178,7 +178,7 @@ private func parseShardSet(_ value: JSONValue?, shardCount: Int) throws(EngineEr
 
 private func parseShards(
   _ value: JSONValue?, _ name: String, shardCount: Int
-) throws(EngineError) -> [Int] {
+) throws(MooncakeError) -> [Int] {
   guard let value else { return [] }
   guard value.isArray else { throw malformed(name) }
   var shards: [Int] = []
@@ -191,7 +191,7 @@ private func parseShards(
   return shards
 }
 
-private func parsePeers(_ value: JSONValue?) throws(EngineError) -> [HolderAddress] {
+private func parsePeers(_ value: JSONValue?) throws(MooncakeError) -> [HolderAddress] {
   guard let value else { return [] }
   guard value.isArray else { throw malformed("peers") }
   var peers: [HolderAddress] = []

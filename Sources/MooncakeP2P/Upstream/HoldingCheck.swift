@@ -16,24 +16,24 @@ struct HoldingCheck {
   private static let patienceMilliseconds: UInt64 = 10_000
 
   /// Throws unless all of them held it.
-  func run(_ holders: Set<HolderAddress>) throws(EngineError) {
+  func run(_ holders: Set<HolderAddress>) throws(MooncakeError) {
     for holder in holders { try check(holder) }
   }
 
-  private func check(_ holder: HolderAddress) throws(EngineError) {
+  private func check(_ holder: HolderAddress) throws(MooncakeError) {
     let request = ShardRequest.farewell(
       to: holder, version: manifest.version, reader: reader,
       shardCount: manifest.layout.shardCount)
     let patience = Deadline.after(milliseconds: Self.patienceMilliseconds)
     while true {
-      let failure: EngineError
-      do throws(EngineError) {
+      let failure: MooncakeError
+      do throws(MooncakeError) {
         let deadline = min(bounds.deadline, .after(milliseconds: Self.askMilliseconds))
         let answer = try bounds.wait("asking whether the payload is still held") {
           StoreService.ask(engine, holder, request, until: deadline, $0)
         }
         if answer.state != .gone { return }
-        throw EngineError(
+        throw MooncakeError(
           .noHolder,
           "holder \(holder.segment) at \(holder.rpc) withdrew the payload while it was read, and "
             + "its memory may hold something else now: get it again")
@@ -43,7 +43,7 @@ struct HoldingCheck {
       if [.noHolder, .canceled, .unsupported].contains(failure.code) { throw failure }
       try bounds.check("asking whether the payload is still held")
       if patience.hasPassed {
-        throw EngineError(
+        throw MooncakeError(
           .noHolder,
           "holder \(holder.segment) at \(holder.rpc) did not confirm that it held the payload "
             + "until the last byte was read, so the bytes may be others: \(failure.message)")

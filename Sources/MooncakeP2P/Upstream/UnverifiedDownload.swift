@@ -66,7 +66,7 @@ package struct UnverifiedDownload {
   }
 
   /// Fetches all shards, or those given.
-  package mutating func run(_ shards: [Int]) throws(EngineError) {
+  package mutating func run(_ shards: [Int]) throws(MooncakeError) {
     defer { finish() }
     // They are taken from the end.
     var waiting = shards.reversed().map { shard in
@@ -177,17 +177,17 @@ package struct UnverifiedDownload {
 
   /// Starts a read from the last location, preferring segments that have not failed. Returns the
   /// shard if the location cannot be reached.
-  private mutating func start(_ missing: MissingShard) throws(EngineError) -> MissingShard? {
+  private mutating func start(_ missing: MissingShard) throws(MooncakeError) -> MissingShard? {
     var missing = missing
     guard
       let index = missing.locations.lastIndex(where: { failed[$0.segment] == nil })
         ?? missing.locations.indices.last
     else { throw exhausted(missing.shard) }
     let location = missing.locations.remove(at: index)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let segment = try segment(location.segment)
       let batch = try engine.createBatch(capacity: 1)
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try submit(batch, missing.shard, location, segment)
       } catch {
         try? engine.freeBatch(batch)
@@ -208,10 +208,10 @@ package struct UnverifiedDownload {
 
   private func submit(
     _ batch: BatchID, _ shard: Int, _ location: UpstreamDocument.Location, _ segment: SegmentID
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let length = document.shards[shard].size
     guard let local = layout.address(of: document.offset(of: shard), length: length) else {
-      throw EngineError(.sizeMismatch, "shard \(shard) crosses the end of a buffer")
+      throw MooncakeError(.sizeMismatch, "shard \(shard) crosses the end of a buffer")
     }
     // Never times out by itself: the arrival of bytes decides whether it has failed.
     try engine.submit(batch, count: 1, timeoutMilliseconds: .max, notification: nil) { _ in
@@ -221,14 +221,14 @@ package struct UnverifiedDownload {
     }
   }
 
-  private mutating func segment(_ name: String) throws(EngineError) -> SegmentID {
+  private mutating func segment(_ name: String) throws(MooncakeError) -> SegmentID {
     if let id = segments[MetadataKey(name)] { return id }
     let timeout = min(
       settings.openMilliseconds, HolderConnection.milliseconds(until: bounds.deadline))
     let opened = OpenedSegment()
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let id = try bounds.run(on: workers, "opening a segment") {
-        [engine] () throws(EngineError) in
+        [engine] () throws(MooncakeError) in
         let id = try engine.openSegment(name, timeoutMilliseconds: timeout)
         opened.set(id, engine)
         return id
@@ -241,9 +241,9 @@ package struct UnverifiedDownload {
     }
   }
 
-  private func exhausted(_ shard: Int) -> EngineError {
+  private func exhausted(_ shard: Int) -> MooncakeError {
     let tried = failed.map { "\($0.key): \($0.value)" }.sorted()
-    return EngineError(
+    return MooncakeError(
       .noHolder,
       "payload '\(document.name)': no live holder of shard \(shard); tried: "
         + (tried.isEmpty ? "nobody, no location is listed" : tried.joined(separator: "; ")))
@@ -278,7 +278,7 @@ extension P2PStore {
   func getUnverified(
     _ found: UpstreamCatalog.Found, _ options: GetOptions, _ bounds: Bounds, _ place: Placement,
     _ held: inout Catalog.Entry?, since start: UInt64
-  ) throws(EngineError) -> GetResult {
+  ) throws(MooncakeError) -> GetResult {
     let document = found.document
     Log.info(
       "payload '\(document.name)' has no digests: it was registered by Mooncake's store; its "
@@ -287,7 +287,7 @@ extension P2PStore {
     let (buffers, range, allocations) = try place(geometry)
     var entry = Catalog.Entry(
       name: document.name, isOrigin: false, holding: nil, layout: nil, allocations: allocations)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let layout = try Self.layout(document.name, buffers, in: range, for: geometry)
       try memory.register(
         layout.ranges, location: options.location,
@@ -316,7 +316,7 @@ extension P2PStore {
   /// Reads until every shard came from a location that was still listed afterwards.
   private func fetch(
     _ first: UpstreamCatalog.Found, into layout: BufferLayout, _ bounds: Bounds
-  ) throws(EngineError) -> [GetResult.Source] {
+  ) throws(MooncakeError) -> [GetResult.Source] {
     var (document, revision) = first
     var shards = Array(document.shards.indices)
     var sources: [String: GetResult.Source] = [:]
@@ -331,7 +331,7 @@ extension P2PStore {
       guard let (now, nowRevision) = try shared?.revised(document.name, bounds.call),
         now.isSamePayload(as: document)
       else {
-        throw EngineError(
+        throw MooncakeError(
           .notFound, "payload '\(document.name)': it was replaced or removed while it was fetched")
       }
       if nowRevision == revision { shards = [] }
@@ -347,7 +347,7 @@ extension P2PStore {
       if !isContinued { shards = Array(now.shards.indices) }
       (document, revision) = (now, nowRevision)
     }
-    throw EngineError(
+    throw MooncakeError(
       .noHolder, "payload '\(document.name)': its holders change faster than it is read")
   }
 }

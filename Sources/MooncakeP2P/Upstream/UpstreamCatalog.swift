@@ -53,21 +53,21 @@ package final class UpstreamCatalog: Sendable {
   /// The document of a payload; nil if there is none.
   package func document(
     _ name: String, _ call: Call
-  ) throws(EngineError) -> UpstreamDocument? {
+  ) throws(MooncakeError) -> UpstreamDocument? {
     try revised(name, call)?.document
   }
 
   /// The same with its revision.
   package func revised(
     _ name: String, _ call: Call
-  ) throws(EngineError) -> Found? {
+  ) throws(MooncakeError) -> Found? {
     guard let found = try service.getRevised(key(name), call) else { return nil }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let document = try UpstreamDocument(json: found.value)
       if !document.name.utf8.elementsEqual(name.utf8) { throw PayloadSummary.malformed("name") }
       return (document, found.revision)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         error.code,
         "metadata \(directory.uri): key '\(key(name))': \(error.message): register the payload "
           + "anew; else remove the key with `mooncake metadata delete`")
@@ -77,7 +77,7 @@ package final class UpstreamCatalog: Sendable {
   /// Payloads that have a document, in order of names. Malformed documents are skipped.
   package func list(
     prefix: String, _ call: Call
-  ) throws(EngineError) -> [PayloadInfo] {
+  ) throws(MooncakeError) -> [PayloadInfo] {
     var infos: [PayloadInfo] = []
     var position: String?
     repeat {
@@ -98,10 +98,10 @@ package final class UpstreamCatalog: Sendable {
   /// owners hold other bytes, unless only a new one is wanted.
   package func put(
     _ document: UpstreamDocument, isCreateOnly: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let key = key(document.name)
     keepEntries(document.name)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try replace(document, key, isCreateOnly: isCreateOnly, call)
     } catch {
       if error.code != .exists { noteUnanswered(document.name) }
@@ -111,7 +111,7 @@ package final class UpstreamCatalog: Sendable {
 
   private func replace(
     _ document: UpstreamDocument, _ key: String, isCreateOnly: Bool, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let text = document.json
     let isShared = text.utf8.count <= Self.maximumDocumentBytes
     if isCreateOnly {
@@ -119,7 +119,7 @@ package final class UpstreamCatalog: Sendable {
         try isShared
         ? service.replace(key, writtenBy: 0, with: text, call) : service.get(key, call) == nil
       if !isFree {
-        throw EngineError(
+        throw MooncakeError(
           .exists,
           "payload '\(document.name)': Mooncake's store has it (key '\(key)'): choose another "
             + "name, or do not ask for create-only")
@@ -144,7 +144,7 @@ package final class UpstreamCatalog: Sendable {
     _ call: Call
   ) {
     keepEntries(name)
-    let isDone = change(name, "adding a replica", call) { document throws(EngineError) in
+    let isDone = change(name, "adding a replica", call) { document throws(MooncakeError) in
       guard document.shards.count == addresses.count,
         document.shards.allSatisfy({ $0.replicas.count < Self.maximumReplicaCount })
       else { return false }
@@ -213,7 +213,7 @@ package final class UpstreamCatalog: Sendable {
   private func remove(
     _ segment: String, of name: String, isPending: Bool, _ call: Call
   ) -> Bool {
-    change(name, "removing own entries", call) { document throws(EngineError) in
+    change(name, "removing own entries", call) { document throws(MooncakeError) in
       if isPending && !self.isPending(name) { return false }
       var isChanged = false
       for index in document.shards.indices {
@@ -227,7 +227,7 @@ package final class UpstreamCatalog: Sendable {
   }
 
   /// Removes a payload's document; returns whether there was one.
-  package func remove(_ name: String, _ call: Call) throws(EngineError) -> Bool {
+  package func remove(_ name: String, _ call: Call) throws(MooncakeError) -> Bool {
     try service.delete(key(name), call)
   }
 
@@ -235,9 +235,9 @@ package final class UpstreamCatalog: Sendable {
   /// only helps processes that use Mooncake. Returns whether the document is as wanted.
   private func change(
     _ name: String, _ what: String, _ call: Call,
-    _ body: (inout UpstreamDocument) throws(EngineError) -> Bool
+    _ body: (inout UpstreamDocument) throws(MooncakeError) -> Bool
   ) -> Bool {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       for attempt in 0..<Self.attemptLimit {
         guard let found = try revised(name, call) else { return true }
         var document = found.document

@@ -136,13 +136,13 @@ extension UpstreamDocument {
   }
 
   /// Reads a document that anybody may have written.
-  package init(json: String) throws(EngineError) {
-    self = try PayloadSummary.read(json) { value throws(EngineError) in
+  package init(json: String) throws(MooncakeError) {
+    self = try PayloadSummary.read(json) { value throws(MooncakeError) in
       try UpstreamDocument(parsing: value)
     }
   }
 
-  private init(parsing value: JSONValue) throws(EngineError) {
+  private init(parsing value: JSONValue) throws(MooncakeError) {
     guard let name = value["name"]?.string, PayloadName.fault(name) == nil else {
       throw PayloadSummary.malformed("name")
     }
@@ -181,7 +181,7 @@ extension UpstreamDocument {
   /// A list; a missing one is empty.
   private static func elements(
     _ value: JSONValue, _ name: String, _ limit: Int
-  ) throws(EngineError) -> JSONElements {
+  ) throws(MooncakeError) -> JSONElements {
     guard let list = value[name], !list.isNull else { return .none }
     var count = 0
     for _ in list.elements { count += 1 }
@@ -191,7 +191,7 @@ extension UpstreamDocument {
 
   private static func locations(
     _ value: JSONValue, _ name: String
-  ) throws(EngineError) -> [Location] {
+  ) throws(MooncakeError) -> [Location] {
     var locations: [Location] = []
     for element in try elements(value, name, .max) {
       guard let segment = element["segment_name"]?.string,

@@ -102,7 +102,8 @@ struct BenchInitiatorCommand: ParsableCommand {
   }
 
   /// Runs every combination until one fails or a signal arrives; returns whether all succeeded.
-  private func measure(_ engine: TransferEngine, _ stop: StopRequest) throws(EngineError) -> Bool {
+  private func measure(_ engine: TransferEngine, _ stop: StopRequest) throws(MooncakeError) -> Bool
+  {
     var targets: [BenchTarget] = []
     defer { for target in targets { try? engine.closeSegment(target.segment) } }
     for name in segment.values { targets.append(try open(name, engine)) }
@@ -125,11 +126,11 @@ struct BenchInitiatorCommand: ParsableCommand {
 
   private func open(
     _ name: String, _ engine: TransferEngine
-  ) throws(EngineError) -> BenchTarget {
+  ) throws(MooncakeError) -> BenchTarget {
     let id = try engine.openSegment(name)
     let buffers = try engine.descriptor(of: id).buffers
     guard bufferIndex < buffers.count else {
-      throw EngineError(
+      throw MooncakeError(
         .notFound,
         "segment \(name) has \(buffers.count) registered buffer(s), so there is no buffer"
           + " \(bufferIndex); register one at the target or choose another --buffer-index")

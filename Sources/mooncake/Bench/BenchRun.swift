@@ -48,10 +48,10 @@ struct BenchRun {
   }
 
   /// Blocks that each thread has to itself, over all targets.
-  private func blocksPerThread(_ workload: Workload) throws(EngineError) -> UInt64 {
+  private func blocksPerThread(_ workload: Workload) throws(MooncakeError) -> UInt64 {
     let blocks = partBytes(workload) / UInt64(workload.blockBytes) &* UInt64(targets.count)
     if blocks < UInt64(workload.batchSize) {
-      throw EngineError(
+      throw MooncakeError(
         .invalidArgument,
         "the target's buffer of \(bufferBytes) bytes is too small for \(workload.threadCount)"
           + " thread(s) x \(workload.batchSize) block(s) of \(workload.blockBytes) bytes; use a"
@@ -63,7 +63,7 @@ struct BenchRun {
     return min(blocks, max(1 << 24, UInt64(workload.batchSize)))
   }
 
-  func run(_ workload: Workload) throws(EngineError) -> BenchResult {
+  func run(_ workload: Workload) throws(MooncakeError) -> BenchResult {
     let blockCount = try blocksPerThread(workload)
     var areas: [WorkArea] = []
     defer { for area in areas { release(area) } }
@@ -86,7 +86,7 @@ struct BenchRun {
   }
 
   /// Runs each worker on its own thread, or none if a thread cannot be started.
-  private func runTogether(_ workers: [BenchWorker]) throws(EngineError) -> Snapshot {
+  private func runTogether(_ workers: [BenchWorker]) throws(MooncakeError) -> Snapshot {
     let shared = SharedRun(threadCount: workers.count)
     var threads: [WorkerThread] = []
     var failure: Errno?
@@ -99,13 +99,13 @@ struct BenchRun {
     }
     shared.start(failure == nil)
     for thread in threads { thread.join() }
-    if let failure { throw EngineError(.system, "cannot start a thread: \(failure)") }
+    if let failure { throw MooncakeError(.system, "cannot start a thread: \(failure)") }
     return shared.snapshot.withLock { $0 }
   }
 
   private func makeArea(
     _ workload: Workload, index: Int, blockCount: UInt64
-  ) throws(EngineError) -> WorkArea {
+  ) throws(MooncakeError) -> WorkArea {
     let wanted = min(
       UInt64(max(0, localBytes / workload.threadCount)) / UInt64(workload.blockBytes), blockCount)
     let slots = max(workload.batchSize, Int(wanted))
@@ -124,7 +124,7 @@ struct BenchRun {
       local: local, localSlots: slots, readBack: readBack)
   }
 
-  private func allocateTouched(_ byteCount: Int) throws(EngineError) -> UnsafeMutableRawPointer {
+  private func allocateTouched(_ byteCount: Int) throws(MooncakeError) -> UnsafeMutableRawPointer {
     let memory = try engine.allocate(length: UInt64(byteCount), access: .local)
     memset(memory, 0xA5, byteCount)
     return memory

@@ -98,14 +98,14 @@ struct BenchTargetCommand: ParsableCommand {
 
   private func makeBuffer(
     _ engine: TransferEngine, _ length: UInt64
-  ) throws(EngineError) -> UnsafeMutableRawPointer {
+  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     if !ordinary { return try engine.allocate(length: length, access: access.access) }
     let memory: UnsafeMutableRawPointer
     do throws(Errno) {
       // Never freed: in use until the process ends.
       memory = try MemoryMapping.anonymous(byteCount: Int(length)).release().baseAddress!
     } catch {
-      throw EngineError(.outOfMemory, "\(length) bytes: \(error)")
+      throw MooncakeError(.outOfMemory, "\(length) bytes: \(error)")
     }
     try engine.register(memory, length: length, access: access.access)
     return memory

@@ -92,7 +92,7 @@ final class BenchWorker: @unchecked Sendable {
       requests[0] = TransferRequest(
         opcode: .write, segment: target.segment, source: area.local,
         targetOffset: target.buffer.address &+ at, length: count)
-      attempt { () throws(EngineError) in try execute(1) }
+      attempt { () throws(MooncakeError) in try execute(1) }
       done += count
     }
   }
@@ -128,7 +128,7 @@ final class BenchWorker: @unchecked Sendable {
     batchNumber &+= 1
 
     let begin = Clock.now()
-    guard attempt({ () throws(EngineError) in try execute(count) }) else { return Clock.now() }
+    guard attempt({ () throws(MooncakeError) in try execute(count) }) else { return Clock.now() }
     let end = Clock.now()
     tally.latencies.record(end &- begin)
     tally.bytes &+= UInt64(workload.batchBytes)
@@ -191,7 +191,7 @@ final class BenchWorker: @unchecked Sendable {
     area.partOffset &+ block / UInt64(area.targets.count) &* UInt64(workload.blockBytes)
   }
 
-  private func execute(_ count: Int) throws(EngineError) {
+  private func execute(_ count: Int) throws(MooncakeError) {
     let batchRequests = UnsafeBufferPointer(rebasing: requests[..<count])
     if count == 1 && !workload.usesBatches {
       try engine.transfer(batchRequests, timeoutMilliseconds: workload.timeoutMilliseconds)
@@ -205,13 +205,13 @@ final class BenchWorker: @unchecked Sendable {
     let status = try engine.wait(batch, timeoutMilliseconds: 0)
     if status.state != .completed {
       let message = engine.failureMessage(of: batch)
-      throw EngineError(
+      throw MooncakeError(
         status.error ?? .system, message.isEmpty ? "the batch ended as \(status.state)" : message)
     }
   }
 
   @discardableResult
-  private func attempt(_ body: () throws(EngineError) -> Void) -> Bool {
+  private func attempt(_ body: () throws(MooncakeError) -> Void) -> Bool {
     do {
       try body()
       return true
@@ -235,7 +235,7 @@ final class BenchWorker: @unchecked Sendable {
         spoil(memory)
         set(index, opcode: .read, block: blocks[index], memory: memory)
       }
-      guard attempt({ () throws(EngineError) in try execute(workload.batchSize) }) else { return }
+      guard attempt({ () throws(MooncakeError) in try execute(workload.batchSize) }) else { return }
     }
     for index in 0..<workload.batchSize {
       check(contents, block: blocks[index], memory: requests[index].source)

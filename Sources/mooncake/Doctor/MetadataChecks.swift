@@ -19,7 +19,7 @@ struct MetadataChecks {
   func run() -> [Finding] {
     let parsed: MetadataURI
     let directory: MetadataDirectory
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       parsed = try MetadataURI(parsing: uri)
       if parsed.service == .peerToPeer {
         return [.ok("service", "P2PHANDSHAKE: peers ask each other, there is nothing to check")]
@@ -39,7 +39,7 @@ struct MetadataChecks {
       if isAnyThere && finding.level == .problem { finding.level = .warning }
       return finding
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try roundTrip(directory, &findings)
       try leases(directory, &findings)
     } catch {
@@ -68,7 +68,7 @@ struct MetadataChecks {
     }
   }
 
-  private func advice(for error: EngineError) -> String {
+  private func advice(for error: MooncakeError) -> String {
     switch error.code {
     case .accessDenied:
       "give user and password (MC_METADATA_USERNAME and MC_METADATA_PASSWORD; for Redis"
@@ -85,7 +85,7 @@ struct MetadataChecks {
 
   private func roundTrip(
     _ directory: MetadataDirectory, _ findings: inout [Finding]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let store = directory.store
     let entry = MetadataEntry(
       key: "\(directory.prefix)doctor/\(UInt64.random(in: 0 ... .max))", value: "{\"doctor\":1}")
@@ -107,7 +107,7 @@ struct MetadataChecks {
   /// Puts a key under a short lease and checks when it vanishes.
   private func leases(
     _ directory: MetadataDirectory, _ findings: inout [Finding]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let store = directory.store
     guard let lease = try store.grant(ttlMilliseconds: Self.leaseMilliseconds, call) else {
       findings.append(
@@ -157,7 +157,7 @@ struct MetadataChecks {
   private func renewal(
     _ store: any MetadataService, _ lease: MetadataLease, _ entry: MetadataEntry,
     _ findings: inout [Finding]
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     guard try store.renew(lease, [entry], call) == .kept else {
       findings.append(
         .problem(
@@ -186,7 +186,7 @@ struct MetadataChecks {
     let prefix = directory.routeKey("")
     let routes: [MetadataEntry]
     let segments: [MetadataEntry]
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       routes = try directory.store.listAll(prefix: prefix, call).entries
       segments = try directory.store.listAll(prefix: directory.prefix + "ram/", call).entries
     } catch {
@@ -199,7 +199,7 @@ struct MetadataChecks {
       Finding.ok("entries", "\(segments.count) segment(s), \(routes.count) route(s)")
     ]
     for entry in segments {
-      do throws(EngineError) { _ = try SegmentDescriptor(json: entry.value) } catch {
+      do throws(MooncakeError) { _ = try SegmentDescriptor(json: entry.value) } catch {
         findings.append(
           .warning(
             entry.key, error.message,
@@ -224,7 +224,7 @@ struct MetadataChecks {
   private func owner(
     _ entry: MetadataEntry, _ directory: MetadataDirectory, _ name: String
   ) -> Finding? {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let route = try directory.route(to: name, call)
       try RPCClient.probe(
         route.description, Call(until: .after(milliseconds: min(timeoutMilliseconds, 1000))))

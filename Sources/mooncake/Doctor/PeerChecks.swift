@@ -22,7 +22,7 @@ struct PeerChecks {
     let port = peer.port ?? HandshakeSettings.fromEnvironment().defaultPort
     guard let addresses = resolve(peer.host, port: port, &findings) else { return findings }
     guard connects(addresses, what: "RPC port", &findings) else { return findings }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try examine(port: port, &findings)
     } catch {
       findings.append(
@@ -87,7 +87,7 @@ struct PeerChecks {
     }
   }
 
-  private func examine(port: UInt16, _ findings: inout [Finding]) throws(EngineError) {
+  private func examine(port: UInt16, _ findings: inout [Finding]) throws(MooncakeError) {
     var options = TransferEngine.Options()
     options.defaultTimeoutMilliseconds = timeoutMilliseconds
     // Only TCP, because shared memory would hide problems with the ports of a peer on this host.
@@ -105,7 +105,7 @@ struct PeerChecks {
 
   private func probe(_ engine: TransferEngine, _ findings: inout [Finding]) {
     let begin = Clock.now()
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try engine.probe(name, timeoutMilliseconds: timeoutMilliseconds)
       let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
       findings.append(.ok("probe", "answered in \(span) µs"))
@@ -121,7 +121,7 @@ struct PeerChecks {
   private func fetch(
     _ engine: TransferEngine, _ findings: inout [Finding]
   ) -> (Int32, SegmentDescriptor)? {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let segment = try engine.openSegment(name, timeoutMilliseconds: timeoutMilliseconds)
       return (segment, try engine.descriptor(of: segment))
     } catch {
@@ -201,7 +201,7 @@ struct PeerChecks {
       }
       return
     }
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let memory = try engine.allocate(length: 1, access: .local)
       let begin = Clock.now()
       try engine.transfer(

@@ -8,7 +8,7 @@ enum SelfTest {
   private static let sizes = [1, 4096, 65_537, (4 << 20) + 3]
 
   static func run() -> [Finding] {
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       let findings = try transfers(over: "tcp", ["tcp"])
       if Environment["MC_FORCE_TCP"] != nil { return findings }
       return try findings + transfers(over: "shm", ["shm", "tcp"])
@@ -23,7 +23,7 @@ enum SelfTest {
 
   private static func transfers(
     over transport: String, _ transports: [String]
-  ) throws(EngineError) -> [Finding] {
+  ) throws(MooncakeError) -> [Finding] {
     var options = TransferEngine.Options()
     options.transports = transports
     options.defaultTimeoutMilliseconds = 10_000
@@ -63,7 +63,7 @@ enum SelfTest {
   private static func move(
     _ engine: TransferEngine, _ opcode: Opcode, _ segment: Int32,
     _ memory: UnsafeMutableRawPointer, _ target: UInt64, _ size: Int
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let request = TransferRequest(
       opcode: opcode, segment: segment, source: memory, targetOffset: target,
       length: UInt64(size))
@@ -73,10 +73,10 @@ enum SelfTest {
 
 extension TransferEngine {
   /// Submits one request and waits for it.
-  func transfer(_ request: TransferRequest) throws(EngineError) {
-    var failure: EngineError?
+  func transfer(_ request: TransferRequest) throws(MooncakeError) {
+    var failure: MooncakeError?
     withUnsafePointer(to: request) { pointer in
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try transfer(UnsafeBufferPointer(start: pointer, count: 1))
       } catch {
         failure = error

@@ -48,7 +48,7 @@ enum SharedMemoryChecks {
   /// Whether a peer would be reached through shared memory.
   static func peer(
     _ name: String, _ descriptor: SegmentDescriptor, timeoutMilliseconds: UInt64
-  ) throws(EngineError) -> Finding {
+  ) throws(MooncakeError) -> Finding {
     let subject = "shared memory"
     if descriptor.sharedMemoryName.isEmpty { return .ok(subject, "not offered by the peer") }
     if descriptor.hostIdentity != HostIdentity.current {

@@ -77,10 +77,10 @@ struct MetadataServeCommand: ParsableCommand {
   }
 
   /// The file's text without its line end.
-  private func token() throws(EngineError) -> String? {
+  private func token() throws(MooncakeError) -> String? {
     guard let tokenFile else { return nil }
     guard let text = SystemFiles.text(tokenFile) else {
-      throw EngineError(
+      throw MooncakeError(
         .system,
         "reading the token file \(tokenFile): \(Errno.current): does it exist, and may this user "
           + "read it?")

@@ -71,7 +71,7 @@ struct MetadataGetCommand: ParsableCommand {
     try reportingEngineErrors {
       let store = try service.open()
       guard let value = try store.get(key, service.call) else {
-        throw EngineError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
+        throw MooncakeError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
       }
       if service.json {
         service.print(MetadataEntry(key: key, value: value))
@@ -118,10 +118,10 @@ struct MetadataPutCommand: ParsableCommand {
         try store.grant(ttlMilliseconds: span.milliseconds, service.call)
       }
       if ttl != nil && lease == nil {
-        throw EngineError(
+        throw MooncakeError(
           .unsupported, "metadata \(store.uri): this server has no leases, so a key cannot expire")
       }
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try put(entry, lease, store)
       } catch {
         // End the unused lease, since services limit their number. Without the entry: given it,
@@ -137,24 +137,24 @@ struct MetadataPutCommand: ParsableCommand {
 
   private func put(
     _ entry: MetadataEntry, _ lease: MetadataLease?, _ store: any MetadataService
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if !ifAbsent { return try store.put(entry, lease: lease, service.call) }
     if try !store.putIfAbsent(entry, lease: lease, service.call) {
-      throw EngineError(.busy, "metadata \(store.uri): the key '\(key)' exists already")
+      throw MooncakeError(.busy, "metadata \(store.uri): the key '\(key)' exists already")
     }
   }
 
-  private func standardInput() throws(EngineError) -> String {
+  private func standardInput() throws(MooncakeError) -> String {
     var bytes: [UInt8] = []
     var chunk = [UInt8](repeating: 0, count: 64 << 10)
     while true {
       let count = chunk.withUnsafeMutableBytes { read(STDIN_FILENO, $0.baseAddress, $0.count) }
       if count == 0 { break }
-      if count < 0 { throw EngineError(.system, "reading stdin: \(Errno.current)") }
+      if count < 0 { throw MooncakeError(.system, "reading stdin: \(Errno.current)") }
       bytes += chunk[..<count]
     }
     guard let text = String(validating: bytes, as: UTF8.self) else {
-      throw EngineError(.invalidArgument, "the value on stdin is not UTF-8")
+      throw MooncakeError(.invalidArgument, "the value on stdin is not UTF-8")
     }
     return text
   }
@@ -174,7 +174,7 @@ struct MetadataDeleteCommand: ParsableCommand {
     try reportingEngineErrors {
       let store = try service.open()
       if try !store.delete(key, service.call) {
-        throw EngineError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
+        throw MooncakeError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
       }
       if service.json {
         service.print(MetadataEntry(key: key, value: ""), withValue: false)
@@ -238,7 +238,7 @@ struct MetadataWatchCommand: ParsableCommand {
         // Wait briefly, to notice a service that hangs and a reader that has gone.
         let wait = max(min(patience, .after(milliseconds: 2000)), .after(milliseconds: 1000))
         let listing = service.timeout == nil ? .after(milliseconds: 30_000) : patience
-        do throws(EngineError) {
+        do throws(MooncakeError) {
           let changes = try watch.next(
             call(until: min(end, wait), stop), listing: call(until: min(end, listing), stop))
           for change in changes { print(change) }

@@ -77,7 +77,7 @@ func silenceLog() {
 func reportingEngineErrors<Result>(_ body: () throws -> Result) throws -> Result {
   do {
     return try body()
-  } catch let error as EngineError {
+  } catch let error as MooncakeError {
     printError("mooncake: \(error.message)")
     throw ExitCode(1)
   }

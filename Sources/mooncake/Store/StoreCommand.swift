@@ -65,13 +65,13 @@ struct StoreArguments: ParsableArguments {
       let store = try P2PStore(engineOptions: options)
       defer { store.close() }
       try body(store)
-    } catch let error as EngineError {
+    } catch let error as MooncakeError {
       printError("mooncake: \(error.message)")
       throw ExitCode(Self.exitCode(error, stop))
     }
   }
 
-  private static func exitCode(_ error: EngineError, _ stop: StopRequest) -> Int32 {
+  private static func exitCode(_ error: MooncakeError, _ stop: StopRequest) -> Int32 {
     // After a signal, any other failure is a consequence of it.
     if stop.isRequested { return 130 }
     return switch error.code {

@@ -62,7 +62,7 @@ struct StorePublishCommand: ParsableCommand {
   }
 
   /// Writes the file so that it is complete as soon as it is visible.
-  private func write(_ line: String, to path: FilePath) throws(EngineError) {
+  private func write(_ line: String, to path: FilePath) throws(MooncakeError) {
     let temporary = FilePath(bytes: path.bytes + ".part".utf8)
     do throws(Errno) {
       let file = try FileDescriptor.open(
@@ -77,7 +77,7 @@ struct StorePublishCommand: ParsableCommand {
       }
     } catch {
       _ = temporary.withCString { unlink($0) }
-      throw EngineError(.system, "\(path): \(error)")
+      throw MooncakeError(.system, "\(path): \(error)")
     }
   }
 }
@@ -192,7 +192,7 @@ extension PayloadVersion: ExpressibleByArgument {
 /// Offers a payload until a signal arrives or it is removed.
 private func hold(
   _ payloads: P2PStore, _ name: String, _ files: PayloadFiles?, _ stop: StopRequest, json: Bool
-) throws(EngineError) {
+) throws(MooncakeError) {
   let readers = payloads.readers(of: name)
   while !stop.isRequested {
     let begin = Clock.now()

@@ -36,7 +36,7 @@ struct BatchLifeTests {
       #expect(one.state == .completed && one.error == nil && one.transferredBytes == 4096)
       for index in [3, -1, 10, Int.max] {
         #expect(
-          failureCode { () throws(EngineError) in _ = try engine.poll(batch, request: index) }
+          failureCode { () throws(MooncakeError) in _ = try engine.poll(batch, request: index) }
             == .invalidArgument)
       }
       // A finished batch takes more requests.
@@ -52,12 +52,12 @@ struct BatchLifeTests {
       let engine = pair.initiator
       for capacity in [0, -1, TransferEngine.batchCapacityLimit + 1, Int.max] {
         #expect(
-          failureCode { () throws(EngineError) in _ = try engine.createBatch(capacity: capacity) }
+          failureCode { () throws(MooncakeError) in _ = try engine.createBatch(capacity: capacity) }
             == .invalidArgument)
       }
       let batch = try engine.createBatch(capacity: 2)
-      func submit(_ count: Int) -> EngineError.Code? {
-        failureCode { () throws(EngineError) in
+      func submit(_ count: Int) -> MooncakeError.Code? {
+        failureCode { () throws(MooncakeError) in
           try engine.submit(batch, [TransferRequest](repeating: request, count: count))
         }
       }
@@ -78,7 +78,7 @@ struct BatchLifeTests {
     try Self.withMemory(kind) { pair, local, request in
       let engine = pair.initiator
       local.fill(0xCC)
-      var bad: [(TransferRequest, EngineError.Code)] = []
+      var bad: [(TransferRequest, MooncakeError.Code)] = []
       var change = request
       change.segment = 4711
       bad.append((change, .invalidHandle))
@@ -98,7 +98,7 @@ struct BatchLifeTests {
       bad.append((change, .invalidArgument))
       let batch = try engine.createBatch(capacity: 8)
       for (request, expected) in bad {
-        let code = failureCode { () throws(EngineError) in
+        let code = failureCode { () throws(MooncakeError) in
           try engine.submit(
             batch, [pair.read(into: local.address, from: local.address, 0), request])
         }
@@ -106,7 +106,7 @@ struct BatchLifeTests {
       }
       let raw = RawRequest(opcode: 2, segment: pair.segment, source: 8, targetOffset: 8, length: 8)
       #expect(
-        failureCode { () throws(EngineError) in
+        failureCode { () throws(MooncakeError) in
           try engine.submit(batch, count: 1, timeoutMilliseconds: 0, notification: nil) { _ in raw }
         } == .invalidArgument)
       #expect(try engine.poll(batch).submittedCount == 0)
@@ -125,7 +125,8 @@ struct BatchLifeTests {
           change.length = length
           change.opcode = opcode
           #expect(
-            failureCode { () throws(EngineError) in try pair.initiator.transfer([change]) } != nil)
+            failureCode { () throws(MooncakeError) in try pair.initiator.transfer([change]) } != nil
+          )
         }
       }
       #expect(local.areGuardsIntact)
@@ -146,16 +147,18 @@ struct BatchLifeTests {
     ])
     let milliseconds = elapsedMilliseconds {
       #expect(
-        failureCode { () throws(EngineError) in _ = try engine.wait(batch, timeoutMilliseconds: 100)
+        failureCode { () throws(MooncakeError) in
+          _ = try engine.wait(batch, timeoutMilliseconds: 100)
         }
           == .timeout)
     }
     #expect((80..<1000).contains(milliseconds))
     let running = try engine.poll(batch)
     #expect(running.state == .waiting && running.error == nil && running.terminalCount == 0)
-    #expect(failureCode { () throws(EngineError) in try engine.freeBatch(batch) } == .busy)
+    #expect(failureCode { () throws(MooncakeError) in try engine.freeBatch(batch) } == .busy)
     #expect(
-      failureCode { () throws(EngineError) in try engine.setCallback(batch) { _, _ in } } == .busy)
+      failureCode { () throws(MooncakeError) in try engine.setCallback(batch) { _, _ in } } == .busy
+    )
     try engine.cancel(batch)
     #expect(try engine.wait(batch, timeoutMilliseconds: 2000).state == .canceled)
     try engine.freeBatch(batch)
@@ -194,17 +197,17 @@ struct BatchLifeTests {
       let new = try engine.createBatch(capacity: 1)
       #expect(old != new)
       for id in [old, 0, 1 << 63, .max, new &+ 1] {
-        func refuses(_ body: () throws(EngineError) -> Void) -> Bool {
+        func refuses(_ body: () throws(MooncakeError) -> Void) -> Bool {
           failureCode(body) == .invalidHandle
         }
-        #expect(refuses { () throws(EngineError) in try engine.submit(id, [request]) })
-        #expect(refuses { () throws(EngineError) in _ = try engine.poll(id) })
-        #expect(refuses { () throws(EngineError) in _ = try engine.poll(id, request: 0) })
-        #expect(refuses { () throws(EngineError) in _ = try engine.wait(id) })
-        #expect(refuses { () throws(EngineError) in try engine.cancel(id) })
-        #expect(refuses { () throws(EngineError) in try engine.freeBatch(id) })
-        #expect(refuses { () throws(EngineError) in _ = try engine.eventDescriptor(of: id) })
-        #expect(refuses { () throws(EngineError) in try engine.setCallback(id) { _, _ in } })
+        #expect(refuses { () throws(MooncakeError) in try engine.submit(id, [request]) })
+        #expect(refuses { () throws(MooncakeError) in _ = try engine.poll(id) })
+        #expect(refuses { () throws(MooncakeError) in _ = try engine.poll(id, request: 0) })
+        #expect(refuses { () throws(MooncakeError) in _ = try engine.wait(id) })
+        #expect(refuses { () throws(MooncakeError) in try engine.cancel(id) })
+        #expect(refuses { () throws(MooncakeError) in try engine.freeBatch(id) })
+        #expect(refuses { () throws(MooncakeError) in _ = try engine.eventDescriptor(of: id) })
+        #expect(refuses { () throws(MooncakeError) in try engine.setCallback(id) { _, _ in } })
       }
       try engine.freeBatch(new)
     }
@@ -388,7 +391,7 @@ struct BatchLifeTests {
       let huge = Notification(
         name: "", message: String(repeating: "x", count: Notification.byteLimit + 1))
       #expect(
-        failureCode { () throws(EngineError) in try engine.notify(pair.segment, huge) }
+        failureCode { () throws(MooncakeError) in try engine.notify(pair.segment, huge) }
           == .invalidArgument)
     }
   }

@@ -22,7 +22,7 @@ struct BufferTests {
         let address = target.address + index * stride
         ranges.append((address: UInt64(UInt(bitPattern: address)), length: UInt64(length)))
       }
-      try ranges.withUnsafeBufferPointer { ranges throws(EngineError) in
+      try ranges.withUnsafeBufferPointer { ranges throws(MooncakeError) in
         try pair.target.register(ranges, location: "cpu:0", access: [.remoteRead, .remoteWrite])
       }
       var generator = SeededRandom(seed: 42)
@@ -39,13 +39,13 @@ struct BufferTests {
       }
       // Peers may not access what lies between two buffers.
       let gap = target.address + 77 * stride + length
-      let code = failureCode { () throws(EngineError) in
+      let code = failureCode { () throws(MooncakeError) in
         try pair.initiator.transfer([pair.read(into: local.address, from: gap, 1)])
       }
       #expect(code == .notRegistered)
 
       let addresses = ranges.map(\.address)
-      try addresses.withUnsafeBufferPointer { addresses throws(EngineError) in
+      try addresses.withUnsafeBufferPointer { addresses throws(MooncakeError) in
         try pair.target.unregister(addresses)
       }
       #expect(try pair.target.descriptor(of: 0).buffers.isEmpty)
@@ -110,13 +110,13 @@ struct BufferTests {
       try pair.target.register(hidden.address, length: 4096, access: .local)
       for memory in [readable, writable, hidden] { memory.fill(0x11) }
       let local = GuardedMemory(4096)
-      func attempt(_ opcode: Opcode, _ memory: GuardedMemory) -> EngineError.Code? {
+      func attempt(_ opcode: Opcode, _ memory: GuardedMemory) -> MooncakeError.Code? {
         local.fill(0x22)
         let request =
           opcode == .read
           ? pair.read(into: local.address, from: memory.address, 4096)
           : pair.write(from: local.address, to: memory.address, 4096)
-        return failureCode { () throws(EngineError) in try pair.initiator.transfer([request]) }
+        return failureCode { () throws(MooncakeError) in try pair.initiator.transfer([request]) }
       }
       #expect(attempt(.write, readable) == .accessDenied)
       #expect(attempt(.read, writable) == .accessDenied)
@@ -142,7 +142,7 @@ struct BufferTests {
       let local = GuardedMemory(70_000)
       let request = pair.read(into: local.address, from: memory.address, 70_000)
       #expect(
-        failureCode { () throws(EngineError) in try pair.initiator.transfer([request]) }
+        failureCode { () throws(MooncakeError) in try pair.initiator.transfer([request]) }
           == .notRegistered)
       try pair.target.register(memory.address, length: 70_000, access: .remoteRead)
       try pair.initiator.transfer([request])
@@ -151,7 +151,7 @@ struct BufferTests {
       try pair.target.unregister(memory.address)
       try pair.target.register(memory.address, length: 70_000, access: .remoteWrite)
       #expect(
-        failureCode { () throws(EngineError) in try pair.initiator.transfer([request]) }
+        failureCode { () throws(MooncakeError) in try pair.initiator.transfer([request]) }
           == .accessDenied)
     }
   }
@@ -173,7 +173,7 @@ struct BufferTests {
       #expect(status.state == .failed && status.completedCount == 14 && status.terminalCount == 16)
       #expect(status.transferredBytes == 14 * 4096)
       for (index, one) in try pair.initiator.statuses(batch, count: 16).enumerated() {
-        let expected: EngineError.Code? =
+        let expected: MooncakeError.Code? =
           index == 7 ? .notRegistered : index == 9 ? .accessDenied : nil
         #expect(one.error == expected, "request \(index)")
       }
@@ -228,7 +228,7 @@ struct BufferTests {
           ? pair.read(into: local.address, from: hollow, count)
           : pair.write(from: local.address, to: hollow, count)
         #expect(
-          failureCode { () throws(EngineError) in
+          failureCode { () throws(MooncakeError) in
             try pair.initiator.transfer([request], timeoutMilliseconds: 8000)
           } != nil, "\(count) bytes")
       }

@@ -236,7 +236,7 @@ struct CancelTests {
       #expect(try initiator.poll(empty).state == .completed)
       try initiator.freeBatch(empty)
       #expect(
-        failureCode { () throws(EngineError) in try initiator.cancel(empty) } == .invalidHandle)
+        failureCode { () throws(MooncakeError) in try initiator.cancel(empty) } == .invalidHandle)
     }
   }
 }

@@ -162,7 +162,7 @@ struct ConcurrencyTests {
       }
       #expect(complaints.all.isEmpty, "\(complaints.all.prefix(5))")
       try pair.initiator.closeSegment(pair.segment)
-      #expect(throws: EngineError.self) { _ = try pair.initiator.descriptor(of: pair.segment) }
+      #expect(throws: MooncakeError.self) { _ = try pair.initiator.descriptor(of: pair.segment) }
     }
   }
 
@@ -209,7 +209,7 @@ struct ConcurrencyTests {
       opcode: .write, segment: 0, source: local.address,
       targetOffset: UInt64(UInt(bitPattern: memory.address)), length: 100_000)
     #expect(
-      failureCode { () throws(EngineError) in try engine.transfer([request]) } == .notRegistered)
+      failureCode { () throws(MooncakeError) in try engine.transfer([request]) } == .notRegistered)
     try engine.register(memory.address, length: 100_000, access: .remoteWrite)
     try engine.transfer([request])
     #expect(memory.matches(Pattern(seed: 4)))

@@ -45,7 +45,7 @@ struct DeadlineTests {
     defer { engine.close() }
     peer.stop()
     let milliseconds = elapsedMilliseconds {
-      let code = failureCode { () throws(EngineError) in
+      let code = failureCode { () throws(MooncakeError) in
         _ = try engine.openSegment(peer.name, timeoutMilliseconds: 300)
       }
       #expect(code == .timeout)
@@ -90,7 +90,7 @@ struct DeadlineTests {
     defer { engine.close() }
     let segment = try engine.openSegment(first.name)
     let local = GuardedMemory(1 << 20)
-    func read(_ peer: PeerProcess) throws(EngineError) {
+    func read(_ peer: PeerProcess) throws(MooncakeError) {
       local.fill(0)
       try engine.transfer([
         TransferRequest(
@@ -158,7 +158,7 @@ struct DeadlineTests {
           opcode: opcode, segment: segment, source: local.address,
           targetOffset: FakePeer.bufferAddress, length: count)
         let milliseconds = elapsedMilliseconds {
-          let code = failureCode { () throws(EngineError) in
+          let code = failureCode { () throws(MooncakeError) in
             try engine.transfer([request], timeoutMilliseconds: 200)
           }
           #expect(code == .timeout, "\(opcode) of \(count)")
@@ -193,10 +193,10 @@ struct DeadlineTests {
     let local = GuardedMemory(64)
     let request = TransferRequest(
       opcode: .read, segment: segment, source: local.address, targetOffset: 4096, length: 64)
-    func attempt(_ timeout: UInt64) -> (EngineError.Code?, UInt64) {
-      var code: EngineError.Code?
+    func attempt(_ timeout: UInt64) -> (MooncakeError.Code?, UInt64) {
+      var code: MooncakeError.Code?
       let milliseconds = elapsedMilliseconds {
-        code = failureCode { () throws(EngineError) in
+        code = failureCode { () throws(MooncakeError) in
           try engine.transfer([request], timeoutMilliseconds: timeout)
         }
       }
@@ -226,7 +226,7 @@ struct DeadlineTests {
     defer { engine.close() }
     let segment = try engine.openSegment(peer.name)
     let local = GuardedMemory(256 << 10)
-    let code = failureCode { () throws(EngineError) in
+    let code = failureCode { () throws(MooncakeError) in
       try engine.transfer(
         [
           TransferRequest(

@@ -52,7 +52,7 @@ struct DestroyTests {
     let waiter = try WorkerThread.start(name: "waiter") {
       if let status = try? engine.wait(batch) { waiterStates.update { $0.append(status.state) } }
     }
-    let code = Box<EngineError.Code?>(nil)
+    let code = Box<MooncakeError.Code?>(nil)
     let request = requests[1]
     let transferer = try startTransfer(engine, request, code)
     usleep(50_000)
@@ -76,11 +76,11 @@ struct DestroyTests {
   }
 
   private func startTransfer(
-    _ engine: TransferEngine, _ request: TransferRequest, _ code: Box<EngineError.Code?>
+    _ engine: TransferEngine, _ request: TransferRequest, _ code: Box<MooncakeError.Code?>
   ) throws -> WorkerThread {
     nonisolated(unsafe) let request = request
     return try WorkerThread.start(name: "transfer") {
-      code.value = failureCode { () throws(EngineError) in try engine.transfer([request]) }
+      code.value = failureCode { () throws(MooncakeError) in try engine.transfer([request]) }
     }
   }
 
@@ -106,7 +106,7 @@ struct DestroyTests {
             isWriting
             ? pair.write(from: local.address, to: memory.address, 16 << 20)
             : pair.read(into: local.address, from: memory.address, 16 << 20)
-          let code = failureCode { () throws(EngineError) in
+          let code = failureCode { () throws(MooncakeError) in
             try pair.initiator.transfer([request], timeoutMilliseconds: 15_000)
           }
           complaints.require(local.holdsOnly(0x01), "foreign bytes arrived")
@@ -141,7 +141,7 @@ struct DestroyTests {
     let threads = try (0..<calls).map { index in
       try WorkerThread.start(name: "caller") {
         begun.add(1, ordering: .relaxed)
-        let code = failureCode { () throws(EngineError) in
+        let code = failureCode { () throws(MooncakeError) in
           switch index {
           case 0: _ = try engine.openSegment(peer.name)
           case 1: try engine.probe(peer.name)
@@ -198,27 +198,28 @@ struct DestroyTests {
     let batch = try engine.createBatch(capacity: 1)
     let memory = GuardedMemory(64)
     engine.close()
-    func code(_ body: () throws(EngineError) -> Void) -> EngineError.Code? { failureCode(body) }
+    func code(_ body: () throws(MooncakeError) -> Void) -> MooncakeError.Code? { failureCode(body) }
     #expect(
-      code { () throws(EngineError) in
+      code { () throws(MooncakeError) in
         try engine.register(memory.address, length: 64, access: .local)
       } == .invalidHandle)
     #expect(
-      code { () throws(EngineError) in try engine.unregister(memory.address) } == .invalidHandle)
+      code { () throws(MooncakeError) in try engine.unregister(memory.address) } == .invalidHandle)
     #expect(
-      code { () throws(EngineError) in _ = try engine.allocate(length: 64, access: .local) }
+      code { () throws(MooncakeError) in _ = try engine.allocate(length: 64, access: .local) }
         == .invalidHandle)
     #expect(
-      code { () throws(EngineError) in _ = try engine.openSegment("127.0.0.1:1") }
+      code { () throws(MooncakeError) in _ = try engine.openSegment("127.0.0.1:1") }
         == .invalidHandle)
     #expect(
-      code { () throws(EngineError) in _ = try engine.createBatch(capacity: 1) } == .invalidHandle)
+      code { () throws(MooncakeError) in _ = try engine.createBatch(capacity: 1) } == .invalidHandle
+    )
     let request = TransferRequest(
       opcode: .read, segment: 0, source: memory.address, targetOffset: 64, length: 64)
     #expect(
-      code { () throws(EngineError) in try engine.submit(batch, [request]) } == .invalidHandle)
-    #expect(code { () throws(EngineError) in try engine.transfer([request]) } == .invalidHandle)
-    #expect(code { () throws(EngineError) in _ = try engine.eventDescriptor() } == .invalidHandle)
+      code { () throws(MooncakeError) in try engine.submit(batch, [request]) } == .invalidHandle)
+    #expect(code { () throws(MooncakeError) in try engine.transfer([request]) } == .invalidHandle)
+    #expect(code { () throws(MooncakeError) in _ = try engine.eventDescriptor() } == .invalidHandle)
     #expect(engine.receiveNotification() == nil)
     #expect(!engine.metrics().isEmpty)
     try engine.freeBatch(batch)
@@ -241,7 +242,7 @@ struct DestroyTests {
           let count = index == 0 ? 1 << 20 : 512
           let request = pair.read(into: local.address, from: memory.address, count)
           while true {
-            do throws(EngineError) {
+            do throws(MooncakeError) {
               if index == 1 {
                 try engine.transfer([request])
               } else {

@@ -30,24 +30,24 @@ struct LocalRangeTests {
   /// The outcome for one range, by every way to submit.
   private static func outcomes(
     _ pair: EnginePair, _ request: TransferRequest
-  ) -> [EngineError.Code?] {
+  ) -> [MooncakeError.Code?] {
     let engine = pair.initiator
     return [
-      failureCode { () throws(EngineError) in try engine.transfer([request]) },
-      failureCode { () throws(EngineError) in try engine.transfer([request, request]) },
-      failureCode { () throws(EngineError) in
+      failureCode { () throws(MooncakeError) in try engine.transfer([request]) },
+      failureCode { () throws(MooncakeError) in try engine.transfer([request, request]) },
+      failureCode { () throws(MooncakeError) in
         let batch = try engine.start([request])
         let status = try engine.wait(batch, timeoutMilliseconds: 10_000)
         try engine.freeBatch(batch)
-        if let error = status.error { throw EngineError(error, "") }
+        if let error = status.error { throw MooncakeError(error, "") }
       },
-      failureCode { () throws(EngineError) in
+      failureCode { () throws(MooncakeError) in
         let batch = try engine.createBatch(capacity: 1)
         try engine.submit(
           batch, [request], notification: Notification(name: "n", message: "m"))
         let status = try engine.wait(batch, timeoutMilliseconds: 10_000)
         try engine.freeBatch(batch)
-        if let error = status.error { throw EngineError(error, "") }
+        if let error = status.error { throw MooncakeError(error, "") }
       },
     ]
   }
@@ -55,7 +55,7 @@ struct LocalRangeTests {
   @Test(arguments: TransportKind.allCases)
   func whollyInsideOrWhollyOutside(_ kind: TransportKind) throws {
     try Self.withPages(kind) { pair, local, remote in
-      func check(_ offset: Int, _ count: Int, _ expected: EngineError.Code?) {
+      func check(_ offset: Int, _ count: Int, _ expected: MooncakeError.Code?) {
         for opcode in [Opcode.read, .write] {
           local.fill(0xCD)
           remote.fill(0xAB)
@@ -103,7 +103,7 @@ struct LocalRangeTests {
       let start = local.address + 3 * Self.page
       let good = pair.read(into: local.address, from: remote.address, 16)
       let bad = pair.read(into: start, from: remote.address, Self.page + 1)
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         try pair.initiator.transfer([good, bad])
         Issue.record("it was accepted")
       } catch {
@@ -127,8 +127,8 @@ struct LocalRangeTests {
       let engine = pair.initiator
       let page = Self.page
       let request = pair.read(into: local.address + 3 * page, from: remote.address, 2 * page)
-      func code() -> EngineError.Code? {
-        failureCode { () throws(EngineError) in try engine.transfer([request]) }
+      func code() -> MooncakeError.Code? {
+        failureCode { () throws(MooncakeError) in try engine.transfer([request]) }
       }
       for _ in 0..<3 {
         #expect(code() == .notRegistered)
@@ -167,7 +167,7 @@ struct LocalRangeTests {
       let across = pair.read(into: local.address + 3 * page, from: remote.address, page + 1)
       while !isDone.load(ordering: .acquiring) {
         let codes = [inside, across].map { request in
-          failureCode { () throws(EngineError) in try engine.transfer([request]) }
+          failureCode { () throws(MooncakeError) in try engine.transfer([request]) }
         }
         complaints.require(codes[0] == nil, "inside: \(String(describing: codes[0]))")
         complaints.require(codes[1] == .notRegistered, "across: \(String(describing: codes[1]))")

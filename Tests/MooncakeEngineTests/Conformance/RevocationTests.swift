@@ -26,7 +26,7 @@ struct RevocationTests {
           let end = Deadline.after(milliseconds: 20_000)
           while !end.hasPassed {
             local.fill(0x00)
-            let code = failureCode { () throws(EngineError) in
+            let code = failureCode { () throws(MooncakeError) in
               try pair.initiator.transfer(
                 [pair.read(into: local.address, from: memory.address, Self.byteCount)],
                 timeoutMilliseconds: 10_000)
@@ -66,7 +66,7 @@ struct RevocationTests {
           local.fill(0x02)
           let end = Deadline.after(milliseconds: 20_000)
           while !end.hasPassed {
-            let code = failureCode { () throws(EngineError) in
+            let code = failureCode { () throws(MooncakeError) in
               try pair.initiator.transfer(
                 [pair.write(from: local.address, to: memory.address, Self.byteCount)],
                 timeoutMilliseconds: 10_000)

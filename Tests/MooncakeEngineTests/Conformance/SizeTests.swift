@@ -74,7 +74,7 @@ struct SizeTests {
       }
       for (offset, count) in [(4095, 2), (0, 4097), (8191, 2), (8192, 1), (-1, 1), (-1, 2)] {
         local.fill(0xCC)
-        let code = failureCode { () throws(EngineError) in
+        let code = failureCode { () throws(MooncakeError) in
           try pair.initiator.transfer(
             [pair.read(into: local.address, from: registered + offset, count)])
         }

@@ -8,7 +8,7 @@ import Testing
 @Suite(.serialized) struct ListenAddressTests {
   private func native(
     bind: String? = nil, advertised: String? = nil, port: UInt16 = 0, name: String? = nil
-  ) throws(EngineError) -> OpenedListener {
+  ) throws(MooncakeError) -> OpenedListener {
     var options = ListenOptions()
     options.bindAddress = bind
     options.advertisedAddress = advertised
@@ -19,8 +19,8 @@ import Testing
 
   private func nativeError(
     bind: String? = nil, advertised: String? = nil, port: UInt16 = 0, name: String? = nil
-  ) -> EngineError? {
-    do throws(EngineError) {
+  ) -> MooncakeError? {
+    do throws(MooncakeError) {
       _ = try native(bind: bind, advertised: advertised, port: port, name: name)
       return nil
     } catch {
@@ -118,7 +118,7 @@ import Testing
   private func dropIn(
     _ name: String, host: String? = nil, port: UInt64 = 0, usesStore: Bool = false,
     change: (inout HandshakeSettings) -> Void = { _ in }
-  ) throws(EngineError) -> OpenedListener {
+  ) throws(MooncakeError) -> OpenedListener {
     var options = DropInListenOptions(serverName: name)
     options.hostName = host
     options.port = port
@@ -165,7 +165,7 @@ import Testing
   @Test func dropInWithoutServerNameUsesTheHostName() throws {
     #expect(try dropIn("", host: "127.0.0.1").address.advertisedHost == "127.0.0.1")
     for name in ["", ":", "a b", "[x]"] {
-      #expect(throws: EngineError.self) { _ = try dropIn(name) }
+      #expect(throws: MooncakeError.self) { _ = try dropIn(name) }
     }
   }
 
@@ -192,7 +192,7 @@ import Testing
     let port = try freePort()
     let opened = try dropIn("127.0.0.1") { $0.portRange = port...port }
     #expect(opened.address.port == port)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       _ = try dropIn("127.0.0.1") { $0.portRange = port...port }
       Issue.record("opened")
     } catch {

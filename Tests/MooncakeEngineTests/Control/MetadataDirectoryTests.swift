@@ -40,7 +40,7 @@ struct MetadataDirectoryTests {
     #expect(directory.segmentKey("nvmeof/pool") == "mooncake/c/nvmeof/pool")
     #expect(directory.routeKey("host:1") == "mooncake/c/rpc_meta/host:1")
     for name in ["", "/a", "a\n", String(repeating: "x", count: 1025)] {
-      #expect(throws: EngineError.self) { try MetadataDirectory.check(name) }
+      #expect(throws: MooncakeError.self) { try MetadataDirectory.check(name) }
     }
   }
 
@@ -199,7 +199,7 @@ struct MetadataDirectoryTests {
     let service = try store(server)
     let directory = try MetadataDirectory(MetadataURI(parsing: server.uri))
     for (text, code) in [
-      ("{", EngineError.Code.protocolViolation), ("{}", .protocolViolation),
+      ("{", MooncakeError.Code.protocolViolation), ("{}", .protocolViolation),
       (#"{"ip_or_host_name":"h","rpc_port":0}"#, .protocolViolation),
       (#"{"ip_or_host_name":"","rpc_port":5}"#, .protocolViolation),
     ] {

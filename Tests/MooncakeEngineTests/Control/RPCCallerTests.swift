@@ -7,11 +7,11 @@ import Testing
 
 @Suite struct RPCCallerTests {
   private final class Answers: Sendable {
-    private let results = Lock<[Result<String, EngineError>]>([])
+    private let results = Lock<[Result<String, MooncakeError>]>([])
 
-    func add(_ result: Result<String, EngineError>) { results.withLock { $0.append(result) } }
+    func add(_ result: Result<String, MooncakeError>) { results.withLock { $0.append(result) } }
 
-    func wait(for count: Int) -> [Result<String, EngineError>] {
+    func wait(for count: Int) -> [Result<String, MooncakeError>] {
       let end = Deadline.after(milliseconds: 8000)
       while results.withLock({ $0.count }) < count && !end.hasPassed {
         sleepBriefly(nanoseconds: 1_000_000)

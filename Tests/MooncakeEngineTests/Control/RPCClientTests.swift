@@ -7,8 +7,8 @@ import MooncakeTestSupport
 import Testing
 
 @Suite(.serialized) struct RPCClientTests {
-  private func failure(_ body: () throws(EngineError) -> Void) -> EngineError? {
-    do throws(EngineError) {
+  private func failure(_ body: () throws(MooncakeError) -> Void) -> MooncakeError? {
+    do throws(MooncakeError) {
       try body()
       return nil
     } catch {
@@ -76,7 +76,7 @@ import Testing
 
   @Test func peerWithoutSegmentIsNotFound() throws {
     let server = try makeServer(descriptor: nil)
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       _ = try RPCClient.fetchDescriptor(
         of: server.name, own: "{}", Call(until: .after(milliseconds: 5000)))
     }
@@ -88,7 +88,7 @@ import Testing
   @Test func refusedFailsAtOnce() throws {
     let name = try makeListener().localAddress().description
     let start = Clock.now()
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(name, Call(until: .after(milliseconds: 10_000)))
     }
     #expect(error?.code == .unreachable)
@@ -100,7 +100,7 @@ import Testing
     let listener = try makeListener()
     let name = try listener.localAddress().description
     let start = Clock.now()
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(name, Call(until: .after(milliseconds: 200)))
     }
     #expect(error?.code == .timeout)
@@ -114,7 +114,7 @@ import Testing
     let port = try listener.localAddress().port
     var settings = HandshakeSettings()
     settings.maximumLength = 128 << 20
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       _ = try RPCClient.ask(
         HostPort(host: "127.0.0.1", port: port), type: .notify,
         body: String(repeating: " ", count: 64 << 20), settings: settings,
@@ -141,7 +141,7 @@ import Testing
     }
     usleep(20_000)
     let start = Clock.now()
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(address.description, Call(until: .after(milliseconds: 300)))
     }
     #expect(error?.code == .timeout)
@@ -162,10 +162,10 @@ import Testing
       (RPCMessage.encoded(type: .connection, isOldProtocol: true, body: "{}"), .protocolViolation),
       (RPCMessage.encoded(type: .probe, body: "{"), .protocolViolation),
       ([2, 0, 0, 0, 0, 0, 0, 0, 3, 0xFF], .protocolViolation),
-    ] as [([UInt8], EngineError.Code)])
-  func badAnswers(bytes: [UInt8], code: EngineError.Code) throws {
+    ] as [([UInt8], MooncakeError.Code)])
+  func badAnswers(bytes: [UInt8], code: MooncakeError.Code) throws {
     let (name, thread) = try makePeer(answering: bytes)
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(name, Call(until: .after(milliseconds: 5000)))
     }
     #expect(error?.code == code, "\(error?.message ?? "no error")")
@@ -181,7 +181,7 @@ import Testing
       let peer = try HostPort(parsing: name)
       var settings = HandshakeSettings()
       settings.maximumLength = 128 << 20
-      let error = failure { () throws(EngineError) in
+      let error = failure { () throws(MooncakeError) in
         _ = try RPCClient.ask(
           peer, type: .notify, body: body, settings: settings,
           Call(until: .after(milliseconds: 5000)))
@@ -196,7 +196,7 @@ import Testing
     String(repeating: "a", count: 5000),
   ])
   func badNames(name: String) {
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(name, Call(until: .after(milliseconds: 1000)))
     }
     #expect(error?.code == .invalidArgument)
@@ -204,7 +204,7 @@ import Testing
   }
 
   @Test func unknownHost() {
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe("no-such-host.invalid:1", Call(until: .after(milliseconds: 10_000)))
     }
     #expect(error?.code == .unresolved || error?.code == .timeout)
@@ -212,7 +212,7 @@ import Testing
   }
 
   @Test func tooLongNotificationIsRefusedHere() throws {
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.notify(
         "127.0.0.1:1", Notification(name: "", message: String(repeating: "x", count: 1 << 20)),
         settings: HandshakeSettings(), Call(until: .after(milliseconds: 1000)))
@@ -223,7 +223,7 @@ import Testing
 
   @Test func tooLongAnswerSaysWhatToRaise() throws {
     let server = try makeServer(descriptor: "\"" + String(repeating: "x", count: 2 << 20) + "\"")
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       _ = try RPCClient.fetchDescriptor(
         of: server.name, own: "{}", settings: HandshakeSettings(),
         Call(until: .after(milliseconds: 5000)))
@@ -247,7 +247,7 @@ import Testing
   @Test func passedDeadlineFailsWithoutWaiting() throws {
     let listener = try makeListener()
     let name = try listener.localAddress().description
-    let error = failure { () throws(EngineError) in
+    let error = failure { () throws(MooncakeError) in
       try RPCClient.probe(name, Call(until: Deadline(nanoseconds: 1)))
     }
     #expect(error?.code == .timeout)
@@ -275,7 +275,7 @@ import Testing
     let threads = try (0..<16).map { _ in
       try WorkerThread.start(name: "client") {
         for _ in 0..<25 {
-          do throws(EngineError) {
+          do throws(MooncakeError) {
             try RPCClient.probe(name, Call(until: .after(milliseconds: 10_000)))
           } catch {
             Issue.record("\(error)")

@@ -14,14 +14,14 @@ struct RefusedRegistrationTests {
     (0..<count).map { (0x10_0000_0000 + UInt64($0) * 8192, 4096) }
   }
 
-  private func register(_ engine: TransferEngine, _ ranges: [Range]) throws(EngineError) {
-    try ranges.withUnsafeBufferPointer { pointer throws(EngineError) in
+  private func register(_ engine: TransferEngine, _ ranges: [Range]) throws(MooncakeError) {
+    try ranges.withUnsafeBufferPointer { pointer throws(MooncakeError) in
       try engine.register(pointer, location: "*", access: [.remoteRead, .remoteWrite])
     }
   }
 
-  private func refusal(_ engine: TransferEngine, _ ranges: [Range]) -> EngineError? {
-    do throws(EngineError) {
+  private func refusal(_ engine: TransferEngine, _ ranges: [Range]) -> MooncakeError? {
+    do throws(MooncakeError) {
       try register(engine, ranges)
       return nil
     } catch {

@@ -155,7 +155,7 @@ struct SegmentDescriptorJSONTests {
     let bytes = Array(stock.utf8)
     for length in 0..<bytes.count {
       let prefix = String(decoding: bytes[..<length], as: UTF8.self)
-      #expect(throws: EngineError.self) { try SegmentDescriptor(json: prefix) }
+      #expect(throws: MooncakeError.self) { try SegmentDescriptor(json: prefix) }
     }
   }
 

@@ -12,10 +12,10 @@ struct BufferTableTests {
       location: "cpu:0")
   }
 
-  private static func insert(_ table: BufferTable, _ ranges: (UInt64, UInt64)...) -> EngineError
+  private static func insert(_ table: BufferTable, _ ranges: (UInt64, UInt64)...) -> MooncakeError
     .Code?
   {
-    failureCode { () throws(EngineError) in
+    failureCode { () throws(MooncakeError) in
       try table.insert(ranges.map { buffer($0.0, $0.1) })
     }
   }

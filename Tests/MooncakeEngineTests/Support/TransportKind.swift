@@ -16,7 +16,7 @@ enum TransportKind: String, CaseIterable, Sendable {
 /// An engine on loopback that uses one transport.
 func makeEngine(
   _ kind: TransportKind = .tcp, change: (inout TransferEngine.Options) -> Void = { _ in }
-) throws(EngineError) -> TransferEngine {
+) throws(MooncakeError) -> TransferEngine {
   var options = TransferEngine.Options()
   options.transports = kind.transports
   options.defaultTimeoutMilliseconds = 20_000
@@ -89,8 +89,8 @@ func withPair(
 extension TransferEngine {
   func transfer(
     _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) {
-    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+  ) throws(MooncakeError) {
+    try requests.withUnsafeBufferPointer { requests throws(MooncakeError) in
       try transfer(requests, timeoutMilliseconds: timeoutMilliseconds)
     }
   }
@@ -98,8 +98,8 @@ extension TransferEngine {
   func submit(
     _ batch: BatchID, _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0,
     notification: Notification? = nil
-  ) throws(EngineError) {
-    try requests.withUnsafeBufferPointer { requests throws(EngineError) in
+  ) throws(MooncakeError) {
+    try requests.withUnsafeBufferPointer { requests throws(MooncakeError) in
       try submit(
         batch, requests, timeoutMilliseconds: timeoutMilliseconds, notification: notification)
     }
@@ -108,14 +108,14 @@ extension TransferEngine {
   /// Submits requests in a new batch.
   func start(
     _ requests: [TransferRequest], timeoutMilliseconds: UInt64 = 0
-  ) throws(EngineError) -> BatchID {
+  ) throws(MooncakeError) -> BatchID {
     let batch = try createBatch(capacity: max(1, requests.count))
     try submit(batch, requests, timeoutMilliseconds: timeoutMilliseconds)
     return batch
   }
 
   /// The status of each request.
-  func statuses(_ batch: BatchID, count: Int) throws(EngineError) -> [TransferStatus] {
+  func statuses(_ batch: BatchID, count: Int) throws(MooncakeError) -> [TransferStatus] {
     var statuses: [TransferStatus] = []
     for index in 0..<count { statuses.append(try poll(batch, request: index)) }
     return statuses
@@ -123,8 +123,8 @@ extension TransferEngine {
 }
 
 /// The code of the error that `body` throws; nil if it throws none.
-func failureCode(_ body: () throws(EngineError) -> Void) -> EngineError.Code? {
-  do throws(EngineError) {
+func failureCode(_ body: () throws(MooncakeError) -> Void) -> MooncakeError.Code? {
+  do throws(MooncakeError) {
     try body()
     return nil
   } catch {

@@ -36,7 +36,7 @@ struct BatchTests {
 
   private func submit(
     _ batch: Batch, _ count: Int, notification: Notification? = nil
-  ) throws(EngineError) -> Range<Int> {
+  ) throws(MooncakeError) -> Range<Int> {
     let first = try batch.beginSubmit(count)
     for index in first..<(first + count) {
       batch.prepare(
@@ -54,7 +54,7 @@ struct BatchTests {
 
   /// Checks whether every view of a batch says terminal.
   private func expect(
-    _ batch: Batch, _ state: TransferState, _ error: EngineError.Code?, submitted: UInt64,
+    _ batch: Batch, _ state: TransferState, _ error: MooncakeError.Code?, submitted: UInt64,
     completed: UInt64, bytes: UInt64
   ) {
     let status = batch.status
@@ -87,11 +87,11 @@ struct BatchTests {
   @Test func oneSubmitterAtATime() throws {
     let batch = makeBatch(4)
     #expect(try batch.beginSubmit(2) == 0)
-    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(1) } == .busy)
+    #expect(failureCode { () throws(MooncakeError) in _ = try batch.beginSubmit(1) } == .busy)
     batch.endSubmit()
     #expect(try submit(batch, 3) == 0..<3)
-    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(2) } == .full)
-    #expect(failureCode { () throws(EngineError) in _ = try batch.beginSubmit(.max) } == .full)
+    #expect(failureCode { () throws(MooncakeError) in _ = try batch.beginSubmit(2) } == .full)
+    #expect(failureCode { () throws(MooncakeError) in _ = try batch.beginSubmit(.max) } == .full)
     #expect(try submit(batch, 1) == 3..<4)
     for index in 0..<4 { Batch.end(batch.slices + index, .completed) }
     #expect(batch.status.completedCount == 4)
@@ -146,7 +146,7 @@ struct BatchTests {
     let batch = makeBatch(1)
     _ = try submit(batch, 1, notification: Notification(name: "n", message: "m"))
     Batch.end(batch.slices, .completed)
-    batch.endNotification(EngineError(.full, "the peer's queue is full"))
+    batch.endNotification(MooncakeError(.full, "the peer's queue is full"))
     #expect(batch.isTerminal && batch.status.error == .full)
     #expect(batch.failureMessage == "the peer's queue is full")
     #expect(batch.status.completedCount == 1)
@@ -163,7 +163,7 @@ struct BatchTests {
       #expect(states.value.count == index + 1)
     }
     #expect(states.value == [.completed, .canceled])
-    #expect(failureCode { () throws(EngineError) in try batch.setCallback { _, _ in } } == .busy)
+    #expect(failureCode { () throws(MooncakeError) in try batch.setCallback { _, _ in } } == .busy)
   }
 
   @Test func resetMakesItNew() throws {
@@ -301,8 +301,8 @@ struct BatchTableTests {
     Batch(capacity: 1, pool: SlicePool(), drivers: DriverTable(), announcer: nil)
   }
 
-  private static func code(_ table: BatchTable, _ id: UInt64) -> EngineError.Code? {
-    failureCode { () throws(EngineError) in try table.with(id) { _ throws(EngineError) in } }
+  private static func code(_ table: BatchTable, _ id: UInt64) -> MooncakeError.Code? {
+    failureCode { () throws(MooncakeError) in try table.with(id) { _ throws(MooncakeError) in } }
   }
 
   @Test func generations() throws {
@@ -325,7 +325,7 @@ struct BatchTableTests {
     let table = BatchTable()
     let id = try table.insert(Self.makeBatch())
     #expect(
-      failureCode { () throws(EngineError) in try table.remove(id) { _ in false } } == .busy)
+      failureCode { () throws(MooncakeError) in try table.remove(id) { _ in false } } == .busy)
     #expect(Self.code(table, id) == nil)
     var ids: [UInt64] = []
     table.withEach { ids.append($0.id) }
@@ -339,16 +339,16 @@ struct BatchTableTests {
   @Test func requestsOfAllBatches() throws {
     let table = BatchTable()
     let share = BatchTable.requestLimit / 16
-    func insert(_ capacity: Int) throws(EngineError) -> UInt64 {
+    func insert(_ capacity: Int) throws(MooncakeError) -> UInt64 {
       try table.insert(
         Batch(capacity: capacity, pool: SlicePool(), drivers: DriverTable(), announcer: nil))
     }
     var ids: [UInt64] = []
     for _ in 0..<16 { ids.append(try insert(share)) }
-    #expect(failureCode { () throws(EngineError) in _ = try insert(1) } == .full)
+    #expect(failureCode { () throws(MooncakeError) in _ = try insert(1) } == .full)
     try table.remove(ids[0]) { _ in true }
     _ = try insert(share)
-    #expect(failureCode { () throws(EngineError) in _ = try insert(1) } == .full)
+    #expect(failureCode { () throws(MooncakeError) in _ = try insert(1) } == .full)
   }
 
   @Test func full() throws {
@@ -357,7 +357,7 @@ struct BatchTableTests {
     var ids: [UInt64] = []
     for _ in 0..<BatchTable.capacity { ids.append(try table.insert(batch)) }
     #expect(
-      failureCode { () throws(EngineError) in _ = try table.insert(batch) } == .full)
+      failureCode { () throws(MooncakeError) in _ = try table.insert(batch) } == .full)
     try table.remove(ids[777]) { _ in true }
     let again = try table.insert(batch)
     #expect(again != ids[777] && again & 0xFFFF_FFFF == ids[777] & 0xFFFF_FFFF)
@@ -389,11 +389,11 @@ struct BatchTableTests {
       while !isDone.load(ordering: .acquiring) {
         let id = current.load(ordering: .acquiring)
         if index == 1 {
-          try? table.with(id) { batch throws(EngineError) in
+          try? table.with(id) { batch throws(MooncakeError) in
             complaints.require(batch.id == id, "another batch")
           }
         } else {
-          let code = failureCode { () throws(EngineError) in try table.remove(id) { _ in true } }
+          let code = failureCode { () throws(MooncakeError) in try table.remove(id) { _ in true } }
           if code == nil { removed.add(1, ordering: .relaxed) }
           complaints.require(code == nil || code == .invalidHandle, "\(String(describing: code))")
         }

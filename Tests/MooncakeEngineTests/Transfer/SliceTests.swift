@@ -174,7 +174,7 @@ struct OutcomeTests {
     #expect(Outcome.completed.state == .completed && Outcome.completed.error == nil)
     #expect(Outcome.canceled.state == .canceled && Outcome.canceled.error == .canceled)
     #expect(Outcome.timeout.state == .timeout && Outcome.timeout.error == .timeout)
-    for code in EngineError.Code.allCases {
+    for code in MooncakeError.Code.allCases {
       let outcome = Outcome.failed(code)
       let state: TransferState =
         code == .canceled ? .canceled : code == .timeout ? .timeout : .failed

@@ -33,8 +33,8 @@ struct RedisRefusalTests {
       ("WRONGPASS invalid username-password pair", .accessDenied, "MC_REDIS_PASSWORD"),
       ("NOAUTH Authentication required.", .accessDenied, "MC_REDIS_PASSWORD"),
       ("ERR unknown command 'EVAL'", .protocolViolation, "Redis 5"),
-    ] as [(String, EngineError.Code, String)])
-  func meaning(text: String, code: EngineError.Code, word: String) {
+    ] as [(String, MooncakeError.Code, String)])
+  func meaning(text: String, code: MooncakeError.Code, word: String) {
     let failure = RedisRefusal.failure(text, isLogin: false)
     #expect(failure.code == code)
     #expect("\(failure.cause): \(failure.remedy)".contains(word))
@@ -51,8 +51,8 @@ struct RedisRefusalTests {
       ("ERR Client sent AUTH, but no password is set", .accessDenied),
       ("ERR DB index is out of range", .accessDenied),
       ("ERR invalid DB index", .accessDenied),
-    ] as [(String, EngineError.Code)])
-  func login(text: String, code: EngineError.Code) {
+    ] as [(String, MooncakeError.Code)])
+  func login(text: String, code: MooncakeError.Code) {
     #expect(RedisRefusal.failure(text, isLogin: true).code == code)
   }
 
@@ -75,7 +75,7 @@ struct RedisRefusalTests {
       ("DENIED Redis is running in protected mode", .accessDenied),
       ("ERR max number of clients reached", .unreachable),
       ("ERR odd", .unreachable),
-    ] as [(String, EngineError.Code)] {
+    ] as [(String, MooncakeError.Code)] {
       let failure = #expect(throws: RedisFailure.self) {
         try RedisRefusal.check(hello: .refusal(text))
       }

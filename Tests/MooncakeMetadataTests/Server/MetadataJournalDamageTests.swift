@@ -186,7 +186,7 @@ struct MetadataJournalDamageTests {
       var options = MetadataServer.Options()
       options.directory = folder.path
       let bytes = folder.bytes
-      let error = try #require(throws: EngineError.self) { try MetadataServer(options) }
+      let error = try #require(throws: MooncakeError.self) { try MetadataServer(options) }
       for word in [folder.file, problem, "move the file away"] {
         #expect(error.message.contains(word), "\(error.message)")
       }
@@ -220,7 +220,7 @@ struct MetadataJournalDamageTests {
       errno = EIO
       return -1
     }
-    #expect(throws: EngineError.self) {
+    #expect(throws: MooncakeError.self) {
       try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
     }
     #expect(try folder.read() == [])
@@ -245,7 +245,7 @@ struct MetadataJournalDamageTests {
         errno = EIO
         return -1
       }
-      let error = try #require(throws: EngineError.self) {
+      let error = try #require(throws: MooncakeError.self) {
         try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
       }
       #expect(error.message.contains(folder.path), "\(error.message)")
@@ -262,7 +262,7 @@ struct MetadataJournalDamageTests {
       errno = EIO
       return -1
     }
-    let error = try #require(throws: EngineError.self) {
+    let error = try #require(throws: MooncakeError.self) {
       try MetadataJournal(directory: folder.path, disk: disk) { _ in nil }
     }
     #expect(error.message.contains("cutting"), "\(error.message)")

@@ -76,14 +76,14 @@ struct MetadataJournalTests {
   @Test func foreignFilesStay() throws {
     let folder = JournalFolder()
     folder.bytes = Array("something else entirely".utf8)
-    #expect(throws: EngineError.self) { try folder.read() }
+    #expect(throws: MooncakeError.self) { try folder.read() }
     #expect(folder.bytes == Array("something else entirely".utf8))
   }
 
   @Test func oneServerAtATime() throws {
     let folder = JournalFolder()
     let first = try MetadataJournal(directory: folder.path) { _ in nil }
-    #expect(throws: EngineError.self) { try folder.read() }
+    #expect(throws: MooncakeError.self) { try folder.read() }
     withExtendedLifetime(first) {}
   }
 
@@ -124,7 +124,7 @@ struct MetadataJournalTests {
   }
 
   @Test func missingParentsAreTold() {
-    #expect(throws: EngineError.self) {
+    #expect(throws: MooncakeError.self) {
       try MetadataJournal(directory: "/nonexistent/a/b") { _ in nil }
     }
   }

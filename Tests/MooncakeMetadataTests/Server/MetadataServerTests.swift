@@ -96,7 +96,7 @@ struct MetadataServerTests {
     }
     server.stop()
     options.maximumBytes = 1 << 20
-    let error = try #require(throws: EngineError.self) { try MetadataServer(options) }
+    let error = try #require(throws: MooncakeError.self) { try MetadataServer(options) }
     #expect(error.code == .invalidArgument)
     for word in [folder.path, "--memory 2MiB", "maximum_bytes", "\(1 << 20)"] {
       #expect(error.message.contains(word), "\(error.message)")

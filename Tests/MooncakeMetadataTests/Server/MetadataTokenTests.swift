@@ -24,7 +24,7 @@ struct MetadataTokenTests {
   @Test func malformed() {
     for text in ["", " a", "a ", "a\nb", "a\r", "\u{7F}", "é", String(repeating: "a", count: 5000)]
     {
-      do throws(EngineError) {
+      do throws(MooncakeError) {
         _ = try MetadataToken(text, from: "THE SOURCE")
         Issue.record("accepted \(text)")
       } catch {
@@ -56,7 +56,7 @@ struct MetadataTokenTests {
         do {
           try body()
           Issue.record("accepted without the token")
-        } catch let error as EngineError {
+        } catch let error as MooncakeError {
           #expect(error.code == .accessDenied)
           #expect(error.message.contains("MC_METADATA_HTTP_TOKEN"))
           #expect(!error.message.contains(secret) && !error.message.contains("wrong"))

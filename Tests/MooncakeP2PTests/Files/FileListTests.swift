@@ -13,7 +13,7 @@ import Testing
 
   private func refusal(_ attributes: String, sizes: [UInt64] = [1]) throws -> String {
     let manifest = try Self.manifest(attributes, sizes: sizes)
-    let error = #expect(throws: EngineError.self) { try FileList(parsing: manifest) }
+    let error = #expect(throws: MooncakeError.self) { try FileList(parsing: manifest) }
     #expect(error?.code == .protocolViolation)
     return error?.message ?? ""
   }
@@ -64,7 +64,7 @@ import Testing
   @Test func namesOfWhatAGetWorksWith() throws {
     for path in [".mooncake-get-data/w", "a/.mooncake-get-x", ".mooncake-get-"] {
       #expect(try refusal(Self.list([path])).contains(".mooncake-get-"), "\(path)")
-      #expect(throws: EngineError.self) { try FileList([.init(path: path, size: 1)]) }
+      #expect(throws: MooncakeError.self) { try FileList([.init(path: path, size: 1)]) }
     }
     #expect(try FileList([.init(path: ".mooncake-get", size: 1)]).files.count == 1)
   }
@@ -80,7 +80,7 @@ import Testing
   @Test func deepPathsCostLittle() throws {
     let tail = (0..<62).map { "d\($0)" }.joined(separator: "/")
     let files = (0..<20_000).map { FileList.File(path: "\($0)/\(tail)/f", size: 1) }
-    let error = #expect(throws: EngineError.self) { try FileList(files) }
+    let error = #expect(throws: MooncakeError.self) { try FileList(files) }
     #expect(error?.message.contains("more than 65536 directories") == true)
     let one = (0..<20_000).map { FileList.File(path: "\(tail)/\($0)", size: 1) }
     #expect(try FileList(one).files.count == 20_000)
@@ -97,7 +97,7 @@ import Testing
 
   @Test func whatIsHereIsCheckedToo() throws {
     for path in ["line\nbreak", "../x"] {
-      let error = #expect(throws: EngineError.self) { try FileList([.init(path: path, size: 1)]) }
+      let error = #expect(throws: MooncakeError.self) { try FileList([.init(path: path, size: 1)]) }
       #expect(error?.code == .invalidArgument)
     }
   }

@@ -12,8 +12,8 @@ import Testing
     .init(path: "d/run", size: 5000, isExecutable: true),
   ]
 
-  private func failure(_ body: () throws -> Void) -> EngineError? {
-    #expect(throws: EngineError.self) { try body() }
+  private func failure(_ body: () throws -> Void) -> MooncakeError? {
+    #expect(throws: MooncakeError.self) { try body() }
   }
 
   private static func fill(_ buffers: [PayloadBuffer]) {
@@ -332,10 +332,10 @@ import Testing
   @Test func noPermission() throws {
     let scratch = ScratchDirectory()
     let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])
-    let error: EngineError? = try asOrdinaryUser(scratch) {
+    let error: MooncakeError? = try asOrdinaryUser(scratch) {
       mkdir(scratch["out"], 0o500)
       let staging = MooncakeP2PTests.staging(scratch["out"])
-      do { _ = try staging.place(manifest) } catch { return error as? EngineError }
+      do { _ = try staging.place(manifest) } catch { return error as? MooncakeError }
       return nil
     }
     #expect(error?.code == .accessDenied)
@@ -407,12 +407,12 @@ import Testing
   @Test func aParentThatCannotBeReadFailsTheSync() throws {
     let scratch = ScratchDirectory()
     let manifest = try Manifest.ofFiles([.init(path: "a", size: 1)])
-    let (error, names): (EngineError?, [String]) = try asOrdinaryUser(scratch) {
+    let (error, names): (MooncakeError?, [String]) = try asOrdinaryUser(scratch) {
       mkdir(scratch["p"], 0o300)
       let staging = MooncakeP2PTests.staging(scratch["p/out"])
       Self.fill(try staging.place(manifest).buffers)
-      var failure: EngineError?
-      do { _ = try staging.commit(syncs: true) } catch { failure = error as? EngineError }
+      var failure: MooncakeError?
+      do { _ = try staging.commit(syncs: true) } catch { failure = error as? MooncakeError }
       staging.discard()
       chmod(scratch["p"], 0o700)
       return (failure, scratch.names(in: "p"))

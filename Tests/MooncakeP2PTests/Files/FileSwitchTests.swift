@@ -13,8 +13,8 @@ import Testing
     .init(path: "there/d", size: 1), .init(path: "z", size: 1),
   ]
 
-  private func failure(_ body: () throws -> Void) -> EngineError? {
-    #expect(throws: EngineError.self) { try body() }
+  private func failure(_ body: () throws -> Void) -> MooncakeError? {
+    #expect(throws: MooncakeError.self) { try body() }
   }
 
   /// Complete files, filled with a byte, to be moved into "out".

@@ -6,8 +6,8 @@ import MooncakeSystem
 import Testing
 
 @Suite struct FileTests {
-  private func failure(_ body: () throws -> Void) -> EngineError? {
-    #expect(throws: EngineError.self) { try body() }
+  private func failure(_ body: () throws -> Void) -> MooncakeError? {
+    #expect(throws: MooncakeError.self) { try body() }
   }
 
   private static func find(_ paths: [String]) throws -> [FileTree.Found] {

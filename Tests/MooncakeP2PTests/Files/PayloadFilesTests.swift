@@ -36,7 +36,7 @@ import Testing
     #expect(result.isVerified && result.info.version == info.version)
     #expect(received.paths == ["empty", "sub/run", "weights"].map { scratch["one/" + $0] })
     try published.withdraw()
-    #expect(throws: EngineError.self) { try origin.unregister("model") }
+    #expect(throws: MooncakeError.self) { try origin.unregister("model") }
 
     let (again, copy) = try second.get("model", to: scratch["two"])
     #expect(again.sources.map(\.segment) == [first.engine.name])
@@ -93,7 +93,7 @@ import Testing
     let file = open(scratch["a"], O_WRONLY)
     pwrite(file, [0xFF, 0xFE, 0xFD], 3, 150_000)
     close(file)
-    let error = #expect(throws: EngineError.self) {
+    let error = #expect(throws: MooncakeError.self) {
       _ = try receiver.get("model", to: scratch["out"])
     }
     #expect(error?.code == .digestMismatch, "\(String(describing: error))")
@@ -121,9 +121,9 @@ import Testing
     let other = open(scratch["out"], O_RDONLY | O_DIRECTORY)
     defer { close(other) }
     try #require(flock(other, LOCK_EX) == 0)
-    let failure = Lock<EngineError?>(nil)
+    let failure = Lock<MooncakeError?>(nil)
     let getting = try WorkerThread.start(name: "get") {
-      do throws(EngineError) { _ = try receiver.get("model", to: scratch["out"]) } catch {
+      do throws(MooncakeError) { _ = try receiver.get("model", to: scratch["out"]) } catch {
         failure.withLock { $0 = error }
       }
     }
@@ -201,9 +201,9 @@ import Testing
     let scratch = ScratchDirectory()
     scratch.write("m/a", Self.bytes(100_000, seed: 1))
     let (_, published) = try origin.publish("model", files: [scratch["m"]], shards)
-    func refuses(_ code: EngineError.Code, _ body: () throws -> Void) {
-      #expect(throws: EngineError.self) { try body() }
-      do { try body() } catch { #expect((error as? EngineError)?.code == code, "\(error)") }
+    func refuses(_ code: MooncakeError.Code, _ body: () throws -> Void) {
+      #expect(throws: MooncakeError.self) { try body() }
+      do { try body() } catch { #expect((error as? MooncakeError)?.code == code, "\(error)") }
       #expect((try? origin.describe("model").holders.count) == 1)
     }
     scratch.write("out/a", [7])
@@ -246,10 +246,10 @@ import Testing
     let (_, published) = try origin.publish("model", files: [scratch["a"]])
     try other.remove("model")
     let end = time(nil) + 30
-    var failure: EngineError?
+    var failure: MooncakeError?
     while failure == nil && time(nil) < end {
       usleep(50_000)
-      do throws(EngineError) { try published.check() } catch { failure = error }
+      do throws(MooncakeError) { try published.check() } catch { failure = error }
     }
     #expect(failure?.code == .notHeld)
   }

@@ -80,7 +80,7 @@ import Testing
     let (memory, other) = (Memory(Self.size, seed: 3), Memory(Self.size, seed: 4))
     try store.register("m", [memory.buffer])
     peer.beginCopy()
-    let outcome = Lock<EngineError.Code?>(nil)
+    let outcome = Lock<MooncakeError.Code?>(nil)
     let waiter = try WorkerThread.start(name: "unregister") {
       let found = code { try store.unregister("m", StoreOperation(timeoutMilliseconds: 2500)) }
       outcome.withLock { $0 = found }

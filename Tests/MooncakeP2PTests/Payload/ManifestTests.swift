@@ -11,7 +11,7 @@ import Testing
   }
 
   private func violation(_ bytes: [UInt8]) -> String? {
-    let error = #expect(throws: EngineError.self) { try Manifest(parsing: bytes) }
+    let error = #expect(throws: MooncakeError.self) { try Manifest(parsing: bytes) }
     #expect(error?.code == .protocolViolation)
     return error?.message
   }
@@ -92,7 +92,7 @@ import Testing
   @Test func tooManyAttributesAreRefused() throws {
     let layout = try ShardLayout(bufferSizes: [], shardBytes: 1)
     let attributes = [UInt8](repeating: 0, count: Manifest.maximumAttributeBytes + 1)
-    #expect(throws: EngineError.self) {
+    #expect(throws: MooncakeError.self) {
       try Manifest(layout: layout, digests: [], attributes: attributes)
     }
   }

@@ -40,7 +40,7 @@ import Testing
       ([1 << 19, 1 << 19, 1], 1), (Array(repeating: 1, count: 65_537), 1),
     ]
     for (sizes, shardBytes) in bad {
-      let error = #expect(throws: EngineError.self) {
+      let error = #expect(throws: MooncakeError.self) {
         try ShardLayout(bufferSizes: sizes, shardBytes: shardBytes)
       }
       #expect(error?.code == .invalidArgument)

@@ -250,7 +250,7 @@ import Testing
     do {
       _ = try reader.download(alone, into: memory, settings)
       Issue.record("bytes from a silent owner")
-    } catch let error as EngineError {
+    } catch let error as MooncakeError {
       #expect(error.code == .noHolder && error.message.contains("sent nothing"))
     }
   }

@@ -9,7 +9,7 @@ import Testing
       try PayloadName.check(name)
     }
     for name in ["", "/a", "a\n", "\u{7F}", "a\0b", String(repeating: "x", count: 513)] {
-      #expect(throws: EngineError.self) { try PayloadName.check(name) }
+      #expect(throws: MooncakeError.self) { try PayloadName.check(name) }
     }
   }
 

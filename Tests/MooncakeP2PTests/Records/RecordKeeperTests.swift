@@ -111,7 +111,7 @@ private final class Process: Sendable {
     let losers = Atomic(0)
     let threads = try processes.enumerated().map { index, process in
       try WorkerThread.start(name: "create") {
-        do throws(EngineError) {
+        do throws(MooncakeError) {
           try process.keeper.publish(
             testRecord("one", version: UInt64(index)), isCreateOnly: true, testCall)
           winners.wrappingAdd(1, ordering: .relaxed)

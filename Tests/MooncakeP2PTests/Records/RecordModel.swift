@@ -226,7 +226,7 @@ final class RecordModel: @unchecked Sendable {
     }
     lastAttempts[name] = attempt
     trace("\(number(holder)) publishes \(name) \(lastVersion)")
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try holder.keeper.publish(record, isCreateOnly: chance(0.2), Self.call)
     } catch {
       trace("\(number(holder)) failed to publish \(name) \(version.low): \(error.message)")

@@ -16,7 +16,7 @@ private final class CountingStore: ForwardingService {
 
   func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     let page = try service.list(prefix: prefix, from: position, limit: limit, call)
     entryCount.wrappingAdd(page.entries.count, ordering: .relaxed)
     callCount.wrappingAdd(1, ordering: .relaxed)

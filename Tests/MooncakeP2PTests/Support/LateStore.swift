@@ -38,25 +38,25 @@ final class LateStore: ForwardingService {
     }
   }
 
-  private func keepBack(_ key: String, _ put: Put) throws(EngineError) {
+  private func keepBack(_ key: String, _ put: Put) throws(MooncakeError) {
     let isHeld = state.withLock { state in
       guard let part = state.part, key.contains(part) else { return false }
       state.held.append(put)
       return true
     }
-    if isHeld { throw EngineError(.timeout, "no answer") }
+    if isHeld { throw MooncakeError(.timeout, "no answer") }
   }
 
   func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     try keepBack(entry.key, .always(entry, lease))
     try service.put(entry, lease: lease, call)
   }
 
   func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     try keepBack(entry.key, .ifAbsent(entry, lease))
     return try service.putIfAbsent(entry, lease: lease, call)
   }

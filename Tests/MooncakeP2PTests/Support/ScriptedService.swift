@@ -232,7 +232,7 @@ final class ScriptedStore: MetadataService {
     self.before = before
   }
 
-  private func call<Result>(_ body: () -> Result) throws(EngineError) -> Result {
+  private func call<Result>(_ body: () -> Result) throws(MooncakeError) -> Result {
     switch before() {
     case .done: return body()
     case .unreachable: throw failure("cut off")
@@ -242,21 +242,21 @@ final class ScriptedStore: MetadataService {
     }
   }
 
-  private func check(_ verdict: ScriptedService.Verdict) throws(EngineError) {
+  private func check(_ verdict: ScriptedService.Verdict) throws(MooncakeError) {
     switch verdict {
     case .done, .exists: return
-    case .noLease: throw EngineError(.notFound, "the lease has ended")
-    case .refused: throw EngineError(.protocolViolation, "the key is refused")
+    case .noLease: throw MooncakeError(.notFound, "the lease has ended")
+    case .refused: throw MooncakeError(.protocolViolation, "the key is refused")
     }
   }
 
-  private func failure(_ cause: String) -> EngineError { EngineError(.unreachable, cause) }
+  private func failure(_ cause: String) -> MooncakeError { MooncakeError(.unreachable, cause) }
 
-  func get(_ key: String, _ call: Call) throws(EngineError) -> String? {
+  func get(_ key: String, _ call: Call) throws(MooncakeError) -> String? {
     try self.call { service.get(key) }
   }
 
-  func values(of keys: [String], _ call: Call) throws(EngineError) -> [String?] {
+  func values(of keys: [String], _ call: Call) throws(MooncakeError) -> [String?] {
     var values: [String?] = []
     while values.count < keys.count {
       let part = keys[values.count...].prefix(Self.transactionCount)
@@ -267,45 +267,45 @@ final class ScriptedStore: MetadataService {
 
   func put(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: false) }
     try check(verdict)
   }
 
   func putIfAbsent(
     _ entry: MetadataEntry, lease: MetadataLease?, _ call: Call
-  ) throws(EngineError) -> Bool {
+  ) throws(MooncakeError) -> Bool {
     let verdict = try self.call { service.put(entry, lease, isOnlyIfAbsent: true) }
     try check(verdict)
     return verdict == .done
   }
 
-  func delete(_ key: String, _ call: Call) throws(EngineError) -> Bool {
+  func delete(_ key: String, _ call: Call) throws(MooncakeError) -> Bool {
     try self.call { service.delete(key) }
   }
 
   func list(
     prefix: String, from position: String?, limit: Int, _ call: Call
-  ) throws(EngineError) -> MetadataPage {
+  ) throws(MooncakeError) -> MetadataPage {
     let limit = min(limit, pageLimit())
     return try self.call { service.list(prefix, after: position, limit: limit) }
   }
 
   func changes(
     prefix: String, since revision: UInt64, _ call: Call
-  ) throws(EngineError) -> MetadataChanges {
+  ) throws(MooncakeError) -> MetadataChanges {
     let repeated = repeated()
     return try self.call { service.changes(prefix, since: revision, repeated: repeated) }
   }
 
-  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(EngineError) -> MetadataLease? {
+  func grant(ttlMilliseconds: UInt64, _ call: Call) throws(MooncakeError) -> MetadataLease? {
     try self.call { service.grant(ttlMilliseconds) }
   }
 
   func renew(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], strays: inout [String],
     _ call: Call
-  ) throws(EngineError) -> MetadataRenewal {
+  ) throws(MooncakeError) -> MetadataRenewal {
     guard let lease else { return .kept }
     let (renewal, others) = try self.call { service.renew(lease, entries) }
     strays += others
@@ -314,7 +314,7 @@ final class ScriptedStore: MetadataService {
 
   func revoke(
     _ lease: MetadataLease?, _ entries: [MetadataEntry], _ call: Call
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     if let lease { return try self.call { service.revoke(lease) } }
     for entry in entries { _ = try self.call { service.delete(entry.key, ifIs: entry.value) } }
   }

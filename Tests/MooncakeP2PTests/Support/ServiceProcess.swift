@@ -169,7 +169,7 @@ func testRecord(
 }
 
 /// The code of the error that `body` throws.
-func code(_ body: () throws -> Void) -> EngineError.Code? {
-  do { try body() } catch { return (error as? EngineError)?.code }
+func code(_ body: () throws -> Void) -> MooncakeError.Code? {
+  do { try body() } catch { return (error as? MooncakeError)?.code }
   return nil
 }

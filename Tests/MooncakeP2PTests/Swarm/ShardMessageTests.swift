@@ -7,7 +7,7 @@ import Testing
   private let peer = HolderAddress(holding: 0xFEDC_BA98_7654_3210, rpc: "h:1", segment: "a\"b")
 
   private func parseRequest(_ text: String) throws -> ShardRequest {
-    try JSONDocument(parsing: text).read { value throws(EngineError) in
+    try JSONDocument(parsing: text).read { value throws(MooncakeError) in
       try ShardRequest(json: value, shardCount: 77)
     }
   }
@@ -70,7 +70,7 @@ import Testing
     let parts = split(request.json, at: part)
     #expect(parts != nil, "the part must be there")
     guard let parts else { return }
-    let error = #expect(throws: EngineError.self) {
+    let error = #expect(throws: MooncakeError.self) {
       try parseRequest(parts.0 + replacement + parts.1)
     }
     #expect(error?.code == .protocolViolation)
@@ -86,19 +86,19 @@ import Testing
     #"{"state":0,"lease_ms":1,"retry_ms":0,"held":7,"readers":0,"peers":"x"}"#,
   ])
   func malformedAnswers(text: String) {
-    let error = #expect(throws: EngineError.self) { try parseAnswer(text) }
+    let error = #expect(throws: MooncakeError.self) { try parseAnswer(text) }
     #expect(error?.code == .protocolViolation)
   }
 
   @Test func tooMuchIsRefused() {
     let many = ShardAnswer(state: .serving, peers: Array(repeating: peer, count: 17))
-    #expect(throws: EngineError.self) { try parseAnswer(many.json) }
+    #expect(throws: MooncakeError.self) { try parseAnswer(many.json) }
     let granted = ShardAnswer(state: .serving, granted: Array(repeating: 1, count: 1025))
-    #expect(throws: EngineError.self) { try parseAnswer(granted.json) }
+    #expect(throws: MooncakeError.self) { try parseAnswer(granted.json) }
     let name = String(repeating: "x", count: 1025)
     let long = ShardAnswer(
       state: .serving, peers: [HolderAddress(holding: 1, rpc: name, segment: "s")])
-    #expect(throws: EngineError.self) { try parseAnswer(long.json) }
+    #expect(throws: MooncakeError.self) { try parseAnswer(long.json) }
   }
 
   private func split(_ text: String, at part: String) -> (String, String)? {

@@ -20,7 +20,7 @@ extension TCPEndpoint {
   /// Takes the connection out of use and decides what becomes of its slices. Reads may be sent
   /// again at once, for nothing of the connection reaches local memory any more. Writes wait until
   /// nothing of them can land at the target.
-  func disconnect(_ error: EngineError, _ ending: Ending, countsAttempt: Bool = true) {
+  func disconnect(_ error: MooncakeError, _ ending: Ending, countsAttempt: Bool = true) {
     assert(isConnected)
     loop.counters.clientDisconnects.wrappingAdd(1, ordering: .relaxed)
     lastError = error

@@ -63,12 +63,12 @@ extension TCPEndpoint {
       if !isConnected { return }
     }
     disconnect(
-      EngineError(.unreachable, "\(peer.description): sending requests: \(error)"), ending)
+      MooncakeError(.unreachable, "\(peer.description): sending requests: \(error)"), ending)
   }
 
   /// Fails one slice that is on the wire; the connection cannot be used past it.
   private func failSlice(_ slice: SlicePointer, _ outcome: Outcome, _ reason: String) {
-    disconnect(EngineError(.unreachable, reason), .unfenced, countsAttempt: false)
+    disconnect(MooncakeError(.unreachable, reason), .unfenced, countsAttempt: false)
     // The end of a write that was sent in part waits for nothing: only later ones there do.
     endAll(window.removeAll { $0 == slice }, outcome, reason)
     endAll(held.removeAll { $0 == slice }, outcome, reason)
@@ -149,7 +149,7 @@ extension TCPEndpoint {
     case .rejected:
       // The peer reads no further request and has answered those before.
       disconnect(
-        EngineError(.notRegistered, "\(what): the peer refused the address"), .fenced,
+        MooncakeError(.notRegistered, "\(what): the peer refused the address"), .fenced,
         countsAttempt: false)
       var refused = window.removeAll { $0 == slice }
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
@@ -158,7 +158,7 @@ extension TCPEndpoint {
       failSlice(slice, .failed(.protocolViolation), "\(what): the peer failed with code \(code)")
     case .malformed, .ok:
       disconnect(
-        EngineError(
+        MooncakeError(
           .protocolViolation,
           "\(what): the answer is no status frame: the peer speaks another protocol"), .unfenced)
       peer.reportTrouble()
@@ -167,7 +167,7 @@ extension TCPEndpoint {
 
   private func receivedUnexpected() {
     disconnect(
-      EngineError(
+      MooncakeError(
         .protocolViolation, "\(peer.description): the peer sent bytes that nobody asked for"),
       .unfenced)
   }
@@ -180,7 +180,7 @@ extension TCPEndpoint {
       return failSlice(slice, .failed(.invalidArgument), reason)
     }
     disconnect(
-      EngineError(.unreachable, "\(peer.description): waiting for an answer: \(error)"),
+      MooncakeError(.unreachable, "\(peer.description): waiting for an answer: \(error)"),
       ending(error))
   }
 
@@ -193,7 +193,7 @@ extension TCPEndpoint {
     }
     let progress = answer.offset > 0 ? " after \(answer.offset) bytes of an answer" : ""
     disconnect(
-      EngineError(.unreachable, "\(peer.description): the peer closed the connection\(progress)"),
+      MooncakeError(.unreachable, "\(peer.description): the peer closed the connection\(progress)"),
       .fenced)
   }
 

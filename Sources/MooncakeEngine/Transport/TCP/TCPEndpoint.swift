@@ -29,7 +29,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   var held = SliceQueue()
   var bound = DeadlineBound()
   /// Why the last connection ended.
-  var lastError = EngineError(.unreachable, "")
+  var lastError = MooncakeError(.unreachable, "")
   /// Whether it is on the loop's list of endpoints with slices; the loop's.
   var isActive = false
 
@@ -148,12 +148,12 @@ extension TCPEndpoint {
     rest()
   }
 
-  private func describeConnect(_ error: Errno) -> EngineError {
+  private func describeConnect(_ error: Errno) -> MooncakeError {
     let what = "\(peer.description): connect: \(error)"
     switch error {
-    case .connectionRefused: return EngineError(.unreachable, "\(what): has the process ended?")
-    case .tooManyOpenFiles, .tooManyOpenFilesInSystem: return EngineError(.system, what)
-    default: return EngineError(.unreachable, what)
+    case .connectionRefused: return MooncakeError(.unreachable, "\(what): has the process ended?")
+    case .tooManyOpenFiles, .tooManyOpenFilesInSystem: return MooncakeError(.system, what)
+    default: return MooncakeError(.unreachable, what)
     }
   }
 

@@ -24,7 +24,7 @@ package final class TCPServer: @unchecked Sendable {
   package init(
     listener: consuming Socket, buffers: BufferTable, counters: TCPCounters,
     settings: TCPTransport.Settings
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     do throws(Errno) {
       address = try listener.localAddress()
       self.listener = consume listener
@@ -54,8 +54,8 @@ package final class TCPServer: @unchecked Sendable {
     }
   }
 
-  private static func startFailure(_ error: Errno) -> EngineError {
-    EngineError(.system, "starting the TCP server: \(error)")
+  private static func startFailure(_ error: Errno) -> MooncakeError {
+    MooncakeError(.system, "starting the TCP server: \(error)")
   }
 
   /// Closes every connection that is in the middle of a request on one of the ranges. When it

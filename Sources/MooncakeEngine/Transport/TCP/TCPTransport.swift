@@ -37,7 +37,7 @@ package final class TCPTransport: @unchecked Sendable {
   /// Serves on `listener` and starts the client threads.
   package init(
     listener: consuming Socket, buffers: BufferTable, settings: Settings, drivers: DriverTable
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.settings = settings
     var loops: [TCPClientLoop] = []
     do throws(Errno) {
@@ -49,7 +49,7 @@ package final class TCPTransport: @unchecked Sendable {
         loops.append(loop)
       }
     } catch {
-      throw EngineError(.system, "starting the TCP transport: \(error)")
+      throw MooncakeError(.system, "starting the TCP transport: \(error)")
     }
     self.loops = loops
     server = try TCPServer(
@@ -60,16 +60,16 @@ package final class TCPTransport: @unchecked Sendable {
       }
     } catch {
       stop()
-      throw EngineError(.system, "starting a TCP thread: \(error)")
+      throw MooncakeError(.system, "starting a TCP thread: \(error)")
     }
   }
 
   /// The connections to a descriptor's data port; each is made when it is first used.
   package func connect(
     to descriptor: SegmentDescriptor, deadline: Deadline, handlers: TCPPeer.Handlers
-  ) throws(EngineError) -> TCPConnectionGroup {
+  ) throws(MooncakeError) -> TCPConnectionGroup {
     guard descriptor.tcpDataPort != 0 else {
-      throw EngineError(
+      throw MooncakeError(
         .unsupported,
         "segment \(descriptor.name): the peer serves '\(descriptor.protocolName)' and no TCP: "
           + "start it with TCP, for example with MC_FORCE_TCP=1")
@@ -79,7 +79,7 @@ package final class TCPTransport: @unchecked Sendable {
     do throws(ResolveError) {
       addresses = try Resolver.resolve(host, port: descriptor.tcpDataPort, deadline: deadline)
     } catch {
-      throw EngineError(
+      throw MooncakeError(
         error.isTimeout ? .timeout : .unresolved,
         "segment \(descriptor.name): resolving the data host '\(host)': \(error)")
     }

@@ -23,7 +23,7 @@ struct SharedMemoryRevocationTests {
       let local = GuardedMemory(Self.byteCount)
       while !isOver.load(ordering: .relaxed) {
         local.fill(opcode == .read ? 0 : 0x02)
-        let code = failureCode { () throws(EngineError) in
+        let code = failureCode { () throws(MooncakeError) in
           try pair.initiator.transfer([
             opcode == .read
               ? pair.read(into: local.address, from: memory.address, Self.byteCount)
@@ -64,7 +64,7 @@ struct SharedMemoryRevocationTests {
       let reader = try WorkerThread.start(name: "reader") {
         let local = GuardedMemory(8 << 20)
         while true {
-          let code = failureCode { () throws(EngineError) in
+          let code = failureCode { () throws(MooncakeError) in
             try pair.initiator.transfer([
               pair.read(into: local.address, from: memory.address, 8 << 20)
             ])

@@ -22,8 +22,8 @@ struct SharedMemoryStuckPeerTests {
     let memory = try RegisteredMemory(.ordinary, engine, 4096)
     let other = try RegisteredMemory(.ordinary, engine, 4096)
     client.claim(thread: linux_gettid())
-    func unregister(_ memory: RegisteredMemory) -> EngineError.Code? {
-      failureCode { () throws(EngineError) in try engine.unregister(memory.address) }
+    func unregister(_ memory: RegisteredMemory) -> MooncakeError.Code? {
+      failureCode { () throws(MooncakeError) in try engine.unregister(memory.address) }
     }
     let first = elapsedMilliseconds { #expect(unregister(memory) == .busy) }
     #expect(first >= 300 && first < 3000, "\(first) ms")
@@ -46,8 +46,8 @@ struct SharedMemoryStuckPeerTests {
     let client = try StuckPeer(to: engine.descriptor(of: 0).sharedMemoryName)
     let address = try engine.allocate(length: 4096, access: [.remoteRead, .remoteWrite])
     client.claim(thread: linux_gettid())
-    func free() -> EngineError.Code? {
-      failureCode { () throws(EngineError) in try engine.free(address) }
+    func free() -> MooncakeError.Code? {
+      failureCode { () throws(MooncakeError) in try engine.free(address) }
     }
     #expect(free() == .busy)
     memset(address, 0x11, 4096)

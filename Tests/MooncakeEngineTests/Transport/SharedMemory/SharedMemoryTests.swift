@@ -37,7 +37,7 @@ final class RegisteredMemory: @unchecked Sendable {
   init(
     _ kind: MemoryKind, _ engine: TransferEngine, _ count: Int,
     access: Access = [.remoteRead, .remoteWrite]
-  ) throws(EngineError) {
+  ) throws(MooncakeError) {
     self.count = count
     switch kind {
     case .mapped:
@@ -174,7 +174,7 @@ struct SharedMemoryTests {
 
   @Test func transportsNeedTCP() {
     #expect(
-      failureCode { () throws(EngineError) in
+      failureCode { () throws(MooncakeError) in
         _ = try makeEngine { $0.transports = ["shm"] }
       } == .invalidArgument)
   }
@@ -206,12 +206,12 @@ struct SharedMemoryTests {
     let writable = try RegisteredMemory(.mapped, pair.target, 4096, access: .remoteWrite)
     let hidden = try RegisteredMemory(.mapped, pair.target, 4096, access: .local)
     let local = GuardedMemory(4096)
-    func attempt(_ opcode: Opcode, _ memory: RegisteredMemory) -> EngineError.Code? {
+    func attempt(_ opcode: Opcode, _ memory: RegisteredMemory) -> MooncakeError.Code? {
       let request =
         opcode == .read
         ? pair.read(into: local.address, from: memory.address, 4096)
         : pair.write(from: local.address, to: memory.address, 4096)
-      return failureCode { () throws(EngineError) in try pair.initiator.transfer([request]) }
+      return failureCode { () throws(MooncakeError) in try pair.initiator.transfer([request]) }
     }
     #expect(attempt(.read, readable) == nil && attempt(.write, writable) == nil)
     #expect(attempt(.write, readable) == .accessDenied)
@@ -232,7 +232,7 @@ struct SharedMemoryTests {
     // Freeing memory ends what is registered inside it.
     try? pair.target.free(readable.address)
     #expect(
-      failureCode { () throws(EngineError) in try pair.initiator.transfer([part]) }
+      failureCode { () throws(MooncakeError) in try pair.initiator.transfer([part]) }
         == .notRegistered)
     #expect(pair.initiator.streamedBytes == 0)
   }
@@ -246,7 +246,7 @@ struct SharedMemoryTests {
     target.fill(0x41)
     let local = GuardedMemory(count + 8)
     local.fill(0x42)
-    let code = failureCode { () throws(EngineError) in
+    let code = failureCode { () throws(MooncakeError) in
       try pair.initiator.transfer([pair.write(from: local.address, to: target.address, count + 8)])
     }
     #expect(code == .notRegistered)

@@ -13,15 +13,15 @@ struct MalformedAnswerTests {
   private static func outcome(
     _ opcode: Opcode = .read, version: Int = 2, count: Int = count, timeout: UInt64 = 10_000,
     local: GuardedMemory? = nil, _ script: @escaping FakePeer.Script
-  ) throws -> EngineError? {
+  ) throws -> MooncakeError? {
     let peer = try FakePeer(version: version, script: script)
     defer { peer.stop() }
     let engine = try makeEngine()
     defer { engine.close() }
     let segment = try engine.openSegment(peer.name)
     let local = local ?? GuardedMemory(count)
-    var failure: EngineError?
-    do throws(EngineError) {
+    var failure: MooncakeError?
+    do throws(MooncakeError) {
       try engine.transfer(
         [
           TransferRequest(
@@ -319,7 +319,7 @@ struct VersionOneTests {
     defer { engine.close() }
     let segment = try engine.openSegment(peer.name)
     let local = GuardedMemory(4096)
-    let code = failureCode { () throws(EngineError) in
+    let code = failureCode { () throws(MooncakeError) in
       try engine.transfer([
         TransferRequest(
           opcode: .read, segment: segment, source: local.address,

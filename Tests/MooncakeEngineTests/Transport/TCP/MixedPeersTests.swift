@@ -42,7 +42,7 @@ import Testing
   @Test func eachEndsInItsOwnWay() throws {
     let start = FakeConnection.frame(TCPWire.statusOK) + [UInt8](repeating: 1, count: 300_000)
     let refusal = FakeConnection.frame(TCPWire.statusRejected)
-    var cases: [(script: FakePeer.Script, code: EngineError.Code?)] = [
+    var cases: [(script: FakePeer.Script, code: MooncakeError.Code?)] = [
       (Self.silent(after: []), .timeout), (Self.silent(after: start), .timeout),
       (Self.ending(after: refusal), .notRegistered), (Self.ending(after: start), .unreachable),
     ]

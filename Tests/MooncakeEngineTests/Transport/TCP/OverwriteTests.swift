@@ -113,7 +113,7 @@ private final class OverwriteRun {
   private func verify(_ slot: Slot) {
     if isStopped { return }
     slot.copy.fill(0)
-    do throws(EngineError) {
+    do throws(MooncakeError) {
       try engine.transfer([request(slot, .read)], timeoutMilliseconds: 5000)
     } catch {
       Issue.record("seed \(seed): slot \(slot.index): \(error.message)")

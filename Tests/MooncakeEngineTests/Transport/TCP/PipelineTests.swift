@@ -108,7 +108,7 @@ struct PipelineTests {
     }
     // This thread drives the loop from the first connect to the deadline.
     let before = threadMilliseconds()
-    let code = failureCode { () throws(EngineError) in
+    let code = failureCode { () throws(MooncakeError) in
       try engine.transfer(requests, timeoutMilliseconds: 1500)
     }
     #expect(code == .timeout && peer.connectionCount >= 4)

@@ -1,7 +1,7 @@
 import MooncakeSystem
 
 /// Why an operation failed: a code to act on and a sentence naming peer, phase, cause and remedy.
-public struct EngineError: Error, Sendable, CustomStringConvertible {
+public struct MooncakeError: Error, Sendable, CustomStringConvertible {
   /// Raw values are the `MOONCAKE_ERROR_*` constants of the C header.
   public enum Code: Int32, Sendable, CaseIterable {
     case invalidArgument = -1
