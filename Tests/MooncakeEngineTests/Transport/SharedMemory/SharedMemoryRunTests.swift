@@ -19,7 +19,8 @@ struct SharedMemoryRunTests {
     let mapped = try RegisteredMemory(.mapped, pair.target, 1 << 20)
     let local = try RegisteredMemory(.ordinary, pair.initiator, 2 << 20, access: .local)
     local.fill(0x77)
-    let batch = Batch(capacity: 2, pool: SlicePool(), announcer: pair.initiator)
+    let batch = Batch(
+      capacity: 2, pool: SlicePool(), drivers: DriverTable(), announcer: pair.initiator)
     _ = try batch.beginSubmit(2)
     for (index, (memory, place)) in [(ordinary, 0), (mapped, 1 << 20)].enumerated() {
       batch.prepare(
