@@ -199,7 +199,7 @@ class Addresses(unittest.TestCase):
         for answer in (b"*99999999\r\n", b"*1\r\n*99999999\r\n"):
             impostor = services.Impostor(answer)
             self.addCleanup(impostor.end)
-            self.check(f"redis://127.0.0.1:{impostor.port}", "no answer of Redis")
+            self.check(f"redis://127.0.0.1:{impostor.port}", "not an answer of Redis")
 
     def test_engine_is_not_created(self):
         """The same through an engine, which leaks nothing."""
