@@ -112,6 +112,9 @@ package protocol MetadataService: AnyObject, Sendable {
     prefix: String, from position: String?, limit: Int, _ call: Call
   ) throws(MooncakeError) -> MetadataPage
 
+  /// Whether a listing costs time for every key of the service, not only for those listed.
+  var listingScansAllKeys: Bool { get }
+
   /// Whether the service tells which revision wrote a value, and replaces it on condition that
   /// nothing has been written since. Where not, `getRevised` and `replace` throw `unsupported`, and
   /// only `putIfAbsent` and `revoke` have a condition.
@@ -229,7 +232,7 @@ extension MetadataService {
   }
 }
 
-/// Opens stores by URI.
+/// Opens services by URI.
 package enum MetadataServices {
   /// Loads the library that the service needs, but does not connect yet.
   package static func open(

@@ -83,15 +83,14 @@ extension TransferEngine {
     }
   }
 
-  /// Registers all ranges or none. `publishing` bounds the wait for the metadata service; nil means
-  /// the default timeout.
+  /// Registers all ranges or none.
   package func register(
     _ ranges: UnsafeBufferPointer<(address: UInt64, length: UInt64)>, location: String,
-    access: Access, publishing: Call? = nil
+    access: Access
   ) throws(MooncakeError) {
     try addBuffers(Array(ranges), location: location, access: access)
     if access == .local { return }
-    let call = publishing ?? Call(until: deadline(0))
+    let call = Call(until: deadline(0))
     do throws(MooncakeError) {
       try publishChanges(call)
     } catch {
@@ -192,21 +191,13 @@ extension TransferEngine {
   public func allocate(
     length: UInt64, location: String = "*", access: Access
   ) throws(MooncakeError) -> UnsafeMutableRawPointer {
-    try allocate(length: length, location: location, access: access, publishing: nil)
-  }
-
-  /// As above; `publishing` bounds the wait for the metadata service.
-  package func allocate(
-    length: UInt64, location: String = "*", access: Access, publishing: Call?
-  ) throws(MooncakeError) -> UnsafeMutableRawPointer {
     // Listed before the registration, which looks up where the range lies.
     let address = try allocate(length: length, location: location)
     do throws(MooncakeError) {
       let range = (address: UInt64(UInt(bitPattern: address)), length: length)
       try withUnsafePointer(to: range) { pointer throws(MooncakeError) in
         try register(
-          UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access,
-          publishing: publishing)
+          UnsafeBufferPointer(start: pointer, count: 1), location: location, access: access)
       }
     } catch {
       let key = UInt64(UInt(bitPattern: address))

@@ -108,7 +108,8 @@ extension TransferEngine {
         if !batch.hasListener && engineEvent.load(ordering: .relaxed) < 0 { return driver.nudge() }
       }
     }
-    drivers.kick(dispatcher.used)
+    // All of them: a submit before may have left one to a waiter, which drives only if it is alone.
+    drivers.kickExclusive(batch.drivers)
   }
 }
 
@@ -234,9 +235,8 @@ private struct Dispatcher {
       }
     }
     if queue.isEmpty { return refused }
-    // First: its drivers must not look idle to a thread that waits already.
-    used.insert(shared.driverIndex)
-    batch.use(used)
+    // First, so that a thread which waits already sees what it can help with.
+    batch.use(DriverSet(bit: shared.driverBit))
     shared.enqueue(peer, queue, byteCount: byteCount, isAsynchronous: isAsynchronous)
     return refused
   }
@@ -247,7 +247,7 @@ private struct Dispatcher {
     if queue.isEmpty { return }
     let endpoint = connections.leastBusy()
     endpoint.push(queue, byteCount: byteCount)
-    used.insert(endpoint.loop.index)
+    used.insert(endpoint.loop.driverBit)
     queue = SliceQueue()
     byteCount = 0
   }

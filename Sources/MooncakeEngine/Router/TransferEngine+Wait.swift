@@ -19,9 +19,10 @@ extension TransferEngine {
         continue
       }
       if let driver = drivers.onlyExclusive(of: set) {
-        if batch.drive(driver, until: deadline) {
+        if batch.drive(driver, of: set, until: deadline) {
           if batch.isTerminal { return true }
           if deadline.hasPassed { return false }
+          if batch.drivers != set { continue }
         } else if spinEnd == 0 {
           // The driver may be asleep on its sockets and not know of the submit yet.
           driver.kick()

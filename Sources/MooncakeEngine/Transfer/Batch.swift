@@ -274,7 +274,9 @@ extension Batch {
     doorbell.increment()
     if sleepers.load(ordering: .sequentiallyConsistent) > 0 { doorbell.wakeAll() }
     // A driver may be asleep on its sockets although another thread ended the batch.
-    if drivingCount.load(ordering: .sequentiallyConsistent) > 0 { driverTable.kick(drivers) }
+    if drivingCount.load(ordering: .sequentiallyConsistent) > 0 {
+      driverTable.kickExclusive(drivers)
+    }
     let descriptor = eventDescriptor.load(ordering: .acquiring)
     if descriptor >= 0 {
       var one: UInt64 = 1
@@ -347,15 +349,16 @@ extension Batch {
       transferredBytes: transferredBytes.load(ordering: .relaxed))
   }
 
-  /// Drives `driver` until the batch is terminal or the deadline; returns false if another thread
-  /// does.
-  package func drive(_ driver: any Driver, until deadline: Deadline) -> Bool {
+  /// Drives `driver`, the only exclusive one of `set`, until the batch is terminal, has another set
+  /// of drivers, or the deadline; returns false if another thread does.
+  package func drive(_ driver: any Driver, of set: DriverSet, until deadline: Deadline) -> Bool {
     drivingCount.wrappingAdd(1, ordering: .sequentiallyConsistent)
     defer { drivingCount.wrappingSubtract(1, ordering: .relaxed) }
-    return driver.driveIfFree(until: deadline) { isTerminal }
+    // The batch may have ended and begun again with other drivers before `drivingCount` was seen.
+    return driver.driveIfFree(until: deadline) { isTerminal || drivers != set }
   }
 
-  /// Remembers what slices of the submit that runs are queued on.
+  /// Remembers what slices of the running submit are queued on.
   package func use(_ drivers: DriverSet) {
     driverBits.bitwiseOr(drivers.bits, ordering: .acquiringAndReleasing)
   }

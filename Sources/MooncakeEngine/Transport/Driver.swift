@@ -25,56 +25,74 @@ package protocol Driver: AnyObject, Sendable {
   func driveIfFree(until deadline: Deadline, isDone: () -> Bool) -> Bool
 }
 
-/// A set of an engine's drivers.
+/// A set of an engine's drivers: a bit for each.
 package struct DriverSet: Equatable, Sendable {
-  var bits: UInt64
+  fileprivate(set) var bits: UInt64 = 0
 
-  package init() { bits = 0 }
+  package init() {}
 
   init(bits: UInt64) { self.bits = bits }
 
-  package var isEmpty: Bool { bits == 0 }
+  package init(bit: Int) { insert(bit) }
 
   @inline(__always)
-  package mutating func insert(_ index: Int) { bits |= 1 << UInt64(index) }
+  package mutating func insert(_ bit: Int) { bits |= 1 << UInt64(bit) }
+
+  /// The bits of exclusive drivers.
+  static let exclusive: UInt64 = 1 << 48 - 1
+  /// Exclusive drivers from here on share a bit, and threads that wait do not drive them.
+  static let sharedBit = 47
 }
 
 /// The drivers of one engine. It only grows, since transports may be attached while others work.
 package final class DriverTable: @unchecked Sendable {
-  // Unchecked: a slot is written once, under the lock, before `count` shows it.
+  // Unchecked: everything is written under the lock, and read through a count or a bit that another
+  // thread has received after that.
   private let slots: UnsafeMutablePointer<Slot>
-  private let count = Atomic<Int>(0)
-  private let exclusive = Atomic<UInt64>(0)
-  private let lock = Lock(())
+  private let slotCount = Atomic<Int>(0)
+  /// The driver of each bit that is not shared.
+  private let byBit: UnsafeMutablePointer<(any Driver)?>
+  private let counts = Lock((exclusive: 0, cooperative: 0))
 
   private struct Slot {
     let driver: any Driver
-    let isExclusive: Bool
+    let bit: Int
   }
 
-  package static let capacityLimit = 128
-  /// Drivers from here on share the last bit of a set. Threads that wait do not drive those.
-  private static let sharedIndex = 63
+  package static let exclusiveLimit = 128
+  package static let cooperativeLimit = 16
 
-  package init() { slots = .allocate(capacity: Self.capacityLimit) }
+  package init() {
+    slots = .allocate(capacity: Self.exclusiveLimit + Self.cooperativeLimit)
+    byBit = .allocate(capacity: UInt64.bitWidth)
+    byBit.initialize(repeating: nil, count: UInt64.bitWidth)
+  }
 
   deinit {
-    slots.deinitialize(count: count.load(ordering: .relaxed))
+    slots.deinitialize(count: slotCount.load(ordering: .relaxed))
     slots.deallocate()
+    byBit.deinitialize(count: UInt64.bitWidth)
+    byBit.deallocate()
   }
 
-  /// Adds a driver; returns its index in sets, or nil if the table is full.
+  /// Adds a driver; returns its bit in sets, or nil if the table is full.
   package func add<Added: Driver>(_ driver: Added) -> Int? {
-    lock.withLock { _ in
-      let position = count.load(ordering: .relaxed)
-      if position == Self.capacityLimit { return nil }
-      (slots + position).initialize(to: Slot(driver: driver, isExclusive: Added.isExclusive))
-      let index = min(position, Self.sharedIndex)
-      if Added.isExclusive && position < Self.sharedIndex {
-        exclusive.bitwiseOr(1 << UInt64(index), ordering: .relaxed)
+    counts.withLock { counts in
+      let bit: Int
+      if Added.isExclusive {
+        if counts.exclusive == Self.exclusiveLimit { return nil }
+        bit = min(counts.exclusive, DriverSet.sharedBit)
+        counts.exclusive += 1
+      } else {
+        if counts.cooperative == Self.cooperativeLimit { return nil }
+        bit = DriverSet.sharedBit + 1 + counts.cooperative
+        counts.cooperative += 1
       }
-      count.store(position + 1, ordering: .releasing)
-      return index
+      if bit != DriverSet.sharedBit { byBit[bit] = driver }
+      let position = slotCount.load(ordering: .relaxed)
+      (slots + position).initialize(to: Slot(driver: driver, bit: bit))
+      slotCount.store(position + 1, ordering: .releasing)
+      return bit
     }
   }
 
@@ -82,44 +100,36 @@ package final class DriverTable: @unchecked Sendable {
   /// are none or several, whose threads then work at the same time.
   @inline(__always)
   package func onlyExclusive(of set: DriverSet) -> (any Driver)? {
-    let bits = set.bits & exclusive.load(ordering: .relaxed)
-    if bits.nonzeroBitCount != 1 || hasShared(set) { return nil }
-    return slots[bits.trailingZeroBitCount].driver
+    let bits = set.bits & DriverSet.exclusive
+    return bits.nonzeroBitCount == 1 ? byBit[bits.trailingZeroBitCount] : nil
   }
-
-  @inline(__always)
-  private func hasShared(_ set: DriverSet) -> Bool { set.bits >> UInt64(Self.sharedIndex) != 0 }
 
   /// Whether a set has drivers that many threads may drive.
   @inline(__always)
-  package func hasCooperative(_ set: DriverSet) -> Bool {
-    set.bits & ~exclusive.load(ordering: .relaxed) & ~(1 << UInt64(Self.sharedIndex)) != 0
-  }
+  package func hasCooperative(_ set: DriverSet) -> Bool { set.bits & ~DriverSet.exclusive != 0 }
 
   /// Takes a part of the work of a set's drivers that many threads may drive; false if they have
   /// none.
   @inline(__always)
   package func help(_ set: DriverSet) -> Bool {
-    var bits = set.bits & ~exclusive.load(ordering: .relaxed) & ~(1 << UInt64(Self.sharedIndex))
+    var bits = set.bits & ~DriverSet.exclusive
     while bits != 0 {
-      if slots[bits.trailingZeroBitCount].driver.pollIfFree() { return true }
+      if let driver = byBit[bits.trailingZeroBitCount], driver.pollIfFree() { return true }
       bits &= bits - 1
     }
     return false
   }
 
-  package func kick(_ set: DriverSet) {
-    forEach(of: set) { $0.kick() }
-  }
-
-  package func requestSweeps() {
-    forEach(of: DriverSet(bits: .max)) { $0.requestSweep() }
-  }
-
-  private func forEach(of set: DriverSet, _ body: (any Driver) -> Void) {
-    for position in 0..<count.load(ordering: .acquiring) {
-      let index = min(position, Self.sharedIndex)
-      if set.bits & (1 << UInt64(index)) != 0 { body(slots[position].driver) }
+  /// Kicks the exclusive drivers of a set. The others wake their threads when work is queued.
+  package func kickExclusive(_ set: DriverSet) {
+    forEach {
+      if $0.bit <= DriverSet.sharedBit && set.bits & (1 << UInt64($0.bit)) != 0 { $0.driver.kick() }
     }
+  }
+
+  package func requestSweeps() { forEach { $0.driver.requestSweep() } }
+
+  private func forEach(_ body: (Slot) -> Void) {
+    for position in 0..<slotCount.load(ordering: .acquiring) { body(slots[position]) }
   }
 }

@@ -4,6 +4,7 @@ import MooncakeSystem
 /// Metadata in etcd, through its JSON gateway.
 package final class EtcdService: MetadataService {
   package let uri: MetadataURI
+  package let listingScansAllKeys = false
   package let comparesRevisions = true
   let client: EtcdClient
   private static let pageCount = 500

@@ -7,6 +7,7 @@ import Synchronization
 package final class HTTPService: MetadataService {
   package let uri: MetadataURI
   /// Our server counts changes, but neither tells which of them wrote a key nor compares them.
+  package let listingScansAllKeys = false
   package let comparesRevisions = false
   private let client: HTTPClient
   private let credentials: String?

@@ -93,7 +93,7 @@ package struct RedisFailure: Error {
 
 /// A connection to Redis, used by one thread at a time.
 final class RedisConnection: @unchecked Sendable {
-  // Unchecked: the store gives it to one caller at a time.
+  // Unchecked: the service gives it to one caller at a time.
   private static let answerLimit = 256 << 20
   private static let chunkBytes = 64 << 10
   private static let connectMilliseconds: UInt64 = 1500

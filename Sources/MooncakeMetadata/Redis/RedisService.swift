@@ -7,6 +7,7 @@ import Synchronization
 package final class RedisService: MetadataService {
   package let uri: MetadataURI
   /// Redis does not count changes.
+  package let listingScansAllKeys = true
   package let comparesRevisions = false
   private let library: HiredisLibrary
   private let idle = Lock<[RedisConnection]>([])

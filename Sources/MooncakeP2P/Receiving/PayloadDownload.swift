@@ -101,7 +101,7 @@ final class PayloadDownload {
   private var plan: DownloadPlan
   private var flights: [Flight] = []
   private var connections: [HolderAddress: HolderConnection] = [:]
-  /// What the holder of the manifest has said; nil once its connection was opened with it.
+  /// What the holder of the manifest has said; nil once an opening has begun with it.
   private var sourceIndex: (holder: HolderAddress, index: HolderConnection.Index)?
   /// The engine's latest count of partial arrivals from each segment.
   private var arrivals: [SegmentID: UInt64] = [:]

@@ -192,10 +192,10 @@ extension StoreDirectory {
     return removals
   }
 
-  /// Whether a listing, for which Redis walks through all of its keys, can be skipped. The mark is
-  /// put before any removal and stays: without it, there are no removals.
+  /// Whether a listing can be skipped, for which some services walk through all of their keys. The
+  /// mark is put before any removal and stays: without it, there are no removals.
   private func isListingSpared(_ call: Call) throws(MooncakeError) -> Bool {
-    guard store is RedisService else { return false }
+    guard store.listingScansAllKeys else { return false }
     return try store.values(of: [removalMarkKey], call)[0] == nil
   }
 

@@ -91,7 +91,7 @@ struct BenchInitiatorCommand: ParsableCommand {
   func run() throws {
     let stop = try StopRequest()
     silenceLog()
-    let isClean = try reportingEngineErrors {
+    let isClean = try reportingErrors {
       var options = engine.options
       options.transports = protocolName == "tcp" ? ["tcp"] : [protocolName, "tcp"]
       let engine = try TransferEngine(options)

@@ -69,7 +69,7 @@ struct BenchTargetCommand: ParsableCommand {
 
   func run() throws {
     let stop = try StopRequest()
-    try reportingEngineErrors {
+    try reportingErrors {
       var serving: [(engine: TransferEngine, memory: UnsafeMutableRawPointer)] = []
       defer { for (engine, _) in serving { engine.close() } }
       let length = bufferSize.value

@@ -54,7 +54,7 @@ struct MetadataServeCommand: ParsableCommand {
   func run() throws {
     let stop = try StopRequest()
     raiseDescriptorLimit()
-    try reportingEngineErrors {
+    try reportingErrors {
       var options = MetadataServer.Options()
       options.host = host
       options.port = port

@@ -68,7 +68,7 @@ struct MetadataGetCommand: ParsableCommand {
   var key: String
 
   func run() throws {
-    try reportingEngineErrors {
+    try reportingErrors {
       let store = try service.open()
       guard let value = try store.get(key, service.call) else {
         throw MooncakeError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
@@ -111,7 +111,7 @@ struct MetadataPutCommand: ParsableCommand {
   }
 
   func run() throws {
-    try reportingEngineErrors {
+    try reportingErrors {
       let store = try service.open()
       let entry = MetadataEntry(key: key, value: value == "-" ? try standardInput() : value)
       let lease = try ttl.flatMap { span in
@@ -171,7 +171,7 @@ struct MetadataDeleteCommand: ParsableCommand {
   var key: String
 
   func run() throws {
-    try reportingEngineErrors {
+    try reportingErrors {
       let store = try service.open()
       if try !store.delete(key, service.call) {
         throw MooncakeError(.notFound, "metadata \(store.uri): there is no key '\(key)'")
@@ -197,7 +197,7 @@ struct MetadataListCommand: ParsableCommand {
   var values = false
 
   func run() throws {
-    try reportingEngineErrors {
+    try reportingErrors {
       let store = try service.open()
       for entry in try store.listAll(prefix: prefix, service.call).entries {
         service.print(entry, withValue: values)
@@ -229,7 +229,7 @@ struct MetadataWatchCommand: ParsableCommand {
 
   func run() throws {
     let stop = try StopRequest()
-    try reportingEngineErrors {
+    try reportingErrors {
       let store = try service.open()
       let watch = MetadataWatch(store, prefix: prefix)
       let end = duration.map { Deadline(nanoseconds: Clock.now() &+ $0.nanoseconds) } ?? .never

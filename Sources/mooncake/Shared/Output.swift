@@ -74,7 +74,7 @@ func silenceLog() {
 }
 
 /// Turns an engine's error into the program's: prints the message and exits with 1.
-func reportingEngineErrors<Result>(_ body: () throws -> Result) throws -> Result {
+func reportingErrors<Result>(_ body: () throws -> Result) throws -> Result {
   do {
     return try body()
   } catch let error as MooncakeError {

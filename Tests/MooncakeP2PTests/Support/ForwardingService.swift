@@ -8,6 +8,7 @@ protocol ForwardingService: MetadataService {
 
 extension ForwardingService {
   var uri: MetadataURI { service.uri }
+  var listingScansAllKeys: Bool { service.listingScansAllKeys }
   var comparesRevisions: Bool { service.comparesRevisions }
 
   func get(_ key: String, _ call: Call) throws(MooncakeError) -> String? {

@@ -214,6 +214,7 @@ final class ScriptedService: Sendable {
 /// One process's access to a scripted service.
 final class ScriptedStore: MetadataService {
   let uri = try! MetadataURI(parsing: "http://scripted.test/metadata")
+  let listingScansAllKeys = false
   let comparesRevisions = false
   private let service: ScriptedService
   private let before: @Sendable () -> ScriptedService.Fate

@@ -10,6 +10,7 @@ import Testing
 /// An etcd whose revisions cannot be compared, as if behind a proxy.
 private final class WithoutRevisions: ForwardingService {
   let service: any MetadataService
+  let listingScansAllKeys = false
   let comparesRevisions = false
 
   init(_ service: any MetadataService) { self.service = service }

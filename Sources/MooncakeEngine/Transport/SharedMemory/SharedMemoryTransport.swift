@@ -39,8 +39,8 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
   /// Where helpers run; nil for anywhere.
   private let processors: ProcessorSet?
   private let fallBack: @Sendable (SlicePointer) -> Void
-  /// In sets of drivers.
-  package private(set) var driverIndex = 0
+  /// Its bit in sets of drivers.
+  package private(set) var driverBit = 0
 
   /// Up to this many bytes the submitting thread copies itself, even if it does not wait.
   package static let inlineBytes = 1 << 20
@@ -65,8 +65,8 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
     do throws(Errno) {
       own = try Self.connectOwn(listener.name, cancellation)
       try loop.watch(own)
-      guard let index = drivers.add(self) else { throw Errno(ENOSPC) }
-      driverIndex = index
+      guard let bit = drivers.add(self) else { throw Errno(ENOSPC) }
+      driverBit = bit
     } catch {
       loop.stop()
       throw error

@@ -25,8 +25,8 @@ package final class TCPClientLoop: Driver, @unchecked Sendable {
   private let wakeup: EventFD
   private let epoll: Epoll
   let counters: TCPCounters
-  /// In sets of drivers; set before the loop is shared.
-  package internal(set) var index = 0
+  /// Its bit in sets of drivers; set before the loop is shared.
+  package internal(set) var driverBit = 0
   private let spinNanoseconds: UInt64
   private var thread: WorkerThread?
 

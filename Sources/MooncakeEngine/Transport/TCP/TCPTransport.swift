@@ -44,8 +44,8 @@ package final class TCPTransport: @unchecked Sendable {
       for _ in 0..<settings.threadCount {
         let loop = try TCPClientLoop(
           counters: counters, spinNanoseconds: settings.spinNanoseconds)
-        guard let index = drivers.add(loop) else { throw Errno(ENOSPC) }
-        loop.index = index
+        guard let bit = drivers.add(loop) else { throw Errno(ENOSPC) }
+        loop.driverBit = bit
         loops.append(loop)
       }
     } catch {

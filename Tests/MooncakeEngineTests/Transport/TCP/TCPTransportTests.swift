@@ -18,7 +18,7 @@ import Testing
       let group = try transport.connect(
         to: descriptor, deadline: .never, handlers: .init(trouble: {}, refusal: { _ in }))
       #expect(group.endpoints.count == 2)
-      return group.endpoints[0].loop.index
+      return group.endpoints[0].loop.driverBit
     }
     #expect(firstLoops == [0, 1, 2, 0, 1, 2])
   }
