@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 
-from scratch import PROJECT, Unavailable, bound, debian_program, debian_version, run
+from scratch import PROJECT, Unavailable, bound, compiled, debian_program, debian_version, run
 
 sys.path.insert(0, str(PROJECT / "Tests" / "interop"))
 
@@ -142,6 +142,36 @@ class Ours:
     def close(self):
         for program, _ in self.targets.values():
             program.end()
+
+
+class DropIn:
+    """Two programs on the drop-in header that poll: dropin_poll.c."""
+
+    def __init__(self, library):
+        folder = pathlib.Path(library).resolve().parent
+        self.program = compiled(
+            PROJECT / "benchmarks" / "dropin_poll.c", "-I", PROJECT / "include", "-L", folder,
+            "-lmooncake",
+        )  # fmt: skip
+        # Both are on one host, where an engine would not use TCP.
+        self.variables = clean_environment(LD_LIBRARY_PATH=str(folder), MC_FORCE_TCP="1")
+        self.target = None
+
+    def measure(self, seconds, operation, block, batch, pause_us=0):
+        if self.target is None or not self.target.alive():
+            self.target = Program([self.program, "target", BYTES], self.variables)
+        found = self.target.find(r"segment (\S+) address (\d+)")
+        words = [*found.groups(), BYTES, operation, block, batch, seconds, pause_us]
+        before = processor_seconds(self.target.process.pid)
+        result = json.loads(
+            run(leashed([self.program, "initiator", *words]), seconds + 40, env=self.variables)
+        )
+        used = processor_seconds(self.target.process.pid) - before + result.pop("cpu_seconds")
+        return dict(result, cpu_seconds_per_gb=used / result.pop("bytes") * 1e9)
+
+    def close(self):
+        if self.target is not None:
+            self.target.end()
 
 
 class Sockets:

@@ -59,6 +59,7 @@ def latency(quantity):
     )  # fmt: skip
 
 
+POLLED = "TCP, 16 MiB, drop-in header and polling"
 BULK, SMALL = "TCP, bulk, 1 to 64 MiB", "TCP, 4 KiB x 128"
 ENGINE = "same host, engine-owned memory, 1 MiB and up"
 EACH, OPERATIONS = "same host, one 4 KiB read at a time", "operations_per_second"
@@ -70,6 +71,8 @@ GOALS = (
     Goal(SMALL, "2.5 times UCX 1.22", "4 KiB", "ours", ("ucx 1.22",), 2.5),
     Goal(SMALL, "0.7 of plain sockets, gathered", "4 KiB", "ours", ("raw",), 0.7),
     Goal("TCP, 64 KiB x 128", "0.85 of plain sockets, bulk", "64 KiB", "ours", ("raw bulk",), 0.85),
+    Goal(POLLED, "0.85 of waiting", "polled", "ours polled", ("ours ordinary",), 0.85),
+    Goal(POLLED, "2.5 times Mooncake", "polled", "ours polled", ("stock python",), 2.5),
     *latency("p50_us"),
     *latency("p99_us"),
     Goal(ENGINE, "0.9 of a non-temporal copy by as many threads", "engine", "ours",

@@ -15,6 +15,9 @@ NAMES = {
     "ours fixed": "libmooncake, one address",
     "ours python": "libmooncake, Python",
     "ours kernel": "libmooncake, kernel copy",
+    "ours ordinary": "libmooncake, waiting",
+    "ours polled": "libmooncake, drop-in header, polling",
+    "ours paused": "libmooncake, drop-in header, 100 µs between polls",
     "raw": "plain sockets",
     "raw bulk": "plain sockets, bulk",
     "iperf3": "iperf3, 2 streams",
@@ -60,6 +63,7 @@ RATE = ("bytes_per_second", 1e-9, "GB/s", 2)
 SECTIONS = {
     "bulk": ("TCP, bulk", RATE),
     "small": ("TCP, batches of small blocks", RATE),
+    "polled": ("TCP, drop-in header and a loop of polls, ordinary memory", RATE),
     "latency": ("TCP, one 4 KiB read at a time", ("p50_us", 1, "µs", 1)),
     "engine": ("Same host, engine-owned memory", RATE),
     "ordinary": ("Same host, ordinary memory", RATE),
@@ -85,6 +89,7 @@ class Lab:
         self.missing = {}
         self.ours = contenders.Ours(program)
         self.ours_python = peers.our_python(library)
+        self.dropin = self.attempt("the drop-in header", lambda: contenders.DropIn(library))
         self.sockets = self.attempt("plain sockets", contenders.Sockets)
         self.memory = self.attempt("copies in memory", contenders.Memory)
         self.stock = self.attempt("Mooncake", lambda: peers.Stock(stock_version))
@@ -117,7 +122,7 @@ class Lab:
         return found
 
     def close(self):
-        for each in (self.ours, self.ours_python, self.stock, self.nixl):
+        for each in (self.ours, self.ours_python, self.dropin, self.stock, self.nixl):
             if each is not None:
                 each.close()
 
@@ -139,6 +144,11 @@ class Plan:
         ):  # fmt: skip
             for operation in operations:
                 self.small(operation, block, batch)
+        for block, batch in ((16 * MIB, 1),) if quick else (
+            (16 * MIB, 1), (MIB, 1), (4 * KIB, 128)
+        ):  # fmt: skip
+            for operation in operations:
+                self.polled(operation, block, batch)
         self.latency()
         for block in (MIB, 16 * MIB) if quick else (MIB, 16 * MIB, 64 * MIB):
             for operation in ("read",) if quick else operations:
@@ -192,6 +202,16 @@ class Plan:
         if not self.quick and block in (4 * KIB, 64 * KIB):
             row.add("ucx 1.13", lab.ucx13, lambda c, s: c.measure(s, *work))
             row.add("nixl", lab.nixl, lambda c, s: c.measure(s, *work))
+
+    def polled(self, operation, block, batch):
+        title = f"{operation}, {size_name(block)} x {batch}"
+        goal = "polled" if block == 16 * MIB else ""
+        row = self.row("polled", title, goal, operation, block)
+        lab, work = self.lab, (operation, block, batch)
+        row.add("ours ordinary", lab.ours, lambda c, s: c.measure(s, *work, ordinary=True))
+        row.add("ours polled", lab.dropin, lambda c, s: c.measure(s, *work))
+        row.add("ours paused", lab.dropin, lambda c, s: c.measure(s, *work, pause_us=100))
+        row.add("stock python", lab.stock, lambda c, s: c.python.measure(s, *work))
 
     def latency(self):
         row = self.row("latency", "read, 4 KiB", "latency", "read", 4 * KIB)

@@ -18,6 +18,10 @@ never touches its memory, so its reads send the shared zero page; "tuned" is MC_
 MiB.""",
     "small": """Plain sockets answer one request of headers with frames and scattered blocks on one
 connection, both ends spinning. UCX has as many operations under way, all at one address.""",
+    "polled": """Blocks in order through 256 MiB of touched memory with 4 KiB pages. A program on
+the drop-in header submits and asks for the status in a tight loop, as those written for Mooncake
+do, or sleeps between two polls; beside it, native waiting with such memory at the target, and
+Mooncake's Python interface.""",
     "latency": """Plain sockets: one request, one answer of 4 KiB, both ends spinning. Mooncake,
 NIXL and one of ours are called from Python, which costs each call some microseconds.""",
     "engine": """Copies of memory that the engine has allocated, in order through 256 MiB; up to 1

@@ -103,10 +103,13 @@ def debian_version(name):
 
 def bound(name):
     """One of the programs of bounds/, compiled."""
-    source = PROJECT / "benchmarks" / "bounds" / f"{name}.c"
-    program = SCRATCH / name
+    return compiled(PROJECT / "benchmarks" / "bounds" / f"{name}.c")
+
+
+def compiled(source, *words):
+    program = SCRATCH / source.stem
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        run(["cc", "-O2", "-pthread", "-o", program, source], 120)
+        run(["cc", "-O2", "-pthread", "-o", program, source, *words], 120)
     return program
 
 
