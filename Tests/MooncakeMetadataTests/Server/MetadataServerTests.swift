@@ -249,10 +249,10 @@ struct MetadataServerTests {
     let store = try MetadataServices.open(MetadataURI(parsing: server.uri))
     let call = Call(until: .after(milliseconds: 20_000))
     // Each character takes six bytes in a request.
-    let keys = (0..<1000).map { String(repeating: "\u{1}", count: 2000) + "\($0)" }
-    try store.put(MetadataEntry(key: keys[999], value: "last"), lease: nil, call)
+    let keys = (0..<400).map { String(repeating: "\u{1}", count: 2000) + "\($0)" }
+    try store.put(MetadataEntry(key: keys[399], value: "last"), lease: nil, call)
     let values = try store.values(of: keys, call)
-    #expect(values.count == 1000 && values.last == "last" && values.first == .some(nil))
+    #expect(values.count == 400 && values.last == "last" && values.first == .some(nil))
   }
 
   @Test func aStopAnswersWhatWaits() throws {
