@@ -287,6 +287,42 @@ struct BatchTests {
     #expect(batch.isTerminal && batch.status.completedCount == UInt64(batch.capacity))
   }
 
+  /// A driver that never comes to an end by itself.
+  private final class Endless: Driver {
+    static let isExclusive = true
+
+    func kick() {}
+    func nudge() {}
+    func requestSweep() {}
+    func pollIfFree() -> Bool { false }
+    func driveIfFree(until deadline: Deadline, isDone: () -> Bool) -> Bool {
+      while !isDone() && !deadline.hasPassed { sched_yield() }
+      return true
+    }
+  }
+
+  /// A batch that ends and begins anew on another driver is not waited for on the former one, which
+  /// nobody would wake.
+  @Test func nobodyDrivesWhatTheBatchNoLongerUses() throws {
+    let batch = makeBatch(2)
+    let (driver, other) = (Endless(), Endless())
+    let first = DriverSet(bit: try #require(batch.driverTable.add(driver)))
+    let second = DriverSet(bit: try #require(batch.driverTable.add(other)))
+    _ = try submit(batch, 1)
+    batch.use(first)
+    #expect(batch.drivers == first)
+    Batch.end(batch.slices, .completed)
+    _ = try submit(batch, 1)
+    batch.use(second)
+    #expect(batch.drivers == second)
+    let time = elapsedMilliseconds {
+      #expect(batch.drive(driver, of: first, until: .after(milliseconds: 10_000)))
+    }
+    #expect(time < 5000 && !batch.isTerminal)
+    Batch.end(batch.slices + 1, .completed)
+    #expect(batch.drive(other, of: second, until: .never))
+  }
+
   @Test func sleepEndsAtItsDeadline() throws {
     let batch = makeBatch(1)
     _ = try submit(batch, 1)
