@@ -37,6 +37,8 @@ let package = Package(
     .systemLibrary(name: "CMicroHTTP", path: "Sources/CMicroHTTP"),
     // Headers only: what it offers is compiled into its users.
     .systemLibrary(name: "CXXHash", path: "Sources/CXXHash"),
+    // Only the library: it needs the Swift runtime linked statically.
+    .systemLibrary(name: "CSwiftRuntime", path: "Sources/CSwiftRuntime"),
     .target(name: "MooncakeSystem", dependencies: ["CLinux"], swiftSettings: releaseFlags),
     .target(
       name: "MooncakeBase", dependencies: ["MooncakeSystem", "CLinux", "CJSON"],
@@ -66,7 +68,8 @@ let package = Package(
       swiftSettings: releaseFlags),
     // Linker settings spread to everything that depends on a target, so this one has no dependents.
     .target(
-      name: "MooncakeLibrary", dependencies: ["MooncakeABI"], exclude: ["exports.map"],
+      name: "MooncakeLibrary", dependencies: ["MooncakeABI", "CSwiftRuntime"],
+      exclude: ["exports.map"],
       swiftSettings: releaseFlags,
       linkerSettings: [
         .unsafeFlags(
