@@ -10,7 +10,7 @@
 
 #include "check.h"
 
-enum { LENGTH = 64 << 10, CHILD_SECONDS = 20, BUSY_FORKS = 8 };
+enum { LENGTH = 64 << 10, CHILD_SECONDS = 20, BUSY_FORKS = 8, FIRST_FORKS = 800 };
 
 typedef struct inherited {
   mooncake_engine_t *engine;
@@ -125,17 +125,54 @@ static void child_main(const inherited_t *old, uint64_t seed) {
   _exit(check_result("fork (child)"));
 }
 
-static void fork_and_check(const inherited_t *old, uint64_t seed) {
+static void check_child(pid_t pid) {
   int status = 0;
-  fflush(NULL);
-  pid_t pid = fork();
-  REQUIRE(pid >= 0);
-  if (pid == 0) child_main(old, seed);
   REQUIRE(waitpid(pid, &status, 0) == pid);
   if (WIFSIGNALED(status)) {
     fprintf(stderr, "the child was ended by signal %d (%d: it hung)\n", WTERMSIG(status), SIGALRM);
   }
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+static void fork_and_check(const inherited_t *old, uint64_t seed) {
+  fflush(NULL);
+  pid_t pid = fork();
+  REQUIRE(pid >= 0);
+  if (pid == 0) child_main(old, seed);
+  check_child(pid);
+}
+
+static void *create_first_engine(void *barrier) {
+  mooncake_engine_t *engine = NULL;
+  pthread_barrier_wait((pthread_barrier_t *)barrier);
+  REQUIRE_OK(mooncake_engine_create(NULL, &engine));
+  REQUIRE_OK(mooncake_engine_destroy(engine));
+  return NULL;
+}
+
+/* In the child, the forking thread and another one look up the same types for the first time, under
+ * locks of the Swift runtime. */
+static void first_engines_main(void) {
+  pthread_t thread;
+  pthread_barrier_t barrier;
+  alarm(CHILD_SECONDS);
+  REQUIRE(pthread_barrier_init(&barrier, NULL, 2) == 0);
+  REQUIRE(pthread_create(&thread, NULL, create_first_engine, &barrier) == 0);
+  create_first_engine(&barrier);
+  REQUIRE(pthread_join(thread, NULL) == 0);
+  _exit(0);
+}
+
+/* Must come before the first engine of this process, but after the forking thread has used the
+ * library. Only about one child in a hundred has its threads meet in a lock, hence so many. */
+static void create_first_engines(void) {
+  REQUIRE_OK(mooncake_log_set_level(MOONCAKE_LOG_WARNING));
+  for (int index = 0; index < FIRST_FORKS && check_failure_count == 0; index += 1) {
+    pid_t pid = fork();
+    REQUIRE(pid >= 0);
+    if (pid == 0) first_engines_main();
+    check_child(pid);
+  }
 }
 
 static atomic_int busy_should_end;
@@ -162,6 +199,7 @@ static void *stay_busy(void *argument) {
 int main(void) {
   pthread_t thread;
   inherited_t old;
+  create_first_engines();
   old.memory = (unsigned char *)new_pages(LENGTH * 2);
   old.engine = create_with(old.memory);
   REQUIRE_OK(mooncake_batch_create(old.engine, 4, &old.batch));
