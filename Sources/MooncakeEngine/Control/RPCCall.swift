@@ -144,14 +144,15 @@ struct RPCCall {
         throw broken(error, "the answer was awaited")
       }
       if count == 0 { throw closed(afterBytes: parser.receivedByteCount) }
-      // A peer that sends without pause must not outlast the deadline.
-      if deadline.hasPassed { throw broken(.timedOut, "the answer was received") }
       let received = UnsafeRawBufferPointer(rebasing: chunk[..<count])
       do throws(RPCMessageError) {
         if let message = try parser.consume(received).message { return message }
       } catch {
         throw malformed(error)
       }
+      // Not before: a whole answer counts, even if this thread was late to read it. But a peer that
+      // sends without pause must not outlast the deadline.
+      if deadline.hasPassed { throw broken(.timedOut, "the answer was received") }
     }
   }
 

@@ -254,6 +254,30 @@ import Testing
     _ = consume listener
   }
 
+  /// As on an overloaded machine: the answer arrives in time, but the thread that waits for it runs
+  /// again only after the deadline.
+  @Test func answerReadAfterTheDeadlineCounts() throws {
+    signal(SIGUSR1) { _ in _ = sleep(2) }
+    var (unblocked, former) = (sigset_t(), sigset_t())
+    sigaddset(&unblocked, SIGUSR1)
+    pthread_sigmask(SIG_UNBLOCK, &unblocked, &former)
+    defer {
+      pthread_sigmask(SIG_SETMASK, &former, nil)
+      signal(SIGUSR1, SIG_DFL)
+    }
+    let client = pthread_self()
+    let server = try ScriptedServer { _ in
+      pthread_kill(client, SIGUSR1)
+      return .bytes(RPCMessage.encoded(type: .probe, body: "in time"))
+    }
+    let deadline = Deadline.after(milliseconds: 1500)
+    let answer = try RPCClient.ask(
+      HostPort(host: "127.0.0.1", port: server.port), type: .probe, body: "", Call(until: deadline))
+    #expect(answer == "in time")
+    #expect(deadline.hasPassed)
+    server.stop()
+  }
+
   @Test func thousandCallsLeaveNoDescriptor() throws {
     let server = try makeServer()
     try RPCClient.probe(server.name, Call(until: .after(milliseconds: 5000)))
