@@ -3,10 +3,16 @@ import Glibc
 
 /// Monotonic time.
 package enum Clock {
-  /// Nanoseconds since an arbitrary start; never goes back.
+  /// Nanoseconds since an arbitrary start. Should never go back, but in some virtual machines does.
   @inline(__always)
   package static func now() -> UInt64 {
     read(CLOCK_MONOTONIC)
+  }
+
+  /// Nanoseconds between two times of `now`; 0 if the clock went back in between.
+  @inline(__always)
+  package static func elapsed(since start: UInt64, until end: UInt64 = Clock.now()) -> UInt64 {
+    end > start ? end &- start : 0
   }
 
   /// The same, but also counts time while the machine is suspended. Not comparable with `now`.

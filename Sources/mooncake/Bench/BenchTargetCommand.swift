@@ -86,7 +86,7 @@ struct BenchTargetCommand: ParsableCommand {
       let deadline = duration.map { Deadline(nanoseconds: begin &+ $0.nanoseconds) } ?? .never
       stop.wait(until: deadline, orEndOfInput: untilEof)
       let cpu = decimal(ProcessorTime.now().seconds, places: 2)
-      let seconds = decimal(Double(Clock.now() - begin) / 1e9, places: 2)
+      let seconds = decimal(Double(Clock.elapsed(since: begin)) / 1e9, places: 2)
       printLine("served for \(seconds) s, CPU time of the process \(cpu) s")
       for (engine, memory) in serving {
         if engines > 1 { printLine("segment \(engine.name)") }

@@ -59,7 +59,7 @@ struct MetadataChecks {
         endpoint.host, port: endpoint.port ?? 0, deadline: deadline)
       let begin = Clock.now()
       try ConnectTest.connect(to: addresses[0], deadline: deadline)
-      let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
+      let span = decimal(Double(Clock.elapsed(since: begin)) / 1e3, places: 0)
       return .ok("endpoint \(endpoint)", "accepts connections (\(span) µs)")
     } catch {
       return .problem(
@@ -93,7 +93,7 @@ struct MetadataChecks {
     try store.put(entry, lease: nil, call)
     let found = try store.get(entry.key, call)
     _ = try store.delete(entry.key, call)
-    let span = decimal(Double(Clock.now() - begin) / 1e6 / 3, places: 2)
+    let span = decimal(Double(Clock.elapsed(since: begin)) / 1e6 / 3, places: 2)
     if found == entry.value {
       findings.append(.ok("round trip", "put, get and delete take \(span) ms each"))
     } else {
@@ -142,7 +142,7 @@ struct MetadataChecks {
       }
       sleepBriefly(nanoseconds: 50_000_000)
     }
-    let span = Clock.now() - begin
+    let span = Clock.elapsed(since: begin)
     let early = span + 200_000_000 < lease.ttlMilliseconds * 1_000_000
     let detail =
       "a key with \(lease.ttlMilliseconds) ms to live vanished after \(span / 1_000_000) ms"

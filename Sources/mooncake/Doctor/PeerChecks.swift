@@ -60,7 +60,7 @@ struct PeerChecks {
       let begin = Clock.now()
       do throws(Errno) {
         try ConnectTest.connect(to: address, deadline: deadline)
-        let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
+        let span = decimal(Double(Clock.elapsed(since: begin)) / 1e3, places: 0)
         findings.append(.ok(what, "\(address.description) accepts connections (\(span) µs)"))
         return true
       } catch {
@@ -107,7 +107,7 @@ struct PeerChecks {
     let begin = Clock.now()
     do throws(MooncakeError) {
       try engine.probe(name, timeoutMilliseconds: timeoutMilliseconds)
-      let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
+      let span = decimal(Double(Clock.elapsed(since: begin)) / 1e3, places: 0)
       findings.append(.ok("probe", "answered in \(span) µs"))
     } catch {
       findings.append(
@@ -207,7 +207,7 @@ struct PeerChecks {
       try engine.transfer(
         TransferRequest(
           opcode: .read, segment: segment, source: memory, targetOffset: buffer.address, length: 1))
-      let span = decimal(Double(Clock.now() - begin) / 1e3, places: 0)
+      let span = decimal(Double(Clock.elapsed(since: begin)) / 1e3, places: 0)
       findings.append(.ok("transfer", "read one byte of its first buffer in \(span) µs"))
     } catch {
       findings.append(

@@ -49,7 +49,7 @@ enum SelfTest {
       let begin = Clock.now()
       try move(initiator, .write, segment, source, address(remote), size)
       try move(initiator, .read, segment, copy, address(remote), size)
-      let span = Double(Clock.now() - begin) / 1e3
+      let span = Double(Clock.elapsed(since: begin)) / 1e3
       findings.append(
         memcmp(source, copy, size) == 0
           ? .ok("\(size) bytes there and back (\(transport))", "\(decimal(span, places: 0)) µs")

@@ -104,7 +104,7 @@ struct TCPConnection: ~Copyable {
     restNanoseconds = min(
       max(restNanoseconds * 2, Self.firstRestNanoseconds), Self.restLimitNanoseconds)
     state = .resting(until: now + restNanoseconds)
-    return now - failingSince >= Self.failureLimitNanoseconds
+    return Clock.elapsed(since: failingSince, until: now) >= Self.failureLimitNanoseconds
   }
 
   /// The next attempt need not wait.
@@ -129,7 +129,7 @@ struct TCPConnection: ~Copyable {
   /// Whether a connection without requests has something to read: its end, or bytes that nobody
   /// asked for. One that was just used is not asked.
   var isStale: Bool {
-    if Clock.now() - lastUse < Self.probeNanoseconds { return false }
+    if Clock.elapsed(since: lastUse) < Self.probeNanoseconds { return false }
     var byte: UInt8 = 0
     let count = recv(descriptor, &byte, 1, Int32(MSG_PEEK) | Int32(MSG_DONTWAIT))
     return count >= 0 || errno != EAGAIN

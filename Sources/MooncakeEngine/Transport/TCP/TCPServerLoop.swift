@@ -109,7 +109,7 @@ final class TCPServerLoop: @unchecked Sendable {
     defer { events.deallocate() }
     var lastActivity: UInt64 = 0
     while !isStopping {
-      let spins = lastActivity != 0 && Clock.now() - lastActivity < spinNanoseconds
+      let spins = lastActivity != 0 && Clock.elapsed(since: lastActivity) < spinNanoseconds
       let timeout: Int32 = spins || !unfinishedTokens.isEmpty ? 0 : drainTimeout()
       let count = epoll.wait(into: events, timeoutMilliseconds: timeout)
       expireDrains()
