@@ -43,7 +43,7 @@ private final class FuzzTarget {
     options.ioThreads = 1
     engine = try! TransferEngine(options)
     memory = try! .anonymous(byteCount: 7 * Self.part)
-    address = engine.transport.server.address
+    address = engine.tcp!.server.address
     for index in 0..<7 {
       memset(memory.address + index * Self.part, Int32(Self.byte(ofPart: index)), Self.part)
     }

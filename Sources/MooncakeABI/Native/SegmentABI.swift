@@ -60,12 +60,21 @@ package func mooncake_segment_describe(
   _ capacity: UInt64, _ length: UnsafeMutablePointer<UInt64>?
 ) -> Int32 {
   nativeCall(engine) { engine throws(MooncakeError) in
-    var text = try engine.descriptor(of: segment).json()
-    if segment != 0, let reason = try engine.sharedMemoryFailure(of: segment) {
-      var writer = JSONWriter()
-      writer.value(reason)
-      text = "\(text.dropLast()),\"mooncake_shm_failure\":\(writer.text)}"
+    let descriptor = try engine.descriptor(of: segment).json()
+    var writer = JSONWriter()
+    writer.beginArray()
+    for path in try engine.paths(to: segment) {
+      writer.beginObject()
+      writer.member("transport", path.transport)
+      if !path.description.isEmpty { writer.member("path", path.description) }
+      writer.member("state", path.state)
+      writer.member("moved_bytes", path.movedBytes)
+      writer.member("failures", path.failureCount)
+      if !path.reason.isEmpty { writer.member("reason", path.reason) }
+      writer.endObject()
     }
+    writer.endArray()
+    let text = "\(descriptor.dropLast()),\"mooncake_paths\":\(writer.text)}"
     try writeText(text, buffer, capacity, length)
   }
 }

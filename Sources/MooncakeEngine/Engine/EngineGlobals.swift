@@ -12,9 +12,8 @@ package enum EngineGlobals {
   /// As `prepare`, for callers already inside `Fork.prepare`.
   package static func use() {
     MetadataGlobals.use()
-    TCPTransport.prepare()
+    TransportRegistry.prepare()
     _ = Notification.byteLimit
-    _ = (TCPServerLoop.okFrame, TCPServerLoop.rejectedFrame, SharedMemoryPeer.View.empty)
     _ = (Access.local, Access.remoteRead, Access.remoteWrite)
   }
 }

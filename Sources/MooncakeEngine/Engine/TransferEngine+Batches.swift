@@ -16,7 +16,7 @@ extension TransferEngine {
         "a batch holds 1 to \(Self.batchCapacityLimit) requests, not \(capacity)")
     }
     return try batches.insert(
-      Batch(capacity: capacity, pool: pool, drivers: drivers, announcer: self))
+      Batch(capacity: capacity, pool: router.pool, drivers: drivers, announcer: self))
   }
 
   /// Appends requests to a batch. Everything is checked before any request starts; later failures
@@ -45,10 +45,31 @@ extension TransferEngine {
     }
   }
 
+  @inline(__always)
+  private func submit(
+    _ batch: Batch, count: Int, timeoutMilliseconds: UInt64, notification: Notification?,
+    isAsynchronous: Bool, request: (Int) -> RawRequest
+  ) throws(MooncakeError) {
+    guard count > 0 else {
+      if count == 0 && notification == nil { return }
+      throw MooncakeError(.invalidArgument, "there is no request to submit")
+    }
+    if let notification {
+      try notification.validate()
+      try workers.reserve()
+    }
+    try router.whileOpen { () throws(MooncakeError) in
+      try router.submit(
+        batch, count: count, deadline: deadline(timeoutMilliseconds).nanoseconds,
+        notification: notification, isAsynchronous: isAsynchronous,
+        isObserved: engineEvent.load(ordering: .relaxed) >= 0, request: request)
+    }
+  }
+
   /// Reads the status of a whole batch.
   public func poll(_ id: BatchID) throws(MooncakeError) -> BatchStatus {
     try batches.with(id) { batch throws(MooncakeError) in
-      drivePolled(batch)
+      router.drivePolled(batch)
       return finalStatus(of: batch)
     }
   }
@@ -61,7 +82,7 @@ extension TransferEngine {
           .invalidArgument,
           "request \(index) does not exist: \(batch.submittedCount) were submitted")
       }
-      drivePolled(batch)
+      router.drivePolled(batch)
       return batch.status(of: index)
     }
   }
@@ -69,7 +90,7 @@ extension TransferEngine {
   /// Changes whenever part of an answer arrives from the segment. A status does not show that: it
   /// counts whole slices.
   package func partialArrivalCount(from segment: SegmentID) -> UInt64 {
-    (try? segments.segment(segment))?.route.connections.peer.partialArrivalCount ?? 0
+    (try? segments.segment(segment))?.route.paths.reduce(0) { $0 &+ $1.partialArrivalCount } ?? 0
   }
 
   /// Waits until every submitted request is terminal. Throws `.timeout` if some are not by then; 0
@@ -81,7 +102,7 @@ extension TransferEngine {
       let deadline =
         timeoutMilliseconds == 0
         ? Deadline.never : Deadline.after(milliseconds: timeoutMilliseconds)
-      guard waitUntilTerminal(batch, deadline) else {
+      guard router.waitUntilTerminal(batch, deadline) else {
         throw MooncakeError(.timeout, "the batch still runs after \(timeoutMilliseconds) ms")
       }
       return finalStatus(of: batch)
@@ -101,7 +122,7 @@ extension TransferEngine {
       if batch.isTerminal { return }
       batch.requestCancel()
       drivers.requestSweeps()
-      endCanceledRecoveries()
+      router.endCanceledRecoveries()
     }
   }
 
@@ -162,29 +183,30 @@ extension TransferEngine {
     try submit(
       batch, count: count, timeoutMilliseconds: timeoutMilliseconds, notification: nil,
       isAsynchronous: false, request: request)
-    _ = waitUntilTerminal(batch, .never)
+    _ = router.waitUntilTerminal(batch, .never)
     let status = batch.status
     let message = status.error == nil ? "" : batch.failureMessage
     giveSpareBatch(batch)
     if let code = status.error { throw MooncakeError(code, message) }
   }
 
-  /// Moves a request of moderate size through shared memory if that needs no waiting; a batch would
+  /// Moves a request of moderate size at once if its path needs no waiting for that; a batch would
   /// cost more than the copy.
   @inline(__always)
   private func copyAtOnce(_ raw: RawRequest) throws(MooncakeError) -> Bool {
-    guard let sharedMemory, raw.length <= UInt64(SharedMemoryTransport.inlineBytes),
-      raw.length > 0, let opcode = Opcode(rawValue: raw.opcode),
+    guard raw.length <= UInt64(Router.bulkBytes), raw.length > 0,
+      let opcode = Opcode(rawValue: raw.opcode),
       let source = UnsafeMutableRawPointer(bitPattern: UInt(raw.source)),
       !raw.source.addingReportingOverflow(raw.length).overflow
     else { return false }
-    return try whileOpen { () throws(MooncakeError) in
+    return try router.whileOpen { () throws(MooncakeError) in
       let route = try segments.segment(raw.segment).route
-      guard let peer = route.sharedMemory, route.connections.peer.unfenced.isEmpty else {
+      guard let choice = route.choose(), route.ways[choice].traits.copiesAtOnce else {
         return false
       }
       _ = try local.ranges.find(raw.source, raw.length, request: 0)
-      return sharedMemory.copy(peer, opcode, source, raw.targetOffset, Int(raw.length))
+      return route.ways[choice].path.copyAtOnce(
+        opcode, source, raw.targetOffset, Int(raw.length))
     }
   }
 
@@ -198,7 +220,7 @@ extension TransferEngine {
       return batch
     }
     return Batch(
-      capacity: max(count, Self.spareBatchCapacity), pool: pool, drivers: drivers,
+      capacity: max(count, Self.spareBatchCapacity), pool: router.pool, drivers: drivers,
       announcer: self)
   }
 

@@ -124,7 +124,7 @@ extension TransferEngine {
           range: RemoteBuffer(address: $0.address, length: $0.length, access: access),
           location: location, place: place($0.address, $0.length))
       })
-    sharedMemory?.server.publish()
+    for transport in transports.all { transport.publish() }
   }
 
   /// Ends peers' access to removed buffers and unpublishes them. What the metadata service refuses
@@ -134,8 +134,8 @@ extension TransferEngine {
     _ removed: [BufferTable.Buffer], _ starts: Set<UInt64>, _ call: Call
   ) throws(MooncakeError) {
     if starts.isEmpty { return }
-    let late = sharedMemory?.server.revoke(until: call.deadline, unless: { call.isCanceled })
-    transport.server.revoke(removed.map(\.range))
+    var late: String?
+    for transport in transports.all { late = transport.revoke(removed, until: call) ?? late }
     if removed.contains(where: { $0.range.access != .local }) {
       try? publishChanges(call)
     }
@@ -205,7 +205,7 @@ extension TransferEngine {
       if !unfinished.withLock({ $0.contains(key) }),
         let memory = mappings.withLock({ $0.removeValue(forKey: key) })
       {
-        sharedMemory?.server.release(memory)
+        release(memory)
       }
       throw error
     }
@@ -222,7 +222,7 @@ extension TransferEngine {
     }
     let memory: EngineMemory
     let node = location.hasPrefix("cpu:") ? UInt32(location.dropFirst(4)) : nil
-    if let shared = sharedMemory?.server.allocate(byteCount: Int(length), node: node) {
+    if let shared = mappable?.allocate(byteCount: Int(length), node: node) {
       memory = shared
     } else {
       do throws(Errno) { memory = try EngineMemory(byteCount: Int(length), node: node) } catch {
@@ -234,8 +234,16 @@ extension TransferEngine {
     return address
   }
 
+  /// Where memory that peers can map comes from.
+  private var mappable: (any MappableMemory)? {
+    for transport in transports.all { if let memory = transport.memory { return memory } }
+    return nil
+  }
+
+  private func release(_ memory: EngineMemory) { mappable?.release(memory) }
+
   private func place(_ address: UInt64, _ length: UInt64) -> BufferTable.SharedPlace? {
-    if sharedMemory == nil { return nil }
+    if mappable == nil { return nil }
     return mappings.withLock { mappings in
       for memory in mappings.values {
         if let place = memory.place(address, length) { return place }
@@ -271,10 +279,10 @@ extension TransferEngine {
         // Keep it mapped while a peer may touch it.
         mappings.withLock { $0[key] = memory }
       } else {
-        sharedMemory?.server.release(memory)
+        release(memory)
       }
       throw error
     }
-    sharedMemory?.server.release(memory)
+    release(memory)
   }
 }

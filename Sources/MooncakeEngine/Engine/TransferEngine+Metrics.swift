@@ -3,14 +3,11 @@ import MooncakeSystem
 import Synchronization
 
 extension TransferEngine {
-  /// Where peers reach the data port, "host:port".
-  public var dataAddress: String { transport.server.address.description }
-
   /// Counters and gauges in the Prometheus text format.
   public func metrics() -> String {
-    let tcp = transport.counters
     let rpc = rpcCounters
-    let shared = sharedMemory?.counters ?? SharedMemoryCounters()
+    let all = transports.all
+    let totals = all.map(\.totals)
     var text = ""
     func add(_ name: String, _ kind: String, _ help: String, _ value: some BinaryInteger) {
       text += "# HELP mooncake_\(name) \(help)\n# TYPE mooncake_\(name) \(kind)\n"
@@ -19,47 +16,24 @@ extension TransferEngine {
     func counter(_ name: String, _ help: String, _ value: UInt64) {
       add(name + "_total", "counter", help, value)
     }
-    counter(
-      "read_bytes", "Bytes read from peers.",
-      tcp.readBytes.load(ordering: .relaxed) &+ shared.readBytes.load(ordering: .relaxed))
-    counter(
-      "written_bytes", "Bytes written to peers.",
-      tcp.writtenBytes.load(ordering: .relaxed) &+ shared.writtenBytes.load(ordering: .relaxed))
-    counter(
-      "completed_slices", "Slices completed.",
-      tcp.completedSlices.load(ordering: .relaxed)
-        &+ shared.completedSlices.load(ordering: .relaxed))
+    func sum(_ value: (TransportTotals) -> UInt64) -> UInt64 {
+      totals.reduce(0) { $0 &+ value($1) }
+    }
+    counter("read_bytes", "Bytes read from peers.", sum(\.readBytes))
+    counter("written_bytes", "Bytes written to peers.", sum(\.writtenBytes))
+    counter("completed_slices", "Slices completed.", sum(\.completedSlices))
     counter(
       "failed_slices", "Slices that failed, timed out or were canceled.",
-      tcp.failedSlices.load(ordering: .relaxed) &+ shared.failedSlices.load(ordering: .relaxed))
-    addSharedMemory(shared, counter, add)
-    counter("retried_slices", "Slices queued again.", tcp.retries.load(ordering: .relaxed))
-    counter(
-      "connect_failures", "Data connections that could not be made.",
-      tcp.clientConnectFailures.load(ordering: .relaxed))
-    counter(
-      "disconnects", "Data connections lost or taken out of use.",
-      tcp.clientDisconnects.load(ordering: .relaxed))
-    add(
-      "client_connections", "gauge", "Data connections to peers.",
-      tcp.clientConnections.load(ordering: .relaxed))
-    add(
-      "fenced_connections", "gauge",
-      "Connections given up with unanswered writes that the peer has not closed yet.",
-      tcp.fences.load(ordering: .relaxed))
-    add(
-      "server_connections", "gauge", "Data connections of peers.",
-      tcp.connections.load(ordering: .relaxed))
-    counter(
-      "served_requests", "Requests of peers served.", tcp.servedRequests.load(ordering: .relaxed))
-    counter(
-      "refused_requests", "Requests of peers refused.", tcp.rejections.load(ordering: .relaxed))
-    counter(
-      "served_received_bytes", "Bytes that peers sent to the data port.",
-      tcp.servedReceivedBytes.load(ordering: .relaxed))
-    counter(
-      "served_sent_bytes", "Bytes that the data port sent to peers.",
-      tcp.servedSentBytes.load(ordering: .relaxed))
+      sum(\.failedSlices) &+ router.failedSliceCount)
+    text += transportMetrics(all, totals)
+    for transport in all {
+      for metric in transport.metrics {
+        switch metric.kind {
+        case .counter: counter(metric.name, metric.help, metric.value)
+        case .gauge: add(metric.name, "gauge", metric.help, metric.value)
+        }
+      }
+    }
     counter("rpc_metadata_requests", "Metadata requests answered.", rpc.metadataRequests)
     counter("rpc_notify_requests", "Notifications received.", rpc.notifyRequests)
     counter("rpc_probe_requests", "Probes answered.", rpc.probeRequests)
@@ -74,25 +48,35 @@ extension TransferEngine {
     return text
   }
 
-  private func addSharedMemory(
-    _ shared: SharedMemoryCounters, _ counter: (String, String, UInt64) -> Void,
-    _ add: (String, String, String, Int) -> Void
-  ) {
-    counter(
-      "shared_memory_read_bytes", "Of these, bytes read through shared memory.",
-      shared.readBytes.load(ordering: .relaxed))
-    counter(
-      "shared_memory_written_bytes", "Of these, bytes written through shared memory.",
-      shared.writtenBytes.load(ordering: .relaxed))
-    counter(
-      "shared_memory_requests", "Slices completed through shared memory.",
-      shared.completedSlices.load(ordering: .relaxed))
-    counter(
-      "shared_memory_fallbacks", "Slices for a peer of the same host that fell back to TCP.",
-      shared.refusedSlices.load(ordering: .relaxed))
-    add(
-      "shared_memory_peers", "gauge", "Peers that reach the buffers through shared memory.",
-      sharedMemory?.server.connectionCount ?? 0)
+  /// What each transport has moved, and how many paths it has.
+  private func transportMetrics(
+    _ transports: [any Transport], _ totals: [TransportTotals]
+  ) -> String {
+    let paths = segments.all.flatMap(\.route.paths)
+    func block(_ name: String, _ kind: String, _ help: String, _ value: (Int) -> UInt64) -> String {
+      transports.indices.reduce(
+        "# HELP mooncake_\(name) \(help)\n# TYPE mooncake_\(name) \(kind)\n"
+      ) { text, index in
+        text + "mooncake_\(name){segment=\"\(escaped(self.name))\",transport=\""
+          + "\(escaped(transports[index].name))\"} \(value(index))\n"
+      }
+    }
+    func pathCount(_ index: Int, where isCounted: (any Path) -> Bool) -> UInt64 {
+      let name = transports[index].name
+      return UInt64(paths.count { $0.transportName == name && isCounted($0) })
+    }
+    return block("transport_read_bytes_total", "counter", "Bytes read, by transport.") {
+      totals[$0].readBytes
+    }
+      + block("transport_written_bytes_total", "counter", "Bytes written, by transport.") {
+        totals[$0].writtenBytes
+      }
+      + block("transport_paths", "gauge", "Paths to the open segments, by transport.") {
+        pathCount($0) { _ in true }
+      }
+      + block("transport_failing_paths", "gauge", "Of these, paths that rest after a failure.") {
+        pathCount($0) { $0.health.failure != nil }
+      }
   }
 
   private func addMetadata(

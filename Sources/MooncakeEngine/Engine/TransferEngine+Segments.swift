@@ -33,20 +33,23 @@ extension TransferEngine {
       return known.id
     }
     let descriptor = try fetchDescriptor(name, call)
-    let connections = try transport.connect(
-      to: descriptor, deadline: call.deadline, handlers: handlers(for: name))
-    let health = SharedMemoryHealth()
-    let peer = sharedMemory?.connect(to: descriptor, deadline: call.deadline, health: health)
-    let route = SegmentRoute(
-      descriptor: descriptor, connections: connections, sharedMemory: peer,
-      sharedMemoryHealth: health)
+    let route = try transports.connect(
+      to: descriptor, former: [], for: SegmentLink(name, router), deadline: call.deadline)
     do throws(MooncakeError) {
       let (segment, isNew) = try segments.insert(name, route: route)
-      if !isNew { sharedMemory?.forget(peer) }
+      if !isNew { retire(route.paths, keeping: []) }
       return segment.id
     } catch {
-      sharedMemory?.forget(peer)
+      retire(route.paths, keeping: [])
       throw error
+    }
+  }
+
+  private func retire(
+    _ paths: [any Path], keeping kept: [any Path], successor: PathSuccessor? = nil
+  ) {
+    for path in paths where !kept.contains(where: { $0 === path }) {
+      path.retire(successor: successor)
     }
   }
 
@@ -56,9 +59,7 @@ extension TransferEngine {
     try checkOpen()
     if id == 0 { return }
     guard let segment = try segments.release(id) else { return }
-    let route = segment.close()
-    route.connections.retire(successor: nil)
-    sharedMemory?.forget(route.sharedMemory)
+    retire(segment.close().paths, keeping: [])
   }
 
   /// The id of an open segment; nil if the name is not open.
@@ -111,35 +112,7 @@ extension TransferEngine {
 // MARK: - Keeping descriptors true
 
 extension TransferEngine {
-  /// How long a thread that others need too waits for a peer's greeting.
-  private static let retryMilliseconds: UInt64 = 1_000
-
-  /// Retries to reach the memory of a segment's peer, in the background.
-  package func retrySharedMemory(_ segment: OpenSegment, _ route: SegmentRoute) {
-    let health = route.sharedMemoryHealth
-    guard let sharedMemory, health.beginAttempt() else { return }
-    let isRunning = workers.run {
-      guard
-        let peer = sharedMemory.connect(
-          to: route.descriptor, deadline: .after(milliseconds: Self.retryMilliseconds),
-          health: health)
-      else { return }
-      sharedMemory.forget(segment.adopt(peer, health))
-    }
-    if !isRunning { _ = health.noteFailure("no thread to connect with", isFinal: false) }
-  }
-
-  /// Why shared memory is not used for a segment's peer, if the peer is on this host.
-  package func sharedMemoryFailure(of id: Int32) throws(MooncakeError) -> String? {
-    try segments.segment(id).route.sharedMemoryHealth.failure
-  }
-
-  /// The shared-memory peer of a segment, if there is one.
-  package func sharedMemoryPeer(of id: Int32) throws(MooncakeError) -> SharedMemoryPeer? {
-    try segments.segment(id).route.sharedMemory
-  }
-
-  /// Fetches a descriptor and replaces the route; a peer that has moved gets new connections.
+  /// Fetches a descriptor and replaces the route; a peer that has moved gets new paths.
   func refresh(_ segment: OpenSegment, _ call: Call) throws(MooncakeError) {
     let old = segment.route
     let new = try fetchDescriptor(segment.name, known: old.descriptor, call)
@@ -147,45 +120,74 @@ extension TransferEngine {
       Log.info("segment \(segment.name): ignored a descriptor older than the known one")
       return
     }
-    let isSameProcess = new.incarnation == old.descriptor.incarnation
-    let isSamePlace =
-      new.tcpDataHost == old.descriptor.tcpDataHost
-      && new.tcpDataPort == old.descriptor.tcpDataPort
-      && new.name.utf8.elementsEqual(old.descriptor.name.utf8)
-      && new.tcpProtocolVersion == old.descriptor.tcpProtocolVersion
-    if isSamePlace && isSameProcess {
-      // A lost peer is retried at once; one that could not be reached, after its pause.
-      let isLost = old.sharedMemory.map { !$0.isUsable } ?? false
-      let health = old.sharedMemoryHealth
-      let peer =
-        isLost
-        ? sharedMemory?.connect(to: new, deadline: call.deadline, health: health)
-        : old.sharedMemory
-      let former = segment.replaceRoute(
-        SegmentRoute(
-          descriptor: new, connections: old.connections, sharedMemory: peer,
-          sharedMemoryHealth: health))
-      if former.sharedMemory !== peer { sharedMemory?.forget(former.sharedMemory) }
-      return
+    let route = try transports.connect(
+      to: new, former: old.paths, for: SegmentLink(segment.name, router), deadline: call.deadline)
+    replace(segment, with: route, isRestarted: new.incarnation != old.descriptor.incarnation)
+  }
+
+  /// Makes the paths to a segment's known descriptor anew, for a transport that was attached.
+  func reconnect(_ segment: OpenSegment, until deadline: Deadline) {
+    let old = segment.route
+    do throws(MooncakeError) {
+      let route = try transports.connect(
+        to: old.descriptor, former: old.paths, for: SegmentLink(segment.name, router),
+        deadline: deadline)
+      if segment.replaceRoute(old, with: route) { return }
+      retire(route.paths, keeping: segment.route.paths)
+    } catch {
+      Log.info(error.message)
     }
-    let connections = try transport.connect(
-      to: new, deadline: call.deadline, handlers: handlers(for: segment.name))
-    let health = SharedMemoryHealth()
-    let former = segment.replaceRoute(
-      SegmentRoute(
-        descriptor: new, connections: connections,
-        sharedMemory: sharedMemory?.connect(to: new, deadline: call.deadline, health: health),
-        sharedMemoryHealth: health))
-    sharedMemory?.forget(former.sharedMemory)
+  }
+
+  private func replace(_ segment: OpenSegment, with route: SegmentRoute, isRestarted: Bool) {
+    let former = segment.replaceRoute(route)
+    let gone = former.paths.filter { path in !route.paths.contains { $0 === path } }
+    if gone.isEmpty { return }
     Log.info(
       "segment \(segment.name): the peer restarted or moved; using its new descriptor",
       about: segment.name)
-    former.connections.retire(
-      successor: .init(isRestarted: !isSameProcess) { [weak self, weak segment] slice in
-        guard let self, let segment else {
+    retire(
+      gone, keeping: [],
+      successor: .init(isRestarted: isRestarted) { [weak router, weak segment] slice in
+        guard let router, let segment else {
           return Batch.end(slice, .canceled, reason: "segment closed mid-transfer")
         }
-        resubmit(segment, slice)
+        router.resubmit(segment, slice)
       })
+  }
+}
+
+// MARK: - What is known of paths
+
+extension TransferEngine {
+  /// A path to a segment, or why a transport has none.
+  package struct PathReport: Sendable {
+    package var transport: String
+    package var description: String
+    /// "used", "resting" or "none".
+    package var state: String
+    package var movedBytes: UInt64
+    package var failureCount: UInt64
+    /// Why it is not used; empty if it is.
+    package var reason: String
+  }
+
+  /// The paths to a segment in order of preference, then the transports without one.
+  package func paths(to id: SegmentID) throws(MooncakeError) -> [PathReport] {
+    try checkOpen()
+    let route = try segments.segment(id).route
+    let paths = route.paths.map { path in
+      let failure = path.health.failure
+      return PathReport(
+        transport: path.transportName, description: path.description,
+        state: failure == nil ? "used" : "resting", movedBytes: path.movedBytes,
+        failureCount: path.health.failureCount, reason: failure ?? "")
+    }
+    return paths
+      + route.absences.map {
+        PathReport(
+          transport: $0.transport, description: "", state: "none", movedBytes: 0, failureCount: 0,
+          reason: $0.error.message)
+      }
   }
 }

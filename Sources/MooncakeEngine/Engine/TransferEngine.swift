@@ -21,7 +21,7 @@ public final class TransferEngine: @unchecked Sendable {
     /// "redis://host:6379" or "http://host:8080/metadata".
     public var metadataURI = "P2PHANDSHAKE"
     /// In order of preference. "shm" reaches processes of this host through shared memory; "tcp"
-    /// reaches every peer and is required. `MC_FORCE_TCP` in the environment leaves only "tcp".
+    /// reaches every peer. `MC_FORCE_TCP` in the environment leaves only "tcp".
     public var transports = ["shm", "tcp"]
     /// Timeout of operations that give none.
     public var defaultTimeoutMilliseconds: UInt64 = 30_000
@@ -52,16 +52,9 @@ public final class TransferEngine: @unchecked Sendable {
   /// The advertised host with the RPC daemon's port.
   public let rpcAddress: HostPort
   package let local: LocalSegment
-  package let segments = SegmentTable()
-  /// Segments whose descriptor is being refetched.
-  let recoveries = RecoveringSegments()
+  package let router: Router
   package let batches = BatchTable()
-  package let pool = SlicePool()
-  package let transport: TCPTransport
-  /// nil if it is switched off or the system does not support it.
-  package private(set) var sharedMemory: SharedMemoryTransport?
-  /// What moves slices; threads that wait may drive them.
-  package let drivers = DriverTable()
+  package let transports: AttachedTransports
   package let workers = WorkerPool(name: "mc-worker", threadLimit: 8)
   package let callbacks = WorkerPool(name: "mc-callback", threadLimit: 1)
   package let notifications = NotificationQueue()
@@ -78,14 +71,13 @@ public final class TransferEngine: @unchecked Sendable {
   package let engineEvent = Atomic<Int32>(-1)
   package let spareBatches = Lock<[Batch]>([])
   package let defaultTimeoutMilliseconds: UInt64
-  package let spinNanoseconds: UInt64
+  private let contextBox = Lock<TransportContext?>(nil)
 
   /// Becomes readable when the engine closes, so that calls stop waiting for peers.
   package let closeEvent: EventFD
   private let rpc: RPCServer
-  private let closing = Atomic<Bool>(false)
-  private let activeSubmits = Atomic<Int>(0)
   private let closeLock = Lock(false)
+  private let attachLock = Lock(false)
 
   /// Creates an engine; its ports listen when this returns.
   public convenience init(_ options: Options = Options()) throws(MooncakeError) {
@@ -102,7 +94,6 @@ public final class TransferEngine: @unchecked Sendable {
     caller = RPCCaller()
     deliveries = LateWork(caller)
     defaultTimeoutMilliseconds = options.defaultTimeoutMilliseconds
-    spinNanoseconds = UInt64(options.spinMicroseconds) * 1000
 
     do throws(Errno) { closeEvent = try EventFD() } catch {
       throw MooncakeError(.system, "creating an engine: \(error)")
@@ -110,36 +101,28 @@ public final class TransferEngine: @unchecked Sendable {
     let address = opened.address
     name = address.name
     rpcAddress = HostPort(host: address.advertisedHost, port: address.port)
-    // The data port listens before anything publishes it.
-    let data = try address.openDataListener()
-    let dataPort: UInt16
-    do throws(Errno) { dataPort = try data.localAddress().port } catch {
-      throw MooncakeError(.system, "reading the data port: \(error)")
-    }
     let processors = try Self.processors(options)
-    let threadCount = Self.threadCount(options, processors)
-    var identity = SegmentDescriptor(
-      name: address.name, tcpDataHost: address.advertisedHost, tcpDataPort: dataPort,
-      incarnation: .random(in: 1 ... .max))
-    let listener = Self.sharesMemory(options) ? SharedMemoryServer.listen() : nil
-    if let listener {
-      identity.hostIdentity = HostIdentity.current
-      identity.sharedMemoryName = listener.name
-    }
+    var identity = SegmentDescriptor(name: address.name, incarnation: .random(in: 1 ... .max))
     if directory != nil { identity.rpcAddress = rpcAddress.description }
     local = LocalSegment(identity: identity)
+    router = Router(local: local, spinNanoseconds: UInt64(options.spinMicroseconds) * 1000)
+    let names = Self.transportNames(options)
+    transports = AttachedTransports(preference: names)
     self.directory = directory
     let untilClose = Call(until: .never, cancellation: closeEvent.descriptor.rawValue)
     publisher = directory.map { [local, rpcAddress] directory in
       MetadataPublisher(directory, local, rpcAddress: rpcAddress, untilClose: untilClose)
     }
-    transport = try TCPTransport(
-      listener: data, buffers: local.buffers,
-      settings: .init(
-        threadCount: threadCount,
-        connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
-        spinNanoseconds: spinNanoseconds, processors: processors),
-      drivers: drivers)
+    let context = TransportContext(
+      buffers: local.buffers, drivers: router.drivers, gates: WriteGates(), address: address,
+      threadCount: Self.threadCount(options, processors),
+      connectionsPerPeer: options.connectionsPerPeer == 0 ? 2 : options.connectionsPerPeer,
+      spinNanoseconds: router.spinNanoseconds, processors: processors,
+      cancellation: closeEvent.descriptor.rawValue,
+      background: { [workers] body in workers.run(body) })
+    contextBox.withLock { $0 = context }
+    try Self.start(names, context, transports)
+    for transport in transports.all { local.changeIdentity(transport.describe) }
     let handlers = RPCServer.Handlers(
       descriptor: { [local] in local.json },
       notify: { [notifications] in notifications.append($0) },
@@ -147,34 +130,38 @@ public final class TransferEngine: @unchecked Sendable {
     do throws(MooncakeError) {
       rpc = try RPCServer(listener: opened.listener, handlers: handlers)
     } catch {
-      transport.stop()
+      for transport in transports.all { _ = transport.stop(until: .never) }
       throw error
     }
-    if let listener { startSharedMemory(listener, threadCount, processors) }
+    router.host = self
     try openOwnSegment(dataAddress: address)
     try startPublishing()
   }
 
-  /// If this fails, peers find no socket and use TCP.
-  private func startSharedMemory(
-    _ listener: SharedMemoryServer.Listener, _ threadCount: Int, _ processors: ProcessorSet?
-  ) {
-    do throws(Errno) {
-      sharedMemory = try SharedMemoryTransport(
-        buffers: local.buffers, listener: listener, helperCount: threadCount,
-        processors: processors, cancellation: closeEvent.descriptor.rawValue, drivers: drivers,
-        fallBack: { [weak self] slice in
-          if let self { return fallBack(slice) }
-          Batch.end(slice, .canceled, reason: "shared memory: engine destroyed")
-        })
-    } catch {
-      Log.info("shared memory is off: \(error)")
+  /// Starts the transports that options name. Optional ones may be missing where others work.
+  private static func start(
+    _ names: [String], _ context: TransportContext, _ transports: AttachedTransports
+  ) throws(MooncakeError) {
+    var last: MooncakeError?
+    for name in names {
+      let kind = try TransportRegistry.kind(named: name)
+      do throws(MooncakeError) {
+        transports.add(try kind.make(context))
+      } catch {
+        last = error
+        if kind.isOptional {
+          Log.info(error.message)
+          continue
+        }
+        for transport in transports.all { _ = transport.stop(until: .never) }
+        throw error
+      }
     }
+    if transports.all.isEmpty, let last { throw last }
   }
 
-  private static func sharesMemory(_ options: Options) -> Bool {
-    options.transports.contains("shm") && Environment["MC_FORCE_TCP"] == nil
-      && !HostIdentity.current.isEmpty
+  private static func transportNames(_ options: Options) -> [String] {
+    Environment["MC_FORCE_TCP"] == nil ? options.transports : [TransportRegistry.streamName]
   }
 
   deinit { close() }
@@ -196,13 +183,17 @@ public final class TransferEngine: @unchecked Sendable {
   }
 
   private static func validate(_ options: Options) throws(MooncakeError) {
-    for transport in options.transports where transport != "tcp" && transport != "shm" {
-      throw MooncakeError(
-        .unsupported, "transport '\(transport)' is not available in this version: use shm or tcp")
+    for (index, name) in options.transports.enumerated() {
+      _ = try TransportRegistry.kind(named: name)
+      if options.transports[..<index].contains(name) {
+        throw MooncakeError(.invalidArgument, "transports name '\(name)' twice")
+      }
     }
-    if !options.transports.contains("tcp") {
+    if options.transports.isEmpty {
       throw MooncakeError(
-        .invalidArgument, "transports must include tcp, which carries what the others cannot")
+        .invalidArgument,
+        "transports is empty: name "
+          + TransportRegistry.names.joined(separator: " or ") + ", or both in order of preference")
     }
     guard (0...64).contains(options.ioThreads), (0...64).contains(options.connectionsPerPeer) else {
       throw MooncakeError(
@@ -240,12 +231,10 @@ public final class TransferEngine: @unchecked Sendable {
     descriptor.tcpDataHost =
       !dataAddress.bound.isAny
       ? dataAddress.bound.host : dataAddress.bound.isIPv6 ? "::1" : "127.0.0.1"
-    let connections = try transport.connect(
-      to: descriptor, deadline: .after(milliseconds: 5000), handlers: handlers(for: name))
-    _ = try segments.insert(
-      name,
-      route: SegmentRoute(
-        descriptor: descriptor, connections: connections, sharedMemory: sharedMemory?.own))
+    let route = try transports.connect(
+      to: descriptor, former: [], for: SegmentLink(name, router),
+      deadline: .after(milliseconds: 5000))
+    _ = try segments.insert(name, route: route)
   }
 
   /// Cancels what is in flight, closes every connection and ends the engine's threads. Idempotent;
@@ -254,18 +243,15 @@ public final class TransferEngine: @unchecked Sendable {
     closeLock.withLock { isClosed in
       if isClosed { return }
       isClosed = true
-      closing.store(true, ordering: .sequentiallyConsistent)
-      closeEvent.signal()
-      // A submit that has passed the check ends within microseconds.
-      while activeSubmits.load(ordering: .sequentiallyConsistent) > 0 { relaxProcessor() }
+      router.close { closeEvent.signal() }
       publisher?.stop()
       rpc.stop()
       caller.stop()
       batches.withEach { $0.requestCancel() }
       workers.stop()
-      let late = sharedMemory?.stop(
-        until: min(deadline(0), .after(milliseconds: Self.closeMilliseconds)))
-      transport.stop()
+      let end = min(deadline(0), .after(milliseconds: Self.closeMilliseconds))
+      var late: String?
+      for transport in transports.all { late = transport.stop(until: end) ?? late }
       callbacks.stop()
       releaseMappings(late)
       Log.reportLeftOut()
@@ -301,22 +287,14 @@ public final class TransferEngine: @unchecked Sendable {
   }
   private static let keptMemory = Atomic<UInt>(0)
 
-  package var isClosing: Bool { closing.load(ordering: .sequentiallyConsistent) }
+  package var isClosing: Bool { router.isClosing }
 
-  package func checkOpen() throws(MooncakeError) {
-    if isClosing { throw MooncakeError(.invalidHandle, "the engine was destroyed") }
-  }
+  package func checkOpen() throws(MooncakeError) { try router.checkOpen() }
 
-  /// Runs a short operation that queues transfers; `close` waits for it.
-  @inline(__always)
-  package func whileOpen<Result>(
-    _ body: () throws(MooncakeError) -> Result
-  ) throws(MooncakeError) -> Result {
-    activeSubmits.wrappingAdd(1, ordering: .sequentiallyConsistent)
-    defer { activeSubmits.wrappingSubtract(1, ordering: .releasing) }
-    try checkOpen()
-    return try body()
-  }
+  package var segments: SegmentTable { router.segments }
+
+  /// What moves slices; threads that wait may drive them.
+  package var drivers: DriverTable { router.drivers }
 
   package func deadline(_ timeoutMilliseconds: UInt64) -> Deadline {
     .after(
@@ -324,4 +302,51 @@ public final class TransferEngine: @unchecked Sendable {
   }
 
   package var rpcCounters: RPCServer.Counters { rpc.counters }
+}
+
+// MARK: - Transports
+
+extension TransferEngine {
+  /// Adds a transport while others work: peers are told of it, and open segments get its paths.
+  /// Does nothing if the engine has it.
+  package func attach(_ name: String) throws(MooncakeError) {
+    let kind = try TransportRegistry.kind(named: name)
+    try attachLock.withLock { _ throws(MooncakeError) in
+      try checkOpen()
+      guard !transports.has(name), let context = contextBox.withLock({ $0 }) else { return }
+      let transport: any Transport
+      do throws(MooncakeError) { transport = try kind.make(context) } catch {
+        throw MooncakeError(error.code, "transport '\(name)' is not attached: \(error.message)")
+      }
+      transport.publish()
+      transports.add(transport)
+      local.changeIdentity(transport.describe)
+      // `close` may have stopped the others already.
+      if isClosing {
+        _ = transport.stop(until: .never)
+        throw MooncakeError(.invalidHandle, "the engine was destroyed")
+      }
+    }
+    try publishChanges()
+    let call = call(until: deadline(0))
+    for segment in segments.all { reconnect(segment, until: call.deadline) }
+  }
+}
+
+extension TransferEngine: RouterHost {
+  /// Longest wait for a descriptor that slices wait for.
+  private static let refreshMilliseconds: UInt64 = 3_000
+
+  package func refresh(_ segment: OpenSegment, until deadline: Deadline) throws(MooncakeError) {
+    try refresh(
+      segment, call(until: deadline).within(milliseconds: Self.refreshMilliseconds))
+  }
+
+  package func runInBackground(_ body: @escaping @Sendable () -> Void) -> Bool {
+    workers.run(body)
+  }
+
+  package func run(at deadline: Deadline, _ body: @escaping @Sendable () -> Void) {
+    caller.run(at: deadline, body)
+  }
 }

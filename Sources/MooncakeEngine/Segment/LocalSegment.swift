@@ -7,7 +7,9 @@ package final class LocalSegment: Sendable {
   package let buffers = BufferTable()
   /// Checks the local side of requests.
   package let ranges: LocalRanges
-  private let identity: SegmentDescriptor
+  /// A descriptor without buffers; grows with each transport.
+  private let identityBox: Lock<SegmentDescriptor>
+  package let name: String
 
   private struct Published: Sendable {
     var version: UInt64 = 0
@@ -18,11 +20,18 @@ package final class LocalSegment: Sendable {
 
   /// `identity` is a descriptor without buffers. A segment always starts empty.
   package init(identity: SegmentDescriptor) {
-    self.identity = identity
+    name = identity.name
+    identityBox = Lock(identity)
     ranges = LocalRanges(buffers)
   }
 
-  package var name: String { identity.name }
+  private var identity: SegmentDescriptor { identityBox.withLock { $0 } }
+
+  /// Changes what peers are told besides the buffers.
+  package func changeIdentity(_ body: (inout SegmentDescriptor) -> Void) {
+    identityBox.withLock { body(&$0) }
+    published.withLock { $0.version = 0 }
+  }
 
   /// The descriptor as peers may see it: buffers that grant nothing stay private.
   package var descriptor: SegmentDescriptor {

@@ -3,29 +3,6 @@ import MooncakeMetadata
 import MooncakeSystem
 import Synchronization
 
-/// An immutable view of a peer's segment: what it publishes and the connections to it.
-package final class SegmentRoute: Sendable {
-  package let descriptor: SegmentDescriptor
-  package let table: RangeTable
-  package let connections: TCPConnectionGroup
-  /// The peer's memory, if the peer is on this host and could be reached.
-  package let sharedMemory: SharedMemoryPeer?
-  /// When shared memory is tried again; one object per location of the peer.
-  package let sharedMemoryHealth: SharedMemoryHealth
-
-  package init(
-    descriptor: SegmentDescriptor, connections: TCPConnectionGroup,
-    sharedMemory: SharedMemoryPeer? = nil,
-    sharedMemoryHealth: SharedMemoryHealth = SharedMemoryHealth()
-  ) {
-    self.descriptor = descriptor
-    self.sharedMemory = sharedMemory
-    self.sharedMemoryHealth = sharedMemoryHealth
-    table = RangeTable(descriptor.buffers)
-    self.connections = connections
-  }
-}
-
 /// A segment opened by name. Its route is replaced whole when the peer's descriptor changes.
 package final class OpenSegment: Sendable {
   package let id: SegmentID
@@ -63,25 +40,17 @@ package final class OpenSegment: Sendable {
     }
   }
 
-  /// Adopts a shared-memory peer that was reached after the segment was opened, unless the segment
-  /// has been closed or leads elsewhere by now. Returns the peer that is no longer used: the former
-  /// one, or this one.
-  package func adopt(
-    _ peer: SharedMemoryPeer, _ health: SharedMemoryHealth
-  ) -> SharedMemoryPeer? {
+  /// Replaces the view unless the segment has been closed or the view is no longer `old`; returns
+  /// whether it did.
+  package func replaceRoute(_ old: SegmentRoute, with new: SegmentRoute) -> Bool {
     routeBox.withLock { route in
-      if closed.load(ordering: .relaxed) || route.sharedMemoryHealth !== health { return peer }
-      if let former = route.sharedMemory, former.isUsable { return peer }
-      defer {
-        route = SegmentRoute(
-          descriptor: route.descriptor, connections: route.connections, sharedMemory: peer,
-          sharedMemoryHealth: health)
-      }
-      return route.sharedMemory
+      if closed.load(ordering: .relaxed) || route !== old { return false }
+      route = new
+      return true
     }
   }
 
-  /// After this no peer is adopted; returns the last view.
+  /// After this the view stays; returns it.
   package func close() -> SegmentRoute {
     routeBox.withLock { route in
       closed.store(true, ordering: .relaxed)
@@ -101,7 +70,7 @@ package final class OpenSegment: Sendable {
   }
 
   /// Queues a slice, or (nil) only asks for a fresh descriptor.
-  package func enqueueRecovery(_ slice: SlicePointer?) -> Enqueued {
+  package func enqueueRecovery(_ slice: SlicePointer?, _ now: UInt64) -> Enqueued {
     recovery.withLock { recovery in
       var watch: UInt64?
       if let slice {
@@ -109,7 +78,7 @@ package final class OpenSegment: Sendable {
         if slice.pointee.batch.isCancelRequested { return .canceled }
         recovery.waiting.append(slice)
         // A watch whose time has passed without a look could not be started; start another.
-        if slice.pointee.deadline < recovery.watched || recovery.watched <= Clock.now() {
+        if slice.pointee.deadline < recovery.watched || recovery.watched <= now {
           recovery.watched = slice.pointee.deadline
           watch = recovery.watched
         }

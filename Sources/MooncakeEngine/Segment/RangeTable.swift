@@ -20,6 +20,16 @@ package final class RangeTable: Sendable {
     return buffers[index].access.contains(right) ? .allowed : .accessDenied
   }
 
+  /// As above, and notes the buffer in the slice.
+  @inline(__always)
+  package func check(_ slice: SlicePointer) -> Verdict {
+    let index = find(slice.pointee.remote, UInt64(slice.pointee.length))
+    if index < 0 { return .notRegistered }
+    slice.pointee.remoteBuffer = Int32(truncatingIfNeeded: index)
+    let right = slice.pointee.opcode.requiredAccess
+    return buffers[index].access.contains(right) ? .allowed : .accessDenied
+  }
+
   /// Index of the buffer that contains the whole range; -1 if there is none.
   @inline(__always)
   package func find(_ address: UInt64, _ length: UInt64) -> Int {

@@ -12,10 +12,18 @@ package struct Slice {
   /// On `Clock`.
   package let deadline: UInt64
   package let opcode: Opcode
-  /// How many connections have failed with it in flight.
+  /// How often its path has failed with it in flight.
   package var attempts: UInt8 = 0
+  /// The marks of the paths that could not move it.
+  package var triedPaths: UInt64 = 0
+  /// Index of the target's buffer in its descriptor, whose remote key the path may need.
+  package var remoteBuffer: Int32 = -1
+  /// For the transport that has it.
+  package var transportWord: UInt64 = 0
   /// Whether any of it was sent on a connection that has since ended.
   package var wasSent = false
+  /// Whether it is a piece of a request.
+  package var wasCut = false
   /// Whether the target's descriptor was refetched for it.
   package var isRefetched = false
   package let isPooled: Bool
@@ -115,6 +123,16 @@ package struct SliceQueue {
   package mutating func takeAll() -> SliceQueue {
     defer { self = SliceQueue() }
     return self
+  }
+
+  package var byteCount: Int {
+    var sum = 0
+    var cursor = first
+    while let slice = cursor {
+      sum += slice.pointee.length
+      cursor = slice.pointee.next
+    }
+    return sum
   }
 
   /// The earliest deadline of the slices; `max` if there are none.

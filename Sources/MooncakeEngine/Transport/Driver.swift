@@ -38,6 +38,9 @@ package struct DriverSet: Equatable, Sendable {
   @inline(__always)
   package mutating func insert(_ bit: Int) { bits |= 1 << UInt64(bit) }
 
+  @inline(__always)
+  package mutating func formUnion(_ other: DriverSet) { bits |= other.bits }
+
   /// The bits of exclusive drivers.
   static let exclusive: UInt64 = 1 << 48 - 1
   /// Exclusive drivers from here on share a bit, and threads that wait do not drive them.

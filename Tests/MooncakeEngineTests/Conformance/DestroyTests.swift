@@ -276,7 +276,8 @@ struct DestroyTests {
       let local = GuardedMemory(4096)
       for closes in [false, true] {
         if closes { engine.close() }
-        let batch = Batch(capacity: 1, pool: engine.pool, drivers: engine.drivers, announcer: nil)
+        let batch = Batch(
+          capacity: 1, pool: engine.router.pool, drivers: engine.drivers, announcer: nil)
         let first = try batch.beginSubmit(1)
         batch.prepare(
           first, segment: pair.segment,
@@ -286,7 +287,7 @@ struct DestroyTests {
             opcode: .read, isPooled: false))
         batch.publish(1, notification: nil)
         batch.endSubmit()
-        engine.resubmit(segment, batch.slices)
+        engine.router.resubmit(segment, batch.slices)
         #expect(batch.sleep(until: .after(milliseconds: 5000)))
         #expect(batch.status.state == (closes ? .canceled : .completed))
         batch.waitUntilQuiet()

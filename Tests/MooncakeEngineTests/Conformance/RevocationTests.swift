@@ -96,7 +96,7 @@ struct RevocationTests {
     let engine = try makeEngine()
     defer { engine.close() }
     try engine.register(memory.address, length: 64 << 10, access: .remoteWrite)
-    let connection = try RPCTestPeer(to: engine.transport.server.address)
+    let connection = try RPCTestPeer(to: engine.tcp!.server.address)
     try connection.send(
       wireHeader(.write, memory, count: 64 << 10) + [UInt8](repeating: 0x03, count: 1000))
     #expect(eventually { memory.bytes[999] == 0x03 })
@@ -115,7 +115,7 @@ struct RevocationTests {
     let engine = try makeEngine()
     defer { engine.close() }
     try engine.register(memory.address, length: UInt64(memory.count), access: .remoteRead)
-    let connection = try RPCTestPeer(to: engine.transport.server.address)
+    let connection = try RPCTestPeer(to: engine.tcp!.server.address)
     try connection.send(wireHeader(.read, memory, count: memory.count))
     usleep(50_000)
     let milliseconds = try elapsedMilliseconds { try engine.unregister(memory.address) }

@@ -1,5 +1,6 @@
 import MooncakeBase
 import MooncakeEngine
+import MooncakeSystem
 
 /// A transport that the conformance suite runs over.
 enum TransportKind: String, CaseIterable, Sendable {
@@ -23,6 +24,19 @@ func makeEngine(
   options.ioThreads = 2
   change(&options)
   return try TransferEngine(options)
+}
+
+/// What an engine on loopback gives to its transports.
+func makeContext(
+  buffers: BufferTable = BufferTable(), threadCount: Int = 1
+) throws(MooncakeError) -> TransportContext {
+  var listen = ListenOptions()
+  listen.bindAddress = "127.0.0.1"
+  return TransportContext(
+    buffers: buffers, drivers: DriverTable(), gates: WriteGates(),
+    address: try ListenAddress.open(listen).address, threadCount: threadCount,
+    connectionsPerPeer: 2, spinNanoseconds: 1000, processors: nil, cancellation: -1,
+    background: { _ in false })
 }
 
 /// An initiator, and a target that it has opened.

@@ -57,7 +57,7 @@ private final class Crowd: Sendable {
   deinit { engine.close() }
 
   /// Connections to the peers' data port.
-  var connectionCount: Int { engine.transport.counters.connections.load(ordering: .relaxed) }
+  var connectionCount: Int { engine.tcp!.counters.connections.load(ordering: .relaxed) }
 }
 
 @Suite struct CrowdTests {

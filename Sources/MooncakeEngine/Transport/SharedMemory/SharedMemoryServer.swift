@@ -6,7 +6,7 @@ import Synchronization
 
 /// The owner's side: shares the table of registrations and the memory files with processes of the
 /// same user, and takes both back.
-package final class SharedMemoryServer: @unchecked Sendable {
+package final class SharedMemoryServer: MappableMemory, @unchecked Sendable {
   // Unchecked: the table is only written under `state`.
 
   /// Abstract socket name under which peers connect.
@@ -57,18 +57,13 @@ package final class SharedMemoryServer: @unchecked Sendable {
   deinit { probe.deallocate() }
 
   /// Listens under a name that nobody can guess; nil where the system has no such sockets.
-  package static func listen() -> Listener? {
+  package static func listen() throws(Errno) -> Listener {
     func word() -> String {
       let digits = String(UInt64.random(in: 0 ... .max), radix: 16)
       return String(repeating: "0", count: 16 - digits.utf8.count) + digits
     }
     let name = "mooncake-" + word() + word()
-    do throws(Errno) {
-      return Listener(name: name, socket: try LocalSocket.listening(on: name))
-    } catch {
-      Log.info("shared memory is off: \(error)")
-      return nil
-    }
+    return Listener(name: name, socket: try LocalSocket.listening(on: name))
   }
 
   /// Peers that can reach the buffers, including this engine.
@@ -77,7 +72,7 @@ package final class SharedMemoryServer: @unchecked Sendable {
   // MARK: Registrations
 
   /// Allocates memory that peers can map; nil if there are too many such pieces already.
-  func allocate(byteCount: Int, node: UInt32?) -> EngineMemory? {
+  package func allocate(byteCount: Int, node: UInt32?) -> EngineMemory? {
     let number: UInt32? = state.withLock { state in
       if state.isStopped || state.memories.count >= Self.memoryLimit { return nil }
       defer { state.nextMemory &+= 1 }
@@ -95,7 +90,7 @@ package final class SharedMemoryServer: @unchecked Sendable {
   }
 
   /// Forgets memory that is about to be freed and no longer registered.
-  func release(_ memory: EngineMemory) {
+  package func release(_ memory: EngineMemory) {
     guard let number = memory.number else { return }
     state.withLock { $0.memories[number] = nil }
   }

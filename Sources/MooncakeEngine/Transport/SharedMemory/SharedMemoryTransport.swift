@@ -6,7 +6,8 @@ import Synchronization
 
 /// The shared-memory transport of one engine: its server, the server's thread, and the queue of
 /// copies that are too large for the submitting thread.
-package final class SharedMemoryTransport: Driver, @unchecked Sendable {
+package final class SharedMemoryTransport: Transport, Driver, @unchecked Sendable {
+  package static let name = "shm"
   package static let isExclusive = false
 
   // Unchecked: everything is set in `init` or synchronized.
@@ -20,6 +21,7 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
   /// Slices for one peer in the queue.
   private struct Work: @unchecked Sendable {
     // Unchecked: whoever takes it out of the queue owns the slices.
+    var path: SharedMemoryPath
     var peer: SharedMemoryPeer
     var slices: SliceQueue
     var streams: Bool
@@ -38,39 +40,64 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
   private let cancellation: Int32
   /// Where helpers run; nil for anywhere.
   private let processors: ProcessorSet?
-  private let fallBack: @Sendable (SlicePointer) -> Void
+  private let background: @Sendable (@escaping @Sendable () -> Void) -> Bool
   /// Its bit in sets of drivers.
   package private(set) var driverBit = 0
 
   /// Up to this many bytes the submitting thread copies itself, even if it does not wait.
   package static let inlineBytes = 1 << 20
+  /// Larger requests are cut, so that threads share one request.
+  static let pieceBytes = 1 << 20
   /// Up to this many bytes a waiting thread copies alone.
   private static let aloneBytes = 4 << 20
   /// From this size on non-temporal stores are faster, since the data leaves the caches anyway.
   private static let streamBytes = 512 << 10
 
-  /// Serves the peers that connect to a listener. Waits for no peer once `cancellation` is
-  /// readable. `fallBack` takes slices that must go another way.
+  /// Serves the peers that connect to a listener.
   package init(
-    buffers: BufferTable, listener: SharedMemoryServer.Listener, helperCount: Int,
-    processors: ProcessorSet?, cancellation: Int32, drivers: DriverTable,
-    fallBack: @escaping @Sendable (SlicePointer) -> Void
+    _ context: TransportContext, listener: SharedMemoryServer.Listener
   ) throws(Errno) {
-    self.cancellation = cancellation
-    self.helperCount = helperCount
-    self.processors = processors
-    self.fallBack = fallBack
-    server = try SharedMemoryServer(buffers: buffers, listener: listener)
+    cancellation = context.cancellation
+    helperCount = context.threadCount
+    processors = context.processors
+    background = context.background
+    server = try SharedMemoryServer(buffers: context.buffers, listener: listener)
     loop = try SharedMemoryLoop(server: server)
     do throws(Errno) {
       own = try Self.connectOwn(listener.name, cancellation)
       try loop.watch(own)
-      guard let bit = drivers.add(self) else { throw Errno(ENOSPC) }
+      guard let bit = context.drivers.add(self) else { throw Errno(ENOSPC) }
       driverBit = bit
     } catch {
       loop.stop()
       throw error
     }
+  }
+
+  package convenience init(_ context: TransportContext) throws(MooncakeError) {
+    if HostIdentity.current.isEmpty {
+      throw MooncakeError(.unsupported, "shared memory is off: the host has no identity")
+    }
+    do throws(Errno) {
+      try self.init(context, listener: SharedMemoryServer.listen())
+    } catch {
+      throw MooncakeError(.system, "shared memory is off: \(error)")
+    }
+  }
+
+  package var name: String { Self.name }
+
+  package func describe(in descriptor: inout SegmentDescriptor) {
+    descriptor.hostIdentity = HostIdentity.current
+    descriptor.sharedMemoryName = server.name
+  }
+
+  package var memory: (any MappableMemory)? { server }
+
+  package func publish() { server.publish() }
+
+  package func revoke(_ buffers: [BufferTable.Buffer], until call: Call) -> String? {
+    server.revoke(until: call.deadline, unless: { call.isCanceled })
   }
 
   /// Retries, since the loop accepts already: a full queue of connections empties soon.
@@ -89,38 +116,42 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
     }
   }
 
-  /// The peer of a descriptor, if it is on this host, belongs to this user and can be reached. The
-  /// result is noted in `health`.
+  /// A path to the memory of a descriptor's process, if that is on this host. A process that does
+  /// not answer now is tried again later.
   package func connect(
-    to descriptor: SegmentDescriptor, deadline: Deadline, health: SharedMemoryHealth
-  ) -> SharedMemoryPeer? {
-    guard !descriptor.sharedMemoryName.isEmpty, !HostIdentity.current.isEmpty,
-      descriptor.hostIdentity == HostIdentity.current
-    else { return nil }
-    if descriptor.sharedMemoryName == server.name { return own }
-    let subject = "shared memory: segment \(descriptor.name)"
-    do throws(Errno) {
-      let peer = try SharedMemoryPeer(
-        to: descriptor.sharedMemoryName, segmentName: descriptor.name, deadline: deadline,
-        cancellation: cancellation)
-      try loop.watch(peer)
-      if health.noteSuccess() { Log.info("\(subject): reached now") }
-      return peer
-    } catch {
-      // The peer's user and version and the kernel do not change.
-      let isFinal = [EPERM, EACCES, EPROTO, ENOSYS].contains(error.rawValue)
-      if health.noteFailure("\(error)", isFinal: isFinal) {
-        Log.info(
-          "\(subject): \(error); it is reached over TCP"
-            + (isFinal ? "" : " until a later attempt succeeds"), about: descriptor.name)
-      }
-      return nil
+    to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink, deadline: Deadline
+  ) throws(MooncakeError) -> [any Path] {
+    if descriptor.sharedMemoryName.isEmpty {
+      throw MooncakeError(.unsupported, "the peer does not share its memory")
     }
+    if HostIdentity.current.isEmpty || descriptor.hostIdentity != HostIdentity.current {
+      throw MooncakeError(.unsupported, "the peer is on another host or in other namespaces")
+    }
+    let place = SharedMemoryPath.Place(descriptor)
+    for case let path as SharedMemoryPath in former where path.place == place {
+      path.reviveIfLost(until: deadline)
+      return [path]
+    }
+    let isOwn = place.socket == server.name
+    let path = SharedMemoryPath(
+      place, link: link, transport: self, own: isOwn ? own : nil, background: background)
+    if !isOwn { path.connect(until: deadline) }
+    return [path]
   }
 
-  /// Drops a peer that no route names any more; copies under way continue.
-  package func forget(_ peer: SharedMemoryPeer?) {
-    if let peer, peer !== own { loop.forget(peer) }
+  /// Reaches the process that serves a socket and watches it.
+  func connect(
+    to socket: String, segmentName: String, deadline: Deadline
+  ) throws(Errno) -> SharedMemoryPeer {
+    let peer = try SharedMemoryPeer(
+      to: socket, segmentName: segmentName, deadline: deadline, cancellation: cancellation)
+    try loop.watch(peer)
+    return peer
+  }
+
+  /// Drops a peer that no path uses any more; copies under way continue.
+  func forget(_ peer: SharedMemoryPeer) {
+    if peer !== own { loop.forget(peer) }
   }
 
   /// Ends queued copies as canceled, waits for running ones and takes everything back from peers.
@@ -155,19 +186,23 @@ package final class SharedMemoryTransport: Driver, @unchecked Sendable {
 extension SharedMemoryTransport {
   /// Copies one range; false if it must go another way.
   @inline(__always)
-  package func copy(
-    _ peer: SharedMemoryPeer, _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64,
-    _ count: Int
+  func copy(
+    _ path: SharedMemoryPath, _ peer: SharedMemoryPeer, _ opcode: Opcode,
+    _ local: UnsafeMutableRawPointer, _ remote: UInt64, _ count: Int
   ) -> Bool {
     var copier = SharedMemoryCopier(peer, own: own, vectorBytes: vectors(for: count))
     let isDone = copier.copyPiece(opcode, local, remote, count)
-    if isDone { counters.count(opcode, count) }
+    if isDone {
+      counters.count(opcode, count)
+      path.countMoved(count)
+    }
     return isDone
   }
 
   /// Copies and ends the slices that `next` yields; returns those that must go another way.
   package func copy(
-    _ peer: SharedMemoryPeer, totalBytes: Int, now: UInt64 = 0, next: () -> SlicePointer?
+    _ path: SharedMemoryPath, _ peer: SharedMemoryPeer, totalBytes: Int, now: UInt64 = 0,
+    next: () -> SlicePointer?
   ) -> SliceQueue {
     withUnsafeTemporaryAllocation(of: iovec.self, capacity: 2 * SharedMemoryRun.vectorLimit) {
       var run = SharedMemoryRun(
@@ -176,6 +211,7 @@ extension SharedMemoryTransport {
       while let slice = next() { run.add(slice) }
       run.flush()
       counters.add(run.tally)
+      path.countMoved(run.tally.readBytes + run.tally.writtenBytes)
       return run.refused
     }
   }
@@ -191,10 +227,14 @@ extension SharedMemoryTransport {
 extension SharedMemoryTransport {
   /// Queues slices. Threads that wait or poll copy them, and the engine's own threads help unless
   /// the caller is about to wait and can copy them alone.
-  package func enqueue(
-    _ peer: SharedMemoryPeer, _ slices: SliceQueue, byteCount: Int, isAsynchronous: Bool
+  func enqueue(
+    _ path: SharedMemoryPath, _ peer: SharedMemoryPeer, _ slices: SliceQueue, byteCount: Int,
+    isAsynchronous: Bool
   ) {
-    let work = Work(peer: peer, slices: slices, streams: byteCount >= Self.streamBytes)
+    guard let batch = slices.first?.pointee.batch else { return }
+    // First, so that a thread which waits already sees what it can help with.
+    batch.use(DriverSet(bit: driverBit))
+    let work = Work(path: path, peer: peer, slices: slices, streams: byteCount >= Self.streamBytes)
     queued.wrappingAdd(1, ordering: .sequentiallyConsistent)
     let wantsHelp = isAsynchronous || byteCount > Self.aloneBytes
     let isQueued = state.withLock { state in
@@ -281,16 +321,49 @@ extension SharedMemoryTransport {
       } else {
         state.queue.append(first)
       }
-      return Work(peer: first.peer, slices: part, streams: first.streams)
+      return Work(path: first.path, peer: first.peer, slices: part, streams: first.streams)
     }
   }
 
   private func execute(_ work: Work) {
     var slices = work.slices
     var refused = copy(
-      work.peer, totalBytes: work.streams ? Self.streamBytes : 0, now: Clock.now()
+      work.path, work.peer, totalBytes: work.streams ? Self.streamBytes : 0, now: Clock.now()
     ) { slices.popFirst() }
-    while let slice = refused.popFirst() { fallBack(slice) }
+    while let slice = refused.popFirst() { work.path.giveBack(slice) }
+  }
+}
+
+// MARK: - Counters
+
+extension SharedMemoryTransport {
+  package var totals: TransportTotals {
+    var totals = TransportTotals()
+    totals.readBytes = counters.readBytes.load(ordering: .relaxed)
+    totals.writtenBytes = counters.writtenBytes.load(ordering: .relaxed)
+    totals.completedSlices = counters.completedSlices.load(ordering: .relaxed)
+    totals.failedSlices = counters.failedSlices.load(ordering: .relaxed)
+    return totals
+  }
+
+  package var metrics: [TransportCounter] {
+    [
+      .init(
+        "shared_memory_read_bytes", "Of these, bytes read through shared memory.",
+        counters.readBytes.load(ordering: .relaxed)),
+      .init(
+        "shared_memory_written_bytes", "Of these, bytes written through shared memory.",
+        counters.writtenBytes.load(ordering: .relaxed)),
+      .init(
+        "shared_memory_requests", "Slices completed through shared memory.",
+        counters.completedSlices.load(ordering: .relaxed)),
+      .init(
+        "shared_memory_fallbacks", "Slices for a peer of the same host that fell back to TCP.",
+        counters.refusedSlices.load(ordering: .relaxed)),
+      .init(
+        "shared_memory_peers", "Peers that reach the buffers through shared memory.",
+        UInt64(server.connectionCount), kind: .gauge),
+    ]
   }
 }
 

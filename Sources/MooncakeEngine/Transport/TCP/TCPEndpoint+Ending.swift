@@ -32,9 +32,9 @@ extension TCPEndpoint {
       loop.fence(socket, peer, unanswered: unanswered)
     } else {
       closeSocket()
-      _ = peer.unfenced.add(unanswered, isOverdue: true)
+      _ = peer.gate.add(unanswered, isOverdue: true)
     }
-    if countsAttempt { countAttempt(onWireCount) }
+    if countsAttempt { countAttempt(onWireCount, canMove: unanswered.isEmpty) }
     if !unanswered.isEmpty {
       var slices = window.takeAll()
       hold(&slices)
@@ -43,8 +43,9 @@ extension TCPEndpoint {
     if countsAttempt { rest() }
   }
 
-  /// Slices on the wire, the first ones, may be tried again, but not forever.
-  private func countAttempt(_ onWireCount: Int) {
+  /// Slices on the wire, the first ones, may be tried again, but not forever. Of reads nothing can
+  /// land any more; of writes only if `canMove`.
+  private func countAttempt(_ onWireCount: Int, canMove: Bool) {
     var left = onWireCount
     var exhausted = window.removeAll { slice in
       defer { left -= 1 }
@@ -55,8 +56,12 @@ extension TCPEndpoint {
     loop.counters.retries.wrappingAdd(UInt64(window.count), ordering: .relaxed)
     let error = lastError
     while let slice = exhausted.popFirst() {
-      end(
-        slice, .failed(error.code), reason: error.message + lateStoreNote(slice, after: "."))
+      if canMove || slice.pointee.opcode == .read {
+        giveUp(slice, error)
+      } else {
+        end(
+          slice, .failed(error.code), reason: error.message + lateStoreNote(slice, after: "."))
+      }
     }
   }
 }
@@ -87,9 +92,9 @@ extension TCPEndpoint {
     window.append(contentsOf: &waiting)
   }
 
-  private func verdict(_ slice: SlicePointer) -> UnfencedRanges.Verdict {
-    if slice.pointee.opcode == .read || peer.unfenced.isEmpty { return .free }
-    return peer.unfenced.verdict(slice.pointee.remote, slice.pointee.length, for: self)
+  private func verdict(_ slice: SlicePointer) -> WriteGate.Verdict {
+    if slice.pointee.opcode == .read || peer.gate.isEmpty { return .free }
+    return peer.gate.verdict(slice.pointee.remote, slice.pointee.length, for: self)
   }
 
   /// Told with the end of a write that the target may store after it.

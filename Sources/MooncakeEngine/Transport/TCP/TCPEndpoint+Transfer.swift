@@ -153,7 +153,7 @@ extension TCPEndpoint {
         countsAttempt: false)
       var refused = window.removeAll { $0 == slice }
       load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
-      if let slice = refused.popFirst() { peer.reportRefusal(slice) }
+      if let slice = refused.popFirst() { peer.link.refused(slice) }
     case .failed(let code):
       failSlice(slice, .failed(.protocolViolation), "\(what): the peer failed with code \(code)")
     case .malformed, .ok:
@@ -161,7 +161,7 @@ extension TCPEndpoint {
         MooncakeError(
           .protocolViolation,
           "\(what): the answer is no status frame: the peer speaks another protocol"), .unfenced)
-      peer.reportTrouble()
+      peer.link.reportTrouble()
     }
   }
 

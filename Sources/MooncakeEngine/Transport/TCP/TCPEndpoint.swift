@@ -20,6 +20,8 @@ package final class TCPEndpoint: @unchecked Sendable {
   let readyLink = ReadyStack.Link()
   /// Bytes queued and not ended, for choosing the least busy connection.
   package let load = Atomic<Int>(0)
+  /// Bytes of the slices that have completed on it; the driver counts.
+  let movedBytes = Atomic<UInt64>(0)
 
   // The driver.
   var window: SendWindow
@@ -55,7 +57,7 @@ package final class TCPEndpoint: @unchecked Sendable {
   func takeInbox() {
     loop.assertDriven()
     var new = inbox.takeAll()
-    if !new.isEmpty && !peer.unfenced.isEmpty { hold(&new) }
+    if !new.isEmpty && !peer.gate.isEmpty { hold(&new) }
     var cursor = new.first
     while let slice = cursor {
       bound.include(slice)
@@ -66,9 +68,20 @@ package final class TCPEndpoint: @unchecked Sendable {
 
   @inline(__always)
   func end(_ slice: SlicePointer, _ outcome: Outcome, reason: @autoclosure () -> String = "") {
-    load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
+    let length = slice.pointee.length
+    load.wrappingSubtract(length, ordering: .relaxed)
+    if outcome == .completed {
+      let moved = movedBytes.load(ordering: .relaxed)
+      movedBytes.store(moved &+ UInt64(length), ordering: .relaxed)
+    }
     loop.count(slice, outcome)
     Batch.end(slice, outcome, reason: reason())
+  }
+
+  /// Gives a slice back that nothing can land of any more, for another path.
+  func giveUp(_ slice: SlicePointer, _ error: MooncakeError) {
+    load.wrappingSubtract(slice.pointee.length, ordering: .relaxed)
+    peer.link.giveUp(slice, on: peer.mark, error)
   }
 
   func endAll(_ slices: consuming SliceQueue, _ outcome: Outcome, _ reason: String) {
@@ -137,6 +150,9 @@ extension TCPEndpoint {
     } catch {
       return connectFailed(error)
     }
+    if peer.health.noteSuccess() {
+      Log.info("\(peer.description): reached again", about: peer.description)
+    }
     connection.watchForRoom(false, loop)
     _ = send()
   }
@@ -160,13 +176,28 @@ extension TCPEndpoint {
   /// Waits before the next connect; gives up on what is queued when the peer has failed too long.
   func rest() {
     let hasFailedTooLong = connection.rest()
-    peer.reportTrouble()
+    peer.health.noteFailure(lastError.message)
+    peer.link.reportTrouble()
+    let error = lastError
     if hasFailedTooLong {
-      let error = lastError
-      endAll(window.takeAll(), .failed(error.code), error.message)
+      var queued = window.takeAll()
+      while let slice = queued.popFirst() { giveUp(slice, error) }
       endAll(held.takeAll(), .failed(error.code), error.message)
       bound.reset()
+    } else {
+      moveAway(error)
     }
+  }
+
+  /// Hands what is queued to a path that works, if there is one.
+  private func moveAway(_ error: MooncakeError) {
+    if window.isEmpty { return }
+    var queued = window.takeAll()
+    let byteCount = queued.byteCount
+    peer.link.moveAway(&queued, from: peer.mark, error)
+    load.wrappingSubtract(byteCount - queued.byteCount, ordering: .relaxed)
+    window.append(contentsOf: &queued)
+    bound.reset(to: min(window.earliestDeadline, held.earliestDeadline))
   }
 
   func closeSocket() { _ = takeSocket() }
@@ -186,5 +217,12 @@ extension TCPEndpoint {
   /// A connection that rested is probed before it carries a request: the peer may have restarted.
   func probeIdle() {
     if isConnected, window.isEmpty, !peer.isOneShot, connection.isStale { closeIdle() }
+  }
+}
+
+extension TCPEndpoint: WriteGateWaiter {
+  package func gateChanged() {
+    loop.schedule(self)
+    loop.kick()
   }
 }

@@ -26,7 +26,7 @@ final class TCPFence {
   /// Whether writes have stopped waiting for it.
   private(set) var isOverdue = false
   private let socket: Socket
-  private let ranges: UnfencedRanges
+  private let gate: WriteGate
   private let entry: UInt64
   private let peerDescription: String
 
@@ -50,9 +50,9 @@ final class TCPFence {
     self.socket = socket
     self.token = token
     self.expiry = expiry
-    ranges = peer.unfenced
+    gate = peer.gate
     peerDescription = peer.description
-    entry = peer.unfenced.add(unanswered, isOverdue: false)
+    entry = peer.gate.add(unanswered, isOverdue: false)
   }
 
   /// Discards what has arrived.
@@ -77,7 +77,7 @@ final class TCPFence {
   }
 
   /// Lets writes to the ranges continue.
-  func lift() { ranges.remove(entry) }
+  func lift() { gate.remove(entry) }
 
   /// Makes writes to the ranges fail instead of waiting.
   func giveUp(_ reason: String) {
@@ -87,6 +87,6 @@ final class TCPFence {
       "\(peerDescription): a connection with unanswered writes was given up and \(reason); "
         + "writes to the same memory fail until the peer closes it or restarts",
       about: peerDescription)
-    ranges.markOverdue(entry)
+    gate.markOverdue(entry)
   }
 }

@@ -23,7 +23,7 @@ package final class TCPServer: @unchecked Sendable {
   /// Serves connections of a listening socket until `stop`.
   package init(
     listener: consuming Socket, buffers: BufferTable, counters: TCPCounters,
-    settings: TCPTransport.Settings
+    threadCount: Int, spinNanoseconds: UInt64, processors: ProcessorSet?
   ) throws(MooncakeError) {
     do throws(Errno) {
       address = try listener.localAddress()
@@ -31,10 +31,10 @@ package final class TCPServer: @unchecked Sendable {
       self.counters = counters
       wakeup = try EventFD()
       var loops: [TCPServerLoop] = []
-      for _ in 0..<settings.threadCount {
+      for _ in 0..<threadCount {
         loops.append(
           try TCPServerLoop(
-            buffers: buffers, counters: counters, spinNanoseconds: settings.spinNanoseconds))
+            buffers: buffers, counters: counters, spinNanoseconds: spinNanoseconds))
       }
       self.loops = loops
     } catch {
@@ -43,7 +43,7 @@ package final class TCPServer: @unchecked Sendable {
     do throws(Errno) {
       for (index, loop) in loops.enumerated() {
         threads.append(
-          try WorkerThread.start(name: "mc-tcp-srv\(index)", on: settings.processors) {
+          try WorkerThread.start(name: "mc-tcp-srv\(index)", on: processors) {
             loop.run()
           })
       }

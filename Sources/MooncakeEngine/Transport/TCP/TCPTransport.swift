@@ -4,47 +4,32 @@ import MooncakeSystem
 import Synchronization
 
 /// The TCP transport of one engine: its server, its client loops and its totals.
-package final class TCPTransport: @unchecked Sendable {
+package final class TCPTransport: Transport, @unchecked Sendable {
   // Unchecked: everything is set in `init`.
-  package struct Settings: Sendable {
-    package var threadCount: Int
-    package var connectionsPerPeer: Int
-    package var spinNanoseconds: UInt64
-    /// Where its threads run; nil for anywhere.
-    package var processors: ProcessorSet?
-
-    package init(
-      threadCount: Int, connectionsPerPeer: Int, spinNanoseconds: UInt64,
-      processors: ProcessorSet? = nil
-    ) {
-      self.threadCount = threadCount
-      self.connectionsPerPeer = connectionsPerPeer
-      self.spinNanoseconds = spinNanoseconds
-      self.processors = processors
-    }
-  }
+  package static let name = "tcp"
 
   package let counters = TCPCounters()
   package let loops: [TCPClientLoop]
   package let server: TCPServer
-  private let settings: Settings
+  private let advertisedHost: String
+  private let connectionsPerPeer: Int
+  private let gates: WriteGates
   /// How many peers there have been.
   private let peerCount = Atomic(0)
-  private struct Weak { weak var ranges: UnfencedRanges? }
-  /// By process that is written to.
-  private let unfenced = Lock<[String: Weak]>([:])
 
-  /// Serves on `listener` and starts the client threads.
-  package init(
-    listener: consuming Socket, buffers: BufferTable, settings: Settings, drivers: DriverTable
-  ) throws(MooncakeError) {
-    self.settings = settings
+  /// Listens, serves peers and starts the client threads.
+  package init(_ context: TransportContext) throws(MooncakeError) {
+    // The data port listens before anything publishes it.
+    let listener = try context.address.openDataListener()
+    advertisedHost = context.address.advertisedHost
+    connectionsPerPeer = context.connectionsPerPeer
+    gates = context.gates
     var loops: [TCPClientLoop] = []
     do throws(Errno) {
-      for _ in 0..<settings.threadCount {
+      for _ in 0..<context.threadCount {
         let loop = try TCPClientLoop(
-          counters: counters, spinNanoseconds: settings.spinNanoseconds)
-        guard let bit = drivers.add(loop) else { throw Errno(ENOSPC) }
+          counters: counters, spinNanoseconds: context.spinNanoseconds)
+        guard let bit = context.drivers.add(loop) else { throw Errno(ENOSPC) }
         loop.driverBit = bit
         loops.append(loop)
       }
@@ -53,10 +38,12 @@ package final class TCPTransport: @unchecked Sendable {
     }
     self.loops = loops
     server = try TCPServer(
-      listener: listener, buffers: buffers, counters: counters, settings: settings)
+      listener: listener, buffers: context.buffers, counters: counters,
+      threadCount: context.threadCount, spinNanoseconds: context.spinNanoseconds,
+      processors: context.processors)
     do throws(Errno) {
       for (number, loop) in loops.enumerated() {
-        try loop.start(name: "mc-tcp-io\(number)", on: settings.processors)
+        try loop.start(name: "mc-tcp-io\(number)", on: context.processors)
       }
     } catch {
       stop()
@@ -64,50 +51,44 @@ package final class TCPTransport: @unchecked Sendable {
     }
   }
 
-  /// The connections to a descriptor's data port; each is made when it is first used.
+  package var name: String { Self.name }
+
+  package func describe(in descriptor: inout SegmentDescriptor) {
+    descriptor.tcpDataHost = advertisedHost
+    descriptor.tcpDataPort = server.address.port
+  }
+
+  /// A path to a descriptor's data port, whose connections are made when they are first used.
   package func connect(
-    to descriptor: SegmentDescriptor, deadline: Deadline, handlers: TCPPeer.Handlers
-  ) throws(MooncakeError) -> TCPConnectionGroup {
+    to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink, deadline: Deadline
+  ) throws(MooncakeError) -> [any Path] {
     guard descriptor.tcpDataPort != 0 else {
       throw MooncakeError(
         .unsupported,
-        "segment \(descriptor.name): the peer serves '\(descriptor.protocolName)' and no TCP: "
-          + "start it with TCP, for example with MC_FORCE_TCP=1")
+        "the peer serves '\(descriptor.protocolName)' and no TCP: start it with TCP, for example "
+          + "with MC_FORCE_TCP=1")
     }
+    let place = TCPPeer.Place(descriptor)
+    for case let path as TCPPath in former where path.peer.place == place { return [path] }
     let host = Self.dataHost(of: descriptor)
     let addresses: [SocketAddress]
     do throws(ResolveError) {
       addresses = try Resolver.resolve(host, port: descriptor.tcpDataPort, deadline: deadline)
     } catch {
       throw MooncakeError(
-        error.isTimeout ? .timeout : .unresolved,
-        "segment \(descriptor.name): resolving the data host '\(host)': \(error)")
+        error.isTimeout ? .timeout : .unresolved, "resolving the data host '\(host)': \(error)")
     }
     let peer = TCPPeer(
-      segmentName: descriptor.name, addresses: addresses,
+      place: place, addresses: addresses,
       usesAcknowledgments: descriptor.tcpProtocolVersion >= 2 && !Self.forcesVersion1,
-      unfenced: unfencedRanges(of: descriptor, addresses[0]), handlers: handlers)
+      gate: gates.gate(of: descriptor, address: "\(addresses[0])"), link: link)
     // Spreads peers over the loops, as most use only their first connection.
     let peerIndex = peerCount.wrappingAdd(1, ordering: .relaxed).oldValue
-    return TCPConnectionGroup(
-      peer: peer, connectionCount: settings.connectionsPerPeer, loops: loops,
-      firstLoop: peerIndex % loops.count)
-  }
-
-  /// The unfenced ranges of a descriptor's process. They outlive its peers: a process that moved,
-  /// or whose segment was closed and is opened again, has the same memory.
-  private func unfencedRanges(
-    of descriptor: SegmentDescriptor, _ address: SocketAddress
-  ) -> UnfencedRanges {
-    let process =
-      descriptor.incarnation != 0 ? String(descriptor.incarnation, radix: 16) : "\(address)"
-    return unfenced.withLock { table in
-      if let known = table[process]?.ranges { return known }
-      let new = UnfencedRanges()
-      table = table.filter { $0.value.ranges != nil }
-      table[process] = Weak(ranges: new)
-      return new
-    }
+    return [
+      TCPPath(
+        peer: peer, connectionCount: connectionsPerPeer, loops: loops,
+        firstLoop: peerIndex % loops.count)
+    ]
   }
 
   private static func dataHost(of descriptor: SegmentDescriptor) -> String {
@@ -115,13 +96,71 @@ package final class TCPTransport: @unchecked Sendable {
     return (try? HostPort(parsing: descriptor.name))?.host ?? descriptor.name
   }
 
+  package func revoke(_ buffers: [BufferTable.Buffer], until call: Call) -> String? {
+    server.revoke(buffers.map(\.range))
+    return nil
+  }
+
   private static let forcesVersion1 = Environment["MC_TCP_PROTO"] == "1"
 
   static func prepare() { _ = forcesVersion1 }
+
+  package func stop(until deadline: Deadline) -> String? {
+    stop()
+    return nil
+  }
 
   /// Ends every transfer and connection; idempotent.
   package func stop() {
     for loop in loops { loop.stop() }
     server.stop()
+  }
+}
+
+// MARK: - Counters
+
+extension TCPTransport {
+  package var totals: TransportTotals {
+    var totals = TransportTotals()
+    totals.readBytes = counters.readBytes.load(ordering: .relaxed)
+    totals.writtenBytes = counters.writtenBytes.load(ordering: .relaxed)
+    totals.completedSlices = counters.completedSlices.load(ordering: .relaxed)
+    totals.failedSlices = counters.failedSlices.load(ordering: .relaxed)
+    return totals
+  }
+
+  package var metrics: [TransportCounter] {
+    func gauge(_ value: Int) -> UInt64 { UInt64(max(0, value)) }
+    return [
+      .init("retried_slices", "Slices queued again.", counters.retries.load(ordering: .relaxed)),
+      .init(
+        "connect_failures", "Data connections that could not be made.",
+        counters.clientConnectFailures.load(ordering: .relaxed)),
+      .init(
+        "disconnects", "Data connections lost or taken out of use.",
+        counters.clientDisconnects.load(ordering: .relaxed)),
+      .init(
+        "client_connections", "Data connections to peers.",
+        gauge(counters.clientConnections.load(ordering: .relaxed)), kind: .gauge),
+      .init(
+        "fenced_connections",
+        "Connections given up with unanswered writes that the peer has not closed yet.",
+        gauge(counters.fences.load(ordering: .relaxed)), kind: .gauge),
+      .init(
+        "server_connections", "Data connections of peers.",
+        gauge(counters.connections.load(ordering: .relaxed)), kind: .gauge),
+      .init(
+        "served_requests", "Requests of peers served.",
+        counters.servedRequests.load(ordering: .relaxed)),
+      .init(
+        "refused_requests", "Requests of peers refused.",
+        counters.rejections.load(ordering: .relaxed)),
+      .init(
+        "served_received_bytes", "Bytes that peers sent to the data port.",
+        counters.servedReceivedBytes.load(ordering: .relaxed)),
+      .init(
+        "served_sent_bytes", "Bytes that the data port sent to peers.",
+        counters.servedSentBytes.load(ordering: .relaxed)),
+    ]
   }
 }

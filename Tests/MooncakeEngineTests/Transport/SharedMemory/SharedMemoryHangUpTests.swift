@@ -13,12 +13,13 @@ struct SharedMemoryHangUpTests {
     let pair = try EnginePair(.sharedMemory)
     defer { pair.close() }
     let shared = try #require(pair.initiator.sharedMemory)
-    let peer = try #require(try pair.initiator.sharedMemoryPeer(of: pair.segment))
+    let path = try pair.initiator.sharedMemoryPath(of: pair.segment)
+    let peer = try #require(path.peer)
     let memory = try RegisteredMemory(.ordinary, pair.target, 4096)
     let complaints = Complaints()
     let isTakenBack = Atomic<Bool>(false)
     var remover: WorkerThread?
-    let refused = shared.copy(peer, totalBytes: 4096) {
+    let refused = shared.copy(path, peer, totalBytes: 4096) {
       // This thread is in the middle of a run.
       peer.leave()
       usleep(50_000)

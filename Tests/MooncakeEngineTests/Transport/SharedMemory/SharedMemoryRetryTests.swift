@@ -40,7 +40,7 @@ struct SharedMemoryRetryTests {
 
   /// A connection queue that is full when a segment is opened is only a delay.
   @Test func aFullQueue() throws {
-    let listener = try #require(SharedMemoryServer.listen())
+    let listener = try SharedMemoryServer.listen()
     let crowd = Crowd(listener.name)
     #expect(crowd.count > 100)
     let target = try Target(sharedMemoryName: listener.name)
@@ -59,10 +59,8 @@ struct SharedMemoryRetryTests {
 
     // The owner accepts from its queue again.
     crowd.leave()
-    let closing = try EventFD()
     let owner = try SharedMemoryTransport(
-      buffers: target.engine.local.buffers, listener: listener, helperCount: 1, processors: nil,
-      cancellation: closing.descriptor.rawValue, drivers: DriverTable(), fallBack: { _ in })
+      makeContext(buffers: target.engine.local.buffers), listener: listener)
     defer { _ = owner.stop(until: .after(milliseconds: 5000)) }
     owner.server.publish()
     var rounds = 0
@@ -78,22 +76,22 @@ struct SharedMemoryRetryTests {
 
   /// The pauses between attempts grow, and only one attempt runs at a time.
   @Test func restsGrow() {
-    let health = SharedMemoryHealth()
-    #expect(!health.isDue && health.failure == nil)
+    let health = PathHealth()
+    #expect(!health.isDue() && health.failure == nil)
     var rests: [UInt64] = []
     for round in 0..<4 {
       #expect(health.noteFailure("full", isFinal: false) == (round == 0))
       let milliseconds = elapsedMilliseconds {
-        while !health.isDue { usleep(200) }
+        while !health.isDue() { usleep(200) }
       }
       rests.append(milliseconds)
-      #expect(health.beginAttempt() && !health.beginAttempt() && !health.isDue)
+      #expect(health.beginAttempt() && !health.beginAttempt() && !health.isDue())
     }
     #expect(rests[0] >= 4 && rests[1] >= 9 && rests[2] >= 19 && rests[3] >= 39, "\(rests)")
     #expect(health.failure == "full")
     #expect(health.noteFailure("another user", isFinal: true))
     usleep(100_000)
-    #expect(!health.isDue && !health.beginAttempt())
+    #expect(!health.isDue() && !health.beginAttempt())
   }
 
   /// Connections that fill a queue.

@@ -14,7 +14,8 @@ struct SharedMemoryRunTests {
     let pair = try EnginePair(.sharedMemory)
     defer { pair.close() }
     let shared = try #require(pair.initiator.sharedMemory)
-    let peer = try #require(try pair.initiator.sharedMemoryPeer(of: pair.segment))
+    let path = try pair.initiator.sharedMemoryPath(of: pair.segment)
+    let peer = try #require(path.peer)
     let ordinary = try RegisteredMemory(.ordinary, pair.target, 4096)
     let mapped = try RegisteredMemory(.mapped, pair.target, 1 << 20)
     let local = try RegisteredMemory(.ordinary, pair.initiator, 2 << 20, access: .local)
@@ -37,7 +38,7 @@ struct SharedMemoryRunTests {
     let isTakenBack = Atomic<Bool>(false)
     var remover: WorkerThread?
     var step = 0
-    var refused = shared.copy(peer, totalBytes: 1 << 20, now: Clock.now()) {
+    var refused = shared.copy(path, peer, totalBytes: 1 << 20, now: Clock.now()) {
       step += 1
       switch step {
       case 1: return batch.slices

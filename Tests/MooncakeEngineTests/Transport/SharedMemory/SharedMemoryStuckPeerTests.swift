@@ -94,8 +94,9 @@ struct SharedMemoryStuckPeerTests {
     }
     var descriptor = try engine.descriptor(of: 0)
     descriptor.sharedMemoryName = name
-    let peer = try #require(
-      transport.connect(to: descriptor, deadline: .never, health: SharedMemoryHealth()))
+    let paths = try transport.connect(
+      to: descriptor, former: [], for: SegmentLink(descriptor.name, nil), deadline: .never)
+    let peer = try #require((paths.first as? SharedMemoryPath)?.peer)
     let isOver = eventually { !peer.isUsable }
     #expect(isOver)
     owner.join()

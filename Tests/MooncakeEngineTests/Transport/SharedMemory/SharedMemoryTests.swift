@@ -13,6 +13,12 @@ enum MemoryKind: CaseIterable, Sendable {
 }
 
 extension TransferEngine {
+  /// The path through shared memory to a segment.
+  func sharedMemoryPath(of segment: SegmentID) throws -> SharedMemoryPath {
+    try #require(
+      try segments.segment(segment).route.paths.lazy.compactMap { $0 as? SharedMemoryPath }.first)
+  }
+
   /// Bytes that went through shared memory.
   var sharedBytes: UInt64 {
     guard let counters = sharedMemory?.counters else { return 0 }
@@ -22,8 +28,9 @@ extension TransferEngine {
 
   /// Bytes that went over TCP.
   var streamedBytes: UInt64 {
-    transport.counters.readBytes.load(ordering: .relaxed)
-      + transport.counters.writtenBytes.load(ordering: .relaxed)
+    guard let counters = tcp?.counters else { return 0 }
+    return counters.readBytes.load(ordering: .relaxed)
+      + counters.writtenBytes.load(ordering: .relaxed)
   }
 }
 
@@ -172,13 +179,6 @@ struct SharedMemoryTests {
     #expect(engine.metrics().contains("shared_memory_requests_total"))
   }
 
-  @Test func transportsNeedTCP() {
-    #expect(
-      failureCode { () throws(MooncakeError) in
-        _ = try makeEngine { $0.transports = ["shm"] }
-      } == .invalidArgument)
-  }
-
   /// A peer on another host, or one that falsely claims to share memory, is used over TCP.
   @Test func foreignDescriptors() throws {
     let engine = try makeEngine(.sharedMemory)
@@ -186,7 +186,9 @@ struct SharedMemoryTests {
     let transport = try #require(engine.sharedMemory)
     var descriptor = try engine.descriptor(of: 0)
     func connect(_ descriptor: SegmentDescriptor) -> SharedMemoryPeer? {
-      transport.connect(to: descriptor, deadline: .never, health: SharedMemoryHealth())
+      let paths = try? transport.connect(
+        to: descriptor, former: [], for: SegmentLink(descriptor.name, nil), deadline: .never)
+      return (paths?.first as? SharedMemoryPath)?.peer
     }
     #expect(descriptor.hostIdentity == HostIdentity.current)
     #expect(connect(descriptor) === transport.own)

@@ -30,7 +30,7 @@ struct DataPortTests {
   private static func exchange(
     _ engine: TransferEngine, _ bytes: [UInt8], closes: Bool = true
   ) throws -> [UInt8] {
-    let connection = try RPCTestPeer(to: engine.transport.server.address)
+    let connection = try RPCTestPeer(to: engine.tcp!.server.address)
     do { try connection.send(bytes) } catch let error as Errno {
       // A refusal may reset the connection while the rest is being sent.
       guard error.rawValue == ECONNRESET || error.rawValue == EPIPE else { throw error }
@@ -132,7 +132,7 @@ struct DataPortTests {
   @Test func trickle() throws {
     let memory = GuardedMemory(64)
     try Self.withServer(memory) { engine in
-      let connection = try RPCTestPeer(to: engine.transport.server.address)
+      let connection = try RPCTestPeer(to: engine.tcp!.server.address)
       connection.socket.setNoDelay()
       let bytes =
         wireHeader(.write, memory, count: 20) + (1...20).map { UInt8($0) }
@@ -239,7 +239,7 @@ struct DataPortTests {
       for round in 0..<20 {
         var open: [Holder] = []
         for index in 0..<100 {
-          let holder = Holder(try RPCTestPeer(to: engine.transport.server.address))
+          let holder = Holder(try RPCTestPeer(to: engine.tcp!.server.address))
           if index % 3 == 0 { try holder.connection.send(half) }
           if index % 3 == 1 { try holder.connection.send([UInt8](repeating: 0xFF, count: 24)) }
           open.append(holder)
@@ -248,7 +248,7 @@ struct DataPortTests {
       }
       #expect(memory.holdsOnly(0x21))
       #expect(
-        eventually { engine.transport.counters.connections.load(ordering: .relaxed) == 0 })
+        eventually { engine.tcp!.counters.connections.load(ordering: .relaxed) == 0 })
     }
   }
 
@@ -262,7 +262,7 @@ struct DataPortTests {
     let memory = GuardedMemory(8 << 20)
     memory.fill(0x21)
     try Self.withServer(memory) { engine in
-      let connection = try RPCTestPeer(to: engine.transport.server.address)
+      let connection = try RPCTestPeer(to: engine.tcp!.server.address)
       let request = wireHeader(.read, memory, count: memory.count)
       // The server stops reading requests once enough answers are waiting.
       var accepted = 0

@@ -2,6 +2,7 @@ import Glibc
 import MooncakeEngine
 import MooncakeSystem
 import MooncakeTestSupport
+import Synchronization
 import Testing
 
 /// A write without an answer may still be stored. It is not sent again, and nothing is written over
@@ -228,21 +229,25 @@ struct TCPFenceTests {
     }
   }
 
+  private final class Waiter: WriteGateWaiter {
+    let changes = Atomic<Int>(0)
+    func gateChanged() { changes.wrappingAdd(1, ordering: .relaxed) }
+  }
+
   @Test func rangesOfSeveralConnections() throws {
-    let engine = try makeEngine()
-    defer { engine.close() }
-    let route = try #require(try? engine.segments.segment(0)).route
-    let endpoint = route.connections.endpoints[0]
-    let ranges = UnfencedRanges()
+    let waiter = Waiter()
+    let ranges = WriteGate()
     #expect(ranges.isEmpty)
     let first = ranges.add([100..<200, 300..<400], isOverdue: false)
     let second = ranges.add([350..<500], isOverdue: false)
-    func verdict(_ address: UInt64, _ count: Int) -> UnfencedRanges.Verdict {
-      ranges.verdict(address, count, for: endpoint)
+    func verdict(_ address: UInt64, _ count: Int) -> WriteGate.Verdict {
+      ranges.verdict(address, count, for: waiter)
     }
     #expect(verdict(200, 100) == .free && verdict(0, 100) == .free && verdict(500, 1) == .free)
     #expect(verdict(0, 101) == .pending && verdict(199, 1) == .pending)
+    #expect(waiter.changes.load(ordering: .relaxed) == 0)
     ranges.markOverdue(second)
+    #expect(waiter.changes.load(ordering: .relaxed) == 1)
     #expect(verdict(360, 1) == .overdue && verdict(310, 1) == .pending)
     ranges.remove(second)
     #expect(verdict(360, 1) == .pending && verdict(450, 1) == .free)

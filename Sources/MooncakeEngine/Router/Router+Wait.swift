@@ -1,8 +1,8 @@
 import MooncakeSystem
 
-extension TransferEngine {
+extension Router {
   /// Polling a running batch does a driver's work if no other thread does.
-  func drivePolled(_ batch: Batch) {
+  package func drivePolled(_ batch: Batch) {
     if batch.isTerminal { return }
     let set = batch.drivers
     _ = drivers.help(set)

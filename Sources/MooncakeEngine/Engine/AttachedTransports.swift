@@ -1,0 +1,70 @@
+import MooncakeBase
+import MooncakeSystem
+import Synchronization
+
+/// The transports of an engine, in order of preference. It only grows, since transports may be
+/// attached while others work.
+package final class AttachedTransports: Sendable {
+  private struct Entry: Sendable {
+    let transport: any Transport
+    let rank: Int
+  }
+  private let entries = Lock<[Entry]>([])
+  /// Names in order of preference; those that are not in it come last.
+  private let preference: [String]
+
+  package init(preference: [String]) { self.preference = preference }
+
+  package var all: [any Transport] { entries.withLock { $0.map(\.transport) } }
+
+  func has(_ name: String) -> Bool {
+    entries.withLock { $0.contains { $0.transport.name == name } }
+  }
+
+  func add(_ transport: any Transport) {
+    let rank = preference.firstIndex(of: transport.name) ?? preference.count
+    entries.withLock { entries in
+      let position = entries.firstIndex { $0.rank > rank } ?? entries.count
+      entries.insert(Entry(transport: transport, rank: rank), at: position)
+    }
+  }
+
+  /// The first of a type.
+  func first<Kind: Transport>() -> Kind? {
+    entries.withLock { entries in
+      for entry in entries { if let found = entry.transport as? Kind { return found } }
+      return nil
+    }
+  }
+
+  /// The paths of all transports to a descriptor's process, in order of preference, and why others
+  /// have none. Throws if there is no path at all.
+  func connect(
+    to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink, deadline: Deadline
+  ) throws(MooncakeError) -> SegmentRoute {
+    var paths: [any Path] = []
+    var absences: [SegmentRoute.Absence] = []
+    for transport in all {
+      do throws(MooncakeError) {
+        paths += try transport.connect(
+          to: descriptor, former: former, for: link, deadline: deadline)
+      } catch {
+        absences.append(.init(transport: transport.name, error: error))
+      }
+    }
+    guard paths.isEmpty else {
+      return SegmentRoute(descriptor: descriptor, paths: paths, absences: absences)
+    }
+    // The one that is preferred least reaches most peers: what it says matters.
+    guard let last = absences.last else {
+      throw MooncakeError(
+        .unsupported, "segment \(descriptor.name): this engine has no transport to reach it")
+    }
+    let reasons = absences.map { "\($0.transport): \($0.error.message)" }
+    throw MooncakeError(
+      last.error.code,
+      absences.count == 1
+        ? "segment \(descriptor.name): \(last.error.message)"
+        : "segment \(descriptor.name): no way to reach it: \(reasons.joined(separator: "; "))")
+  }
+}

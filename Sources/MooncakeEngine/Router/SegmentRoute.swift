@@ -1,0 +1,87 @@
+import MooncakeBase
+import MooncakeSystem
+
+/// An immutable view of a peer's segment: what it publishes and the paths to it.
+package final class SegmentRoute: Sendable {
+  /// A path with what the router looks at before each use.
+  package struct Way: Sendable {
+    package let path: any Path
+    package let traits: PathTraits
+    /// Whether another path of the same transport follows.
+    let hasSiblings: Bool
+  }
+
+  /// Why a transport has no path to the peer.
+  package struct Absence: Sendable {
+    package let transport: String
+    package let error: MooncakeError
+  }
+
+  package let descriptor: SegmentDescriptor
+  package let table: RangeTable
+  /// In order of preference.
+  package let ways: [Way]
+  package let absences: [Absence]
+  /// Where the peer's process may still store earlier writes.
+  package let gate: WriteGate
+
+  package init(
+    descriptor: SegmentDescriptor, paths: [any Path], absences: [Absence] = []
+  ) {
+    self.descriptor = descriptor
+    self.absences = absences
+    table = RangeTable(descriptor.buffers)
+    ways = paths.indices.map { index in
+      var traits = paths[index].traits
+      traits.weight = max(1, traits.weight)
+      return Way(
+        path: paths[index], traits: traits,
+        hasSiblings: paths[(index + 1)...].contains {
+          $0.transportName == paths[index].transportName
+        })
+    }
+    gate = paths.lazy.compactMap(\.gate).first ?? WriteGate()
+  }
+
+  package var paths: [any Path] { ways.map(\.path) }
+
+  /// The first way in order of preference that slices may take now, not counting those in
+  /// `excluded`: one that works, or else one whose peer is worth waiting for. nil if there is none.
+  @inline(__always)
+  package func choose(excluding excluded: UInt64 = 0) -> Int? {
+    if let first = ways.first, excluded == 0, first.path.isUsable, isOpen(first) { return 0 }
+    return chooseAnother(excluded)
+  }
+
+  /// Writes of a broken path must land before anything new, and not every path waits for that.
+  @inline(__always)
+  private func isOpen(_ way: Way) -> Bool { way.traits.waitsForFences || gate.isEmpty }
+
+  private func chooseAnother(_ excluded: UInt64) -> Int? {
+    for (index, way) in ways.enumerated() {
+      if !way.path.isUsable {
+        way.path.retryIfDue(Clock.now())
+      } else if excluded & way.path.mark == 0, isOpen(way) {
+        return index
+      }
+    }
+    return ways.firstIndex {
+      $0.traits.waitsForPeer && excluded & $0.path.mark == 0 && isOpen($0)
+    }
+  }
+
+  /// Whether another way works, for slices that leave one.
+  func hasUsable(excluding excluded: UInt64) -> Bool {
+    ways.contains { excluded & $0.path.mark == 0 && $0.path.isUsable && isOpen($0) }
+  }
+
+  /// Why the paths in `tried` and the transports without one do not lead to the peer.
+  package func describeFailures(_ tried: UInt64 = .max) -> String {
+    let failed = ways.compactMap { way -> String? in
+      guard tried & way.path.mark != 0, let failure = way.path.health.failure else { return nil }
+      return "\(way.path.transportName): \(failure)"
+    }
+    let absent = absences.map { "\($0.transport): \($0.error.message)" }
+    return (failed + absent).joined(separator: "; ")
+  }
+}
