@@ -138,8 +138,9 @@ typedef struct mooncake_engine_options {
                                      "etcd://host:2379,host:2379", "redis://host:6379" or
                                      "http://host:8080/metadata" */
   const char *transports;         /* comma list in order of preference; default "shm,tcp": memory
-                                     between processes of one host, TCP for all else. "tcp" must be
-                                     in it; MC_FORCE_TCP in the environment leaves only that */
+                                     between processes of one host, TCP for all else. Where several
+                                     reach a peer, the first one that works moves the bytes.
+                                     MC_FORCE_TCP in the environment leaves only "tcp" */
   uint64_t default_timeout_ms;    /* deadline of an operation that names none; default 30000 */
   uint32_t io_threads;            /* threads per direction, at most 64; default half the
                                      processors, 2 to 4 */

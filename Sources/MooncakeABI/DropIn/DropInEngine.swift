@@ -76,7 +76,8 @@ package func installTransport(
   dropInValue(engine) { record throws(MooncakeError) in
     let name = try requiredText(proto, "proto")
     let matrix = try readMatrix(args)
-    guard name == "tcp" else { throw unavailable(name) }
+    guard TransportRegistry.names.contains(name) else { throw unavailable(name) }
+    try record.engine.attach(name)
     if let matrix { record.dropIn.matrix.withLock { $0 = matrix } }
     record.dropIn.isTransportInstalled.store(true, ordering: .relaxed)
     let mark = number(of: engine) & ~0b111 | HandleKind.transport.rawValue << 1 | 1

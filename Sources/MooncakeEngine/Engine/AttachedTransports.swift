@@ -10,7 +10,7 @@ package final class AttachedTransports: Sendable {
     let rank: Int
   }
   private let entries = Lock<[Entry]>([])
-  /// Names in order of preference; those that are not in it come last.
+  /// Names in order of preference. Others come first: whoever attaches one wants it used.
   private let preference: [String]
 
   package init(preference: [String]) { self.preference = preference }
@@ -22,7 +22,7 @@ package final class AttachedTransports: Sendable {
   }
 
   func add(_ transport: any Transport) {
-    let rank = preference.firstIndex(of: transport.name) ?? preference.count
+    let rank = preference.firstIndex(of: transport.name) ?? -1
     entries.withLock { entries in
       let position = entries.firstIndex { $0.rank > rank } ?? entries.count
       entries.insert(Entry(transport: transport, rank: rank), at: position)

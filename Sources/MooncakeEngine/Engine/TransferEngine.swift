@@ -102,11 +102,12 @@ public final class TransferEngine: @unchecked Sendable {
     name = address.name
     rpcAddress = HostPort(host: address.advertisedHost, port: address.port)
     let processors = try Self.processors(options)
-    var identity = SegmentDescriptor(name: address.name, incarnation: .random(in: 1 ... .max))
+    let names = Self.transportNames(options)
+    var identity = SegmentDescriptor(
+      name: address.name, protocolName: names.first ?? "", incarnation: .random(in: 1 ... .max))
     if directory != nil { identity.rpcAddress = rpcAddress.description }
     local = LocalSegment(identity: identity)
     router = Router(local: local, spinNanoseconds: UInt64(options.spinMicroseconds) * 1000)
-    let names = Self.transportNames(options)
     transports = AttachedTransports(preference: names)
     self.directory = directory
     let untilClose = Call(until: .never, cancellation: closeEvent.descriptor.rawValue)

@@ -54,6 +54,8 @@ package final class TCPTransport: Transport, @unchecked Sendable {
   package var name: String { Self.name }
 
   package func describe(in descriptor: inout SegmentDescriptor) {
+    // Peers of every version choose it by this name.
+    descriptor.protocolName = Self.name
     descriptor.tcpDataHost = advertisedHost
     descriptor.tcpDataPort = server.address.port
   }
