@@ -252,7 +252,9 @@ public final class TransferEngine: @unchecked Sendable {
       workers.stop()
       let end = min(deadline(0), .after(milliseconds: Self.closeMilliseconds))
       var late: String?
-      for transport in transports.all { late = transport.stop(until: end) ?? late }
+      // What is being attached is complete then, and nothing follows.
+      let all = attachLock.withLock { _ in transports.all }
+      for transport in all { late = transport.stop(until: end) ?? late }
       callbacks.stop()
       releaseMappings(late)
       Log.reportLeftOut()
@@ -322,11 +324,6 @@ extension TransferEngine {
       transport.publish()
       transports.add(transport)
       local.changeIdentity(transport.describe)
-      // `close` may have stopped the others already.
-      if isClosing {
-        _ = transport.stop(until: .never)
-        throw MooncakeError(.invalidHandle, "the engine was destroyed")
-      }
     }
     try publishChanges()
     let call = call(until: deadline(0))

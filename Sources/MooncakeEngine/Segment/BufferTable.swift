@@ -47,6 +47,9 @@ package final class BufferTable: Sendable {
 
   package var buffers: [Buffer] { state.withLock { $0.buffers } }
 
+  /// Makes readers look again, since something else that is published with the buffers has changed.
+  package func noteChange() { versionWord.wrappingAdd(1, ordering: .releasing) }
+
   /// Adds all buffers or none.
   package func insert(_ new: [Buffer]) throws(MooncakeError) {
     for buffer in new { try Self.validate(buffer.range) }

@@ -30,7 +30,7 @@ package final class LocalSegment: Sendable {
   /// Changes what peers are told besides the buffers.
   package func changeIdentity(_ body: (inout SegmentDescriptor) -> Void) {
     identityBox.withLock { body(&$0) }
-    published.withLock { $0.version = 0 }
+    buffers.noteChange()
   }
 
   /// The descriptor as peers may see it: buffers that grant nothing stay private.

@@ -90,17 +90,36 @@ struct PeerChecks {
   private func examine(port: UInt16, _ findings: inout [Finding]) throws(MooncakeError) {
     var options = TransferEngine.Options()
     options.defaultTimeoutMilliseconds = timeoutMilliseconds
-    // Only TCP, because shared memory would hide problems with the ports of a peer on this host.
-    options.transports = ["tcp"]
     let engine = try TransferEngine(options)
     defer { engine.close() }
     probe(engine, &findings)
     guard let (segment, descriptor) = fetch(engine, &findings) else { return }
     describe(descriptor, &findings)
-    guard reachesData(descriptor, &findings) else { return }
-    readByte(engine, segment, descriptor, &findings)
-    findings.append(
-      try SharedMemoryChecks.peer(name, descriptor, timeoutMilliseconds: timeoutMilliseconds))
+    if descriptor.tcpDataPort == 0 {
+      readByte(engine, segment, descriptor, &findings)
+    } else {
+      guard reachesData(descriptor, &findings) else { return }
+      // Only TCP, because shared memory would hide problems with the ports of a peer on this host.
+      options.transports = ["tcp"]
+      let other = try TransferEngine(options)
+      defer { other.close() }
+      let segment = try other.openSegment(name, timeoutMilliseconds: timeoutMilliseconds)
+      readByte(other, segment, descriptor, &findings)
+    }
+    findings.append(try SharedMemoryChecks.peer(engine, segment, descriptor))
+    try listPaths(engine, segment, &findings)
+  }
+
+  /// What moves the bytes of a program with the default options, and why not another.
+  private func listPaths(
+    _ engine: TransferEngine, _ segment: SegmentID, _ findings: inout [Finding]
+  ) throws(MooncakeError) {
+    let reports = try engine.paths(to: segment)
+    let used = reports.first { $0.state == "used" }
+    findings.append(.ok("paths", used.map { "\($0.transport) is used" } ?? "none works"))
+    for report in reports where report.state != "used" {
+      findings.append(.ok("path \(report.transport)", "\(report.state): \(report.reason)"))
+    }
   }
 
   private func probe(_ engine: TransferEngine, _ findings: inout [Finding]) {
@@ -162,13 +181,6 @@ struct PeerChecks {
   private func reachesData(
     _ descriptor: SegmentDescriptor, _ findings: inout [Finding]
   ) -> Bool {
-    if descriptor.tcpDataPort == 0 {
-      findings.append(
-        .problem(
-          "data port", "the peer does not serve TCP (protocol \(descriptor.protocolName))",
-          advice: "start the peer with the TCP transport"))
-      return false
-    }
     let owner = try? HostPort(parsing: descriptor.name)
     let host = descriptor.tcpDataHost.isEmpty ? owner?.host ?? "" : descriptor.tcpDataHost
     guard let addresses = resolve(host, port: descriptor.tcpDataPort, what: "data host", &findings)

@@ -47,18 +47,13 @@ enum SharedMemoryChecks {
 
   /// Whether a peer would be reached through shared memory.
   static func peer(
-    _ name: String, _ descriptor: SegmentDescriptor, timeoutMilliseconds: UInt64
+    _ engine: TransferEngine, _ segment: SegmentID, _ descriptor: SegmentDescriptor
   ) throws(MooncakeError) -> Finding {
     let subject = "shared memory"
     if descriptor.sharedMemoryName.isEmpty { return .ok(subject, "not offered by the peer") }
     if descriptor.hostIdentity != HostIdentity.current {
       return .ok(subject, "not used: the peer is on another host or in other namespaces")
     }
-    var options = TransferEngine.Options()
-    options.defaultTimeoutMilliseconds = timeoutMilliseconds
-    let engine = try TransferEngine(options)
-    defer { engine.close() }
-    let segment = try engine.openSegment(name, timeoutMilliseconds: timeoutMilliseconds)
     guard let peer = try engine.sharedMemoryPeer(of: segment) else {
       let reason = try engine.sharedMemoryFailure(of: segment).map { ": " + $0 } ?? ""
       return .warning(

@@ -1,6 +1,7 @@
 import Glibc
 import MooncakeBase
 import MooncakeEngine
+import MooncakeMetadata
 import MooncakeSystem
 import MooncakeTestSupport
 import Testing
@@ -176,6 +177,31 @@ struct AttachTests {
     #expect(
       engine.sharedBytes + engine.streamedBytes == 40 * UInt64(byteCount))
     #expect(try engine.paths(to: segment).map(\.transport) == ["shm", "tcp"])
+  }
+
+  /// Peers that ask a metadata service learn of it, too.
+  @Test func isPublished() throws {
+    var options = MetadataServer.Options()
+    options.port = 0
+    let server = try MetadataServer(options)
+    defer { server.stop() }
+    let target = try makeEngine {
+      $0.transports = ["tcp"]
+      $0.name = "target"
+      $0.metadataURI = server.uri
+    }
+    defer { target.close() }
+    let engine = try makeEngine {
+      $0.transports = ["shm", "tcp"]
+      $0.metadataURI = server.uri
+      $0.name = "initiator"
+    }
+    defer { engine.close() }
+    let segment = try engine.openSegment("target")
+    #expect(try engine.paths(to: segment).first { $0.transport == "shm" }?.state == "none")
+    try target.attach("shm")
+    #expect(try engine.openSegment("target") == segment)
+    #expect(try engine.paths(to: segment).map(\.state) == ["used", "used"])
   }
 
   @Test func refusals() throws {
