@@ -52,8 +52,8 @@ extension Router {
   ) -> String {
     let reasons = route.describeFailures()
     guard let error else {
-      return "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes: no "
-        + "path to the peer works" + (reasons.isEmpty ? "" : ": \(reasons)")
+      return "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes: "
+        + "no path to the peer works" + (reasons.isEmpty ? "" : ": \(reasons)")
     }
     // With one path its error says everything.
     if route.ways.count + route.absences.count < 2 || reasons.isEmpty { return error.message }

@@ -43,7 +43,7 @@ package final class SegmentLink: @unchecked Sendable {
     withSegment(of: slice) { router, segment in router.recover(segment, slice) }
   }
 
-  /// A path may not move a slice, for its peer's registrations or the kernel forbid it; another may.
+  /// A path may not move a slice: its peer's registrations or the kernel forbid it. Another may.
   package func refusedHere(_ slice: SlicePointer, on mark: UInt64) {
     withSegment(of: slice) { router, segment in
       slice.pointee.triedPaths |= mark
