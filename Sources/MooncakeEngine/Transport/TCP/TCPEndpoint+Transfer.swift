@@ -111,6 +111,8 @@ extension TCPEndpoint {
       if !isConnected { return true }
       if count < expected { break }
     }
+    // Another connection to the peer may have failed meanwhile; this one works.
+    if isAny { peer.health.noteSuccess() }
     if isAny && answer.hasData { peer.countPartialArrival() }
     if window.isEmpty {
       connection.noteUse()
