@@ -37,23 +37,43 @@ package final class AttachedTransports: Sendable {
     }
   }
 
+  /// How many there are; grows when one is attached.
+  var count: Int { entries.withLock { $0.count } }
+
   /// The paths of all transports to a descriptor's process, in order of preference, and why others
-  /// have none. Throws if there is no path at all.
+  /// have none. Of the `former` route to the same name, what still holds is kept. Throws if there is
+  /// no path at all.
   func connect(
-    to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink, deadline: Deadline
+    to descriptor: SegmentDescriptor, former: SegmentRoute?, link: SegmentLink, deadline: Deadline
   ) throws(MooncakeError) -> SegmentRoute {
+    let isSameProcess =
+      former.map {
+        descriptor.incarnation != 0 && descriptor.incarnation == $0.descriptor.incarnation
+      } ?? false
+    let known = former?.paths ?? []
+    let all = all
     var paths: [any Path] = []
     var absences: [SegmentRoute.Absence] = []
-    for transport in all {
+    for (index, transport) in all.enumerated() {
+      // One that waits for a peer must leave time to those that follow.
+      let half = Deadline.after(milliseconds: deadline.remainingNanoseconds / 2_000_000)
+      let end = index == all.count - 1 ? deadline : min(deadline, half)
       do throws(MooncakeError) {
-        paths += try transport.connect(
-          to: descriptor, former: former, for: link, deadline: deadline)
+        paths += try transport.connect(to: descriptor, former: known, for: link, deadline: end)
       } catch {
-        absences.append(.init(transport: transport.name, error: error))
+        let kept = known.filter { $0.transportName == transport.name }
+        // A name that does not resolve now does not make connections to the process useless.
+        if isSameProcess, !kept.isEmpty, error.code != .unsupported {
+          paths += kept
+        } else {
+          absences.append(.init(transport: transport.name, error: error))
+        }
       }
     }
     guard paths.isEmpty else {
-      return SegmentRoute(descriptor: descriptor, paths: paths, absences: absences)
+      return SegmentRoute(
+        descriptor: descriptor, paths: paths, absences: absences, link: link,
+        gate: isSameProcess ? former?.gate : nil)
     }
     // The one that is preferred least reaches most peers: what it says matters.
     guard let last = absences.last else {

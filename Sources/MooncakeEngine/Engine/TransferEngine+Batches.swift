@@ -121,8 +121,7 @@ extension TransferEngine {
     try batches.with(id) { batch throws(MooncakeError) in
       if batch.isTerminal { return }
       batch.requestCancel()
-      drivers.requestSweeps()
-      router.endCanceledRecoveries()
+      router.sweepCanceled()
     }
   }
 

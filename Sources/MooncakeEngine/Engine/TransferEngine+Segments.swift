@@ -33,11 +33,14 @@ extension TransferEngine {
       return known.id
     }
     let descriptor = try fetchDescriptor(name, call)
+    let transportCount = transports.count
     let route = try transports.connect(
-      to: descriptor, former: [], for: SegmentLink(name, router), deadline: call.deadline)
+      to: descriptor, former: nil, link: SegmentLink(name, router), deadline: call.deadline)
     do throws(MooncakeError) {
       let (segment, isNew) = try segments.insert(name, route: route)
       if !isNew { retire(route.paths, keeping: []) }
+      // One that was attached meanwhile has not seen the segment.
+      if transports.count != transportCount { reconnect(segment, until: call.deadline) }
       return segment.id
     } catch {
       retire(route.paths, keeping: [])
@@ -114,46 +117,58 @@ extension TransferEngine {
 extension TransferEngine {
   /// Fetches a descriptor and replaces the route; a peer that has moved gets new paths.
   func refresh(_ segment: OpenSegment, _ call: Call) throws(MooncakeError) {
-    let old = segment.route
-    let new = try fetchDescriptor(segment.name, known: old.descriptor, call)
-    if new.isOlder(than: old.descriptor) {
-      Log.info("segment \(segment.name): ignored a descriptor older than the known one")
-      return
-    }
-    let route = try transports.connect(
-      to: new, former: old.paths, for: SegmentLink(segment.name, router), deadline: call.deadline)
-    replace(segment, with: route, isRestarted: new.incarnation != old.descriptor.incarnation)
+    repeat {
+      let old = segment.route
+      let new = try fetchDescriptor(segment.name, known: old.descriptor, call)
+      if new.isOlder(than: old.descriptor) {
+        Log.info("segment \(segment.name): ignored a descriptor older than the known one")
+        return
+      }
+      if try replaceRoute(of: segment, old, new, until: call.deadline) { return }
+      // Another thread has replaced it meanwhile, perhaps after an older answer.
+    } while !segment.isClosed && !call.deadline.hasPassed
   }
 
   /// Makes the paths to a segment's known descriptor anew, for a transport that was attached.
   func reconnect(_ segment: OpenSegment, until deadline: Deadline) {
-    let old = segment.route
     do throws(MooncakeError) {
-      let route = try transports.connect(
-        to: old.descriptor, former: old.paths, for: SegmentLink(segment.name, router),
-        deadline: deadline)
-      if segment.replaceRoute(old, with: route) { return }
-      retire(route.paths, keeping: segment.route.paths)
+      repeat {
+        let old = segment.route
+        let descriptor = segment.id == 0 ? ownDescriptor : old.descriptor
+        if try replaceRoute(of: segment, old, descriptor, until: deadline) { return }
+      } while !segment.isClosed && !deadline.hasPassed
     } catch {
       Log.info(error.message)
     }
   }
 
-  private func replace(_ segment: OpenSegment, with route: SegmentRoute, isRestarted: Bool) {
-    let former = segment.replaceRoute(route)
-    let gone = former.paths.filter { path in !route.paths.contains { $0 === path } }
-    if gone.isEmpty { return }
+  /// Replaces the route `old` by one to `descriptor`; false if the route is another by now.
+  private func replaceRoute(
+    of segment: OpenSegment, _ old: SegmentRoute, _ descriptor: SegmentDescriptor,
+    until deadline: Deadline
+  ) throws(MooncakeError) -> Bool {
+    let route = try transports.connect(
+      to: descriptor, former: old, link: old.link, deadline: deadline)
+    guard segment.replaceRoute(old, with: route) else {
+      retire(route.paths, keeping: old.paths)
+      return false
+    }
+    let gone = old.paths.filter { path in !route.paths.contains { $0 === path } }
+    if gone.isEmpty { return true }
     Log.info(
       "segment \(segment.name): the peer restarted or moved; using its new descriptor",
       about: segment.name)
+    let isRestarted = descriptor.incarnation != old.descriptor.incarnation
     retire(
       gone, keeping: [],
       successor: .init(isRestarted: isRestarted) { [weak router, weak segment] slice in
         guard let router, let segment else {
           return Batch.end(slice, .canceled, reason: "segment closed mid-transfer")
         }
+        slice.pointee.triedPaths = 0
         router.resubmit(segment, slice)
       })
+    return true
   }
 }
 
@@ -164,7 +179,7 @@ extension TransferEngine {
   package struct PathReport: Sendable {
     package var transport: String
     package var description: String
-    /// "used", "resting" or "none".
+    /// "used", "standby" where another is preferred, "resting" after a failure, or "none".
     package var state: String
     package var movedBytes: UInt64
     package var failureCount: UInt64
@@ -176,12 +191,15 @@ extension TransferEngine {
   package func paths(to id: SegmentID) throws(MooncakeError) -> [PathReport] {
     try checkOpen()
     let route = try segments.segment(id).route
+    let used = route.ways.first { $0.path.isUsable }
     let paths = route.paths.map { path in
-      let failure = path.health.failure
+      let isUsed =
+        path.isUsable && path.transportName == used?.path.transportName
       return PathReport(
         transport: path.transportName, description: path.description,
-        state: failure == nil ? "used" : "resting", movedBytes: path.movedBytes,
-        failureCount: path.health.failureCount, reason: failure ?? "")
+        state: isUsed ? "used" : path.isUsable ? "standby" : "resting",
+        movedBytes: path.movedBytes, failureCount: path.health.failureCount,
+        reason: path.isUsable ? "" : path.health.failure ?? "the connection to it was lost")
     }
     return paths
       + route.absences.map {

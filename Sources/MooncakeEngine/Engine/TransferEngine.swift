@@ -135,7 +135,11 @@ public final class TransferEngine: @unchecked Sendable {
       throw error
     }
     router.host = self
-    try openOwnSegment(dataAddress: address)
+    _ = try segments.insert(
+      name,
+      route: transports.connect(
+        to: ownDescriptor, former: nil, link: SegmentLink(name, router),
+        deadline: .after(milliseconds: 5000)))
     try startPublishing()
   }
 
@@ -226,16 +230,15 @@ public final class TransferEngine: @unchecked Sendable {
     }
   }
 
-  /// Segment 0 reaches this engine through its own data port, whichever address is advertised.
-  private func openOwnSegment(dataAddress: ListenAddress) throws(MooncakeError) {
+  /// As peers see it, but for segment 0, which reaches this engine through its own data port
+  /// whichever address is advertised.
+  var ownDescriptor: SegmentDescriptor {
     var descriptor = local.descriptor
-    descriptor.tcpDataHost =
-      !dataAddress.bound.isAny
-      ? dataAddress.bound.host : dataAddress.bound.isIPv6 ? "::1" : "127.0.0.1"
-    let route = try transports.connect(
-      to: descriptor, former: [], for: SegmentLink(name, router),
-      deadline: .after(milliseconds: 5000))
-    _ = try segments.insert(name, route: route)
+    if let bound = contextBox.withLock({ $0?.address.bound }) {
+      descriptor.tcpDataHost =
+        !bound.isAny ? bound.host : bound.isIPv6 ? "::1" : "127.0.0.1"
+    }
+    return descriptor
   }
 
   /// Cancels what is in flight, closes every connection and ends the engine's threads. Idempotent;
@@ -314,6 +317,10 @@ extension TransferEngine {
   /// Does nothing if the engine has it.
   package func attach(_ name: String) throws(MooncakeError) {
     let kind = try TransportRegistry.kind(named: name)
+    if Environment["MC_FORCE_TCP"] != nil, name != TransportRegistry.streamName {
+      throw MooncakeError(
+        .unsupported, "transport '\(name)' is not attached: MC_FORCE_TCP is set")
+    }
     try attachLock.withLock { _ throws(MooncakeError) in
       try checkOpen()
       guard !transports.has(name), let context = contextBox.withLock({ $0 }) else { return }
@@ -321,13 +328,14 @@ extension TransferEngine {
       do throws(MooncakeError) { transport = try kind.make(context) } catch {
         throw MooncakeError(error.code, "transport '\(name)' is not attached: \(error.message)")
       }
-      transport.publish()
+      // In this order a buffer that is unregistered meanwhile is revoked from it.
       transports.add(transport)
+      transport.publish()
       local.changeIdentity(transport.describe)
     }
     try publishChanges()
     let call = call(until: deadline(0))
-    for segment in segments.all { reconnect(segment, until: call.deadline) }
+    for segment in segments.all where !isClosing { reconnect(segment, until: call.deadline) }
   }
 }
 

@@ -7,10 +7,16 @@ extension Router {
   /// Queues a slice on the best path that it has not tried. Without one, its segment's descriptor
   /// is fetched anew, which also makes new paths; after that it fails with the reason of each.
   package func place(_ segment: OpenSegment, _ slice: SlicePointer, after error: MooncakeError?) {
+    // A cancel that finds the slice on no path must not miss it on the next one.
+    let cancels = cancelCount.load(ordering: .sequentiallyConsistent)
+    if slice.pointee.batch.isCancelRequested { return endCanceled(segment, slice) }
     // A driver that has stopped would never end the slice.
     do throws(MooncakeError) {
       try whileOpen { () throws(MooncakeError) in
         drivers.kickExclusive(place(segment, segment.route, slice, after: error))
+      }
+      if cancelCount.load(ordering: .sequentiallyConsistent) != cancels {
+        drivers.requestSweeps()
       }
     } catch {
       fail(slice, .canceled, reason: "segment \(segment.name): \(error.message)")
@@ -31,7 +37,7 @@ extension Router {
       placeLater(segment, route, slice, after: error)
       return DriverSet()
     }
-    var run = SliceRun(isAsynchronous: true)
+    var run = SliceRun(isAsynchronous: true, isHandedOver: error != nil)
     run.append(slice)
     return submit(segment, route, &run, on: choice)
   }
@@ -41,7 +47,10 @@ extension Router {
     _ segment: OpenSegment, _ route: SegmentRoute, _ slice: SlicePointer,
     after error: MooncakeError?
   ) {
-    if error == nil, !slice.pointee.isRefetched { return recover(segment, slice) }
+    // What was sent was meant for the process that had it; a new descriptor may be of another.
+    if error == nil, !slice.pointee.isRefetched, !slice.pointee.wasSent {
+      return recover(segment, slice)
+    }
     fail(
       slice, .failed(error?.code ?? .unreachable),
       reason: describeLoss(segment, route, slice, error))
@@ -50,14 +59,12 @@ extension Router {
   private func describeLoss(
     _ segment: OpenSegment, _ route: SegmentRoute, _ slice: SlicePointer, _ error: MooncakeError?
   ) -> String {
-    let reasons = route.describeFailures()
+    let reasons = route.describeFailures(besides: error?.message ?? "")
     guard let error else {
       return "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes: "
         + "no path to the peer works" + (reasons.isEmpty ? "" : ": \(reasons)")
     }
-    // With one path its error says everything.
-    if route.ways.count + route.absences.count < 2 || reasons.isEmpty { return error.message }
-    return "\(error.message); of all paths: \(reasons)"
+    return reasons.isEmpty ? error.message : "\(error.message); other paths: \(reasons)"
   }
 
   /// Fetches a descriptor anew in the background and then places the slice again.

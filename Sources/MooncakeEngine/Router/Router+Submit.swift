@@ -150,7 +150,6 @@ extension Router {
     }
     var used = run.drivers
     while let slice = run.refused.popFirst() {
-      slice.pointee.triedPaths |= way.path.mark
       used.formUnion(place(segment, route, slice, after: nil))
     }
     return used
@@ -163,6 +162,7 @@ extension Router {
     let piece = way.traits.pieceBytes
     if piece <= run.largestBytes / 2 { cut(&run, piece) }
     if !run.isEmpty { way.path.submit(&run) }
+    if !run.refused.isEmpty { run.markRefused(way.path.mark) }
   }
 
   // MARK: Several paths
@@ -172,15 +172,21 @@ extension Router {
   private func spread(_ route: SegmentRoute, _ run: inout SliceRun, _ choice: Int) {
     let chosen = route.ways[choice]
     let name = chosen.path.transportName
+    let excluded = run.first?.pointee.triedPaths ?? 0
     let ways = route.ways[choice...].filter {
-      $0.path.transportName == name
+      $0.path.transportName == name && excluded & $0.path.mark == 0
         && ($0.path === chosen.path || ($0.path.isUsable && route.gate.isEmpty))
     }
     if ways.count == 1 { return submitWhole(chosen, &run) }
-    if chosen.traits.checksRanges { chosen.path.check(&run) }
+    if chosen.traits.checksRanges {
+      chosen.path.check(&run)
+      run.markRefused(chosen.path.mark)
+    }
     let piece = ways.reduce(Int.max) { min($0, $1.traits.pieceBytes) }
     if piece <= run.largestBytes / 2 { cut(&run, piece) }
-    var shares = ways.map { _ in SliceRun(isAsynchronous: run.isAsynchronous) }
+    var shares = ways.map { _ in
+      SliceRun(isAsynchronous: run.isAsynchronous, isHandedOver: run.isHandedOver)
+    }
     var loads = ways.map { $0.path.load }
     while let slice = run.popFirst() {
       var best = 0
@@ -194,10 +200,8 @@ extension Router {
     for index in ways.indices where !shares[index].isEmpty {
       ways[index].path.submit(&shares[index])
       run.drivers.formUnion(shares[index].drivers)
-      while let slice = shares[index].refused.popFirst() {
-        slice.pointee.triedPaths |= ways[index].path.mark
-        run.refused.append(slice)
-      }
+      shares[index].markRefused(ways[index].path.mark)
+      run.refused.append(contentsOf: &shares[index].refused)
     }
   }
 
@@ -239,6 +243,9 @@ extension Router {
           length: min(piece, whole.length - offset), deadline: whole.deadline,
           opcode: whole.opcode, isPooled: index > 0))
       slice.pointee.wasCut = true
+      slice.pointee.attempts = whole.attempts
+      slice.pointee.triedPaths = whole.triedPaths
+      slice.pointee.wasSent = whole.wasSent
       slice.pointee.isRefetched = whole.isRefetched
       slice.pointee.remoteBuffer = whole.remoteBuffer
       run.append(slice)

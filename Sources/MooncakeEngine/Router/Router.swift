@@ -29,6 +29,8 @@ package final class Router: @unchecked Sendable {
   private let closing = Atomic<Bool>(false)
   private let activeSubmits = Atomic<Int>(0)
   private let failures = Atomic<UInt64>(0)
+  /// Grows with each cancel, after its batch is marked.
+  let cancelCount = Atomic<UInt64>(0)
 
   /// `clock` replaces `Clock` in tests.
   package init(
@@ -48,6 +50,13 @@ package final class Router: @unchecked Sendable {
   func fail(_ slice: SlicePointer, _ outcome: Outcome, reason: @autoclosure () -> String) {
     failures.wrappingAdd(1, ordering: .relaxed)
     Batch.end(slice, outcome, reason: reason())
+  }
+
+  /// Has every driver look for slices of canceled batches, once one is marked.
+  package func sweepCanceled() {
+    cancelCount.wrappingAdd(1, ordering: .sequentiallyConsistent)
+    drivers.requestSweeps()
+    endCanceledRecoveries()
   }
 
   // MARK: Closing

@@ -18,9 +18,13 @@ package final class SegmentLink: @unchecked Sendable {
     self.router = router
   }
 
-  /// A mark for a new path.
+  /// A mark for a new path, which no path to the segment has now.
   package func makeMark() -> UInt64 {
-    1 << UInt64(pathCount.wrappingAdd(1, ordering: .relaxed).oldValue % 64)
+    let used = segment?.route.ways.reduce(0) { $0 | $1.path.mark } ?? 0
+    while true {
+      let mark: UInt64 = 1 << UInt64(pathCount.wrappingAdd(1, ordering: .relaxed).oldValue % 64)
+      if used & mark == 0 || used == .max { return mark }
+    }
   }
 
   private var segment: OpenSegment? {
@@ -40,12 +44,14 @@ package final class SegmentLink: @unchecked Sendable {
 
   /// The target refused a slice's range. Nothing of it can land any more.
   package func refused(_ slice: SlicePointer) {
-    withSegment(of: slice) { router, segment in router.recover(segment, slice) }
+    withSegment(of: slice, .failed(.notRegistered)) { router, segment in
+      router.recover(segment, slice)
+    }
   }
 
   /// A path may not move a slice: its peer's registrations or the kernel forbid it. Another may.
   package func refusedHere(_ slice: SlicePointer, on mark: UInt64) {
-    withSegment(of: slice) { router, segment in
+    withSegment(of: slice, .failed(.invalidHandle)) { router, segment in
       slice.pointee.triedPaths |= mark
       router.place(segment, slice, after: nil)
     }
@@ -53,7 +59,11 @@ package final class SegmentLink: @unchecked Sendable {
 
   /// A path cannot move a slice, of which nothing can land on it any more.
   package func giveUp(_ slice: SlicePointer, on mark: UInt64, _ error: MooncakeError) {
-    withSegment(of: slice) { router, segment in
+    withSegment(of: slice, .failed(error.code), error.message) { router, segment in
+      // The paths may lead to another process by now, whose memory is not what was meant.
+      if slice.pointee.wasSent, !segment.route.has(mark) {
+        return router.fail(slice, .failed(error.code), reason: error.message)
+      }
       slice.pointee.triedPaths |= mark
       router.place(segment, slice, after: error)
     }
@@ -64,7 +74,7 @@ package final class SegmentLink: @unchecked Sendable {
   package func moveAway(_ slices: inout SliceQueue, from mark: UInt64, _ error: MooncakeError) {
     guard let first = slices.first, let router,
       let segment = try? router.segments.segment(first.pointee.task.pointee.segment),
-      segment.route.hasUsable(excluding: mark)
+      segment.route.has(mark), segment.route.hasUsable(excluding: mark)
     else { return }
     var kept = SliceQueue()
     while let slice = slices.popFirst() {
@@ -79,14 +89,19 @@ package final class SegmentLink: @unchecked Sendable {
     slices = kept
   }
 
-  private func withSegment(of slice: SlicePointer, _ body: (Router, OpenSegment) -> Void) {
+  private func withSegment(
+    of slice: SlicePointer, _ outcome: Outcome, _ reason: String = "",
+    _ body: (Router, OpenSegment) -> Void
+  ) {
     guard let router else {
       return Batch.end(slice, .canceled, reason: "segment \(segmentName): engine destroyed")
     }
     let id = slice.pointee.task.pointee.segment
     guard let segment = try? router.segments.segment(id) else {
-      return Batch.end(
-        slice, .failed(.invalidHandle), reason: "segment \(segmentName) was closed mid-transfer")
+      return router.fail(
+        slice, outcome,
+        reason: (reason.isEmpty ? "" : reason + "; ")
+          + "segment \(segmentName) was closed mid-transfer")
     }
     body(router, segment)
   }

@@ -22,13 +22,17 @@ package final class SegmentRoute: Sendable {
   /// In order of preference.
   package let ways: [Way]
   package let absences: [Absence]
+  /// What the paths report to.
+  package let link: SegmentLink
   /// Where the peer's process may still store earlier writes.
   package let gate: WriteGate
 
   package init(
-    descriptor: SegmentDescriptor, paths: [any Path], absences: [Absence] = []
+    descriptor: SegmentDescriptor, paths: [any Path], absences: [Absence] = [],
+    link: SegmentLink? = nil, gate known: WriteGate? = nil
   ) {
     self.descriptor = descriptor
+    self.link = link ?? SegmentLink(descriptor.name, nil)
     self.absences = absences
     table = RangeTable(descriptor.buffers)
     ways = paths.indices.map { index in
@@ -40,7 +44,7 @@ package final class SegmentRoute: Sendable {
           $0.transportName == paths[index].transportName
         })
     }
-    gate = paths.lazy.compactMap(\.gate).first ?? WriteGate()
+    gate = paths.lazy.compactMap(\.gate).first ?? known ?? WriteGate()
   }
 
   package var paths: [any Path] { ways.map(\.path) }
@@ -58,30 +62,43 @@ package final class SegmentRoute: Sendable {
   private func isOpen(_ way: Way) -> Bool { way.traits.waitsForFences || gate.isEmpty }
 
   private func chooseAnother(_ excluded: UInt64) -> Int? {
+    let now = Clock.now()
     for (index, way) in ways.enumerated() {
-      if !way.path.isUsable {
-        way.path.retryIfDue(Clock.now())
-      } else if excluded & way.path.mark == 0, isOpen(way) {
-        return index
+      let isCandidate = excluded & way.path.mark == 0 && isOpen(way)
+      if way.path.isUsable {
+        if isCandidate { return index }
+        continue
       }
+      way.path.retryIfDue(now)
+      // One run finds out whether the path works again.
+      if isCandidate, way.path.mayProbe(now) { return index }
     }
     return ways.firstIndex {
       $0.traits.waitsForPeer && excluded & $0.path.mark == 0 && isOpen($0)
     }
   }
 
+  func has(_ mark: UInt64) -> Bool { ways.contains { $0.path.mark == mark } }
+
   /// Whether another way works, for slices that leave one.
   func hasUsable(excluding excluded: UInt64) -> Bool {
-    ways.contains { excluded & $0.path.mark == 0 && $0.path.isUsable && isOpen($0) }
+    ways.contains { way in
+      if way.path.isUsable { return excluded & way.path.mark == 0 && isOpen(way) }
+      way.path.retryIfDue(Clock.now())
+      return false
+    }
   }
 
-  /// Why the paths in `tried` and the transports without one do not lead to the peer.
-  package func describeFailures(_ tried: UInt64 = .max) -> String {
-    let failed = ways.compactMap { way -> String? in
-      guard tried & way.path.mark != 0, let failure = way.path.health.failure else { return nil }
-      return "\(way.path.transportName): \(failure)"
+  /// Why the paths do not lead to the peer, and the transports without one that might have; texts
+  /// that `known` contains are left out.
+  package func describeFailures(besides known: String = "") -> String {
+    let failed = ways.compactMap { way in
+      way.path.health.failure.map { (way.path.transportName, $0) }
     }
-    let absent = absences.map { "\($0.transport): \($0.error.message)" }
-    return (failed + absent).joined(separator: "; ")
+    let absent = absences.compactMap { absence in
+      absence.error.code == .unsupported ? nil : (absence.transport, absence.error.message)
+    }
+    return (failed + absent).filter { !known.contains($0.1) }.map { "\($0.0): \($0.1)" }
+      .joined(separator: "; ")
   }
 }

@@ -32,14 +32,6 @@ package final class OpenSegment: Sendable {
   /// The current view.
   package var route: SegmentRoute { routeBox.withLock { $0 } }
 
-  /// Replaces the view; returns the former one.
-  package func replaceRoute(_ new: SegmentRoute) -> SegmentRoute {
-    routeBox.withLock { route in
-      defer { route = new }
-      return route
-    }
-  }
-
   /// Replaces the view unless the segment has been closed or the view is no longer `old`; returns
   /// whether it did.
   package func replaceRoute(_ old: SegmentRoute, with new: SegmentRoute) -> Bool {
@@ -49,6 +41,8 @@ package final class OpenSegment: Sendable {
       return true
     }
   }
+
+  package var isClosed: Bool { closed.load(ordering: .relaxed) }
 
   /// After this the view stays; returns it.
   package func close() -> SegmentRoute {

@@ -27,6 +27,10 @@ package protocol Path: AnyObject, Sendable {
   /// Makes an attempt to come back, in the background, if one is due.
   func retryIfDue(_ now: UInt64)
 
+  /// Whether a run should find out now if a path that is not usable works again. The caller then
+  /// submits to it; others are told no for a while.
+  func mayProbe(_ now: UInt64) -> Bool
+
   /// Moves to `refused` what the peer has not registered. Only for paths that check ranges.
   func check(_ run: inout SliceRun)
 
@@ -47,6 +51,7 @@ package protocol Path: AnyObject, Sendable {
 extension Path {
   package var partialArrivalCount: UInt64 { 0 }
   package func retryIfDue(_ now: UInt64) {}
+  package func mayProbe(_ now: UInt64) -> Bool { false }
   package func check(_ run: inout SliceRun) {}
   package func copyAtOnce(
     _ opcode: Opcode, _ local: UnsafeMutableRawPointer, _ remote: UInt64, _ count: Int
@@ -92,12 +97,17 @@ package struct SliceRun {
   package private(set) var largestBytes = 0
   /// Whether the submitter does something else than waiting next.
   package let isAsynchronous: Bool
+  /// Whether it comes from a path that fails: the thread drives other work, so it must not copy.
+  package let isHandedOver: Bool
   /// What could not be moved.
   package var refused = SliceQueue()
   /// The exclusive drivers that slices were queued on. Others note themselves before they queue.
   package var drivers = DriverSet()
 
-  package init(isAsynchronous: Bool) { self.isAsynchronous = isAsynchronous }
+  package init(isAsynchronous: Bool, isHandedOver: Bool = false) {
+    self.isAsynchronous = isAsynchronous
+    self.isHandedOver = isHandedOver
+  }
 
   @inline(__always)
   package mutating func append(_ slice: SlicePointer) {
@@ -119,5 +129,16 @@ package struct SliceRun {
   @inline(__always)
   package mutating func popFirst() -> SlicePointer? { slices.popFirst() }
 
+  /// Gives back what could not be moved by the path with this mark.
+  package mutating func markRefused(_ mark: UInt64) {
+    var cursor = refused.first
+    while let slice = cursor {
+      slice.pointee.triedPaths |= mark
+      cursor = slice.pointee.next
+    }
+  }
+
   package var isEmpty: Bool { slices.isEmpty }
+
+  package var first: SlicePointer? { slices.first }
 }

@@ -49,11 +49,12 @@ package final class PathHealth: Sendable {
     return false
   }
 
-  /// Whether slices should be tried on the path: it works, or its rest is over.
-  @inline(__always)
-  package func mayTry(_ now: UInt64 = Clock.now()) -> Bool {
+  /// Claims the attempt that is due for as long as one may take; false if none is, or another thread
+  /// has claimed it.
+  package func beginProbe(_ now: UInt64, until end: UInt64) -> Bool {
     let next = nextAttempt.load(ordering: .relaxed)
-    return next == Self.inUse || (next != Self.never && next <= now)
+    guard next != Self.never, next != Self.inUse, next <= now else { return false }
+    return nextAttempt.compareExchange(expected: next, desired: end, ordering: .relaxed).exchanged
   }
 
   /// Claims the attempt that is due; false if another thread has claimed it.
@@ -69,15 +70,14 @@ package final class PathHealth: Sendable {
   @discardableResult
   package func noteSuccess() -> Bool {
     if isInUse { return false }
-    let hadFailed = state.withLock { state in
+    return state.withLock { state in
       defer {
         state.failure = nil
         state.restNanoseconds = Self.firstRestNanoseconds
+        nextAttempt.store(Self.inUse, ordering: .relaxed)
       }
       return state.failure != nil
     }
-    nextAttempt.store(Self.inUse, ordering: .relaxed)
-    return hadFailed
   }
 
   /// Notes a failure, which a later attempt may not meet unless it is final; returns whether it
@@ -86,15 +86,15 @@ package final class PathHealth: Sendable {
   package func noteFailure(
     _ failure: String, isFinal: Bool = false, _ now: UInt64 = Clock.now()
   ) -> Bool {
-    let (isNew, rest) = state.withLock { state in
+    state.withLock { state in
       defer {
+        nextAttempt.store(
+          isFinal ? Self.never : now &+ state.restNanoseconds, ordering: .relaxed)
         state.failure = failure
         state.failureCount += 1
         state.restNanoseconds = min(2 * state.restNanoseconds, Self.restLimitNanoseconds)
       }
-      return (state.failure != failure, state.restNanoseconds)
+      return state.failure != failure
     }
-    nextAttempt.store(isFinal ? Self.never : now &+ rest, ordering: .relaxed)
-    return isNew
   }
 }

@@ -90,6 +90,8 @@ package final class SharedMemoryPath: Path, @unchecked Sendable {
       adopt(peer)
       if health.noteSuccess() { Log.info("\(description): reached now") }
     } catch {
+      // Another attempt may have reached it meanwhile.
+      if isUsable { return }
       // The peer's user and version and the kernel do not change.
       let isFinal = [EPERM, EACCES, EPROTO, ENOSYS].contains(error.rawValue)
       if health.noteFailure("\(error)", isFinal: isFinal) {
@@ -118,7 +120,8 @@ package final class SharedMemoryPath: Path, @unchecked Sendable {
 
   package func retryIfDue(_ now: UInt64) {
     guard health.isDue(now), health.beginAttempt(now) else { return }
-    let isRunning = background { [self] in
+    let isRunning = background { [self, transport] in
+      defer { _ = transport }
       connect(until: .after(milliseconds: Self.retryMilliseconds))
     }
     if !isRunning { health.noteFailure("no thread to connect with") }
@@ -143,7 +146,9 @@ package final class SharedMemoryPath: Path, @unchecked Sendable {
 
   package func check(_ run: inout SliceRun) {
     // Few bytes are looked up while they are copied.
-    guard run.byteCount > SharedMemoryTransport.inlineBytes, let peer else { return }
+    guard run.byteCount > SharedMemoryTransport.inlineBytes || run.isHandedOver, let peer else {
+      return
+    }
     let view = peer.currentView()
     var slices = run.takeSlices()
     while let slice = slices.popFirst() {
@@ -157,7 +162,7 @@ package final class SharedMemoryPath: Path, @unchecked Sendable {
       return run.refused.append(contentsOf: &slices)
     }
     let byteCount = run.byteCount
-    if byteCount > SharedMemoryTransport.inlineBytes {
+    if byteCount > SharedMemoryTransport.inlineBytes || run.isHandedOver {
       let isAsynchronous = run.isAsynchronous
       return transport.enqueue(
         self, peer, run.takeSlices(), byteCount: byteCount, isAsynchronous: isAsynchronous)

@@ -26,7 +26,7 @@ struct TCPConnection: ~Copyable {
   private var restNanoseconds: UInt64 = 0
   private var lastUse: UInt64 = 0
 
-  private static let connectLimitNanoseconds: UInt64 = 5_000_000_000
+  static let connectLimitNanoseconds: UInt64 = 5_000_000_000
   /// How long a peer that refuses or drops connections is tried before its transfers fail.
   private static let failureLimitNanoseconds: UInt64 = 3_000_000_000
   private static let firstRestNanoseconds: UInt64 = 5_000_000
@@ -106,6 +106,9 @@ struct TCPConnection: ~Copyable {
     state = .resting(until: now + restNanoseconds)
     return Clock.elapsed(since: failingSince, until: now) >= Self.failureLimitNanoseconds
   }
+
+  /// Nobody waits for the peer any more: the next failure is the first of its row.
+  mutating func forgetFailures() { failingSince = 0 }
 
   /// The next attempt need not wait.
   mutating func endRest() {

@@ -154,7 +154,12 @@ extension TCPEndpoint {
     let waited = held.removeAll(where: isDue)
     // First the connection ends: afterwards no byte arrives for what is ended below. A batch that
     // is canceled from here on keeps what is on the wire until the next sweep.
-    if window.isAnyOnWire(isDue) { disconnect(lastError, .unfenced, countsAttempt: false) }
+    if window.isAnyOnWire(isDue) {
+      if window.isAnyOnWire({ $0.pointee.deadline <= now }) {
+        peer.health.noteFailure("\(peer.description): no answer before a deadline")
+      }
+      disconnect(lastError, .unfenced, countsAttempt: false)
+    }
     let sent = held.removeAll(where: isDue)
     let queued = window.removeAll(where: isDue)
     bound.reset(to: min(window.earliestDeadline, held.earliestDeadline))

@@ -196,6 +196,7 @@ extension TCPEndpoint {
     let byteCount = queued.byteCount
     peer.link.moveAway(&queued, from: peer.mark, error)
     load.wrappingSubtract(byteCount - queued.byteCount, ordering: .relaxed)
+    if queued.isEmpty { connection.forgetFailures() }
     window.append(contentsOf: &queued)
     bound.reset(to: min(window.earliestDeadline, held.earliestDeadline))
   }

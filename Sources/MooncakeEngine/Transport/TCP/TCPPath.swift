@@ -106,7 +106,7 @@ package final class TCPPath: Path {
   package var mark: UInt64 { peer.mark }
   package var health: PathHealth { peer.health }
   package var gate: WriteGate? { peer.gate }
-  package var isUsable: Bool { peer.health.mayTry() }
+  package var isUsable: Bool { peer.health.isInUse }
   package var partialArrivalCount: UInt64 { peer.partialArrivalCount }
 
   package var traits: PathTraits {
@@ -115,6 +115,10 @@ package final class TCPPath: Path {
     traits.waitsForFences = true
     if !peer.isOneShot { traits.pieceBytes = Self.stripeBytes }
     return traits
+  }
+
+  package func mayProbe(_ now: UInt64) -> Bool {
+    peer.health.beginProbe(now, until: now &+ TCPConnection.connectLimitNanoseconds)
   }
 
   package var load: Int {

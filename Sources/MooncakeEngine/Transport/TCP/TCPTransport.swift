@@ -29,8 +29,6 @@ package final class TCPTransport: Transport, @unchecked Sendable {
       for _ in 0..<context.threadCount {
         let loop = try TCPClientLoop(
           counters: counters, spinNanoseconds: context.spinNanoseconds)
-        guard let bit = context.drivers.add(loop) else { throw Errno(ENOSPC) }
-        loop.driverBit = bit
         loops.append(loop)
       }
     } catch {
@@ -44,6 +42,11 @@ package final class TCPTransport: Transport, @unchecked Sendable {
     do throws(Errno) {
       for (number, loop) in loops.enumerated() {
         try loop.start(name: "mc-tcp-io\(number)", on: context.processors)
+      }
+      // Last: a driver is never taken off the table.
+      for loop in loops {
+        guard let bit = context.drivers.add(loop) else { throw Errno(ENOSPC) }
+        loop.driverBit = bit
       }
     } catch {
       stop()
