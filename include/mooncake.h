@@ -268,8 +268,8 @@ int32_t mooncake_segment_buffers(mooncake_engine_t *engine, mooncake_segment_t s
 
 /* The segment descriptor as JSON. Its member mooncake_paths lists the paths to the peer in order of
  * preference, then the transports without one: "transport", "path" (its peer), "state" ("used",
- * "resting" after a failure, or "none"), "moved_bytes", "failures", and "reason" where it is not
- * used. Text output. Since 0.1. */
+ * "standby" where another is preferred, "resting" after a failure, or "none"), "moved_bytes",
+ * "failures", and "reason" where it does not work. Text output. Since 0.1. */
 int32_t mooncake_segment_describe(mooncake_engine_t *engine, mooncake_segment_t segment,
                                   char *buffer, uint64_t capacity, uint64_t *length);
 

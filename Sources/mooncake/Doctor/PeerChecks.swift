@@ -97,8 +97,7 @@ struct PeerChecks {
     describe(descriptor, &findings)
     if descriptor.tcpDataPort == 0 {
       readByte(engine, segment, descriptor, &findings)
-    } else {
-      guard reachesData(descriptor, &findings) else { return }
+    } else if reachesData(descriptor, &findings) {
       // Only TCP, because shared memory would hide problems with the ports of a peer on this host.
       options.transports = ["tcp"]
       let other = try TransferEngine(options)
@@ -116,9 +115,12 @@ struct PeerChecks {
   ) throws(MooncakeError) {
     let reports = try engine.paths(to: segment)
     let used = reports.first { $0.state == "used" }
-    findings.append(.ok("paths", used.map { "\($0.transport) is used" } ?? "none works"))
+    findings.append(
+      used.map { .ok("paths", "\($0.transport) is used") }
+        ?? .problem("paths", "none works", advice: "what each says follows; TCP reaches most peers"))
     for report in reports where report.state != "used" {
-      findings.append(.ok("path \(report.transport)", "\(report.state): \(report.reason)"))
+      let reason = report.reason.isEmpty ? "" : ": \(report.reason)"
+      findings.append(.ok("path \(report.transport)", report.state + reason))
     }
   }
 

@@ -45,7 +45,8 @@ struct PreferenceTests {
     let reports = try engine.paths(to: segment)
     #expect(reports.map(\.transport) == transports)
     #expect(reports.map(\.movedBytes) == transports.indices.map { $0 == 0 ? total : 0 })
-    #expect(reports.allSatisfy { $0.state == "used" && $0.reason.isEmpty })
+    #expect(reports.map(\.state) == transports.indices.map { $0 == 0 ? "used" : "standby" })
+    #expect(reports.allSatisfy { $0.reason.isEmpty })
   }
 
   /// A peer that one transport alone reaches can be opened, and says why not another.
@@ -201,7 +202,7 @@ struct AttachTests {
     #expect(try engine.paths(to: segment).first { $0.transport == "shm" }?.state == "none")
     try target.attach("shm")
     #expect(try engine.openSegment("target") == segment)
-    #expect(try engine.paths(to: segment).map(\.state) == ["used", "used"])
+    #expect(try engine.paths(to: segment).map(\.state) == ["used", "standby"])
   }
 
   @Test func refusals() throws {
