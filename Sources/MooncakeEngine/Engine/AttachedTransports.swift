@@ -41,8 +41,8 @@ package final class AttachedTransports: Sendable {
   var count: Int { entries.withLock { $0.count } }
 
   /// The paths of all transports to a descriptor's process, in order of preference, and why others
-  /// have none. Of the `former` route to the same name, what still holds is kept. Throws if there is
-  /// no path at all.
+  /// have none. Of the `former` route to the same name, what still holds is kept. Throws if there
+  /// is no path at all.
   func connect(
     to descriptor: SegmentDescriptor, former: SegmentRoute?, link: SegmentLink, deadline: Deadline
   ) throws(MooncakeError) -> SegmentRoute {

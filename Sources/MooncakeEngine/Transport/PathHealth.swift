@@ -49,8 +49,8 @@ package final class PathHealth: Sendable {
     return false
   }
 
-  /// Claims the attempt that is due for as long as one may take; false if none is, or another thread
-  /// has claimed it.
+  /// Claims the attempt that is due for as long as one may take; false if none is, or another
+  /// thread has claimed it.
   package func beginProbe(_ now: UInt64, until end: UInt64) -> Bool {
     let next = nextAttempt.load(ordering: .relaxed)
     guard next != Self.never, next != Self.inUse, next <= now else { return false }

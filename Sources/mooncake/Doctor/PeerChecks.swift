@@ -117,7 +117,7 @@ struct PeerChecks {
     let used = reports.first { $0.state == "used" }
     findings.append(
       used.map { .ok("paths", "\($0.transport) is used") }
-        ?? .problem("paths", "none works", advice: "what each says follows; TCP reaches most peers"))
+        ?? .problem("paths", "none works", advice: "see what each says; TCP reaches most peers"))
     for report in reports where report.state != "used" {
       let reason = report.reason.isEmpty ? "" : ": \(report.reason)"
       findings.append(.ok("path \(report.transport)", report.state + reason))
