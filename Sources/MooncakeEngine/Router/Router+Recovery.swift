@@ -33,10 +33,12 @@ extension Router {
       return DriverSet()
     }
     if error != nil { slice.pointee.attempts = 0 }
-    guard let choice = route.choose(excluding: slice.pointee.triedPaths) else {
+    guard let choice = route.choose(excluding: slice.pointee.triedPaths, now()) else {
       placeLater(segment, route, slice, after: error)
       return DriverSet()
     }
+    // Nothing of it is under way now.
+    slice.pointee.life = route.life
     var run = SliceRun(isAsynchronous: true, isHandedOver: error != nil)
     run.append(slice)
     return submit(segment, route, &run, on: choice)

@@ -108,7 +108,7 @@ extension Router {
       return DriverSet()
     }
     let route = segment.route
-    let choice = route.choose()
+    let choice = route.choose(now())
     let checksRanges = choice.map { route.ways[$0].traits.checksRanges } ?? false
     let table = self.table(of: segment, route)
     var run = SliceRun(isAsynchronous: isAsynchronous)
@@ -146,7 +146,7 @@ extension Router {
     if way.hasSiblings, run.byteCount > Self.bulkBytes {
       spread(route, &run, choice)
     } else {
-      submitWhole(way, &run)
+      submitWhole(route, way, &run)
     }
     var used = run.drivers
     while let slice = run.refused.popFirst() {
@@ -156,11 +156,13 @@ extension Router {
   }
 
   @inline(__always)
-  private func submitWhole(_ way: SegmentRoute.Way, _ run: inout SliceRun) {
+  private func submitWhole(
+    _ route: SegmentRoute, _ way: SegmentRoute.Way, _ run: inout SliceRun
+  ) {
     // No part of a range may move before all of it has been checked.
     if way.traits.checksRanges { way.path.check(&run) }
     let piece = way.traits.pieceBytes
-    if piece <= run.largestBytes / 2 { cut(&run, piece) }
+    if piece <= run.largestBytes / 2 { cut(route, &run, piece) }
     if !run.isEmpty { way.path.submit(&run) }
     if !run.refused.isEmpty { run.markRefused(way.path.mark) }
   }
@@ -177,13 +179,13 @@ extension Router {
       $0.path.transportName == name && excluded & $0.path.mark == 0
         && ($0.path === chosen.path || ($0.path.isUsable && route.gate.isEmpty))
     }
-    if ways.count == 1 { return submitWhole(chosen, &run) }
+    if ways.count == 1 { return submitWhole(route, chosen, &run) }
     if chosen.traits.checksRanges {
       chosen.path.check(&run)
       run.markRefused(chosen.path.mark)
     }
     let piece = ways.reduce(Int.max) { min($0, $1.traits.pieceBytes) }
-    if piece <= run.largestBytes / 2 { cut(&run, piece) }
+    if piece <= run.largestBytes / 2 { cut(route, &run, piece) }
     var shares = ways.map { _ in
       SliceRun(isAsynchronous: run.isAsynchronous, isHandedOver: run.isHandedOver)
     }
@@ -208,11 +210,11 @@ extension Router {
   // MARK: Cutting
 
   /// Cuts the large slices of a run.
-  private func cut(_ run: inout SliceRun, _ pieceBytes: Int) {
+  private func cut(_ route: SegmentRoute, _ run: inout SliceRun, _ pieceBytes: Int) {
     var whole = run.takeSlices()
     while let slice = whole.popFirst() {
       if slice.pointee.length / 2 >= pieceBytes {
-        cut(slice, pieceBytes, into: &run)
+        cut(route, slice, pieceBytes, into: &run)
       } else {
         run.append(slice)
       }
@@ -220,13 +222,15 @@ extension Router {
   }
 
   /// Cuts one request, so that all connections or threads share it.
-  private func cut(_ first: SlicePointer, _ pieceBytes: Int, into run: inout SliceRun) {
+  private func cut(
+    _ route: SegmentRoute, _ first: SlicePointer, _ pieceBytes: Int, into run: inout SliceRun
+  ) {
     let whole = first.pointee
     // What returns after a path has failed was cut before.
     if whole.isPooled || whole.wasCut { return run.append(first) }
     let piece = max(pieceBytes, (whole.length / Self.pieceLimit + 4095) & ~4095)
     let count = (whole.length + piece - 1) / piece
-    whole.task.pointee.start(sliceCount: count)
+    whole.task.pointee.start(pieceCount: count)
     var spare = pool.take(count - 1)
     for index in 0..<count {
       let offset = index * piece
@@ -246,6 +250,7 @@ extension Router {
       slice.pointee.attempts = whole.attempts
       slice.pointee.triedPaths = whole.triedPaths
       slice.pointee.wasSent = whole.wasSent
+      slice.pointee.life = route.life
       slice.pointee.isRefetched = whole.isRefetched
       slice.pointee.remoteBuffer = whole.remoteBuffer
       run.append(slice)

@@ -34,12 +34,13 @@ package final class SegmentLink: @unchecked Sendable {
 
   /// A path fails: the descriptor may be out of date.
   package func reportTrouble() {
-    let now = Clock.now()
+    guard let router else { return }
+    let now = router.now()
     let last = lastReport.load(ordering: .relaxed)
     if now &- last < Self.reportNanoseconds { return }
     lastReport.store(now, ordering: .relaxed)
     guard let segment, segment.id != 0 else { return }
-    router?.recover(segment, nil)
+    router.recover(segment, nil)
   }
 
   /// The target refused a slice's range. Nothing of it can land any more.

@@ -19,6 +19,8 @@ package final class SegmentRoute: Sendable {
 
   package let descriptor: SegmentDescriptor
   package let table: RangeTable
+  /// Tells the lives of the peer's process apart; 0 if the peer does not.
+  let life: UInt32
   /// In order of preference.
   package let ways: [Way]
   package let absences: [Absence]
@@ -35,6 +37,10 @@ package final class SegmentRoute: Sendable {
     self.link = link ?? SegmentLink(descriptor.name, nil)
     self.absences = absences
     table = RangeTable(descriptor.buffers)
+    let incarnation = descriptor.incarnation
+    life =
+      incarnation == 0
+      ? 0 : max(1, UInt32(truncatingIfNeeded: incarnation ^ incarnation >> 32))
     ways = paths.indices.map { index in
       var traits = paths[index].traits
       traits.weight = max(1, traits.weight)
@@ -52,17 +58,18 @@ package final class SegmentRoute: Sendable {
   /// The first way in order of preference that slices may take now, not counting those in
   /// `excluded`: one that works, or else one whose peer is worth waiting for. nil if there is none.
   @inline(__always)
-  package func choose(excluding excluded: UInt64 = 0) -> Int? {
+  package func choose(
+    excluding excluded: UInt64 = 0, _ now: @autoclosure () -> UInt64 = Clock.now()
+  ) -> Int? {
     if let first = ways.first, excluded == 0, first.path.isUsable, isOpen(first) { return 0 }
-    return chooseAnother(excluded)
+    return chooseAnother(excluded, now())
   }
 
   /// Writes of a broken path must land before anything new, and not every path waits for that.
   @inline(__always)
   private func isOpen(_ way: Way) -> Bool { way.traits.waitsForFences || gate.isEmpty }
 
-  private func chooseAnother(_ excluded: UInt64) -> Int? {
-    let now = Clock.now()
+  private func chooseAnother(_ excluded: UInt64, _ now: UInt64) -> Int? {
     for (index, way) in ways.enumerated() {
       let isCandidate = excluded & way.path.mark == 0 && isOpen(way)
       if way.path.isUsable {

@@ -202,12 +202,22 @@ extension Batch {
   ) {
     slice.pointee.assertUnlisted()
     let task = slice.pointee.task
+    if slice.pointee.wasCut, outcome == .completed, !task.pointee.noteLife(slice.pointee.life) {
+      return endStray(slice)
+    }
     let batch = task.pointee.batch
     let length = slice.pointee.length
     if outcome != .completed { batch.recordFailure(outcome, task.pointee.segment, reason) }
     // Before the task ends: afterwards the batch, with the slices it owns, may be gone.
     if slice.pointee.isPooled { batch.pool.give(slice) }
     if let final = task.pointee.endSlice(outcome, byteCount: length) { batch.endTask(task, final) }
+  }
+
+  /// Ends a piece that was moved after the target had restarted, while others were before.
+  private static func endStray(_ slice: SlicePointer) {
+    end(
+      slice, .failed(.unreachable),
+      reason: "the peer restarted in mid-transfer; its buffers are new")
   }
 
   private func recordFailure(_ outcome: Outcome, _ segment: SegmentID, _ reason: () -> String) {

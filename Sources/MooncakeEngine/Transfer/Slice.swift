@@ -14,6 +14,8 @@ package struct Slice {
   package let opcode: Opcode
   /// How often its path has failed with it in flight.
   package var attempts: UInt8 = 0
+  /// Of a piece: the life of the target's process that it goes to, as `SegmentRoute.life`.
+  package var life: UInt32 = 0
   /// The marks of the paths that could not move it.
   package var triedPaths: UInt64 = 0
   /// Index of the target's buffer in its descriptor, whose remote key the path may need.

@@ -39,6 +39,8 @@ package struct TransferTask: ~Copyable {
   private let outcomeWord = Atomic<UInt32>(0)
   private let failureWord = Atomic<UInt32>(0)
   private let remainingSlices = Atomic<UInt32>(0)
+  /// The life of the target's process that pieces have completed in; 0 before the first.
+  private let life = Atomic<UInt32>(0)
   private let transferredBytes = Atomic<UInt64>(0)
   /// The target.
   package var segment: SegmentID
@@ -65,6 +67,19 @@ package struct TransferTask: ~Copyable {
     remainingSlices.store(UInt32(sliceCount), ordering: .relaxed)
   }
 
+  /// As above, for a request that was cut into pieces.
+  package func start(pieceCount: Int) {
+    life.store(0, ordering: .relaxed)
+    start(sliceCount: pieceCount)
+  }
+
+  /// Notes where a piece has completed; false if other pieces have in another life of the target,
+  /// so that no memory holds, or held, all of them.
+  func noteLife(_ new: UInt32) -> Bool {
+    let (isFirst, known) = life.compareExchange(expected: 0, desired: new, ordering: .relaxed)
+    return isFirst || known == new
+  }
+
   /// Counts one slice as ended; if it was the last, returns the task's outcome, which `publish`
   /// must then be called with.
   @inline(__always)
@@ -78,6 +93,7 @@ package struct TransferTask: ~Copyable {
     }
     // Acquire-release: whoever ends the last slice must see what the other ends wrote.
     let left = remainingSlices.wrappingSubtract(1, ordering: .acquiringAndReleasing).newValue
+    assert(left != .max, "more slices of a request ended than it has")
     if left != 0 { return nil }
     let failure = failureWord.load(ordering: .relaxed)
     return failure == 0 ? .completed : Outcome(rawValue: failure)
