@@ -180,7 +180,7 @@ extension Router {
       "segment \(segment.name): \(slice.pointee.opcode) of \(slice.pointee.length) bytes at "
       + "0x\(address)"
     let route = segment.route
-    if table(of: segment, route).check(slice) == .allowed, !route.hasUsable(excluding: 0) {
+    if table(of: segment, route).check(slice) == .allowed, !route.hasUsable(excluding: 0, now()) {
       return "\(what): no path to the peer works: \(route.describeFailures())"
     }
     return "\(what): the range is not inside one buffer that the peer has registered for it"

@@ -75,12 +75,12 @@ package final class SegmentLink: @unchecked Sendable {
   package func moveAway(_ slices: inout SliceQueue, from mark: UInt64, _ error: MooncakeError) {
     guard let first = slices.first, let router,
       let segment = try? router.segments.segment(first.pointee.task.pointee.segment),
-      segment.route.has(mark), segment.route.hasUsable(excluding: mark)
+      segment.route.has(mark), segment.route.hasUsable(excluding: mark, router.now())
     else { return }
     var kept = SliceQueue()
     while let slice = slices.popFirst() {
       let excluded = slice.pointee.triedPaths | mark
-      if segment.route.hasUsable(excluding: excluded) {
+      if segment.route.hasUsable(excluding: excluded, router.now()) {
         slice.pointee.triedPaths = excluded
         router.place(segment, slice, after: error)
       } else {

@@ -88,10 +88,10 @@ package final class SegmentRoute: Sendable {
   func has(_ mark: UInt64) -> Bool { ways.contains { $0.path.mark == mark } }
 
   /// Whether another way works, for slices that leave one.
-  func hasUsable(excluding excluded: UInt64) -> Bool {
+  func hasUsable(excluding excluded: UInt64, _ now: UInt64) -> Bool {
     ways.contains { way in
       if way.path.isUsable { return excluded & way.path.mark == 0 && isOpen(way) }
-      way.path.retryIfDue(Clock.now())
+      way.path.retryIfDue(now)
       return false
     }
   }

@@ -89,7 +89,7 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
   }
 
   private func route(to peer: FakeTarget, former: [any Path]) -> SegmentRoute {
-    let link = SegmentLink(peer.name, router)
+    let link = peer.segment <= 0 ? SegmentLink(peer.name, router) : link(of: peer)
     let paths = peer.places.map { place -> any Path in
       for case let path as FakeStreamPath in former
       where path.place === place && path.process === peer.process { return path }
@@ -104,7 +104,12 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
         return memories.last!
       }
     }
-    return SegmentRoute(descriptor: peer.process.describe(peer.name), paths: paths)
+    return SegmentRoute(
+      descriptor: peer.process.describe(peer.name), paths: paths, link: link)
+  }
+
+  private func link(of peer: FakeTarget) -> SegmentLink {
+    (try? router.segments.segment(peer.segment))?.route.link ?? SegmentLink(peer.name, router)
   }
 
   /// The process ends and another takes its name.
@@ -154,9 +159,9 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
     let old = segment.route
     let route = route(to: peer, former: old.paths)
     trace("\(peer.name) is refreshed: \(route.paths.map(\.description))")
-    let former = segment.replaceRoute(route)
+    guard segment.replaceRoute(old, with: route) else { return }
     let isRestarted = peer.process.incarnation != old.descriptor.incarnation
-    for path in former.paths where !route.paths.contains(where: { $0 === path }) {
+    for path in old.paths where !route.paths.contains(where: { $0 === path }) {
       path.retire(
         successor: PathSuccessor(isRestarted: isRestarted) { [weak router, weak segment] slice in
           guard let router, let segment else {

@@ -45,7 +45,9 @@ final class FakeStreamPath: Path, @unchecked Sendable {
   var transportName: String { place.transport }
   var description: String { "path \(place.name)" }
   var gate: WriteGate? { process.gate }
-  var isUsable: Bool { health.mayTry(network.time.now) }
+  var isUsable: Bool { health.isInUse }
+
+  func mayProbe(_ now: UInt64) -> Bool { health.beginProbe(now, until: now + 1_000_000) }
 
   var traits: PathTraits {
     var traits = PathTraits()
