@@ -90,7 +90,9 @@ let package = Package(
       path: "Sources/mooncake", swiftSettings: releaseFlags),
     .executableTarget(
       name: "MooncakeTestPeer",
-      dependencies: ["MooncakeEngine", "MooncakeBase", "MooncakeSystem", "CLinux"],
+      dependencies: [
+        "MooncakeEngine", "MooncakeBase", "MooncakeSystem", "CLinux", "CompletionQueueTransport",
+      ],
       path: "Tests/TestPeer", swiftSettings: releaseFlags),
     .target(
       name: "SwarmSimulation", dependencies: ["MooncakeP2P", "MooncakeBase", "CLinux"],
@@ -99,6 +101,12 @@ let package = Package(
     .executableTarget(
       name: "swarm-simulation", dependencies: ["SwarmSimulation", "MooncakeP2P", "MooncakeBase"],
       path: "benchmarks/simulation", swiftSettings: releaseFlags),
+    // In a module of its own, since peers in processes of their own use it as well.
+    .target(
+      name: "CompletionQueueTransport",
+      dependencies: ["MooncakeEngine", "MooncakeBase", "MooncakeSystem", "CLinux"],
+      path: "Tests/MooncakeEngineTests/Transport/CompletionQueue/Transport",
+      swiftSettings: releaseFlags),
     .target(
       name: "MooncakeTestSupport", dependencies: ["MooncakeSystem", "CLinux"],
       path: "Tests/Support", swiftSettings: releaseFlags),
@@ -120,9 +128,9 @@ let package = Package(
       name: "MooncakeEngineTests",
       dependencies: [
         "MooncakeEngine", "MooncakeMetadata", "MooncakeBase", "MooncakeSystem", "CLinux",
-        "MooncakeTestSupport", "MooncakeTestPeer",
+        "MooncakeTestSupport", "MooncakeTestPeer", "CompletionQueueTransport",
       ],
-      swiftSettings: releaseFlags),
+      exclude: ["Transport/CompletionQueue/Transport"], swiftSettings: releaseFlags),
     .testTarget(
       name: "MooncakeP2PTests",
       dependencies: [

@@ -1,11 +1,12 @@
 // The peer that tests start in a process of its own:
-//   MooncakeTestPeer serve LENGTH PORT   serves memory full of 0x5A: prints
+//   MooncakeTestPeer serve LENGTH PORT   serves memory full of 0x5A over all transports: prints
 //                                        "NAME ADDRESS LENGTH", ends when stdin closes
 //   MooncakeTestPeer share ...           see SharedMemoryPeer.swift
 //   MooncakeTestPeer copy ...            see SharedMemoryPeer.swift
 //   MooncakeTestPeer many ..., crowd ... see Crowd.swift
 //   MooncakeTestPeer cycles COUNT        creates and destroys engines; fails if any trace stays
 
+import CompletionQueueTransport
 import Glibc
 import MooncakeEngine
 import MooncakeSystem
@@ -38,6 +39,8 @@ enum TestPeer {
   private static func serve(byteCount: Int, port: UInt16) throws {
     var options = TransferEngine.Options()
     options.port = port
+    CQTransport.register
+    options.transports.append(CQTransport.name)
     let engine = try TransferEngine(options)
     let memory = try engine.allocate(
       length: UInt64(byteCount), access: [.remoteRead, .remoteWrite])

@@ -41,7 +41,7 @@ struct ManyPeersTests {
     }
   }
 
-  @Test(arguments: TransportKind.allCases)
+  @Test(arguments: TransportKind.inCrowds)
   func threadsAndDescriptorsStayFew(_ kind: TransportKind) throws {
     let crowd = try Crowd(kind, "read")
     let count = Self.processCount * Self.enginesPerProcess

@@ -1,3 +1,4 @@
+import CompletionQueueTransport
 import MooncakeBase
 import MooncakeEngine
 import MooncakeSystem
@@ -7,11 +8,24 @@ enum TransportKind: String, CaseIterable, Sendable {
   case tcp
   /// With TCP as the fallback.
   case sharedMemory
+  /// Completion queues and keys, as RDMA has them, over devices that are threads.
+  case completionQueue
 
   /// Transports whose transfers wait for a stopped peer.
   static let needingThePeer: [TransportKind] = [.tcp]
 
-  var transports: [String] { self == .tcp ? ["tcp"] : ["shm", "tcp"] }
+  /// Transports that the processes of a crowd have.
+  static let inCrowds: [TransportKind] = [.tcp, .sharedMemory]
+
+  var transports: [String] {
+    switch self {
+    case .tcp: return ["tcp"]
+    case .sharedMemory: return ["shm", "tcp"]
+    case .completionQueue:
+      CQTransport.register
+      return [CQTransport.name]
+    }
+  }
 }
 
 /// An engine on loopback that uses one transport.

@@ -1,0 +1,124 @@
+import CompletionQueueTransport
+import Glibc
+import MooncakeBase
+import MooncakeEngine
+import MooncakeSystem
+import MooncakeTestSupport
+import Synchronization
+import Testing
+
+/// Transports that come to engines which work already.
+struct AttachTests {
+  private static let byteCount = 64 << 10
+
+  /// Transfers over TCP until told to stop, without a failure.
+  private func withTraffic(
+    _ pair: EnginePair, _ memory: GuardedMemory, _ body: () throws -> Void
+  ) throws {
+    let isRunning = Atomic<Bool>(true)
+    let count = Atomic<Int>(0)
+    let complaints = Complaints()
+    let thread = try WorkerThread.start(name: "traffic") {
+      let local = GuardedMemory(Self.byteCount)
+      while isRunning.load(ordering: .acquiring) {
+        complaints.check("transfer") {
+          try pair.initiator.transfer([
+            pair.read(into: local.address, from: memory.address, Self.byteCount)
+          ])
+        }
+        count.add(1, ordering: .relaxed)
+      }
+    }
+    defer {
+      isRunning.store(false, ordering: .releasing)
+      thread.join()
+      #expect(complaints.all.isEmpty, "\(complaints.all)")
+    }
+    _ = eventually { count.load(ordering: .relaxed) > 0 }
+    try body()
+    let seen = count.load(ordering: .relaxed)
+    #expect(eventually { count.load(ordering: .relaxed) > seen + 2 })
+  }
+
+  @Test func whileTransfersRun() throws {
+    let memory = GuardedMemory(Self.byteCount)
+    memory.fill(Pattern(seed: 6))
+    CQTransport.register
+    try withPair(.tcp, registering: memory) { pair in
+      try withTraffic(pair, memory) {
+        try pair.target.attach("cq")
+        try pair.initiator.attach("cq")
+        // The known descriptor is older than the peer's new transport.
+        #expect(try pair.initiator.openSegment(pair.target.name) == pair.segment)
+      }
+      let names = try pair.initiator.paths(to: pair.segment).map(\.transport)
+      #expect(names == ["tcp", "cq", "cq"])
+      let route = try pair.initiator.segments.segment(pair.segment).route
+      let marks = route.paths.map(\.mark)
+      #expect(Set(marks).count == 3, "\(marks)")
+      let local = GuardedMemory(Self.byteCount)
+      let read = pair.read(into: local.address, from: memory.address, Self.byteCount)
+      #expect(try pair.initiator.move(read, avoiding: marks[0]).state == .completed)
+      #expect(local.matches(Pattern(seed: 6)))
+      #expect(
+        try pair.initiator.completionQueue.totals.readBytes == UInt64(Self.byteCount))
+    }
+  }
+
+  /// What the devices give up goes on over TCP, although that was attached later.
+  @Test func aWayForWhatFails() throws {
+    let memory = GuardedMemory(Self.byteCount)
+    memory.fill(Pattern(seed: 7))
+    try withPair(.completionQueue, registering: memory) { pair in
+      for engine in [pair.target, pair.initiator] { try engine.attach("tcp") }
+      _ = try pair.initiator.openSegment(pair.target.name)
+      #expect(try pair.initiator.paths(to: pair.segment).map(\.transport) == ["cq", "cq", "tcp"])
+      let devices = try pair.initiator.completionQueue.verbs.devices
+      for device in devices { device.isUp = false }
+      let local = GuardedMemory(Self.byteCount)
+      let read = pair.read(into: local.address, from: memory.address, Self.byteCount)
+      let milliseconds = try elapsedMilliseconds { try pair.initiator.transfer([read]) }
+      #expect(milliseconds < 1000 && local.matches(Pattern(seed: 7)))
+      #expect(try pair.initiator.paths("tcp", to: pair.segment)[0].movedBytes > 0)
+      for device in devices { device.isUp = true }
+      #expect(
+        eventually {
+          try? pair.initiator.transfer([read])
+          return devices[0].movedBytes > 0
+        })
+    }
+  }
+
+  @Test func aTransportThatDoesNotStart() throws {
+    let isBroken = Box(true)
+    TransportRegistry.add(
+      MooncakeEngine.TransportKind("cq-frail") { context throws(MooncakeError) in
+        if isBroken.value { throw MooncakeError(.system, "the firmware is too old") }
+        return try CQTransport(context)
+      })
+    let memory = GuardedMemory(Self.byteCount)
+    try withPair(.tcp, registering: memory) { pair in
+      try withTraffic(pair, memory) {
+        do throws(MooncakeError) {
+          try pair.initiator.attach("cq-frail")
+          Issue.record("it was attached")
+        } catch {
+          #expect(error.code == .system)
+          #expect(error.message.contains("cq-frail"))
+          #expect(error.message.contains("the firmware is too old"))
+        }
+        do throws(MooncakeError) {
+          try pair.initiator.attach("nothing")
+          Issue.record("it was attached")
+        } catch {
+          #expect(error.code == .unsupported && error.message.contains("nothing"))
+        }
+      }
+      #expect(try pair.initiator.paths(to: pair.segment).map(\.transport) == ["tcp"])
+      #expect(pair.initiator.transports.all.map(\.name) == ["tcp"])
+      isBroken.value = false
+      try pair.initiator.attach("cq-frail")
+      #expect(pair.initiator.transports.all.count == 2)
+    }
+  }
+}
