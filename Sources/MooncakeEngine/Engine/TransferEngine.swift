@@ -123,7 +123,7 @@ public final class TransferEngine: @unchecked Sendable {
       background: { [workers] body in workers.run(body) })
     contextBox.withLock { $0 = context }
     try Self.start(names, context, transports)
-    for transport in transports.all { local.changeIdentity(transport.describe) }
+    for transport in transports.all { local.add(Self.describer(of: transport)) }
     let handlers = RPCServer.Handlers(
       descriptor: { [local] in local.json },
       notify: { [notifications] in notifications.append($0) },
@@ -163,6 +163,10 @@ public final class TransferEngine: @unchecked Sendable {
       }
     }
     if transports.all.isEmpty, let last { throw last }
+  }
+
+  private static func describer(of transport: any Transport) -> LocalSegment.Describer {
+    .init(bytesPerBuffer: transport.describedBytesPerBuffer) { transport.describe(in: &$0) }
   }
 
   private static func transportNames(_ options: Options) -> [String] {
@@ -331,7 +335,7 @@ extension TransferEngine {
       // In this order a buffer that is unregistered meanwhile is revoked from it.
       transports.add(transport)
       transport.publish()
-      local.changeIdentity(transport.describe)
+      local.add(Self.describer(of: transport))
     }
     try publishChanges()
     let call = call(until: deadline(0))

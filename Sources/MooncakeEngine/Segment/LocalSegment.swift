@@ -7,8 +7,22 @@ package final class LocalSegment: Sendable {
   package let buffers = BufferTable()
   /// Checks the local side of requests.
   package let ranges: LocalRanges
-  /// A descriptor without buffers; grows with each transport.
-  private let identityBox: Lock<SegmentDescriptor>
+  /// A descriptor without buffers.
+  private let identity: SegmentDescriptor
+  /// What each transport adds to it.
+  package struct Describer: Sendable {
+    /// Most bytes that it adds to the text for each buffer.
+    package var bytesPerBuffer: Int
+    package var describe: @Sendable (inout SegmentDescriptor) -> Void
+
+    package init(
+      bytesPerBuffer: Int = 0, _ describe: @escaping @Sendable (inout SegmentDescriptor) -> Void
+    ) {
+      self.bytesPerBuffer = bytesPerBuffer
+      self.describe = describe
+    }
+  }
+  private let describers = Lock<[Describer]>([])
   package let name: String
 
   private struct Published: Sendable {
@@ -21,22 +35,28 @@ package final class LocalSegment: Sendable {
   /// `identity` is a descriptor without buffers. A segment always starts empty.
   package init(identity: SegmentDescriptor) {
     name = identity.name
-    identityBox = Lock(identity)
+    self.identity = identity
     ranges = LocalRanges(buffers)
   }
 
-  private var identity: SegmentDescriptor { identityBox.withLock { $0 } }
-
-  /// Changes what peers are told besides the buffers.
-  package func changeIdentity(_ body: (inout SegmentDescriptor) -> Void) {
-    identityBox.withLock { body(&$0) }
+  /// Adds what peers are told besides the buffers. It runs whenever these have changed, after they
+  /// are listed.
+  package func add(_ describer: Describer) {
+    describers.withLock { $0.append(describer) }
     buffers.noteChange()
   }
 
   /// The descriptor as peers may see it: buffers that grant nothing stay private.
   package var descriptor: SegmentDescriptor {
+    described(buffers.snapshot.buffers.filter { $0.access != .local })
+  }
+
+  private func described(
+    _ buffers: [RemoteBuffer], by more: [Describer] = []
+  ) -> SegmentDescriptor {
     var descriptor = identity
-    descriptor.buffers = buffers.snapshot.buffers.filter { $0.access != .local }
+    descriptor.buffers = buffers
+    for describer in describers.withLock({ $0 }) + more { describer.describe(&descriptor) }
     return descriptor
   }
 
@@ -64,18 +84,20 @@ package final class LocalSegment: Sendable {
   }
 
   /// Throws if the text no longer fits into one message to a peer: without a metadata service
-  /// nobody could open the segment any more.
-  package func checkFitsMessage() throws(MooncakeError) {
+  /// nobody could open the segment any more. `more`: what is about to be added.
+  package func checkFitsMessage(with more: [Describer] = []) throws(MooncakeError) {
     let limit = HandshakeSettings.fromEnvironment().maximumLength
     let buffers = buffers.snapshot.buffers
     var writer = JSONWriter()
     writer.value(name)
     let nameByteCount = writer.text.utf8.count
     // A cheap upper bound: far below the limit, nothing needs counting.
-    if (buffers.count + 16) * (nameByteCount + 96) < limit { return }
-    let fixed = 128 + identity.json().utf8.count
+    let extra = (describers.withLock { $0 } + more).reduce(0) { $0 + $1.bytesPerBuffer }
+    let fixed = 128 + described([], by: more).json().utf8.count
+    if fixed + (buffers.count + 16) * (nameByteCount + 96 + extra) < limit { return }
     let count = buffers.reduce(into: fixed) { count, buffer in
-      count += buffer.textByteCount(nameByteCount: nameByteCount)
+      let byteCount = buffer.textByteCount(nameByteCount: nameByteCount)
+      if byteCount > 0 { count += byteCount + extra }
     }
     if count < limit { return }
     throw MooncakeError(

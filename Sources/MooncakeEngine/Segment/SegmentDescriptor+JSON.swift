@@ -6,6 +6,10 @@ import MooncakeSystem
 extension SegmentDescriptor {
   /// A descriptor with more buffers is refused.
   package static let maximumBufferCount = 1_048_576
+  /// A descriptor with more sections is refused.
+  package static let maximumSectionCount = 16
+  /// So is one with a longer section.
+  package static let maximumSectionBytes = 64 << 20
 
   /// Parses a descriptor as any peer publishes it.
   public init(json: String) throws(MooncakeError) {
@@ -38,6 +42,7 @@ extension SegmentDescriptor {
     hostIdentity = try optionalString(value, "mooncake_host") ?? ""
     sharedMemoryName = try optionalString(value, "mooncake_shm") ?? ""
     rpcAddress = try optionalString(value, "mooncake_rpc") ?? ""
+    sections = try parseSections(value["mooncake_sections"])
     // Other protocols identify their buffers by other means than an address.
     let isStrict = protocols.contains("tcp") || protocols.contains("rdma")
     buffers = try parseBuffers(value["buffers"], isStrict: isStrict)
@@ -54,7 +59,8 @@ extension SegmentDescriptor {
   public func json() -> String {
     let published = buffers.filter { !$0.access.isDisjoint(with: [.remoteRead, .remoteWrite]) }
     var writer = JSONWriter()
-    writer.reserve(512 + published.count * (96 + name.utf8.count))
+    let sectionBytes = sections.values.reduce(0) { $0 + $1.utf8.count }
+    writer.reserve(512 + published.count * (96 + name.utf8.count) + sectionBytes)
     writer.beginObject()
     writer.member("name", name)
     writer.member("protocol", protocolName)
@@ -72,6 +78,12 @@ extension SegmentDescriptor {
       writer.member("mooncake_shm", sharedMemoryName)
     }
     if !rpcAddress.isEmpty { writer.member("mooncake_rpc", rpcAddress) }
+    if !sections.isEmpty {
+      writer.name("mooncake_sections")
+      writer.beginObject()
+      for (name, text) in sections.sorted(by: { $0.key < $1.key }) { writer.member(name, text) }
+      writer.endObject()
+    }
     writer.name("buffers")
     writer.beginArray()
     for buffer in published {
@@ -128,6 +140,28 @@ private func parseIncarnation(_ value: JSONValue) throws(MooncakeError) -> UInt6
     let incarnation = UInt64(text, radix: 16)
   else { throw malformed("mooncake_incarnation is not 16 hexadecimal digits") }
   return incarnation
+}
+
+/// The texts themselves are their transports' business: a bad one costs its transport only.
+private func parseSections(_ value: JSONValue?) throws(MooncakeError) -> [String: String] {
+  guard let value, !value.isNull else { return [:] }
+  if !value.isObject { throw malformed("mooncake_sections is not an object") }
+  var sections: [String: String] = [:]
+  for element in value.elements {
+    guard let name = element.name, !name.isEmpty, let text = element.string else {
+      throw malformed("a section is not a named string")
+    }
+    if sections.count == SegmentDescriptor.maximumSectionCount {
+      throw malformed("more than \(SegmentDescriptor.maximumSectionCount) sections")
+    }
+    if text.utf8.count > SegmentDescriptor.maximumSectionBytes {
+      throw malformed("a section has more than \(SegmentDescriptor.maximumSectionBytes) bytes")
+    }
+    if sections.updateValue(text, forKey: name) != nil {
+      throw malformed("two sections have the same name")
+    }
+  }
+  return sections
 }
 
 private func parseBuffers(

@@ -50,6 +50,9 @@ public struct SegmentDescriptor: Equatable, Sendable {
   /// "host:port" where the peer answers RPCs; empty if the peer gives none, as when its name is
   /// that address.
   public var rpcAddress = ""
+  /// What a transport tells its peers besides: a JSON text by the transport's name. Only that
+  /// transport reads and writes it.
+  package var sections: [String: String] = [:]
   /// In order of address.
   public var buffers: [RemoteBuffer]
 

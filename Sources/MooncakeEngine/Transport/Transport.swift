@@ -7,8 +7,12 @@ package protocol Transport: AnyObject, Sendable {
   /// As options, messages and metrics call it.
   var name: String { get }
 
-  /// Adds to the engine's descriptor what peers need in order to reach it.
+  /// Adds to the engine's descriptor what peers need in order to reach it, and to use the buffers
+  /// that are listed there. Runs again whenever they have changed.
   func describe(in descriptor: inout SegmentDescriptor)
+
+  /// Most bytes that `describe` adds to the descriptor's text for each buffer.
+  var describedBytesPerBuffer: Int { get }
 
   /// Paths to the process that has published a descriptor, at least one. Of `former`, the paths to
   /// an earlier descriptor of the same name, those that lead to the same place are kept. Throws the
@@ -20,7 +24,7 @@ package protocol Transport: AnyObject, Sendable {
   /// Whether peers can map memory that the engine allocates; such memory is asked of it first.
   var memory: (any MappableMemory)? { get }
 
-  /// Offers the current registrations to peers.
+  /// Offers the current registrations to peers. What cannot be registered is not offered.
   func publish()
 
   /// Takes removed buffers back from peers. Once this returns nil, no peer touches them through
@@ -38,6 +42,7 @@ package protocol Transport: AnyObject, Sendable {
 }
 
 extension Transport {
+  package var describedBytesPerBuffer: Int { 0 }
   package var memory: (any MappableMemory)? { nil }
   package func publish() {}
 }

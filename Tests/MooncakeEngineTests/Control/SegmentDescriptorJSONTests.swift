@@ -136,6 +136,10 @@ struct SegmentDescriptorJSONTests {
         head + #""mooncake_incarnation":7}"#, head + #""mooncake_incarnation":"123"}"#,
         head + #""mooncake_incarnation":"+123456789abcdef"}"#,
         head + #""mooncake_incarnation":"123456789abcdefg"}"#,
+        head + #""mooncake_sections":[]}"#, head + #""mooncake_sections":"{}"}"#,
+        head + #""mooncake_sections":{"a":{}}}"#, head + #""mooncake_sections":{"a":null}}"#,
+        head + #""mooncake_sections":{"":"x"}}"#,
+        head + #""mooncake_sections":{"a":"x","a":"y"}}"#, head + sections(17),
       ]
   }()
 
@@ -157,6 +161,22 @@ struct SegmentDescriptorJSONTests {
       let prefix = String(decoding: bytes[..<length], as: UTF8.self)
       #expect(throws: MooncakeError.self) { try SegmentDescriptor(json: prefix) }
     }
+  }
+
+  /// The end of a descriptor with so many sections.
+  private static func sections(_ count: Int) -> String {
+    let members = (0..<count).map { #""s\#($0)":"x""# }.joined(separator: ",")
+    return #""mooncake_sections":{\#(members)}}"#
+  }
+
+  /// Sections come back as they were, whatever their text is.
+  @Test func sections() throws {
+    var descriptor = SegmentDescriptor(name: "a:1")
+    descriptor.sections = ["cq": #"{"keys":"\u0000\"","n":[1]}"#, "é": "", "x": "{"]
+    #expect(try SegmentDescriptor(json: descriptor.json()) == descriptor)
+    let most = try SegmentDescriptor(
+      json: #"{"name":"n","protocol":"tcp","# + Self.sections(16))
+    #expect(most.sections.count == SegmentDescriptor.maximumSectionCount)
   }
 
   @Test func manyBuffers() throws {
