@@ -177,7 +177,7 @@ extension Router {
     let excluded = run.first?.pointee.triedPaths ?? 0
     let ways = route.ways[choice...].filter {
       $0.path.transportName == name && excluded & $0.path.mark == 0
-        && ($0.path === chosen.path || ($0.path.isUsable && route.gate.isEmpty))
+        && ($0.path === chosen.path || ($0.path.isUsable && route.isOpen($0)))
     }
     if ways.count == 1 { return submitWhole(route, chosen, &run) }
     if chosen.traits.checksRanges {

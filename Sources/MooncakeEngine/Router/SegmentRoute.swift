@@ -67,7 +67,7 @@ package final class SegmentRoute: Sendable {
 
   /// Writes of a broken path must land before anything new, and not every path waits for that.
   @inline(__always)
-  private func isOpen(_ way: Way) -> Bool { way.traits.waitsForFences || gate.isEmpty }
+  func isOpen(_ way: Way) -> Bool { way.traits.waitsForFences || gate.isEmpty }
 
   private func chooseAnother(_ excluded: UInt64, _ now: UInt64) -> Int? {
     for (index, way) in ways.enumerated() {
