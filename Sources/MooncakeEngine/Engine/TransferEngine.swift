@@ -71,7 +71,7 @@ public final class TransferEngine: @unchecked Sendable {
   package let engineEvent = Atomic<Int32>(-1)
   package let spareBatches = Lock<[Batch]>([])
   package let defaultTimeoutMilliseconds: UInt64
-  private let contextBox = Lock<TransportContext?>(nil)
+  let contextBox = Lock<TransportContext?>(nil)
 
   /// Becomes readable when the engine closes, so that calls stop waiting for peers.
   package let closeEvent: EventFD
@@ -234,13 +234,11 @@ public final class TransferEngine: @unchecked Sendable {
     }
   }
 
-  /// As peers see it, but for segment 0, which reaches this engine through its own data port
-  /// whichever address is advertised.
+  /// Segment 0 reaches this engine through its own data port, whichever address is advertised.
   var ownDescriptor: SegmentDescriptor {
     var descriptor = local.descriptor
     if let bound = contextBox.withLock({ $0?.address.bound }) {
-      descriptor.tcpDataHost =
-        !bound.isAny ? bound.host : bound.isIPv6 ? "::1" : "127.0.0.1"
+      descriptor.tcpDataHost = !bound.isAny ? bound.host : bound.isIPv6 ? "::1" : "127.0.0.1"
     }
     return descriptor
   }

@@ -65,6 +65,26 @@ struct AttachTests {
     }
   }
 
+  /// The engine's own segment gets the new paths as well.
+  @Test func ownSegment() throws {
+    CQTransport.register
+    let engine = try makeEngine(.tcp)
+    defer { engine.close() }
+    let memory = GuardedMemory(4096)
+    memory.fill(0x31)
+    try engine.register(memory.address, length: 4096, access: .remoteRead)
+    try engine.attach("cq")
+    let paths = try engine.segments.segment(0).route.paths
+    #expect(paths.map(\.transportName) == ["tcp", "cq", "cq"])
+    let local = GuardedMemory(4096)
+    let request = TransferRequest(
+      opcode: .read, segment: 0, source: local.address,
+      targetOffset: UInt64(UInt(bitPattern: memory.address)), length: 4096)
+    #expect(try engine.move(request, avoiding: paths[0].mark).state == .completed)
+    #expect(local.holdsOnly(0x31))
+    #expect(try engine.completionQueue.totals.readBytes == 4096)
+  }
+
   /// What the devices give up goes on over TCP, although that was attached later.
   @Test func aWayForWhatFails() throws {
     let memory = GuardedMemory(Self.byteCount)
