@@ -327,17 +327,35 @@ extension TransferEngine {
       try checkOpen()
       guard !transports.has(name), let context = contextBox.withLock({ $0 }) else { return }
       let transport: any Transport
-      do throws(MooncakeError) { transport = try kind.make(context) } catch {
+      do throws(MooncakeError) {
+        transport = try kind.make(context)
+        do throws(MooncakeError) { try checkFits(transport) } catch {
+          _ = transport.stop(until: .never)
+          throw error
+        }
+      } catch {
         throw MooncakeError(error.code, "transport '\(name)' is not attached: \(error.message)")
       }
-      // In this order a buffer that is unregistered meanwhile is revoked from it.
+      // First, so that it learns of whatever is registered or taken back from here on. Nobody has
+      // been told of it before.
       transports.add(transport)
       transport.publish()
       local.add(Self.describer(of: transport))
     }
-    try publishChanges()
     let call = call(until: deadline(0))
     for segment in segments.all where !isClosing { reconnect(segment, until: call.deadline) }
+    do throws(MooncakeError) { try publishChanges() } catch {
+      throw MooncakeError(
+        error.code, "transport '\(name)' is attached, but peers are not told: \(error.message)")
+    }
+  }
+}
+
+extension TransferEngine {
+  /// Throws if peers could not read any more what they are told, with a transport's part.
+  private func checkFits(_ transport: any Transport) throws(MooncakeError) {
+    // A metadata service has limits of its own.
+    if publisher == nil { try local.checkFitsMessage(with: [Self.describer(of: transport)]) }
   }
 }
 

@@ -141,4 +141,88 @@ struct AttachTests {
       #expect(pair.initiator.transports.all.count == 2)
     }
   }
+
+  /// Without a metadata service the text must fit one message, keys included: the engine would be
+  /// lost for its peers.
+  @Test func keysThatDoNotFit() throws {
+    CQTransport.register
+    let count = 14_500
+    let memory = GuardedMemory(count * 64)
+    memory.fill(0x41)
+    let ranges = (0..<count).map {
+      (address: UInt64(UInt(bitPattern: memory.address)) + UInt64($0 * 64), length: UInt64(32))
+    }
+    let register: (TransferEngine) throws -> Void = { target in
+      try ranges.withUnsafeBufferPointer { ranges throws(MooncakeError) in
+        try target.register(ranges, location: "*", access: [.remoteRead, .remoteWrite])
+      }
+    }
+    let pair = try EnginePair(.tcp, register: register)
+    defer { pair.close() }
+    do throws(MooncakeError) {
+      try pair.target.attach("cq")
+      Issue.record("it was attached")
+    } catch {
+      #expect(error.code == .full)
+      #expect(error.message.contains("transport 'cq' is not attached"), "\(error.message)")
+    }
+    #expect(pair.target.transports.all.map(\.name) == ["tcp"])
+    #expect(try pair.initiator.openSegment(pair.target.name) == pair.segment)
+    let local = GuardedMemory(32)
+    try pair.initiator.transfer([pair.read(into: local.address, from: memory.address, 32)])
+    #expect(local.holdsOnly(0x41))
+    let rest = ranges.dropFirst().map(\.address)
+    try rest.withUnsafeBufferPointer { rest throws(MooncakeError) in
+      try pair.target.unregister(rest)
+    }
+    try pair.target.attach("cq")
+    #expect(pair.target.transports.all.map(\.name) == ["tcp", "cq"])
+  }
+
+  /// Counts how often it is told of registrations.
+  private final class Recorder: Transport, Sendable {
+    static let whilePublishing = Box<(@Sendable () -> Void)?>(nil)
+    let publications = Atomic<Int>(0)
+    let revocations = Atomic<Int>(0)
+
+    var name: String { "recorder" }
+    var totals: TransportTotals { TransportTotals() }
+    var metrics: [TransportCounter] { [] }
+    func describe(in descriptor: inout SegmentDescriptor) {}
+    func connect(
+      to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink,
+      deadline: Deadline
+    ) throws(MooncakeError) -> [any Path] {
+      throw MooncakeError(.unsupported, "it leads nowhere")
+    }
+    func publish() {
+      if publications.wrappingAdd(1, ordering: .relaxed).oldValue == 0 {
+        Self.whilePublishing.value?()
+      }
+    }
+    func revoke(_ buffers: [BufferTable.Buffer], until call: Call) -> String? {
+      revocations.wrappingAdd(1, ordering: .relaxed)
+      return nil
+    }
+    func stop(until deadline: Deadline) -> String? { nil }
+  }
+
+  /// A buffer that comes or goes in the middle of an attach is no secret to the transport.
+  @Test func registrationsMeanwhile() throws {
+    TransportRegistry.add(
+      MooncakeEngine.TransportKind("recorder") { _ throws(MooncakeError) in Recorder() })
+    let engine = try makeEngine(.tcp)
+    defer { engine.close() }
+    let memory = GuardedMemory(8192)
+    try engine.register(memory.address, length: 4096, access: .remoteRead)
+    Recorder.whilePublishing.value = {
+      try? engine.register(memory.address + 4096, length: 4096, access: .remoteRead)
+      try? engine.unregister(memory.address)
+    }
+    defer { Recorder.whilePublishing.value = nil }
+    try engine.attach("recorder")
+    let recorder = try #require(engine.transports.all.last as? Recorder)
+    #expect(recorder.publications.load(ordering: .relaxed) == 2)
+    #expect(recorder.revocations.load(ordering: .relaxed) == 1)
+  }
 }
