@@ -68,10 +68,11 @@ package final class TCPTransport: Transport, @unchecked Sendable {
     to descriptor: SegmentDescriptor, former: [any Path], for link: SegmentLink, deadline: Deadline
   ) throws(MooncakeError) -> [any Path] {
     guard descriptor.tcpDataPort != 0 else {
+      // A peer of ours that is without TCP has no other name for what it serves.
+      let other = descriptor.protocolName == Self.name ? "" : "'\(descriptor.protocolName)' and "
       throw MooncakeError(
         .unsupported,
-        "the peer serves '\(descriptor.protocolName)' and no TCP: start it with TCP, for example "
-          + "with MC_FORCE_TCP=1")
+        "the peer serves \(other)no TCP: start it with TCP, for example with MC_FORCE_TCP=1")
     }
     let place = TCPPeer.Place(descriptor)
     for case let path as TCPPath in former where path.peer.place == place { return [path] }

@@ -225,4 +225,21 @@ struct AttachTests {
     #expect(recorder.publications.load(ordering: .relaxed) == 2)
     #expect(recorder.revocations.load(ordering: .relaxed) == 1)
   }
+
+  @Test func nothingInCommon() throws {
+    CQTransport.register
+    let target = try makeEngine(.tcp) { $0.transports = ["shm"] }
+    defer { target.close() }
+    let initiator = try makeEngine(.tcp) { $0.transports = ["cq", "tcp"] }
+    defer { initiator.close() }
+    do throws(MooncakeError) {
+      _ = try initiator.openSegment(target.name)
+      Issue.record("it was opened")
+    } catch {
+      #expect(error.code == .unsupported)
+      #expect(error.message.contains(target.name))
+      #expect(error.message.contains("cq: the peer has no completion queues"))
+      #expect(error.message.contains("tcp: the peer serves no TCP"), "\(error.message)")
+    }
+  }
 }
