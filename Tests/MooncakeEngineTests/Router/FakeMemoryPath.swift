@@ -42,7 +42,9 @@ final class FakeMemoryPath: Path, @unchecked Sendable {
     return traits
   }
 
-  private func trace(_ text: @autoclosure () -> String) { network.trace("\(place.name): \(text())") }
+  private func trace(_ text: @autoclosure () -> String) {
+    network.trace("\(place.name): \(text())")
+  }
 
   private func refuses(_ slice: SlicePointer) -> Bool {
     !process.isAlive
@@ -141,7 +143,7 @@ final class FakeMemoryPath: Path, @unchecked Sendable {
 
   func goDown(until: UInt64) {
     place.downUntil = until
-    lose("lost")
+    lose("cannot be reached")
   }
 
   func processEnded() { lose("its process ended") }

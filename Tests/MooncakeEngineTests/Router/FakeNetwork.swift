@@ -77,7 +77,8 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
 
   // MARK: Peers
 
-  func addPeer(places: [FakePlace], buffers: [Range<Int>] = [0..<FakeProcess.cellCount]) -> FakeTarget
+  func addPeer(places: [FakePlace], buffers: [Range<Int>] = [0..<FakeProcess.cellCount])
+    -> FakeTarget
   {
     let process = FakeProcess(incarnation: UInt64(100 + peers.count * 10), buffers: buffers)
     let peer = FakeTarget(peers.count, process: process, places: places)

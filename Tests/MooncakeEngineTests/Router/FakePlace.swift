@@ -37,6 +37,10 @@ final class FakePlace: @unchecked Sendable {
   var window = 4
   var latency: UInt64 = 20_000
   var cellNanoseconds: UInt64 = 2_000
+  var connectNanoseconds: UInt64 = 50_000
+  /// Whether it holds back writes while earlier ones may still land. If it does not, nothing lands
+  /// late on it.
+  var waitsForFences = true
   /// How long a broken connection still delivers what its reads have asked for.
   var drainNanoseconds: UInt64 = 0
   /// After so long without an answer a connection is given up.
@@ -67,6 +71,8 @@ final class FakePlace: @unchecked Sendable {
     other.window = window
     other.latency = latency
     other.cellNanoseconds = cellNanoseconds
+    other.connectNanoseconds = connectNanoseconds
+    other.waitsForFences = waitsForFences
     other.drainNanoseconds = drainNanoseconds
     other.answerLimit = answerLimit
     other.inlineBytes = inlineBytes

@@ -5,7 +5,10 @@ import MooncakeSystem
 /// A path with a connection that breaks.
 final class FakeStreamPath: Path, @unchecked Sendable {
   // Unchecked: a simulation has one thread.
-  private enum State: Equatable { case idle, connecting, connected, resting(until: UInt64) }
+  private enum State: Equatable {
+    case idle, connecting, connected
+    case resting(until: UInt64)
+  }
 
   let place: FakePlace
   let process: FakeProcess
@@ -52,7 +55,7 @@ final class FakeStreamPath: Path, @unchecked Sendable {
   var traits: PathTraits {
     var traits = PathTraits()
     traits.waitsForPeer = true
-    traits.waitsForFences = true
+    traits.waitsForFences = place.waitsForFences
     traits.pieceBytes = place.pieceBytes
     traits.weight = place.weight
     return traits
@@ -68,7 +71,9 @@ final class FakeStreamPath: Path, @unchecked Sendable {
       sent, inbox.earliestDeadline, min(queue.earliestDeadline, held.earliestDeadline))
   }
 
-  private func trace(_ text: @autoclosure () -> String) { network.trace("\(place.name): \(text())") }
+  private func trace(_ text: @autoclosure () -> String) {
+    network.trace("\(place.name): \(text())")
+  }
 
   func submit(_ run: inout SliceRun) {
     run.drivers.insert(place.driver.bit)
@@ -101,7 +106,7 @@ final class FakeStreamPath: Path, @unchecked Sendable {
 
   private func takeInbox() {
     var new = inbox.takeAll()
-    if !process.gate.isEmpty { hold(&new) }
+    if place.waitsForFences, !process.gate.isEmpty { hold(&new) }
     queue.append(contentsOf: &new)
   }
 
@@ -119,7 +124,7 @@ final class FakeStreamPath: Path, @unchecked Sendable {
     state = .connecting
     epoch += 1
     let mine = epoch
-    network.time.after(50_000) { [self] in
+    network.time.after(place.connectNanoseconds) { [self] in
       guard epoch == mine else { return }
       if !process.isAlive || network.time.now < place.downUntil
         || network.chance(place.faults.failedConnects)

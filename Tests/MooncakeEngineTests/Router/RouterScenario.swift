@@ -80,6 +80,10 @@ struct RouterScenario {
         if network.chance(30) { place.drainNanoseconds = pick(microseconds: 10...1000) }
         place.failsExhausted = kind == .wild && network.chance(50)
         if kind != .calm { place.faults = makeFaults() }
+        if network.chance(30) {
+          place.waitsForFences = false
+          place.faults.unfenced = 0
+        }
         places.append(place)
       }
     }
