@@ -65,6 +65,16 @@ struct AttachTests {
     }
   }
 
+  /// There are fewer marks than paths in the life of a segment.
+  @Test func marksInUseAreNotGivenAgain() throws {
+    try withPair(.tcp) { pair in
+      let segment = try pair.initiator.segments.segment(pair.segment)
+      let used = try #require(segment.route.paths.first?.mark)
+      let given = (0..<200).map { _ in segment.link.makeMark() }
+      #expect(!given.contains(used) && Set(given).count == 63)
+    }
+  }
+
   /// The engine's own segment gets the new paths as well.
   @Test func ownSegment() throws {
     CQTransport.register

@@ -91,8 +91,8 @@ struct LateWriteTests {
     }
   }
 
-  /// A peer that never answers: the write ends with a hint and is not sent again. Others to the same
-  /// place fail until the peer answers after all.
+  /// A peer that does not answer: the write ends with a hint and is not sent again. Others to the
+  /// same place fail until the peer answers after all.
   @Test func noFenceInTime() throws {
     try withLateWrite { setting in
       let initiator = setting.pair.initiator
