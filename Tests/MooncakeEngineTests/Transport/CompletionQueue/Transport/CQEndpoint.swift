@@ -148,7 +148,7 @@ extension CQEndpoint {
     var isBusy = pollFences(now)
     if isRetired.load(ordering: .acquiring) { handOver(now) }
     if isDraining { return isBusy }
-    if pair == nil, !queued.isEmpty, health.mayTry(now) {
+    if pair == nil, !queued.isEmpty, health.isInUse || health.isDue(now) {
       connect(now)
       isBusy = true
     }

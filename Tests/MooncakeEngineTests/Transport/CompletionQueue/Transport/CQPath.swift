@@ -24,7 +24,7 @@ package final class CQPath: Path {
   package var mark: UInt64 { endpoint.mark }
   package var health: PathHealth { endpoint.health }
   package var gate: WriteGate? { endpoint.gate }
-  package var isUsable: Bool { endpoint.health.mayTry() }
+  package var isUsable: Bool { endpoint.health.isInUse }
   package var load: Int { endpoint.load.load(ordering: .relaxed) }
   package var movedBytes: UInt64 { endpoint.moved.load(ordering: .relaxed) }
 
@@ -35,6 +35,9 @@ package final class CQPath: Path {
     traits.pieceBytes = Self.pieceBytes
     return traits
   }
+
+  /// Connecting takes no time, so nobody else need be kept away meanwhile.
+  package func mayProbe(_ now: UInt64) -> Bool { endpoint.health.beginProbe(now, until: now) }
 
   /// Takes the keys of a newer descriptor.
   func update(_ new: RemoteKeys) {

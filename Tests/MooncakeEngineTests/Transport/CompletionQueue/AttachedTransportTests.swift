@@ -8,7 +8,7 @@ import Synchronization
 import Testing
 
 /// Transports that come to engines which work already.
-struct AttachTests {
+struct AttachedTransportTests {
   private static let byteCount = 64 << 10
 
   /// Transfers over TCP until told to stop, without a failure.
@@ -70,7 +70,7 @@ struct AttachTests {
     try withPair(.tcp) { pair in
       let segment = try pair.initiator.segments.segment(pair.segment)
       let used = try #require(segment.route.paths.first?.mark)
-      let given = (0..<200).map { _ in segment.link.makeMark() }
+      let given = (0..<200).map { _ in segment.route.link.makeMark() }
       #expect(!given.contains(used) && Set(given).count == 63)
     }
   }
