@@ -8,9 +8,10 @@ package final class AttachedTransports: Sendable {
   private struct Entry: Sendable {
     let transport: any Transport
     let rank: Int
+    let cost: Int
   }
   private let entries = Lock<[Entry]>([])
-  /// Names in order of preference. Others come first: whoever attaches one wants it used.
+  /// Names in order of preference. Others go before the first that costs more.
   private let preference: [String]
 
   package init(preference: [String]) { self.preference = preference }
@@ -21,11 +22,14 @@ package final class AttachedTransports: Sendable {
     entries.withLock { $0.contains { $0.transport.name == name } }
   }
 
-  func add(_ transport: any Transport) {
-    let rank = preference.firstIndex(of: transport.name) ?? -1
+  func add(_ transport: any Transport, cost: Int) {
+    let named = preference.firstIndex(of: transport.name)
     entries.withLock { entries in
-      let position = entries.firstIndex { $0.rank > rank } ?? entries.count
-      entries.insert(Entry(transport: transport, rank: rank), at: position)
+      let position =
+        entries.firstIndex { entry in named.map { entry.rank > $0 } ?? (entry.cost > cost) }
+        ?? entries.count
+      let rank = named ?? (position == 0 ? -1 : entries[position - 1].rank)
+      entries.insert(Entry(transport: transport, rank: rank, cost: cost), at: position)
     }
   }
 

@@ -151,7 +151,7 @@ public final class TransferEngine: @unchecked Sendable {
     for name in names {
       let kind = try TransportRegistry.kind(named: name)
       do throws(MooncakeError) {
-        transports.add(try kind.make(context))
+        transports.add(try kind.make(context), cost: kind.cost)
       } catch {
         last = error
         if kind.isOptional {
@@ -338,7 +338,7 @@ extension TransferEngine {
       }
       // First, so that it learns of whatever is registered or taken back from here on. Nobody has
       // been told of it before.
-      transports.add(transport)
+      transports.add(transport, cost: kind.cost)
       transport.publish()
       local.add(Self.describer(of: transport))
     }

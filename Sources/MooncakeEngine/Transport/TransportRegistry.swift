@@ -6,15 +6,18 @@ import Synchronization
 package struct TransportKind: Sendable {
   /// As in options.
   package let name: String
+  /// Puts it in order with others where options do not name it: less is preferred.
+  package let cost: Int
   /// Whether an engine that has asked for it starts without it where the system forbids it.
   package let isOptional: Bool
   package let make: @Sendable (TransportContext) throws(MooncakeError) -> any Transport
 
   package init(
-    _ name: String, isOptional: Bool = false,
+    _ name: String, cost: Int = 5, isOptional: Bool = false,
     make: @escaping @Sendable (TransportContext) throws(MooncakeError) -> any Transport
   ) {
     self.name = name
+    self.cost = cost
     self.isOptional = isOptional
     self.make = make
   }
@@ -23,10 +26,10 @@ package struct TransportKind: Sendable {
 /// The transports of this process: a new one is listed here and nowhere else.
 package enum TransportRegistry {
   private static let kinds = Lock<[TransportKind]>([
-    TransportKind(SharedMemoryTransport.name, isOptional: true) {
+    TransportKind(SharedMemoryTransport.name, cost: 0, isOptional: true) {
       context throws(MooncakeError) in try SharedMemoryTransport(context)
     },
-    TransportKind(TCPTransport.name) {
+    TransportKind(TCPTransport.name, cost: 10) {
       context throws(MooncakeError) in try TCPTransport(context)
     },
   ])

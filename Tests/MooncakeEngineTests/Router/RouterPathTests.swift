@@ -95,7 +95,7 @@ struct RouterPathTests {
     #expect(batch.status.state == .failed && batch.status.error == .unreachable)
     let message = batch.failureMessage
     for reason in [
-      "a: cannot be reached", "b: path b: connect: refused", "c: path c: connect: refused",
+      "a: cannot be reached", "b: path b: connect: refused", "path c: connect: refused",
     ] {
       let parts = message.split(separator: reason, omittingEmptySubsequences: false)
       #expect(parts.count == 2, "\(reason) in: \(message)")
