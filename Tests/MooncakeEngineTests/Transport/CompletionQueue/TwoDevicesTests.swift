@@ -62,7 +62,8 @@ struct TwoDevicesTests {
         let status = try pair.initiator.wait(batch, timeoutMilliseconds: 10_000)
         #expect(status.state == .completed)
       }
-      #expect(milliseconds < (Sanitizer.isAny ? 1000 : 100), "\(milliseconds) ms")
+      // How soon is shown on the virtual clock (RouterPathTests); other tests keep processors busy.
+      #expect(milliseconds < 2000, "\(milliseconds) ms")
       #expect(to.matches(Pattern(seed: 4)))
       #expect(devices[0].movedBytes == 0 && devices[1].movedBytes == UInt64(Self.byteCount))
       try pair.initiator.freeBatch(batch)
