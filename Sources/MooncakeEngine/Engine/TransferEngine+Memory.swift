@@ -118,13 +118,13 @@ extension TransferEngine {
     if !access.isSubset(of: [.remoteRead, .remoteWrite]) {
       throw MooncakeError(.invalidArgument, "access \(access.rawValue) has unknown bits")
     }
-    try local.buffers.insert(
-      ranges.map {
-        BufferTable.Buffer(
-          range: RemoteBuffer(address: $0.address, length: $0.length, access: access),
-          location: location, place: place($0.address, $0.length))
-      })
-    for transport in transports.all { transport.publish() }
+    let new = ranges.map {
+      BufferTable.Buffer(
+        range: RemoteBuffer(address: $0.address, length: $0.length, access: access),
+        location: location, place: place($0.address, $0.length))
+    }
+    try local.buffers.insert(new)
+    for transport in transports.all { transport.offer(new) }
   }
 
   /// Ends peers' access to removed buffers and unpublishes them. What the metadata service refuses

@@ -339,7 +339,7 @@ extension TransferEngine {
       // First, so that it learns of whatever is registered or taken back from here on. Nobody has
       // been told of it before.
       transports.add(transport, cost: kind.cost)
-      transport.publish()
+      transport.offer(local.buffers.buffers)
       local.add(Self.describer(of: transport))
     }
     let call = call(until: deadline(0))

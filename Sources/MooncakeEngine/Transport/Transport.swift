@@ -24,8 +24,10 @@ package protocol Transport: AnyObject, Sendable {
   /// Whether peers can map memory that the engine allocates; such memory is asked of it first.
   var memory: (any MappableMemory)? { get }
 
-  /// Offers the current registrations to peers. What cannot be registered is not offered.
-  func publish()
+  /// Offers buffers to peers; what cannot be registered is not offered. They are in the table
+  /// already, unless they were removed meanwhile: whoever keeps something for each looks there
+  /// under the lock under which `revoke` takes it back.
+  func offer(_ new: [BufferTable.Buffer])
 
   /// Takes removed buffers back from peers. Once this returns nil, no peer touches them through
   /// this transport. Returns who is still in the middle of a copy at the end of the call.
@@ -44,7 +46,7 @@ package protocol Transport: AnyObject, Sendable {
 extension Transport {
   package var describedBytesPerBuffer: Int { 0 }
   package var memory: (any MappableMemory)? { nil }
-  package func publish() {}
+  package func offer(_ new: [BufferTable.Buffer]) {}
 }
 
 /// Allocates memory that peers can map.

@@ -94,7 +94,7 @@ package final class SharedMemoryTransport: Transport, Driver, @unchecked Sendabl
 
   package var memory: (any MappableMemory)? { server }
 
-  package func publish() { server.publish() }
+  package func offer(_ new: [BufferTable.Buffer]) { server.publish() }
 
   package func revoke(_ buffers: [BufferTable.Buffer], until call: Call) -> String? {
     server.revoke(until: call.deadline, unless: { call.isCanceled })

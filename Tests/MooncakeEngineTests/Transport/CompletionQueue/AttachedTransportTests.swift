@@ -205,7 +205,7 @@ struct AttachedTransportTests {
     ) throws(MooncakeError) -> [any Path] {
       throw MooncakeError(.unsupported, "it leads nowhere")
     }
-    func publish() {
+    func offer(_ new: [BufferTable.Buffer]) {
       if publications.wrappingAdd(1, ordering: .relaxed).oldValue == 0 {
         Self.whilePublishing.value?()
       }

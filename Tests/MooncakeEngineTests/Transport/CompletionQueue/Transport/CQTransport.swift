@@ -17,12 +17,28 @@ package final class CQTransport: Transport, Sendable {
   }
 
   private struct State: Sendable {
-    var version: UInt64 = 0
-    var registrations: [UInt64: Registration] = [:]
     /// In order of address.
-    var table = RangeTable([])
+    var registrations: [Registration] = []
     /// No longer offered, but copied to or from when it was last looked at.
     var dying: [UInt32] = []
+
+    /// Index of the first registration that begins at or after an address.
+    func position(of address: UInt64) -> Int {
+      var low = 0
+      var high = registrations.count
+      while low < high {
+        let middle = (low + high) / 2
+        if registrations[middle].range.address < address { low = middle + 1 } else { high = middle }
+      }
+      return low
+    }
+
+    /// The registration of exactly this range.
+    func index(of range: RemoteBuffer) -> Int? {
+      let position = position(of: range.address)
+      let isFound = position < registrations.count && registrations[position].range == range
+      return isFound ? position : nil
+    }
   }
 
   package let verbs: FakeVerbs
@@ -60,17 +76,15 @@ package final class CQTransport: Transport, Sendable {
   package var describedBytesPerBuffer: Int { Self.deviceCount * CQSection.digitsPerKey }
 
   package func describe(in descriptor: inout SegmentDescriptor) {
-    // The text may be asked for between a registration and `publish`.
-    publish()
     let published = descriptor.buffers.filter {
       !$0.access.isDisjoint(with: [.remoteRead, .remoteWrite])
     }
+    // The text may be asked for before `offer` is called.
+    register(published)
     let keys = state.withLock { state in
       published.flatMap { range in
-        guard let known = state.registrations[range.address], known.range == range else {
-          return [UInt32](repeating: 0, count: Self.deviceCount)
-        }
-        return known.keys
+        state.index(of: range).map { state.registrations[$0].keys }
+          ?? [UInt32](repeating: 0, count: Self.deviceCount)
       }
     }
     descriptor.sections[Self.name] =
@@ -82,46 +96,66 @@ package final class CQTransport: Transport, Sendable {
 
   // MARK: Registrations
 
-  package func publish() { _ = synchronize() }
+  package func offer(_ new: [BufferTable.Buffer]) { register(new.map(\.range)) }
 
-  package func revoke(_ buffers: [BufferTable.Buffer], until call: Call) -> String? {
-    while !synchronize() {
+  private func register(_ ranges: [RemoteBuffer]) {
+    state.withLock { state in
+      // Read under the lock: what is removed from the table afterwards is revoked after this.
+      let table = buffers.snapshot
+      for range in ranges where state.index(of: range) == nil {
+        let index = table.find(range.address, range.length)
+        if index >= 0, table.buffers[index] == range { insert(range, &state) }
+      }
+    }
+  }
+
+  private func insert(_ range: RemoteBuffer, _ state: inout State) {
+    let position = state.position(of: range.address)
+    // One that has gone, and whose revocation follows.
+    if position < state.registrations.count,
+      state.registrations[position].range.address == range.address
+    {
+      remove(position, &state)
+    }
+    state.registrations.insert(Registration(range: range, keys: makeKeys(range)), at: position)
+  }
+
+  private func remove(_ position: Int, _ state: inout State) {
+    for key in state.registrations.remove(at: position).keys where key != 0 {
+      verbs.table.invalidate(key)
+      state.dying.append(key)
+    }
+  }
+
+  package func revoke(_ removed: [BufferTable.Buffer], until call: Call) -> String? {
+    state.withLock { state in
+      for buffer in removed {
+        if let index = state.index(of: buffer.range) { remove(index, &state) }
+      }
+    }
+    // The same ranges may have been registered again meanwhile; they need new keys.
+    let table = buffers.snapshot
+    let again = removed.map(\.range).filter { range in
+      let index = table.find(range.address, range.length)
+      return index >= 0 && table.buffers[index] == range
+    }
+    if !again.isEmpty {
+      register(again)
+      buffers.noteChange()
+    }
+    while !hasEndedCopies() {
       if call.deadline.hasPassed || call.isCanceled { return "a device of a peer" }
       sleepBriefly(nanoseconds: 20_000)
     }
     return nil
   }
 
-  /// Registers and deregisters until the devices know what the engine has. Returns whether nothing
-  /// that is no longer registered is still copied.
-  private func synchronize() -> Bool {
+  /// Whether nothing that is no longer registered is still copied.
+  private func hasEndedCopies() -> Bool {
     state.withLock { state in
-      let version = buffers.version
-      if version != state.version {
-        update(&state)
-        state.version = version
-      }
       state.dying.removeAll { verbs.table.release($0) }
       return state.dying.isEmpty
     }
-  }
-
-  private func update(_ state: inout State) {
-    let current = buffers.snapshot.buffers
-    var registrations: [UInt64: Registration] = [:]
-    registrations.reserveCapacity(current.count)
-    for range in current {
-      if let known = state.registrations[range.address], known.range == range {
-        registrations[range.address] = known
-        state.registrations[range.address] = nil
-      } else {
-        registrations[range.address] = Registration(range: range, keys: makeKeys(range))
-      }
-    }
-    for gone in state.registrations.values { state.dying += gone.keys.filter { $0 != 0 } }
-    for key in state.dying { verbs.table.invalidate(key) }
-    state.registrations = registrations
-    state.table = RangeTable(current)
   }
 
   private func makeKeys(_ range: RemoteBuffer) -> [UInt32] {
@@ -147,9 +181,13 @@ package final class CQTransport: Transport, Sendable {
   /// The key of registered memory of this engine; 0 if there is none.
   func ownKey(_ address: UInt64, _ length: UInt64, device: Int) -> UInt32 {
     state.withLock { state in
-      let index = state.table.find(address, length)
-      if index < 0 { return 0 }
-      return state.registrations[state.table.buffers[index].address]?.keys[device] ?? 0
+      let position = state.position(of: address &+ 1)
+      guard position > 0, length > 0 else { return 0 }
+      let registration = state.registrations[position - 1]
+      let offset = address &- registration.range.address
+      guard offset < registration.range.length, length <= registration.range.length &- offset
+      else { return 0 }
+      return registration.keys[device]
     }
   }
 
