@@ -19,6 +19,12 @@ final class FakeDriver: Driver, @unchecked Sendable {
     bit = network.router.drivers.add(self) ?? 0
   }
 
+  /// Lets go of its paths, which know it as well.
+  func end() {
+    paths = []
+    ready = []
+  }
+
   /// A path has something to do once the driver is kicked or driven.
   func schedule(_ path: FakeStreamPath) {
     if !ready.contains(where: { $0 === path }) { ready.append(path) }

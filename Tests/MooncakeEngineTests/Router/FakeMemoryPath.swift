@@ -218,6 +218,9 @@ final class FakeCopyQueue: Driver, @unchecked Sendable {
     bit = network.router.drivers.add(self) ?? 0
   }
 
+  /// Lets go of its paths, which know it as well.
+  func end() { paths = [] }
+
   func kick() {}
   func nudge() {}
   func requestSweep() { network.time.after(0) { [self] in sweep() } }

@@ -29,6 +29,7 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
   let router: Router
   let model: MemoryModel
   private(set) var helper: FakeCopyQueue!
+  private var drivers: [FakeDriver] = []
   private(set) var peers: [FakeTarget] = []
   private(set) var streams: [FakeStreamPath] = []
   private(set) var memories: [FakeMemoryPath] = []
@@ -63,7 +64,11 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
     time.afterEach = { [unowned self] in model.check(self.time.now) }
   }
 
-  deinit { time.afterEach = {} }
+  deinit {
+    time.end()
+    for driver in drivers { driver.end() }
+    helper.end()
+  }
 
   func draw(below limit: Int) -> Int { random.next(below: limit) }
 
@@ -73,7 +78,10 @@ final class FakeNetwork: RouterHost, BatchAnnouncer, @unchecked Sendable {
     if isTraced { print("\(time.now / 1000 - 1_000_000) us: \(text())") }
   }
 
-  func makeDriver() -> FakeDriver { FakeDriver(self) }
+  func makeDriver() -> FakeDriver {
+    drivers.append(FakeDriver(self))
+    return drivers.last!
+  }
 
   // MARK: Peers
 

@@ -13,6 +13,12 @@ final class VirtualTime: @unchecked Sendable {
   /// Runs after every event.
   var afterEach: () -> Void = {}
 
+  /// Forgets what was to come, and who waits for it.
+  func end() {
+    events = []
+    afterEach = {}
+  }
+
   func at(_ time: UInt64, _ body: @escaping () -> Void) {
     let time = max(time, now)
     var low = 0
