@@ -48,12 +48,16 @@ final class CQPoller: Driver, @unchecked Sendable {
     for endpoint in active { endpoint.shutDown() }
     active = []
     owners = [:]
+    // What was flushed belongs to nobody any more, and each completion holds its device.
+    _ = completions.takeAll()
     giveBack()
   }
 
   // MARK: Any thread
 
   func schedule(_ endpoint: CQEndpoint) {
+    // Nothing is submitted any more; what retires now has no slices.
+    if isStopping.load(ordering: .sequentiallyConsistent) { return }
     if endpoint.isScheduled.exchange(true, ordering: .sequentiallyConsistent) { return }
     ready.withLock {
       $0.append(endpoint)
