@@ -1,5 +1,6 @@
 import MooncakeBase
 import MooncakeSystem
+import Synchronization
 
 /// A way to move memory between an engine and its peers: what all of them have in common. There is
 /// one object for each engine that uses the way; it owns the threads and serves the peers.
@@ -64,6 +65,16 @@ package struct TransportTotals: Sendable {
   package var failedSlices: UInt64 = 0
 
   package init() {}
+
+  init(
+    readBytes: borrowing Atomic<UInt64>, writtenBytes: borrowing Atomic<UInt64>,
+    completedSlices: borrowing Atomic<UInt64>, failedSlices: borrowing Atomic<UInt64>
+  ) {
+    self.readBytes = readBytes.load(ordering: .relaxed)
+    self.writtenBytes = writtenBytes.load(ordering: .relaxed)
+    self.completedSlices = completedSlices.load(ordering: .relaxed)
+    self.failedSlices = failedSlices.load(ordering: .relaxed)
+  }
 }
 
 /// One line of the metrics.

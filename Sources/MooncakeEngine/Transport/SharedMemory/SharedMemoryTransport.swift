@@ -338,12 +338,9 @@ extension SharedMemoryTransport {
 
 extension SharedMemoryTransport {
   package var totals: TransportTotals {
-    var totals = TransportTotals()
-    totals.readBytes = counters.readBytes.load(ordering: .relaxed)
-    totals.writtenBytes = counters.writtenBytes.load(ordering: .relaxed)
-    totals.completedSlices = counters.completedSlices.load(ordering: .relaxed)
-    totals.failedSlices = counters.failedSlices.load(ordering: .relaxed)
-    return totals
+    TransportTotals(
+      readBytes: counters.readBytes, writtenBytes: counters.writtenBytes,
+      completedSlices: counters.completedSlices, failedSlices: counters.failedSlices)
   }
 
   package var metrics: [TransportCounter] {
